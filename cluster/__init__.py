@@ -1,0 +1,1 @@
+"""Decide which ranks there are, and what they cost."""

@@ -1,0 +1,1 @@
+"""Faults on schedule against a real local cluster."""

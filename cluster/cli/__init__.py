@@ -1,0 +1,1 @@
+"""One file per verb; nothing slow is imported before it is needed."""

@@ -1,0 +1,1 @@
+"""Train a model on the ranks that are given: no ray and no cloud here."""

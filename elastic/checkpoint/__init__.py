@@ -1,0 +1,1 @@
+"""Sharded, asynchronous, committed checkpoints."""

@@ -1,0 +1,265 @@
+"""One run, described: frozen dataclasses, a YAML file and `key=value` overrides.
+
+No torch here, so that every command can check a configuration before anything slow or paid starts.
+Each rule that one dataclass can check alone is in its `__post_init__`; rules over several are in `RunConfig`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from elastic import plugins
+from elastic.errors import ConfigError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Recompute = Literal["none", "selective", "full"]
+
+
+def _require_positive(prefix: str, **values: float) -> None:
+    for name, value in values.items():
+        if value <= 0:
+            raise ConfigError(f"{prefix}.{name}={value} must be more than 0. Set {prefix}.{name} to a positive number.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a decoder; `kind` names the file in `elastic/models` that builds it."""
+
+    kind: str = "llama"
+    dim: int = 256
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    ffn_dim: int = 768
+    vocab_size: int = 4096
+    tied_head: bool = True
+    """The output projection is the embedding, transposed."""
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "model",
+            dim=self.dim,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            ffn_dim=self.ffn_dim,
+            vocab_size=self.vocab_size,
+        )
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ConfigError(
+                f"model.dim={self.dim} cannot be cut into model.num_heads={self.num_heads} heads of an even size "
+                f"(RoPE turns pairs). Set model.dim to a multiple of {2 * self.num_heads}."
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}: every "
+                "key/value head serves the same number of query heads. Set it to a divisor."
+            )
+        plugins.check_name("elastic.models", self.kind, key="model.kind")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Token shards made by `solvent prepare`."""
+
+    path: str = ""
+    """The folder that `solvent prepare --out` wrote."""
+    seq_len: int = 256
+    """Target tokens per sample."""
+    record_samples: bool = False
+    """Write the ids that each rank consumed to `samples-<attempt>-<rank>.jsonl`."""
+    prefetch_steps: int = 2
+
+    def __post_init__(self) -> None:
+        _require_positive("data", seq_len=self.seq_len, prefetch_steps=self.prefetch_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, how much at once, and how often we look."""
+
+    steps: int = 100
+    """Optimizer updates in all; a resumed run counts those already done."""
+    global_batch: int = 32
+    """Samples per optimizer update, over all ranks, whatever their number."""
+    micro_batch: int = 8
+    """Samples per forward and backward on one rank; lower it when memory is short."""
+    seed: int = 0
+    eval_every_steps: int = 0
+    """0: only after the last step."""
+    eval_samples: int = 256
+    log_every_steps: int = 1
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "train",
+            steps=self.steps,
+            global_batch=self.global_batch,
+            micro_batch=self.micro_batch,
+            eval_samples=self.eval_samples,
+            log_every_steps=self.log_every_steps,
+            max_grad_norm=self.max_grad_norm,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, and its learning rate as a function of the tokens seen."""
+
+    lr: float = 1e-3
+    min_lr_ratio: float = 0.1
+    """The last learning rate as a share of `lr`."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """On matrices only; norms are not decayed."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    warmup_tokens: int = 0
+    decay_tokens: int = 0
+    """wsd only: length of the final linear decay. 0: a fifth of the run."""
+
+    def __post_init__(self) -> None:
+        _require_positive("optim", lr=self.lr, eps=self.eps)
+        for name, value in (("beta1", self.beta1), ("beta2", self.beta2)):
+            if not 0 <= value < 1:
+                raise ConfigError(f"optim.{name}={value} must be at least 0 and below 1: it weights a running mean.")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ConfigError(f"optim.min_lr_ratio={self.min_lr_ratio} must be between 0 and 1: it is a share of lr.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When state becomes durable, and how much of it is kept."""
+
+    every_steps: int = 50
+    keep_last: int = 3
+
+    def __post_init__(self) -> None:
+        _require_positive("checkpoint", every_steps=self.every_steps, keep_last=self.keep_last)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """The workers we want; each is one GPU (or, without GPUs, `cpus_per_worker` cores)."""
+
+    min_workers: int = 1
+    max_workers: int = 1
+    gpus_per_worker: int = 0
+    cpus_per_worker: int = 1
+    threads_per_worker: int = 1
+    """Intra-op threads of a trainer; on a GPU node 1 is enough."""
+
+    def __post_init__(self) -> None:
+        _require_positive("cluster", min_workers=self.min_workers, cpus_per_worker=self.cpus_per_worker)
+        if self.min_workers > self.max_workers:
+            raise ConfigError(
+                f"cluster.min_workers={self.min_workers} is more than cluster.max_workers={self.max_workers}: no world "
+                "could be both. Lower the first or raise the second."
+            )
+        if self.gpus_per_worker not in (0, 1):
+            raise ConfigError(
+                f"cluster.gpus_per_worker={self.gpus_per_worker} must be 0 (CPU) or 1: every GPU has a trainer of its "
+                "own. Raise cluster.max_workers to use more GPUs."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultConfig:
+    """How long we wait before calling a peer dead, and when we stop trying."""
+
+    collective_timeout_s: float = 120.0
+    """A collective slower than this means a peer is gone."""
+    lease_s: float = 60.0
+    """A host whose agent is gone for this long ends its trainers; longer than Ray takes to re-form its group."""
+    max_failures_without_progress: int = 3
+    """The run ends as failed after so many attempts in a row that finished no new step."""
+    save_margin: float = 2.0
+    """With notice we leave at once, without a save, when less than this times the usual save is left."""
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "fault",
+            collective_timeout_s=self.collective_timeout_s,
+            lease_s=self.lease_s,
+            max_failures_without_progress=self.max_failures_without_progress,
+            save_margin=self.save_margin,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostConfig:
+    """What a paid second costs."""
+
+    usd_per_gpu_hour: float = 0.0
+    """Price of one worker's GPU (on CPU runs: of one worker)."""
+    price_file: str = ""
+    """YAML that maps a node's `solvent-offer` Ray label to USD per GPU-hour; it wins over `usd_per_gpu_hour`."""
+
+    def __post_init__(self) -> None:
+        if self.usd_per_gpu_hour < 0:
+            raise ConfigError(f"cost.usd_per_gpu_hour={self.usd_per_gpu_hour} must not be negative. Use 0 if unknown.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases; offline needs no account."""
+
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "solvent"
+    entity: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides what a run computes, where it runs and what it leaves behind."""
+
+    run: str = "run"
+    """Name of the run; training again under the same name resumes it."""
+    storage: str = "runs"
+    """Parent of the run's directory; all nodes must see it."""
+    precision: Precision = "fp32"
+    recompute: Recompute = "none"
+    """Activation checkpointing: `full` keeps only block inputs, `selective` also the costly products."""
+    strategy: str = "fsdp2"
+    """How the model is spread over the ranks: the name of a file in `elastic/strategies`."""
+    shard_size: int = 0
+    """hsdp only: ranks that share one copy of the state. 0: those of one node."""
+    compile: bool = False
+    """torch.compile, block by block."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    fault: FaultConfig = field(default_factory=FaultConfig)
+    cost: CostConfig = field(default_factory=CostConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        plugins.check_name("elastic.strategies", self.strategy, key="strategy")
+        if not self.run or any(c in self.run for c in "/\\ \t\n") or self.run.startswith("."):
+            raise ConfigError(
+                f"run={self.run!r} names a directory: no slash, no space, no leading dot. Try run=my-run instead."
+            )
+        if self.strategy == "single" and self.cluster.max_workers > 1:
+            raise ConfigError(
+                f"strategy=single trains on one rank, but cluster.max_workers={self.cluster.max_workers}. "
+                "Set strategy=fsdp2 (or ddp), or cluster.max_workers=1."
+            )
+        if self.train.global_batch < self.cluster.max_workers:
+            raise ConfigError(
+                f"train.global_batch={self.train.global_batch} is smaller than "
+                f"cluster.max_workers={self.cluster.max_workers}: some ranks would have no sample. "
+                f"Set train.global_batch to at least {self.cluster.max_workers}, or lower cluster.max_workers."
+            )
+
+    @property
+    def total_tokens(self) -> int:
+        """Target tokens of the whole run; the schedule's length."""
+        return self.train.steps * self.train.global_batch * self.data.seq_len

@@ -1,0 +1,1 @@
+"""From text to this rank's tokens of one step."""

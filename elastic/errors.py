@@ -1,0 +1,52 @@
+"""Every error that a user can cause or must act on.
+
+    SolventError                    exit code 1
+    |-- UserError                   exit code 2: the input is wrong; nothing was spent, nothing saved is harmed
+    |   |-- ConfigError             a key, a value, or two that contradict each other
+    |   |-- DataError               missing, empty, corrupt or mismatched training data
+    |   `-- StorageError            the run directory cannot be written, is full, or is in use
+    |-- CheckpointError             a checkpoint is torn, foreign or does not fit the model
+    |-- NoPlanError                 exit code 4: no offer meets the limits
+    `-- StepError                   loss or gradient norm is not finite; weights are as before the step
+
+A message has three parts: the value found, why it cannot work, what to type instead.
+Ends of training that are not mistakes are values (`ports.Outcome`), not exceptions.
+"""
+
+
+class SolventError(Exception):
+    """Base of all errors raised on purpose; `exit_code` is what the command line returns for it."""
+
+    exit_code = 1
+
+
+class UserError(SolventError):
+    """The user's input is wrong."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A configuration key or value cannot work."""
+
+
+class DataError(UserError):
+    """Training data is missing, empty, corrupt or does not match its tokenizer."""
+
+
+class StorageError(UserError):
+    """The run directory cannot be used."""
+
+
+class CheckpointError(SolventError):
+    """A checkpoint cannot be trusted or does not fit."""
+
+
+class NoPlanError(SolventError):
+    """No offer meets the limits."""
+
+    exit_code = 4
+
+
+class StepError(SolventError):
+    """A training step produced a value that is not finite; it was not applied."""

@@ -1,0 +1,121 @@
+"""What the outside implements for a trainer, and the plain data that crosses the border.
+
+`elastic` trains on the ranks it is given. Who gives them (torchrun, or Solvent's own coordinator), who
+warns of a preemption and who watches the progress is hidden behind the Protocols of this file.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Phase = Literal["start", "train", "redo", "save", "load", "reconfigure", "wait", "data", "eval", "idle"]
+"""What a paid node does; the states of `ledger.jsonl`."""
+
+Source = Literal["scratch", "device", "memory", "peer", "disk", "remote"]
+"""Where the state of an attempt came from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far training has come: optimizer updates applied and target tokens consumed."""
+
+    step: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldSpec:
+    """One rank's place in one world. `attempt` numbers worlds over the life of a run, from 1."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    attempt: int
+    store_host: str
+    store_port: int
+    node: str = "local"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Notice:
+    """The wish that this rank leaves: a preemption with its deadline, or a planned change (no deadline)."""
+
+    source: str
+    deadline_s: float | None = None
+    """Unix time at which the node is gone."""
+
+
+class Clock(Protocol):
+    """Wall time; tests bring their own."""
+
+    def now_s(self) -> float:
+        """Return Unix time in seconds."""
+        ...
+
+
+class NoticeSource(Protocol):
+    """Tells a trainer that it should leave soon."""
+
+    def get_notice(self) -> Notice | None:
+        """Return the pending notice at once, without any I/O."""
+        ...
+
+
+class MetricSink(Protocol):
+    """Takes one row per optimizer step (the columns of `metrics.jsonl`)."""
+
+    def write(self, row: Mapping[str, object]) -> None:
+        """Take one row; must not raise for a fault of the sink's own back end."""
+        ...
+
+    def close(self) -> None:
+        """Flush what is left."""
+        ...
+
+
+class Observer(Protocol):
+    """Watches one trainer; never changes training."""
+
+    def phase(self, phase: Phase, start_s: float, end_s: float) -> None:
+        """Take one finished stretch of time (Unix seconds); stretches of one trainer never overlap."""
+        ...
+
+    def restored(self, progress: Progress, source: Source) -> None:
+        """Take the state this attempt starts from, before its first step."""
+        ...
+
+    def stepped(self, progress: Progress, row: Mapping[str, object]) -> None:
+        """Take a finished optimizer step and its row (the row is complete on rank 0 only)."""
+        ...
+
+    def committed(self, progress: Progress) -> None:
+        """Take a checkpoint that became visible (rank 0 only)."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """All steps are done and the last state is committed."""
+
+    progress: Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interrupted:
+    """All ranks left together, for a reason that is not a mistake; `saved` is the newest committed progress."""
+
+    progress: Progress
+    saved: Progress
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lost:
+    """A peer went away; nothing after the newest committed checkpoint survives in this process."""
+
+    progress: Progress
+    reason: str
+
+
+Outcome = Finished | Interrupted | Lost
