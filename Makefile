@@ -1,0 +1,39 @@
+# Everything runs from .venv, which the first target to need it sets up; python3 and make are all that must be there.
+
+PYTHONS := python3 python3.13 python3.12 python3.11
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+PARALLEL_TESTS := tests/unit tests/contract
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: $(INSTALLED) ## train on this machine: nodes are lost, killed and added; ends with a report
+	@$(BIN)/solvent demo
+
+test: lint ## lint, then all tests (those of processes, Ray and a browser one at a time)
+	$(BIN)/python -m pytest -n 2 $(PARALLEL_TESTS)
+	$(BIN)/python -m pytest $(PARALLEL_TESTS:%=--ignore=%)
+
+lint: $(INSTALLED) ## style, types and who may import whom
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@for python in $(PYTHONS); do \
+	  if $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; then break; fi; \
+	  python=; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "Solvent needs Python 3.11, 3.12 or 3.13, and none of $(PYTHONS) is one of them. Install one and call make again." >&2; \
+	  exit 1; \
+	fi; \
+	echo "Setting up .venv with $$python; this takes a minute or two."; \
+	$$python -m venv .venv
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,7 @@
+"""Settings that all tests share."""
+
+from hypothesis import settings
+
+# A loaded machine is slow, not wrong: time limits are pytest-timeout's business.
+settings.register_profile("solvent", deadline=None)
+settings.load_profile("solvent")
