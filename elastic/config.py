@@ -1,11 +1,15 @@
-"""One run, described: frozen dataclasses, a YAML file and `key=value` overrides.
+"""One run, described by frozen dataclasses (`config_load` reads them from YAML and `key=value` overrides).
 
 No torch here, so that every command can check a configuration before anything slow or paid starts.
 Each rule that one dataclass can check alone is in its `__post_init__`; rules over several are in `RunConfig`.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field
+from typing import Any, Literal
 
 from elastic import plugins
 from elastic.errors import ConfigError
@@ -16,8 +20,18 @@ Recompute = Literal["none", "selective", "full"]
 
 def _require_positive(prefix: str, **values: float) -> None:
     for name, value in values.items():
-        if value <= 0:
-            raise ConfigError(f"{prefix}.{name}={value} must be more than 0. Set {prefix}.{name} to a positive number.")
+        if not 0 < value < math.inf:
+            raise ConfigError(
+                f"{prefix}.{name}={value} must be finite and more than 0. Set {prefix}.{name} to a positive number."
+            )
+
+
+def _require_not_negative(prefix: str, **values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value < math.inf:
+            raise ConfigError(
+                f"{prefix}.{name}={value} must be finite and not negative. Set {prefix}.{name} to 0 or more."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +60,9 @@ class ModelConfig:
             num_kv_heads=self.num_kv_heads,
             ffn_dim=self.ffn_dim,
             vocab_size=self.vocab_size,
+            rope_theta=self.rope_theta,
+            norm_eps=self.norm_eps,
+            init_std=self.init_std,
         )
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise ConfigError(
@@ -90,7 +107,6 @@ class TrainConfig:
     eval_every_steps: int = 0
     """0: only after the last step."""
     eval_samples: int = 256
-    log_every_steps: int = 1
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
@@ -100,9 +116,9 @@ class TrainConfig:
             global_batch=self.global_batch,
             micro_batch=self.micro_batch,
             eval_samples=self.eval_samples,
-            log_every_steps=self.log_every_steps,
             max_grad_norm=self.max_grad_norm,
         )
+        _require_not_negative("train", seed=self.seed, eval_every_steps=self.eval_every_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,16 +135,36 @@ class OptimConfig:
     """On matrices only; norms are not decayed."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     warmup_tokens: int = 0
+    """A run that is shorter ends while it still warms up."""
     decay_tokens: int = 0
-    """wsd only: length of the final linear decay. 0: a fifth of the run."""
+    """wsd only: length of the final decay. 0: a fifth of the run."""
+    decay_shape: Literal["linear", "sqrt"] = "linear"
+    """wsd only: straight down, or 1 - sqrt(x)."""
 
     def __post_init__(self) -> None:
         _require_positive("optim", lr=self.lr, eps=self.eps)
+        _require_not_negative(
+            "optim",
+            weight_decay=self.weight_decay,
+            warmup_tokens=self.warmup_tokens,
+            decay_tokens=self.decay_tokens,
+        )
         for name, value in (("beta1", self.beta1), ("beta2", self.beta2)):
             if not 0 <= value < 1:
-                raise ConfigError(f"optim.{name}={value} must be at least 0 and below 1: it weights a running mean.")
+                raise ConfigError(
+                    f"optim.{name}={value} must be at least 0 and below 1: it weights a running mean. "
+                    f"Try optim.{name}={getattr(type(self), name)}."
+                )
         if not 0 <= self.min_lr_ratio <= 1:
-            raise ConfigError(f"optim.min_lr_ratio={self.min_lr_ratio} must be between 0 and 1: it is a share of lr.")
+            raise ConfigError(
+                f"optim.min_lr_ratio={self.min_lr_ratio} must be between 0 and 1: it is a share of optim.lr. "
+                "Try optim.min_lr_ratio=0.1."
+            )
+        if self.decay_tokens and self.schedule != "wsd":
+            raise ConfigError(
+                f"optim.decay_tokens={self.decay_tokens} is not read by optim.schedule={self.schedule}, which decays "
+                "over the whole run. Set optim.schedule=wsd, or optim.decay_tokens=0."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +190,12 @@ class ClusterConfig:
     """Intra-op threads of a trainer; on a GPU node 1 is enough."""
 
     def __post_init__(self) -> None:
-        _require_positive("cluster", min_workers=self.min_workers, cpus_per_worker=self.cpus_per_worker)
+        _require_positive(
+            "cluster",
+            min_workers=self.min_workers,
+            cpus_per_worker=self.cpus_per_worker,
+            threads_per_worker=self.threads_per_worker,
+        )
         if self.min_workers > self.max_workers:
             raise ConfigError(
                 f"cluster.min_workers={self.min_workers} is more than cluster.max_workers={self.max_workers}: no world "
@@ -195,13 +236,12 @@ class CostConfig:
     """What a paid second costs."""
 
     usd_per_gpu_hour: float = 0.0
-    """Price of one worker's GPU (on CPU runs: of one worker)."""
+    """Price of one worker's GPU (on CPU runs: of one worker). 0: unknown."""
     price_file: str = ""
     """YAML that maps a node's `solvent-offer` Ray label to USD per GPU-hour; it wins over `usd_per_gpu_hour`."""
 
     def __post_init__(self) -> None:
-        if self.usd_per_gpu_hour < 0:
-            raise ConfigError(f"cost.usd_per_gpu_hour={self.usd_per_gpu_hour} must not be negative. Use 0 if unknown.")
+        _require_not_negative("cost", usd_per_gpu_hour=self.usd_per_gpu_hour)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,10 +283,13 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         plugins.check_name("elastic.strategies", self.strategy, key="strategy")
-        if not self.run or any(c in self.run for c in "/\\ \t\n") or self.run.startswith("."):
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.run):
             raise ConfigError(
-                f"run={self.run!r} names a directory: no slash, no space, no leading dot. Try run=my-run instead."
+                f"run={self.run!r} names a directory, an object-store prefix and a W&B run: letters, digits, dot, dash "
+                "and underscore only, and no leading dot or dash. Try run=my-run."
             )
+        if not self.storage:
+            raise ConfigError("storage='' leaves no place for the run's directory. Set storage=runs.")
         if self.strategy == "single" and self.cluster.max_workers > 1:
             raise ConfigError(
                 f"strategy=single trains on one rank, but cluster.max_workers={self.cluster.max_workers}. "
@@ -258,8 +301,24 @@ class RunConfig:
                 f"cluster.max_workers={self.cluster.max_workers}: some ranks would have no sample. "
                 f"Set train.global_batch to at least {self.cluster.max_workers}, or lower cluster.max_workers."
             )
+        if self.shard_size < 0 or (self.shard_size and self.strategy != "hsdp"):
+            raise ConfigError(
+                f"shard_size={self.shard_size} is read by strategy=hsdp only, as a number of ranks, but "
+                f"strategy={self.strategy}. Set strategy=hsdp with a positive shard_size, or shard_size=0."
+            )
+        if self.device == "cpu" and self.cluster.gpus_per_worker:
+            raise ConfigError(
+                f"device=cpu would leave the GPUs of cluster.gpus_per_worker={self.cluster.gpus_per_worker} idle while "
+                "they are paid for. Set device=auto, or cluster.gpus_per_worker=0."
+            )
 
     @property
     def total_tokens(self) -> int:
         """Target tokens of the whole run; the schedule's length."""
         return self.train.steps * self.train.global_batch * self.data.seq_len
+
+
+def from_dict(fields: Mapping[str, Any]) -> RunConfig:
+    """Build a configuration from what `dataclasses.asdict` made of one, on this or another machine."""
+    parts = {f.name: f.default_factory for f in dataclasses.fields(RunConfig) if f.default_factory is not MISSING}
+    return RunConfig(**{name: parts[name](**value) if name in parts else value for name, value in fields.items()})

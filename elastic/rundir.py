@@ -3,12 +3,16 @@
 `metrics.jsonl` and its sisters are the truth about a run: one writer each, whole lines only, flushed as written.
 """
 
+import errno
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from elastic.errors import StorageError
 
 
 @dataclass(frozen=True)
@@ -19,33 +23,41 @@ class RunDir:
 
     @property
     def config(self) -> Path:
+        """The resolved configuration."""
         return self.root / "config.yaml"
 
     @property
     def metrics(self) -> Path:
+        """One row per optimizer step; after a rewind the last row of a step wins."""
         return self.root / "metrics.jsonl"
 
     @property
     def attempts(self) -> Path:
+        """One row per world."""
         return self.root / "attempts.jsonl"
 
     @property
     def ledger(self) -> Path:
+        """One row per stretch of a node's paid time."""
         return self.root / "ledger.jsonl"
 
     @property
     def incidents(self) -> Path:
+        """One row per node or trainer that went away."""
         return self.root / "incidents.jsonl"
 
     @property
     def checkpoints(self) -> Path:
+        """One folder per checkpoint."""
         return self.root / "checkpoints"
 
     @property
     def report(self) -> Path:
+        """The page that `solvent report` makes."""
         return self.root / "report.html"
 
     def samples(self, *, attempt: int, rank: int) -> Path:
+        """Return where a rank writes the sample ids it consumed in an attempt."""
         return self.root / f"samples-{attempt}-{rank}.jsonl"
 
 
@@ -61,17 +73,28 @@ def parse_utc(text: str) -> float:
 
 
 def append_row(path: Path, row: Mapping[str, object]) -> None:
-    """Append one JSON line with one write, so that a reader never sees half of a line that was written whole."""
+    """Append one JSON line with one write, so that a reader never sees half of a line that was written whole.
+
+    Raises:
+        StorageError: the storage is full, read-only or gone; a torn line may be left.
+    """
     line = (json.dumps(row, allow_nan=True) + "\n").encode()
-    with open(path, "ab", buffering=0) as file:
-        file.write(line)
+    try:
+        with path.open("ab", buffering=0) as file:
+            if file.write(line) < len(line):  # what the last free page could hold
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise StorageError(
+            f"storage: {path} cannot be written ({error.strerror}), and a run that leaves no trace cannot be explained "
+            "or resumed exactly. Free or unlock the storage, then start the same command again: it resumes."
+        ) from error
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the whole lines of a JSONL file; a last line cut short by a crash is left out, a missing file is empty."""
     if not path.exists():
         return
-    with open(path, encoding="utf-8") as file:
+    with path.open(encoding="utf-8") as file:
         for line in file:
             if not line.endswith("\n"):
                 return
@@ -79,3 +102,17 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
             except ValueError:  # a torn line that a later attempt wrote on
                 continue
+
+
+def end_torn_line(path: Path) -> None:
+    """End a last line that a crash cut short, so that the next row starts on a line of its own.
+
+    A writer calls this once when it opens a file that an earlier process may have left.
+    """
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        if file.read(1) not in (b"", b"\n"):
+            file.write(b"\n")

@@ -1,0 +1,140 @@
+"""A configuration file and `key=value` overrides become one `RunConfig`, and back.
+
+Every value is checked against the type of its key, one key at a time, so that an error always names the key, the
+value, and where it was written. An override is taken as the text typed: `run=007` stays `007`. Nothing is looked up
+outside the file: what a run's `config.yaml` says is all there is to know, and no environment variable leaks into it.
+
+omegaconf is imported where it is used: a machine without it can still train from a `RunConfig` built in Python.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from elastic.config import RunConfig
+from elastic.errors import ConfigError
+
+
+class _Setting(NamedTuple):
+    """One value on its way into the configuration, such as ("train.steps", "20", "on the command line")."""
+
+    key: str
+    value: Any
+    origin: str
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file and apply overrides such as ``train.steps=20`` in order; keys left out keep their defaults.
+
+    Raises:
+        ConfigError: missing or malformed file, unknown key, wrong type, or values that contradict each other.
+    """
+    return _build([*_read_file(Path(path)), *_read_overrides(overrides)])
+
+
+def dump(config: RunConfig) -> str:
+    """Return the YAML text of every knob; `load` turns it back into an equal configuration."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _build(settings: Iterable[_Setting]) -> RunConfig:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    building = OmegaConf.structured(RunConfig)
+    for node in (building, *filter(OmegaConf.is_config, building.values())):
+        OmegaConf.set_readonly(node, False)  # a frozen dataclass is read-only to omegaconf, even before it exists
+    defaults = dict(_flatten(dataclasses.asdict(RunConfig())))
+    for setting in settings:
+        key, value, origin = setting
+        _check_known(setting, defaults)
+        _check_literal(setting, default=defaults[key])
+        try:
+            OmegaConf.update(building, key, value)
+        except (OmegaConfBaseException, OverflowError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(
+                f"{key}={value!r} ({origin}) cannot be used: {reason}. Write for example {key}={_text(defaults[key])}."
+            ) from None
+    return cast(RunConfig, OmegaConf.to_object(building))
+
+
+def _read_file(path: Path) -> list[_Setting]:
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    if not path.is_file():
+        siblings = [str(p) for p in (path if path.is_dir() else path.parent).glob("*.y*ml")]
+        near = difflib.get_close_matches(str(path), siblings, n=1)
+        hint = f"Did you mean {near[0]}?" if near else "Give the path of a YAML file, such as configs/demo.yaml."
+        raise ConfigError(f"there is no configuration file {path}. {hint}")
+    try:
+        loaded = OmegaConf.load(path)
+    except (YAMLError, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{path} cannot be read as YAML: {reason}. Write one `key: value` per line, each key once."
+        ) from None
+    content = OmegaConf.to_container(loaded, resolve=False)
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{path} holds a list, not `key: value` lines. Start from configs/demo.yaml.")
+    return [_Setting(key, value, f"in {path}") for key, value in _flatten(content)]
+
+
+def _read_overrides(overrides: Sequence[str]) -> Iterator[_Setting]:
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override!r} sets nothing: there is no value. Type key=value, such as train.steps=20.")
+        yield _Setting(key.strip(), text, "on the command line")
+
+
+def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (key path, value) of every leaf."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(cast(Mapping[Any, Any], value), f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _check_known(setting: _Setting, defaults: Mapping[str, Any]) -> None:
+    key, value, origin = setting
+    if key in defaults:
+        return
+    inside = [known for known in defaults if known.startswith(f"{key}.")]
+    if inside:
+        raise ConfigError(
+            f"{key}={value!r} ({origin}) gives one value to a whole section. Set one of its keys, such as "
+            f"{inside[0]}={_text(defaults[inside[0]])}."
+        )
+    same_name = [known for known in defaults if known.rpartition(".")[2] == key.rpartition(".")[2]]
+    near = same_name[:1] or difflib.get_close_matches(key, defaults, n=1)
+    hint = f"Did you mean {near[0]}?" if near else f"Keys are: {', '.join(defaults)}."
+    raise ConfigError(f"{key}={value!r} ({origin}): there is no such key. {hint}")
+
+
+def _check_literal(setting: _Setting, *, default: Any) -> None:
+    """Refuse what omegaconf would replace by something else: references, markers, and numbers where text is due."""
+    key, value, origin = setting
+    if value is None or value == "???":
+        raise ConfigError(f"{key} ({origin}) has no value. Write for example {key}={_text(default)}, or drop the line.")
+    if isinstance(value, str) and "${" in value:
+        raise ConfigError(
+            f"{key}={value!r} ({origin}) refers to something else, but a configuration must say by itself what ran. "
+            f"Write the value, or let the shell fill it in: {key}=$NAME on the command line."
+        )
+    if isinstance(default, str) and not isinstance(value, str):
+        raise ConfigError(
+            f"{key}={value!r} ({origin}) is a {type(value).__name__}, but text is due and would be altered on the way. "
+            f'Put it in quotes, {key}: "{value}", or write for example {key}={_text(default)}.'
+        )
+
+
+def _text(default: Any) -> str:
+    """Return a default as it is typed; an empty one as a placeholder."""
+    return str(default).lower() if isinstance(default, bool) else str(default) or "some-text"

@@ -1,0 +1,86 @@
+"""Contradictions that are found before anything is rented."""
+
+import subprocess
+import sys
+
+import pytest
+
+from elastic.config import (
+    CheckpointConfig,
+    ClusterConfig,
+    CostConfig,
+    DataConfig,
+    FaultConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
+from elastic.errors import ConfigError
+
+ONE_SECTION = [
+    (ModelConfig, {"num_layers": 0}, "model.num_layers=0"),
+    (ModelConfig, {"norm_eps": 0.0}, "model.norm_eps=0.0"),
+    (ModelConfig, {"dim": 100, "num_heads": 8}, "multiple of 16"),
+    (ModelConfig, {"dim": 12, "num_heads": 4}, "multiple of 8"),
+    (ModelConfig, {"num_heads": 4, "num_kv_heads": 3}, "divisor"),
+    (ModelConfig, {"kind": "lama"}, 'Did you mean "llama"?'),
+    (DataConfig, {"seq_len": 0}, "data.seq_len=0"),
+    (TrainConfig, {"steps": 0}, "train.steps=0"),
+    (TrainConfig, {"seed": -1}, "train.seed=-1"),
+    (TrainConfig, {"eval_every_steps": -1}, "train.eval_every_steps=-1"),
+    (TrainConfig, {"max_grad_norm": float("nan")}, "train.max_grad_norm=nan"),
+    (OptimConfig, {"lr": -0.1}, "optim.lr=-0.1"),
+    (OptimConfig, {"beta2": 1.0}, "Try optim.beta2=0.95"),
+    (OptimConfig, {"min_lr_ratio": 1.5}, "optim.min_lr_ratio=1.5"),
+    (OptimConfig, {"warmup_tokens": -1}, "optim.warmup_tokens=-1"),
+    (OptimConfig, {"decay_tokens": 5}, "optim.schedule=wsd"),
+    (CheckpointConfig, {"keep_last": 0}, "checkpoint.keep_last=0"),
+    (CheckpointConfig, {"every_steps": 0}, "checkpoint.every_steps=0"),
+    (ClusterConfig, {"min_workers": 3, "max_workers": 2}, "cluster.min_workers=3"),
+    (ClusterConfig, {"min_workers": 0}, "cluster.min_workers=0"),
+    (ClusterConfig, {"gpus_per_worker": 8}, "Raise cluster.max_workers"),
+    (ClusterConfig, {"threads_per_worker": 0}, "cluster.threads_per_worker=0"),
+    (FaultConfig, {"lease_s": 0.0}, "fault.lease_s=0.0"),
+    (CostConfig, {"usd_per_gpu_hour": -1.0}, "cost.usd_per_gpu_hour=-1.0"),
+    (RunConfig, {"run": "a/b"}, "run='a/b'"),
+    (RunConfig, {"run": ""}, "run=''"),
+    (RunConfig, {"run": "-x"}, "run='-x'"),
+    (RunConfig, {"run": ".."}, "run='..'"),
+    (RunConfig, {"storage": ""}, "storage=runs"),
+    (RunConfig, {"strategy": "fsdp3"}, 'Did you mean "fsdp2"?'),
+]
+
+
+@pytest.mark.parametrize(("section", "values", "part"), ONE_SECTION)
+def test_a_value_that_cannot_work_is_refused(section, values, part):
+    with pytest.raises(ConfigError) as caught:
+        section(**values)
+    assert part in str(caught.value)
+
+
+TINY = {"train": TrainConfig(steps=10, global_batch=2), "data": DataConfig(seq_len=5)}  # 10 * 2 * 5 = 100 tokens
+
+TOGETHER = [
+    ({"strategy": "single", "cluster": ClusterConfig(max_workers=2)}, "strategy=single"),
+    ({**TINY, "cluster": ClusterConfig(max_workers=3)}, "train.global_batch=2"),
+    ({"strategy": "fsdp2", "shard_size": 4}, "strategy=hsdp"),
+    ({"strategy": "hsdp", "shard_size": -1}, "shard_size=-1"),
+    ({"device": "cpu", "cluster": ClusterConfig(gpus_per_worker=1)}, "device=auto"),
+]
+
+
+@pytest.mark.parametrize(("values", "part"), TOGETHER)
+def test_values_that_contradict_each_other_are_refused(values, part):
+    with pytest.raises(ConfigError) as caught:
+        RunConfig(**values)
+    assert part in str(caught.value)
+
+
+def test_a_schedule_may_fill_the_run_to_the_last_token():
+    RunConfig(**TINY, optim=OptimConfig(schedule="wsd", warmup_tokens=50, decay_tokens=50))
+
+
+def test_a_configuration_needs_neither_torch_nor_omegaconf():
+    code = "import sys, elastic.config as c; c.RunConfig(); print({'torch', 'omegaconf', 'yaml'} & {*sys.modules})"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "set()\n"
