@@ -1,0 +1,130 @@
+"""What a prepared folder holds: `dataset.json`, `tokenizer.json` and token shards.
+
+A shard is an uncompressed Arrow IPC file with one record batch and one column, `tokens: list<uint16 | uint32>`, one row
+per document. Its values are one contiguous buffer, so a memory map of the file is the token stream itself, and any
+Arrow reader (pandas, polars, duckdb) can look at the documents. Every document ends with the end-of-text token. A
+document that does not fit in the rest of a shard goes on as the first row of the next.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from elastic.errors import DataError
+
+DATASET_FILE = "dataset.json"
+TOKENIZER_FILE = "tokenizer.json"
+VERSION = 1
+
+Split = Literal["train", "val"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+Tokens = npt.NDArray[np.uint16 | np.uint32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One file of tokens; `sha256` is over the whole file."""
+
+    file: str
+    num_tokens: int
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitInfo:
+    """The shards of one split, in the order of their token stream."""
+
+    num_documents: int
+    num_tokens: int
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetInfo:
+    """The content of `dataset.json`."""
+
+    vocab_size: int
+    """The largest token id a tokenizer of this folder can make, plus one."""
+    eot_id: int
+    tokenizer_sha256: str
+    train_entropy_nats: float
+    """Entropy per token of the training tokens taken alone: what a model that ignores context reaches at best."""
+    val_cross_entropy_nats: float | None
+    """Validation tokens under the training frequencies, add-one smoothed; None without validation tokens."""
+    train: SplitInfo
+    val: SplitInfo
+
+    def get_split(self, split: Split) -> SplitInfo:
+        """Return the part of that name."""
+        return self.train if split == "train" else self.val
+
+
+def write_info(folder: Path, info: DatasetInfo) -> None:
+    """Write `dataset.json`."""
+    text = json.dumps({"version": VERSION, **asdict(info)}, indent=2)
+    (folder / DATASET_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_info(folder: Path) -> DatasetInfo:
+    """Read `dataset.json`.
+
+    Raises:
+        DataError: not made by `solvent prepare`, or by another version of it.
+    """
+    path = folder / DATASET_FILE
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        version = raw.pop("version")
+        if version == VERSION:
+            train, val = (_parse_split(raw.pop(split)) for split in SPLITS)
+            return DatasetInfo(train=train, val=val, **raw)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{path} is damaged ({type(error).__name__}: {error}): it is not what `solvent prepare` writes. "
+            "Prepare the data again into a new folder."
+        ) from error
+    raise DataError(
+        f"{path} has version {version!r}, this program reads version {VERSION}. Prepare the data again into a new "
+        "folder."
+    )
+
+
+def _parse_split(raw: Mapping[str, Any]) -> SplitInfo:
+    shards = tuple(Shard(**shard) for shard in raw["shards"])
+    return SplitInfo(num_documents=raw["num_documents"], num_tokens=raw["num_tokens"], shards=shards)
+
+
+def write_shard(path: Path, tokens: Tokens, row_offsets: npt.NDArray[np.int32]) -> Shard:
+    """Write one shard.
+
+    Args:
+        tokens: the whole stream of this shard.
+        row_offsets: where each row begins, and the length of the stream at the end.
+    """
+    column = pa.ListArray.from_arrays(pa.array(row_offsets), pa.array(tokens))
+    batch = pa.record_batch([column], names=["tokens"])
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
+        writer.write_batch(batch)
+    return Shard(file=path.name, num_tokens=len(tokens), size_bytes=path.stat().st_size, sha256=hash_file(path))
+
+
+def map_shard(path: Path) -> Tokens:
+    """Return the tokens of a shard as a read-only view of the memory-mapped file."""
+    batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+    # not `to_numpy`, which imports pandas: 300 modules in the way of every trainer's first step
+    return cast(Tokens, np.from_dlpack(batch.column("tokens").values))
+
+
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

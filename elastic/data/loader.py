@@ -1,0 +1,154 @@
+"""From a step to this rank's tensors.
+
+Letters: B samples of one microbatch, S target tokens of one sample.
+
+Every rank gets the same number of microbatches of the same shape, whatever its share of the global batch: collectives
+stay in step, and a compiled model sees one shape. What is missing is filled with rows whose labels are all IGNORE.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from elastic.config import RunConfig
+from elastic.data.format import Split
+from elastic.data.order import rank_slice, sample_ids
+from elastic.data.shards import Dataset, check_not_empty
+from elastic.loss import IGNORE
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of one global batch."""
+
+    microbatches: list[tuple[Tensor, Tensor]]
+    """(tokens_BS, labels_BS), int64, on the device."""
+    sample_ids: tuple[int, ...]
+    """The samples in it; padding has none."""
+
+
+class Loader:
+    """Yields (step, Batch) from `start_step` to the last step, read ahead by one background thread.
+
+    Use it in a `with` block: leaving it ends the thread. An error in the thread is raised at the step it belongs to.
+    """
+
+    def __init__(
+        self, dataset: Dataset, *, config: RunConfig, rank: int, world_size: int, device: torch.device, start_step: int
+    ) -> None:
+        self._dataset = dataset
+        self._config = config
+        self._rank = rank
+        self._world_size = world_size
+        self._device = device
+        self._num_samples = dataset.num_samples("train", config.data.seq_len)
+        self._next_step = start_step
+        self._pending: deque[tuple[int, Future[_HostBatch]]] = deque()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader", initializer=_enter_device, initargs=(device,))
+
+    def __enter__(self) -> Self:
+        check_not_empty(self._dataset, "train", self._config.data.seq_len)
+        for _ in range(self._config.data.prefetch_steps):
+            self._read_ahead()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def __iter__(self) -> Iterator[tuple[int, Batch]]:
+        return self
+
+    def __next__(self) -> tuple[int, Batch]:
+        if not self._pending:
+            raise StopIteration
+        step, future = self._pending.popleft()
+        batch = future.result()
+        self._read_ahead()
+        return step, batch.to(self._device)
+
+    def _read_ahead(self) -> None:
+        if self._next_step < self._config.train.steps:
+            self._pending.append((self._next_step, self._thread.submit(self._build, self._next_step)))
+            self._next_step += 1
+
+    def _build(self, step: int) -> "_HostBatch":
+        train = self._config.train
+        ids = sample_ids(seed=train.seed, step=step, global_batch=train.global_batch, num_samples=self._num_samples)
+        micro_batch = get_micro_batch(self._config, self._world_size)
+        num_microbatches = math.ceil(math.ceil(train.global_batch / self._world_size) / micro_batch)
+        return _build_batch(
+            self._dataset,
+            "train",
+            rank_slice(ids, rank=self._rank, world_size=self._world_size),
+            shape=(num_microbatches, micro_batch, self._config.data.seq_len),
+            pin=self._device.type == "cuda",
+        )
+
+
+def _enter_device(device: torch.device) -> None:
+    """A new thread is on GPU 0; pinning memory from there would open a context on another rank's GPU."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def get_micro_batch(config: RunConfig, world_size: int) -> int:
+    """Return the samples per microbatch: as configured, or less if no rank has that many."""
+    return min(config.train.micro_batch, math.ceil(config.train.global_batch / world_size))
+
+
+def eval_batches(
+    dataset: Dataset, *, config: RunConfig, rank: int, world_size: int, device: torch.device
+) -> Iterator[Batch]:
+    """Return the first `train.eval_samples` validation samples (or all), one microbatch per batch.
+
+    Raises:
+        DataError: validation holds no full sample.
+    """
+    seq_len = config.data.seq_len
+    check_not_empty(dataset, "val", seq_len)
+    micro_batch = get_micro_batch(config, world_size)
+    ids = np.arange(min(config.train.eval_samples, dataset.num_samples("val", seq_len)))
+
+    def build(start: int) -> Batch:
+        part = rank_slice(ids[start : start + micro_batch * world_size], rank=rank, world_size=world_size)
+        shape = (1, micro_batch, seq_len)
+        return _build_batch(dataset, "val", part, shape=shape, pin=device.type == "cuda").to(device)
+
+    return map(build, range(0, len(ids), micro_batch * world_size))
+
+
+@dataclass(frozen=True)
+class _HostBatch:
+    """All microbatches in one tensor, so that they cross to the device in one copy."""
+
+    data_2MBS: Tensor  # noqa: N815  # shape letters: tokens and labels, microbatches, rows, target tokens
+    sample_ids: tuple[int, ...]
+
+    def to(self, device: torch.device) -> Batch:
+        tokens_MBS, labels_MBS = self.data_2MBS.to(device, non_blocking=True).unbind()
+        return Batch(list(zip(tokens_MBS.unbind(), labels_MBS.unbind(), strict=True)), self.sample_ids)
+
+
+def _build_batch(
+    dataset: Dataset, split: Split, ids: npt.NDArray[np.int64], *, shape: tuple[int, int, int], pin: bool
+) -> _HostBatch:
+    """Read samples into microbatches of `shape` (M, B, S) and pad the rest."""
+    num_microbatches, micro_batch, seq_len = shape
+    data = torch.empty((2, num_microbatches * micro_batch, seq_len), dtype=torch.int64, pin_memory=pin)
+    tokens_RS, labels_RS = data.numpy()
+    tokens_RS[len(ids) :] = 0
+    labels_RS[len(ids) :] = IGNORE
+    for row, sample_id in enumerate(ids.tolist()):
+        sample = dataset.read(split, sample_id, seq_len)
+        tokens_RS[row] = sample[:-1]
+        labels_RS[row] = sample[1:]
+    return _HostBatch(data.view(2, *shape), tuple(ids.tolist()))

@@ -1,0 +1,277 @@
+"""`solvent prepare`: text in, a folder of token shards out.
+
+One pass trains the tokenizer (unless one is given), one encodes. Documents stream through a window of batches, so
+memory holds one shard of each split and the batches in flight, however large the corpus. The result does not depend on
+the number of processes. It is written beside the target and renamed at the end: the folder is complete or not there.
+"""
+
+import os
+import secrets
+import shutil
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from elastic.data.documents import Source, find_sources
+from elastic.data.format import DATASET_FILE, SPLITS, TOKENIZER_FILE, DatasetInfo, Split, hash_file, write_info
+from elastic.data.tokenizer import (
+    Encoded,
+    Encoder,
+    find_eot_id,
+    get_split,
+    get_vocab_size,
+    load_tokenizer,
+    train_tokenizer,
+)
+from elastic.data.verify import write_stamp
+from elastic.data.writer import SplitWriter
+from elastic.errors import DataError
+
+SHARD_TOKENS = 1 << 27
+"""256 MiB of 16-bit tokens; a corpus of 2 T tokens makes 15 000 files."""
+TOKENIZER_CHARS = 1 << 29
+"""A tokenizer is trained on at most so much text, an equal share from the head of each file."""
+BATCH_CHARS = 1 << 20
+"""Text that one process encodes at a time."""
+SMALL_CORPUS_BYTES = 64 << 20
+"""Below this, starting processes takes longer than it saves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareProgress:
+    """How far `prepare` has come in its present stage."""
+
+    stage: Literal["tokenizer", "tokens"]
+    num_files: int
+    files_done: int = 0
+    num_documents: int = 0
+    num_tokens: int = 0
+
+
+OnProgress = Callable[[PrepareProgress], None]
+
+
+def _ignore_progress(_: PrepareProgress) -> None:
+    pass
+
+
+def prepare(
+    inputs: Sequence[str | Path],
+    out: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    eot_token: str | None = None,
+    vocab_size: int = 4096,
+    val_fraction: float = 0.05,
+    num_processes: int = 0,
+    text_key: str = "text",
+    shard_tokens: int = SHARD_TOKENS,
+    overwrite: bool = False,
+    on_progress: OnProgress | None = None,
+) -> DatasetInfo:
+    """Turn text into a folder of token shards.
+
+    A script that lets this start processes needs the usual `if __name__ == "__main__":`.
+
+    Args:
+        inputs: files, folders, globs, URIs such as s3://bucket/folder, or `kjv:` (the demo's text).
+        out: the folder to make.
+        tokenizer: a Hugging Face `tokenizer.json`; None trains a byte-level BPE of `vocab_size` on the training split.
+        eot_token: the token between documents; None takes the tokenizer's own.
+        val_fraction: share of the documents that is held out, chosen by content.
+        num_processes: 0 takes one per core, or none besides this one for a small corpus.
+        text_key: the field (jsonl) or column (parquet) that holds the text.
+        overwrite: replace a folder that an earlier `prepare` made.
+        on_progress: called now and then from this thread.
+
+    Raises:
+        DataError: an input, the tokenizer or the target cannot be used, or there is no text.
+    """
+    if "://" in str(out):
+        raise DataError(
+            f"out={out} is not a local folder, and shards are memory-mapped. Write to a disk that nodes share."
+        )
+    out = Path(out).absolute()
+    report = on_progress or _ignore_progress
+    if not 0 <= val_fraction < 1:
+        raise DataError(f"val_fraction={val_fraction} is a share of the documents. Use 0 or more, and less than 1.")
+    _check_target(out, overwrite=overwrite)
+    sources = find_sources(inputs, text_key=text_key)
+    if not num_processes:
+        small = sum(source.size_bytes for source in sources) < SMALL_CORPUS_BYTES
+        num_processes = 1 if small else os.cpu_count() or 1
+
+    with _stage_folder(out) as folder:
+        path = folder / TOKENIZER_FILE
+        if tokenizer is None:
+            report(PrepareProgress(stage="tokenizer", num_files=len(sources)))
+            texts = (text for text in _sample(sources, TOKENIZER_CHARS) if get_split(text, val_fraction) == "train")
+            train_tokenizer(texts, vocab_size=vocab_size).save(str(path))
+        else:
+            load_tokenizer(Path(tokenizer))
+            shutil.copyfile(tokenizer, path)
+        loaded = load_tokenizer(path)
+        encoder = Encoder(path, find_eot_id(loaded, eot_token), get_vocab_size(loaded), val_fraction)
+        writers: dict[Split, SplitWriter] = {
+            split: SplitWriter(folder, split, encoder, shard_tokens) for split in SPLITS
+        }
+        info = _write_tokens(sources, encoder, writers, num_processes=num_processes, report=report)
+        write_info(folder, info)
+        write_stamp(folder, info)
+    return info
+
+
+def _write_tokens(
+    sources: Sequence[Source],
+    encoder: Encoder,
+    writers: Mapping[Split, SplitWriter],
+    *,
+    num_processes: int,
+    report: OnProgress,
+) -> DatasetInfo:
+    files_done = 0
+
+    def read() -> Iterator[str]:
+        nonlocal files_done
+        for source in sources:
+            yield from source.read()
+            files_done += 1
+
+    for encoded in _encode_all(encoder, _batches(read()), num_processes):
+        for split, part in encoded.items():
+            writers[split].add(part)
+        report(
+            PrepareProgress(
+                stage="tokens",
+                num_files=len(sources),
+                files_done=files_done,
+                num_documents=sum(writer.num_documents for writer in writers.values()),
+                num_tokens=sum(writer.num_tokens for writer in writers.values()),
+            )
+        )
+    train, val = writers["train"], writers["val"]
+    if not train.num_tokens:
+        raise DataError(
+            f"the inputs hold no text to train on (files: {len(sources)}, documents with text: {val.num_documents}"
+            f"{', all held out' if val.num_documents else ''}). Name files with text in them, or lower val_fraction."
+        )
+    return DatasetInfo(
+        vocab_size=encoder.vocab_size,
+        eot_id=encoder.eot_id,
+        tokenizer_sha256=hash_file(encoder.tokenizer_file),
+        train_entropy_nats=_cross_entropy_nats(train.counts, train.counts),
+        val_cross_entropy_nats=_cross_entropy_nats(val.counts, train.counts + 1) if val.num_tokens else None,
+        train=train.finish(),
+        val=val.finish(),
+    )
+
+
+def _cross_entropy_nats(counts: npt.NDArray[np.int64], model_counts: npt.NDArray[np.int64]) -> float:
+    """Return -sum(p log q), p and q being the frequencies that the counts stand for."""
+    seen = counts > 0
+    share = counts[seen] / counts.sum()
+    return float(-(share * np.log(model_counts[seen] / model_counts.sum())).sum())
+
+
+def _sample(sources: Sequence[Source], max_chars: int) -> Iterator[str]:
+    """Yield the head of every source, sharing the budget equally among those still to come."""
+    for i, source in enumerate(sources):
+        share = max_chars // (len(sources) - i)
+        for text in source.read():
+            if share <= 0:
+                break
+            share -= len(text)
+            max_chars -= len(text)
+            yield text
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Group documents into batches of some BATCH_CHARS, leaving out those without text."""
+    batch: list[str] = []
+    num_chars = 0
+    for text in texts:
+        if not text or text.isspace():
+            continue
+        batch.append(text)
+        num_chars += len(text)
+        if num_chars >= BATCH_CHARS:
+            yield batch
+            batch, num_chars = [], 0
+    if batch:
+        yield batch
+
+
+def _encode_all(encoder: Encoder, batches: Iterable[list[str]], num_processes: int) -> Iterator[dict[Split, Encoded]]:
+    """Encode batches in order; with processes, at most two batches per process are in flight."""
+    if num_processes == 1:  # the tokenizer's own threads use the other cores
+        yield from map(encoder.encode, batches)
+        return
+    pool = ProcessPoolExecutor(
+        num_processes,
+        mp_context=get_context("spawn"),  # forking a process that has threads (arrow, tokenizers) can hang
+        initializer=_enter_worker,
+    )
+    try:
+        pending: deque[Future[dict[Split, Encoded]]] = deque()
+        for batch in batches:
+            if len(pending) == 2 * num_processes:
+                yield pending.popleft().result()
+            pending.append(pool.submit(encoder.encode, batch))
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _enter_worker() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's only switch; processes share the cores already
+
+
+def _check_target(out: Path, *, overwrite: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / DATASET_FILE).is_file():
+        raise DataError(f"{out} is in the way: it exists and `solvent prepare` did not make it. Choose another --out.")
+    if not overwrite:
+        raise DataError(f"{out} holds prepared data already. Choose another --out, or replace it with --overwrite.")
+
+
+@contextmanager
+def _stage_folder(out: Path) -> Generator[Path]:
+    """Give a folder beside the target that takes its place when the block ends well, and vanishes when it does not."""
+    staged = out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}")
+    try:
+        staged.mkdir(parents=True)
+    except OSError as error:
+        raise DataError(f"{out} cannot be made ({error}). Choose a folder that you may write to as --out.") from error
+    try:
+        yield staged
+        for path in (*staged.iterdir(), staged):
+            _fsync(path)
+        if out.exists():
+            replaced = out.with_name(f".{out.name}.replaced-{secrets.token_hex(4)}")
+            out.rename(replaced)
+            staged.rename(out)
+            shutil.rmtree(replaced)
+        else:
+            staged.rename(out)
+        _fsync(out.parent)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,121 @@
+"""Prepared data, opened: samples read from memory-mapped shards, and checks before anything is rented."""
+
+from bisect import bisect_right
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from elastic.config import RunConfig
+from elastic.data.format import DATASET_FILE, SPLITS, DatasetInfo, Split, Tokens, map_shard, read_info
+from elastic.data.verify import Verify, verify_files
+from elastic.errors import DataError
+
+
+class Dataset:
+    """Token shards of a prepared folder; made by `open_dataset`.
+
+    The shards of a split are one stream. Sample i with sequence length S is the S + 1 tokens from i * S on: S inputs,
+    and their S labels one to the right. A shard is mapped when it is first read.
+    """
+
+    def __init__(self, folder: Path, info: DatasetInfo) -> None:
+        self.folder = folder
+        self.info = info
+        self._starts = {
+            split: list(accumulate((shard.num_tokens for shard in info.get_split(split).shards), initial=0))
+            for split in SPLITS
+        }
+        self._mapped: dict[str, Tokens] = {}
+
+    def num_samples(self, split: Split, seq_len: int) -> int:
+        """Return how many full samples the split holds."""
+        return max(0, (self.info.get_split(split).num_tokens - 1) // seq_len)
+
+    def read(self, split: Split, sample_id: int, seq_len: int) -> npt.NDArray[np.int64]:
+        """Return the seq_len + 1 tokens of a sample.
+
+        Raises:
+            IndexError: there is no such sample.
+        """
+        if not 0 <= sample_id < self.num_samples(split, seq_len):
+            raise IndexError(f"sample {sample_id} of {self.num_samples(split, seq_len)} in {split} of {self.folder}")
+        sample = np.empty(seq_len + 1, np.int64)
+        starts = self._starts[split]
+        position = sample_id * seq_len
+        index = bisect_right(starts, position) - 1
+        filled = 0
+        while filled < len(sample):
+            shard = self._get_tokens(split, index)
+            begin = position + filled - starts[index]
+            part = shard[begin : begin + len(sample) - filled]
+            sample[filled : filled + len(part)] = part
+            filled += len(part)
+            index += 1
+        return sample
+
+    def _get_tokens(self, split: Split, index: int) -> Tokens:
+        shard = self.info.get_split(split).shards[index]
+        tokens = self._mapped.get(shard.file)
+        if tokens is None:
+            tokens = self._mapped[shard.file] = map_shard(self.folder / shard.file)
+        return tokens
+
+
+def open_dataset(path: str | Path, *, verify: Verify = "changed") -> Dataset:
+    """Open a folder that `solvent prepare` wrote.
+
+    Args:
+        verify: which shards are hashed first (see `verify.py`).
+
+    Raises:
+        DataError: not there, not prepared, torn, corrupt, or of another tokenizer.
+    """
+    folder = Path(path)
+    if not str(path) or not folder.exists():
+        raise DataError(
+            f"data.path={str(path)!r} does not exist. Make it with: solvent prepare INPUT "
+            f"--out {path or 'data/my-text'}"
+        )
+    if not (folder / DATASET_FILE).is_file():
+        raise DataError(
+            f"data.path={str(path)!r} is not a prepared folder: it has no {DATASET_FILE}. Prepare the text with "
+            f"`solvent prepare {path} --out OTHER` and set data.path=OTHER."
+        )
+    info = read_info(folder)
+    verify_files(folder, info, verify=verify)
+    return Dataset(folder, info)
+
+
+def check_fits(dataset: Dataset, config: RunConfig) -> None:
+    """Refuse data and a configuration that cannot go together, before a GPU is rented.
+
+    Raises:
+        DataError: a token id has no row in the embedding, or a split holds not even one sample.
+    """
+    if dataset.info.vocab_size > config.model.vocab_size:
+        raise DataError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the {dataset.info.vocab_size} tokens of "
+            f"data.path={config.data.path!r}: some would have no embedding. "
+            f"Set model.vocab_size={dataset.info.vocab_size}."
+        )
+    for split in sorted(SPLITS, key=lambda split: dataset.info.get_split(split).num_tokens):  # the shortest decides
+        check_not_empty(dataset, split, config.data.seq_len)
+
+
+def check_not_empty(dataset: Dataset, split: Split, seq_len: int) -> None:
+    """Refuse a split without a full sample.
+
+    Raises:
+        DataError: it has none.
+    """
+    if dataset.num_samples(split, seq_len):
+        return
+    num_tokens = dataset.info.get_split(split).num_tokens
+    advice = f"Set data.seq_len to at most {num_tokens - 1}, or p" if num_tokens > 1 else "P"
+    raise DataError(
+        f"data.seq_len={seq_len} needs {seq_len + 1} tokens, the {split} split of {dataset.folder} has {num_tokens}: "
+        f"there is not one full sample. {advice}repare more text"
+        + (" with a larger --val-fraction." if split == "val" else ".")
+    )
