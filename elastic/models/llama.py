@@ -1,0 +1,123 @@
+"""Llama-like decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+Letters: B batch, S sequence, V vocabulary, D dim, H query heads, K key/value heads, E size of one head.
+Source: Llama 2, arXiv:2307.09288; modelled so that Hugging Face's `LlamaForCausalLM` weights map one to one.
+"""
+
+import torch.nn.functional as F  # noqa: N812 # the name all of torch's own documentation uses
+from torch import Tensor, nn
+
+from elastic.config import ModelConfig
+from elastic.nn import ResidualLinear, build_rope_tables, rotate
+
+
+class Attention(nn.Module):
+    """Causal self-attention; each key/value head serves num_heads / num_kv_heads query heads."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.dim // config.num_heads
+        kv_dim = config.num_kv_heads * self.head_dim
+        self.query = nn.Linear(config.dim, config.dim, bias=False)
+        self.key = nn.Linear(config.dim, kv_dim, bias=False)
+        self.value = nn.Linear(config.dim, kv_dim, bias=False)
+        self.output = ResidualLinear(config.dim, config.dim, bias=False)
+
+    def forward(self, x_BSD: Tensor, cos_SE: Tensor, sin_SE: Tensor) -> Tensor:
+        """Mix each position with the ones before it."""
+        query_BHSE = self.query(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        key_BKSE = self.key(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        value_BKSE = self.value(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        mixed_BHSE = F.scaled_dot_product_attention(
+            rotate(query_BHSE, cos_SE, sin_SE),
+            rotate(key_BKSE, cos_SE, sin_SE),
+            value_BKSE,
+            is_causal=True,
+            enable_gqa=key_BKSE.shape[1] != query_BHSE.shape[1],
+        )
+        return self.output(mixed_BHSE.transpose(1, 2).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Source: arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.up = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.down = ResidualLinear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """Transform each position on its own."""
+        return self.down(F.silu(self.gate(x_BSD)) * self.up(x_BSD))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each normalised before and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.ffn = FeedForward(config)
+
+    def forward(self, x_BSD: Tensor, cos_SE: Tensor, sin_SE: Tensor) -> Tensor:
+        """Return the residual stream after this block."""
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_SE, sin_SE)
+        return x_BSD + self.ffn(self.ffn_norm(x_BSD))
+
+
+class Llama(nn.Module):
+    """Token ids in, next-token logits out."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        # A tied head has no parameter of its own: one name in every state dict, nothing that could come untied.
+        self.head = None if config.tied_head else nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """Return logits_BSV for int64 tokens_BS; position s sees tokens 0 to s."""
+        cos_SE, sin_SE = build_rope_tables(
+            tokens_BS.shape[1],
+            self.config.dim // self.config.num_heads,
+            theta=self.config.rope_theta,
+            device=tokens_BS.device,
+        )
+        x_BSD = self.embed(tokens_BS)
+        for block in self.blocks:
+            x_BSD = block(x_BSD, cos_SE, sin_SE)
+        x_BSD = self.norm(x_BSD)
+        return F.linear(x_BSD, self.embed.weight) if self.head is None else self.head(x_BSD)
+
+
+def build(config: ModelConfig) -> Llama:
+    """Build the model on the current default device, normally meta; `elastic.nn.init_weights` gives it values."""
+    return Llama(config)
+
+
+def _num_matrix_params(config: ModelConfig) -> int:
+    """Count the parameters that take part in a matrix product (all but gains and embedding look-ups)."""
+    kv_dim = config.dim // config.num_heads * config.num_kv_heads
+    attention = 2 * config.dim * config.dim + 2 * config.dim * kv_dim
+    return config.num_layers * (attention + 3 * config.dim * config.ffn_dim) + config.vocab_size * config.dim
+
+
+def num_params(config: ModelConfig) -> int:
+    """Count the trainable parameters; pure arithmetic."""
+    gains = (2 * config.num_layers + 1) * config.dim
+    embedding = 0 if config.tied_head else config.vocab_size * config.dim
+    return _num_matrix_params(config) + gains + embedding
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Return model FLOPs of forward and backward per target token; pure arithmetic.
+
+    6 per matrix parameter and 12 * layers * dim * seq_len for attention, not halved for the causal mask and
+    without recomputation, so that the MFU compares with published ones (Source: PaLM, arXiv:2204.02311, appendix B).
+    """
+    return 6.0 * _num_matrix_params(config) + 12.0 * config.num_layers * config.dim * seq_len

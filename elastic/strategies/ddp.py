@@ -1,0 +1,46 @@
+"""A full copy of the model on every rank; gradients are all-reduced in buckets while the backward runs."""
+
+from functools import partial
+
+# torch.distributed re-exports GradBucket without listing it in __all__:
+# pyright: reportPrivateImportUsage=false
+import torch._dynamo.config
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from elastic.config import RunConfig
+from elastic.precision import autocast
+from elastic.strategies._base import Spread
+from elastic.world import World
+
+
+def _sum_bucket(_state: object, bucket: dist.GradBucket) -> Future[Tensor]:
+    """Sum a bucket over ranks; DDP's own hook would average."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None  # async_op
+    return work.get_future().then(_get_first)
+
+
+def _get_first(done: Future[list[Tensor]]) -> Tensor:
+    return done.value()[0]
+
+
+def spread(model: nn.Module, *, world: World, config: RunConfig) -> Spread:
+    """Wrap the model in DistributedDataParallel."""
+    model.to_empty(device=world.device)
+    # init_sync: `init_weights` (or a checkpoint) gives every rank the same values, so nothing is sent at the start.
+    module = DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True)
+    module.register_comm_hook(None, _sum_bucket)
+    # Blocks are compiled one by one, so DDP overlaps as it is; its graph splitter does not know checkpointing.
+    torch._dynamo.config.optimize_ddp = False
+
+    def set_last_microbatch(is_last: bool) -> None:
+        module.require_backward_grad_sync = is_last  # what `no_sync()` does, without a context around the loop
+
+    return Spread(
+        module=module,
+        cast=partial(autocast, config.precision, world.device),
+        set_last_microbatch=set_last_microbatch,
+    )

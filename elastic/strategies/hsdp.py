@@ -1,0 +1,20 @@
+"""Sharded within a group of ranks (a node, by default), replicated between groups."""
+
+from torch import nn
+
+from elastic.config import RunConfig
+from elastic.strategies._base import Spread
+from elastic.strategies._sharded import shard
+from elastic.world import World
+
+
+def get_shard_size(wanted: int, world_size: int) -> int:
+    """Return the largest divisor of the world size that is at most `wanted`, so that any elastic world works."""
+    return next(size for size in range(min(wanted, world_size), 0, -1) if world_size % size == 0)
+
+
+def spread(model: nn.Module, *, world: World, config: RunConfig) -> Spread:
+    """Shard over groups of `shard_size` ranks (those of one node, by default)."""
+    shard_size = get_shard_size(config.shard_size or world.local_world_size, world.world_size)
+    mesh = world.build_mesh(replicate=world.world_size // shard_size, shard=shard_size)
+    return shard(model, mesh, world=world, config=config)

@@ -1,0 +1,45 @@
+"""What each precision means: weights and optimizer state are always fp32, activations and products are not.
+
+Two ways to the same end: FSDP2 casts parameters when it gathers them (`build_policy`), a model that is not
+sharded is cast operation by operation (`autocast`). Gradients are always reduced in fp32.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch.amp.grad_scaler import GradScaler
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from elastic.config import Precision
+from elastic.errors import ConfigError
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_precision(precision: Precision, device: torch.device) -> None:
+    """Refuse a precision that the device only emulates.
+
+    Raises:
+        ConfigError: bf16 on a GPU older than Ampere.
+    """
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError(
+            f"precision=bf16, but {torch.cuda.get_device_name(device)} has no bf16 arithmetic (it came with Ampere, "
+            "compute capability 8.0) and would emulate it slowly. Set precision=fp16."
+        )
+
+
+def build_policy(precision: Precision) -> MixedPrecisionPolicy:
+    """Return what FSDP2 casts: gathered parameters to low precision, gradients to fp32 before they are summed."""
+    # Inputs are not cast: activations have the right dtype from the embedding on, and rotary tables must stay fp32.
+    return MixedPrecisionPolicy(param_dtype=_DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """Return the context for the forward of a model whose parameters stay fp32."""
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, _DTYPES[precision])
+
+
+def build_scaler(precision: Precision, device: torch.device) -> GradScaler:
+    """Build the loss scaler that keeps small fp16 gradients from vanishing; disabled unless fp16."""
+    return GradScaler(device.type, enabled=precision == "fp16")

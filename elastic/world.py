@@ -1,0 +1,147 @@
+"""One rank's view of one world: its place, its device and the one sum that training needs.
+
+A world lives from `open_world` to `close_world`; a change of size is a new world under a new attempt number.
+The store belongs to whoever formed the world: torchrun, or the trainer that Solvent's coordinator made rank 0.
+"""
+
+import gc
+import socket
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Literal
+
+# torch.distributed re-exports its stores without listing them in __all__:
+# pyright: reportPrivateImportUsage=false
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from elastic.errors import ConfigError
+from elastic.ports import WorldSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """A rank's place in an open process group; all ranks are data-parallel."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    attempt: int
+    node: str
+    device: torch.device
+    meshes: list[DeviceMesh] = field(default_factory=list[DeviceMesh], repr=False, compare=False)
+    """Those built here, so that `close_world` can take their groups away."""
+
+    def build_mesh(self, **axes: int) -> DeviceMesh:
+        """Arrange all ranks along named axes, the last one varying fastest; every rank must call it."""
+        mesh = init_device_mesh(self.device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+        self.meshes.append(mesh)
+        return mesh
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all ranks in place and return it; every rank must call it."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def min_(self, tensor: Tensor) -> Tensor:
+        """Take the minimum of a tensor over all ranks in place and return it; every rank must call it."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MIN)
+        return tensor
+
+
+def open_store(ip: str, *, timeout_s: float) -> dist.TCPStore:
+    """Serve a store on a free port of this address, and of no other, for a world that may choose it."""
+    listener = socket.create_server((ip, 0))
+    return dist.TCPStore(
+        ip,
+        listener.getsockname()[1],
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_s),
+        master_listen_fd=listener.detach(),  # the store owns the socket from here on
+    )
+
+
+def get_device(choice: Literal["auto", "cpu", "cuda"], *, local_rank: int) -> torch.device:
+    """Return the device of one rank.
+
+    The index wraps, because a launcher may show all GPUs of the node to each rank or only the rank's own.
+
+    Raises:
+        ConfigError: CUDA was asked for and there is none.
+    """
+    if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"device={choice} but torch {torch.__version__} sees no CUDA device on this node. "
+            "Set device=cpu, or install a CUDA build of torch and check `nvidia-smi`."
+        )
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def open_world(
+    spec: WorldSpec,
+    *,
+    device: Literal["auto", "cpu", "cuda"],
+    timeout_s: float,
+    store: dist.Store | None = None,
+) -> World:
+    """Join the process group of one attempt; returns once all its ranks are here.
+
+    A single rank opens a group as well: FSDP2 and distributed checkpoints need one.
+
+    Args:
+        timeout_s: the longest wait for the store, for the other ranks and later for any collective.
+        store: use this instead of connecting to the TCPStore at `spec.store_host:spec.store_port`.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    if store is None:
+        store = dist.TCPStore(spec.store_host, spec.store_port, is_master=False, timeout=timeout)
+    rank_device = get_device(device, local_rank=spec.local_rank)
+    if rank_device.type == "cuda":
+        torch.cuda.set_device(rank_device)
+    # A prefix per attempt: keys that a dead world left behind must never be read by the next one.
+    dist.init_process_group(
+        "nccl" if rank_device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"attempt-{spec.attempt}", store),
+        rank=spec.rank,
+        world_size=spec.world_size,
+        timeout=timeout,
+        device_id=rank_device if rank_device.type == "cuda" else None,
+    )
+    return World(
+        rank=spec.rank,
+        world_size=spec.world_size,
+        local_rank=spec.local_rank,
+        local_world_size=spec.local_world_size,
+        attempt=spec.attempt,
+        node=spec.node,
+        device=rank_device,
+    )
+
+
+def close_world(world: World, *, peers: Literal["alive", "lost"] = "alive") -> None:
+    """Leave the process group, so that peers that still wait for this rank fail at once and a new world can open.
+
+    The caller drops model and optimizer first. gloo closes its connections only when the last reference to a group
+    is gone: FSDP2 modules sit in reference cycles, hence the collection, and DTensor's caches keep meshes for the
+    life of the process, hence the emptied registries.
+
+    Args:
+        peers: with "lost", NCCL communicators are aborted; their orderly end would wait for the dead peer.
+    """
+    gc.collect()
+    for mesh in world.meshes:
+        getattr(mesh, "_pg_registry", {}).clear()  # private; absent before a mesh held groups itself
+    world.meshes.clear()
+    if world.device.type == "cuda" and peers == "lost":
+        # Private, but the only call that aborts all communicators in one NCCL group (pytorch issue 119797).
+        dist.distributed_c10d._abort_process_group()  # pyright: ignore[reportPrivateUsage] # no public equivalent
+    else:
+        dist.destroy_process_group()

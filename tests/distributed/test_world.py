@@ -1,0 +1,71 @@
+"""Worlds open, end and follow each other in processes that live on."""
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from elastic.errors import ConfigError
+from elastic.step import build_trainable
+from elastic.world import close_world, get_device, open_world
+from tests.distributed._ranks import in_world, run_ranks, spec
+from tests.distributed._tiny import CONFIG, train
+
+
+def _sum_in_worlds_of_2_and_1(rank: int, port: int):
+    def total(world):
+        return world.sum_(torch.tensor(world.rank + 1)).item(), dist.get_world_size()
+
+    return [in_world(total, rank, port, world_size=size, attempt=attempt) for attempt, size in enumerate((2, 1, 2))]
+
+
+def test_worlds_of_different_size_follow_each_other_in_the_same_processes():
+    assert run_ranks(_sum_in_worlds_of_2_and_1, 2) == [[(3, 2), (1, 1), (3, 2)], [(3, 2), None, (3, 2)]]
+
+
+def _leave_while_a_peer_waits(rank: int, port: int):
+    """Rank 1 leaves each world but lives on: only closed connections can tell rank 0."""
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    waited_s = {}
+    for attempt, strategy in enumerate(("ddp", "fsdp2", "hsdp")):
+        world = open_world(spec(rank, port, world_size=2, attempt=attempt), device="cpu", timeout_s=15.0)
+        trainable = build_trainable(replace(CONFIG, strategy=strategy), world)
+        train(trainable, world, steps=1)
+        if rank == 0:
+            start_s = time.monotonic()
+            with pytest.raises(RuntimeError, match=r"[Cc]onnection|[Tt]imed out"):
+                train(trainable, world, steps=1)
+            waited_s[strategy] = time.monotonic() - start_s
+            store.set(f"failed-{strategy}", "")
+        del trainable
+        close_world(world, peers="lost")
+        if rank == 1:
+            store.wait([f"failed-{strategy}"])
+    return waited_s
+
+
+def test_a_rank_that_leaves_fails_its_peers_at_once_and_not_after_the_timeout():
+    waited_s, _ = run_ranks(_leave_while_a_peer_waits, 2)
+    assert waited_s.keys() == {"ddp", "fsdp2", "hsdp"}
+    assert max(waited_s.values()) < 10.0, waited_s
+
+
+def _open_with_a_missing_peer(rank: int, port: int):
+    start_s = time.monotonic()
+    with pytest.raises(dist.DistError):
+        open_world(spec(0, port, world_size=2, attempt=1), device="cpu", timeout_s=1.0)
+    return time.monotonic() - start_s
+
+
+def test_opening_gives_up_after_the_timeout():
+    (waited_s,) = run_ranks(_open_with_a_missing_peer, 1)
+    assert 0.9 < waited_s < 10.0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_is_refused_where_there_is_none():
+    with pytest.raises(ConfigError, match=r"device=cuda .*Set device=cpu"):
+        get_device("cuda", local_rank=0)
+    assert get_device("auto", local_rank=0) == torch.device("cpu")
