@@ -1,0 +1,384 @@
+"""Saving and restoring over real gloo ranks."""
+
+import os
+import resource
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint import FileSystemReader
+
+from elastic.checkpoint import keep, layout, shards
+from elastic.checkpoint.layout import COMMITTED, list_committed, read_manifest
+from elastic.checkpoint.stage import Stager
+from elastic.config import TrainConfig
+from elastic.errors import CheckpointError, ConfigError, StorageError
+from tests.distributed._spawn_ckpt import (
+    CONFIG,
+    build,
+    do_restore,
+    get_values,
+    make_checkpointer,
+    make_progress,
+    run_ranks,
+    train,
+)
+
+
+def get_steps(run_dir):
+    return [checkpoint.step for checkpoint in list_committed(run_dir / "checkpoints")]
+
+
+def train_and_save(run_dir, strategy, steps=(3,), last_step=6):
+    """Save while training goes on, and return the state at each saved step and at the last."""
+    model, optimizer = build(strategy)
+    committed = []
+    checkpointer = make_checkpointer(run_dir, on_committed=lambda progress: committed.append(progress.step))
+    values, done = {}, 0
+    for step in steps:
+        train(model, optimizer, done + 1, step, checkpointer)
+        done = step
+        values[step] = get_values(model, optimizer)
+        checkpointer.finish()
+        assert checkpointer.start_save(model, optimizer, progress=make_progress(step), extra={"scale": 0.1 + step})
+    train(model, optimizer, done + 1, last_step, checkpointer)
+    values[last_step] = get_values(model, optimizer)
+    newest = checkpointer.finish()
+    usual_save_s = checkpointer.usual_save_s
+    checkpointer.close()
+    return values, committed, newest, usual_save_s
+
+
+def restore_and_train(run_dir, strategy, last_step=6):
+    model, optimizer = build(strategy, model_seed=1)
+    restored = do_restore(run_dir, model, optimizer)
+    values = {restored.progress.step: get_values(model, optimizer)}
+    train(model, optimizer, restored.progress.step + 1, last_step)
+    values[last_step] = get_values(model, optimizer)
+    return restored.progress, restored.extra, values
+
+
+def test_a_save_on_three_ranks_restores_on_any_world_and_strategy(tmp_path):
+    saved = run_ranks(train_and_save, 3, tmp_path, "fsdp2")
+    values, committed, newest, usual_save_s = saved[0]
+    assert committed == [3]
+    assert newest == make_progress(3)
+    assert [other[1] for other in saved[1:]] == [[], []], "only rank 0 reports a commit"
+    assert [other[3] for other in saved] == [usual_save_s] * 3
+    for num_ranks, strategy in ((2, "fsdp2"), (1, "single"), (2, "ddp"), (2, "hsdp")):
+        for progress, extra, restored in run_ranks(restore_and_train, num_ranks, tmp_path, strategy):
+            assert (progress, extra) == (make_progress(3), {"scale": 3.1})
+            assert restored[3] == values[3], f"{num_ranks} ranks of {strategy} restored another state"
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+def test_a_resumed_run_is_bit_equal_to_an_unbroken_one(tmp_path, strategy):
+    unbroken = run_ranks(train_and_save, 2, tmp_path, strategy)[0][0]
+    resumed = run_ranks(restore_and_train, 2, tmp_path, strategy)[0][2]
+    assert resumed == unbroken
+
+
+def test_one_checkpointer_saves_again_and_again_and_keeps_the_newest(tmp_path):
+    orphan = tmp_path / "checkpoints" / "step-00000009"
+    orphan.mkdir(parents=True)
+    values = run_ranks(train_and_save, 2, tmp_path, "fsdp2", (1, 2, 3, 5))[0][0]
+    assert not orphan.exists(), "what an earlier attempt left is removed"
+    assert get_steps(tmp_path) == [3, 5]  # keep_last = 2
+    assert run_ranks(restore_and_train, 2, tmp_path, "fsdp2")[0][2] == {5: values[5], 6: values[6]}
+
+
+def test_a_tied_weight_is_saved_once(tmp_path):
+    run_ranks(train_and_save, 1, tmp_path, "fsdp2")
+    tensors = read_manifest(list_committed(tmp_path / "checkpoints")[0]).tensors
+    assert {name for name in tensors if name.startswith("model.")} == {
+        "model.embed.weight",
+        "model.hidden.weight",
+        "model.hidden.bias",
+    }
+
+
+def restore_nothing(run_dir):
+    return do_restore(run_dir, *build("fsdp2"))
+
+
+def test_a_new_run_restores_nothing(tmp_path):
+    assert run_ranks(restore_nothing, 1, tmp_path) == [None]
+
+
+class Wide(nn.Module):
+    """Three tensors of 64 KiB: data outweigh the overhead of torch's archive format."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(*[nn.Linear(128, 128, bias=False) for _ in range(3)])
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def save_wide(run_dir, strategy):
+    model, optimizer = build(strategy, make_model=Wide)
+    checkpointer = make_checkpointer(run_dir)
+    checkpointer.save_now(model, optimizer, progress=make_progress(1), extra={})
+    checkpointer.close()
+
+
+@pytest.mark.parametrize(("strategy", "num_ranks"), [("ddp", 2), ("hsdp", 4)])
+def test_what_ranks_hold_alike_is_written_once_and_by_all_of_them(tmp_path, strategy, num_ranks):
+    run_ranks(save_wide, num_ranks, tmp_path, strategy)
+    (checkpoint,) = list_committed(tmp_path / "checkpoints")
+    files = read_manifest(checkpoint).files
+    num_bytes = {name: record.size_bytes for name, record in files.items() if name != ".metadata"}
+    data_bytes = 3 * 3 * 128 * 128 * 4  # three weights, each with two moments
+    assert data_bytes < sum(num_bytes.values()) < 1.2 * data_bytes
+    assert len(num_bytes) == num_ranks
+    assert min(num_bytes.values()) > 0.6 * max(num_bytes.values())
+
+
+def test_the_manifest_describes_every_file_as_it_lies_there(tmp_path):
+    run_ranks(save_wide, 2, tmp_path, "fsdp2")
+    (checkpoint,) = list_committed(tmp_path / "checkpoints")
+    manifest = read_manifest(checkpoint)
+    present = {path.name for path in checkpoint.path.iterdir()} - {layout.MANIFEST, COMMITTED}
+    assert present == manifest.files.keys() == {"__0_0.distcp", "__1_0.distcp", ".metadata"}
+    for name, record in manifest.files.items():
+        data = (checkpoint.path / name).read_bytes()
+        assert (record.size_bytes, record.checksum) == (len(data), layout.checksum(data))
+    assert (manifest.world_size, manifest.mesh) == (2, (2,))
+    assert manifest.tensors["optim.layers.0.weight.exp_avg"] == (128, 128)
+    names = FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata.keys()
+    assert set(names) == manifest.tensors.keys() | {"rng.cpu.0", "rng.cpu.1"}
+
+
+def save_while_busy(run_dir):
+    model, optimizer = build("fsdp2")
+    checkpointer = make_checkpointer(run_dir)
+    gate = checkpointer._fence if dist.get_rank() == 1 else threading.Lock()
+    with gate:  # rank 1 cannot write yet
+        started = checkpointer.start_save(model, optimizer, progress=make_progress(1), extra={})
+        for _ in range(5):
+            checkpointer.poll()
+        again = checkpointer.start_save(model, optimizer, progress=make_progress(2), extra={})
+        newest = checkpointer.poll()
+    checkpointer.finish()
+    third = checkpointer.start_save(model, optimizer, progress=make_progress(3), extra={})
+    return started, again, newest, third, checkpointer.finish()
+
+
+def test_a_save_is_skipped_by_all_ranks_while_one_rank_still_writes(tmp_path):
+    assert run_ranks(save_while_busy, 2, tmp_path) == [(True, False, None, True, make_progress(3))] * 2
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_on_second_write():
+    write, calls = shards._Recorder.write, []
+
+    def write_or_die(self, data):
+        calls.append(len(data))
+        return die() if len(calls) == 2 else write(self, data)
+
+    shards._Recorder.write = write_or_die
+
+
+def die_before(name):
+    write_durably = layout.write_durably
+    layout.write_durably = lambda path, data: die() if path.name == name else write_durably(path, data)
+
+
+def die_while_pruning():
+    keep.shutil.rmtree = lambda _path: die()
+
+
+DEATHS = {
+    "among the shards": (die_on_second_write, [1]),
+    "before the manifest": (lambda: die_before(layout.MANIFEST), [1]),
+    "before COMMITTED": (lambda: die_before(COMMITTED), [1]),
+    "while pruning": (die_while_pruning, [2]),
+}
+
+
+def save_until_killed(run_dir, death):
+    model, optimizer = build("fsdp2")
+    checkpointer = make_checkpointer(run_dir)
+    checkpointer._config = replace(CONFIG, checkpoint=replace(CONFIG.checkpoint, keep_last=1))
+    train(model, optimizer, 1, 1)
+    checkpointer.save_now(model, optimizer, progress=make_progress(1), extra={})
+    dist.barrier()  # rank 0 prunes after the others are done
+    if dist.get_rank() == 0:
+        DEATHS[death][0]()
+    train(model, optimizer, 2, 2)
+    try:
+        checkpointer.save_now(model, optimizer, progress=make_progress(2), extra={})
+        return "committed"
+    except (StorageError, CheckpointError):
+        raise
+    except RuntimeError as error:  # what a broken connection raises
+        checkpointer.close()
+        return type(error).__name__
+
+
+def resume_and_save(run_dir):
+    model, optimizer = build("fsdp2", model_seed=1)
+    resumed = do_restore(run_dir, model, optimizer).progress.step
+    checkpointer = make_checkpointer(run_dir)
+    train(model, optimizer, resumed + 1, 2)
+    checkpointer.save_now(model, optimizer, progress=make_progress(2), extra={})
+    return resumed, get_values(model, optimizer)
+
+
+@pytest.mark.parametrize("death", DEATHS)
+def test_a_kill_during_a_save_leaves_the_newest_committed_one(tmp_path, death):
+    survivors = run_ranks(save_until_killed, 2, tmp_path, death)
+    steps = DEATHS[death][1]
+    assert survivors[0] is None
+    assert survivors[1] == ("committed" if steps == [2] else survivors[1])
+    assert get_steps(tmp_path) == steps
+    resumed = run_ranks(resume_and_save, 2, tmp_path)
+    assert resumed[0][0] == steps[-1]
+    assert get_steps(tmp_path)[-1] == 2
+    assert resumed[0][1] == run_ranks(resume_and_save, 1, tmp_path)[0][1]
+
+
+def limit_file_size(_run_dir):
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+
+def fill_storage(run_dir):
+    if dist.get_rank() == 0:
+        with Path(run_dir, "ballast").open("wb", buffering=0) as file:
+            file.write(bytes(2**20))
+
+
+def save_on_failing_storage(run_dir, break_storage, wait):
+    model, optimizer = build("fsdp2", make_model=Wide)
+    checkpointer = make_checkpointer(run_dir)
+    checkpointer.save_now(model, optimizer, progress=make_progress(1), extra={})
+    break_storage(run_dir)
+    assert checkpointer.start_save(model, optimizer, progress=make_progress(2), extra={})
+    num_polls = 0
+    with pytest.raises(StorageError) as caught:
+        if wait == "finish":
+            checkpointer.finish()
+        while True:
+            dist.barrier()
+            num_polls += 1
+            checkpointer.poll()
+    checkpointer.close()
+    return num_polls, str(caught.value)
+
+
+@pytest.mark.parametrize("wait", ["poll", "finish"])
+def test_storage_that_fails_on_one_rank_is_an_error_on_all_at_the_same_poll(tmp_path, wait):
+    failures = run_ranks(save_on_failing_storage, 2, tmp_path, limit_file_size, wait)
+    assert failures[0] == failures[1]
+    assert "File too large" in failures[0][1]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    assert get_steps(tmp_path) == [1]
+
+
+def test_a_full_disk_ends_the_save_and_the_older_checkpoint_still_loads(tmp_path):
+    if os.system(f"mount -t tmpfs -o size=1100k tmpfs {tmp_path} 2>/dev/null"):
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        failures = run_ranks(save_on_failing_storage, 2, tmp_path, fill_storage, "finish")
+        assert "No space left on device" in failures[0][1]
+        assert failures[0] == failures[1]
+        assert get_steps(tmp_path) == [1]
+        assert run_ranks(restore_wide, 1, tmp_path) == [1]
+    finally:
+        os.system(f"umount {tmp_path}")
+
+
+class SlowStager(Stager):
+    def __init__(self, copied):
+        super().__init__(torch.device("cpu"))
+        self.copied = copied
+
+    def stage(self, live):
+        staged = super().stage(live)
+        object.__setattr__(staged, "wait_on_host", self.copied.wait)
+        return staged
+
+
+def close_while_saving(run_dir):
+    model, optimizer = build("fsdp2")
+    checkpointer = make_checkpointer(run_dir)
+    copied = threading.Event()
+    checkpointer._stager = SlowStager(copied)
+    checkpointer.start_save(model, optimizer, progress=make_progress(1), extra={})
+    checkpointer.close()
+    copied.set()
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "checkpoint")
+    thread.join(20)
+    return thread.is_alive()
+
+
+def test_a_save_given_up_touches_the_storage_no_more(tmp_path):
+    assert run_ranks(close_while_saving, 1, tmp_path) == [False]
+    assert list(tmp_path.iterdir()) == []
+
+
+def close_beside_a_silent_peer(run_dir):
+    model, optimizer = build("fsdp2")
+    checkpointer = make_checkpointer(run_dir)
+    dist.barrier()
+    start_s = time.monotonic()
+    if dist.get_rank() == 0:
+        checkpointer.start_save(model, optimizer, progress=make_progress(1), extra={})
+        checkpointer.poll()
+    checkpointer.close()
+    return time.monotonic() - start_s
+
+
+def test_closing_does_not_wait_for_a_peer_that_never_answers(tmp_path):
+    assert max(run_ranks(close_beside_a_silent_peer, 2, tmp_path)) < 5
+    assert get_steps(tmp_path) == []
+
+
+def restore_wide(run_dir):
+    return do_restore(run_dir, *build("single", make_model=Wide)).progress.step
+
+
+def restore_step(run_dir, config=CONFIG):
+    try:
+        return do_restore(run_dir, *build("fsdp2"), config).progress.step
+    except (CheckpointError, ConfigError) as error:
+        return str(error)
+
+
+def damage(run_dir, step, name, change):
+    path = run_dir / "checkpoints" / f"step-{step:08d}" / name
+    path.write_bytes(change(path.read_bytes()))
+
+
+def test_a_damaged_checkpoint_is_passed_over_by_all_ranks(tmp_path):
+    run_ranks(train_and_save, 2, tmp_path, "fsdp2", (2, 4))
+    damage(tmp_path, 4, "__1_0.distcp", lambda data: data[:-1])
+    assert run_ranks(restore_step, 2, tmp_path) == [2, 2]
+    damage(tmp_path, 2, "__0_0.distcp", lambda data: bytes(len(data)))  # of the right size: found while loading
+    errors = run_ranks(restore_step, 2, tmp_path)
+    assert errors[0] == errors[1]
+    assert "none of the 2 committed checkpoints" in errors[0]
+
+
+def test_a_run_that_would_see_other_samples_is_refused_on_all_ranks(tmp_path):
+    run_ranks(train_and_save, 1, tmp_path, "fsdp2")
+    errors = run_ranks(restore_step, 2, tmp_path, replace(CONFIG, train=TrainConfig(seed=7)))
+    assert errors[0] == errors[1]
+    assert "train.seed=7" in errors[0]
+
+
+def test_a_model_of_another_shape_is_refused_before_anything_is_loaded(tmp_path):
+    run_ranks(save_wide, 1, tmp_path, "fsdp2")
+    (error,) = run_ranks(restore_step, 1, tmp_path)
+    assert "model.embed.weight has the shape (4, 7) now, but None in the checkpoint" in error
