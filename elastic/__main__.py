@@ -1,0 +1,187 @@
+"""`python -m elastic CONFIG [key=value ...]`: train without Ray, as one process or under torchrun.
+
+Running it again resumes. SIGTERM and SIGINT are notices: all ranks save at one step and leave.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from time import time
+from types import FrameType
+
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
+
+from elastic import config_load
+from elastic.attempts import End, build_row, close_torn_attempts, read_history
+from elastic.checkpoint.storage import check_writable
+from elastic.config import RunConfig
+from elastic.errors import SolventError
+from elastic.ports import Finished, Interrupted, Lost, MetricSink, Notice, Outcome, Phase, Progress, Source, WorldSpec
+from elastic.run import train
+from elastic.rundir import RunDir, append_row
+from elastic.sinks import console, jsonl
+from elastic.world import open_store
+
+INTERRUPTED_EXIT_CODE = 3
+
+
+class SignalNotices:
+    """SIGTERM and SIGINT as the wish to leave."""
+
+    def __init__(self) -> None:
+        self._notice: Notice | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._take)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 (the signature of a handler)
+        self._notice = Notice(source=signal.Signals(number).name)
+
+    def get_notice(self) -> Notice | None:
+        """Return the pending notice at once."""
+        return self._notice
+
+
+class AttemptObserver:
+    """Remembers what the row of `attempts.jsonl` needs.
+
+    Args:
+        on_restored: called once the run is known to accept its configuration.
+    """
+
+    def __init__(self, *, on_restored: Callable[[], object]) -> None:
+        self._on_restored = on_restored
+        self.resumed_step = self.last_step = 0
+        self.resumed_from: Source | None = None
+        self.first_step_s: float | None = None
+
+    def phase(self, phase: Phase, start_s: float, end_s: float) -> None:
+        """Nobody pays by the second here."""
+
+    def restored(self, progress: Progress, source: Source) -> None:
+        """Keep where this attempt starts from."""
+        self.resumed_step = self.last_step = progress.step
+        self.resumed_from = source
+        self._on_restored()
+
+    def stepped(self, progress: Progress, row: Mapping[str, object]) -> None:  # noqa: ARG002 (the Protocol's)
+        """Keep how far this attempt has come."""
+        self.last_step = progress.step
+        self.first_step_s = self.first_step_s or time()
+
+    def committed(self, progress: Progress) -> None:
+        """Say so."""
+        print(f"checkpoint of step {progress.step} committed", flush=True)  # noqa: T201
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train and return the exit code: 0 finished, 2 wrong input, 3 interrupted and resumable, 1 anything else."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)  # noqa: T201
+        return 0 if arguments else 2
+    notices = SignalNotices()
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        config = config_load.load(arguments[0], arguments[1:])
+        outcome = _run(config, rank, notices)
+    except SolventError as error:
+        print(f"rank {rank}: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        return error.exit_code
+    if isinstance(outcome, Finished):
+        return 0
+    print(f"rank {rank}: {outcome.reason}; run the same command to resume", file=sys.stderr, flush=True)  # noqa: T201
+    return INTERRUPTED_EXIT_CODE
+
+
+def _run(config: RunConfig, rank: int, notices: SignalNotices) -> Outcome:
+    run_dir = RunDir(Path(config.storage) / config.run)
+    check_writable(run_dir)
+    spec, store = _find_world(run_dir, timeout_s=config.fault.collective_timeout_s)
+    observer, start_s = AttemptObserver(on_restored=partial(_write_config, config, run_dir, rank)), time()
+    sinks: list[MetricSink] = []
+    if rank == 0:
+        sinks = [jsonl.build(config, run_dir), console.build(config, run_dir)]
+        if config.wandb.mode != "disabled":
+            from elastic.sinks import wandb  # noqa: PLC0415 (a second of imports, and an optional package here)
+
+            sinks.append(wandb.build(config, run_dir))
+    history = read_history(run_dir)
+    end: End = "failed"
+    reason = ""
+    try:
+        outcome = train(config, spec, notices=notices, observer=observer, sinks=sinks, store=store)
+        end, reason = _get_end(outcome)
+    except BaseException as error:
+        reason = str(error) or type(error).__name__
+        raise
+    finally:
+        for sink in sinks:
+            sink.close()
+        if rank == 0:
+            row = build_row(
+                history,
+                attempt=spec.attempt,
+                world_size=spec.world_size,
+                nodes=[spec.node],
+                start_s=start_s,
+                end_s=time(),
+                end=end,
+                reason=reason,
+                resumed_from=observer.resumed_from,
+                resumed_step=observer.resumed_step,
+                last_step=observer.last_step,
+                first_step_s=observer.first_step_s,
+            )
+            append_row(run_dir.attempts, asdict(row))
+    return outcome
+
+
+def _write_config(config: RunConfig, run_dir: RunDir, rank: int) -> None:
+    """Keep what runs; a configuration that the run's checkpoints refuse never gets here."""
+    if rank == 0:
+        run_dir.config.write_text(config_load.dump(config))
+
+
+def _get_end(outcome: Outcome) -> tuple[End, str]:
+    match outcome:
+        case Finished():
+            return "finished", "all steps done"
+        case Interrupted(reason=reason):
+            return "interrupted", reason
+        case Lost(reason=reason):
+            return "lost", reason
+
+
+def _find_world(run_dir: RunDir, *, timeout_s: float) -> tuple[WorldSpec, Store]:
+    """Return this process's place: the one that torchrun's environment names, or a world of its own.
+
+    Rank 0 numbers the attempt, so that all ranks agree even where they see the run's directory at different times.
+    """
+    if "RANK" not in os.environ:
+        store: Store = open_store("127.0.0.1", timeout_s=timeout_s)
+        rank, world_size = 0, 1
+    else:
+        store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+    key = f"solvent-attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if rank == 0:
+        close_torn_attempts(run_dir)
+        store.set(key, str(read_history(run_dir).attempt + 1))
+    spec = WorldSpec(
+        rank=rank,
+        world_size=world_size,
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        attempt=int(store.get(key)),
+        store_host="",  # the store is here already
+        store_port=0,
+    )
+    return spec, store
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,199 @@
+"""The composition root of a trainer: a configuration and a place in a world become parts, a loop and an outcome."""
+
+import importlib
+import importlib.util
+import re
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import time
+from typing import TypedDict
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+
+from elastic import plugins
+from elastic.checkpoint.keep import remove_orphans
+from elastic.checkpoint.load import restore
+from elastic.checkpoint.save import Checkpointer
+from elastic.checkpoint.storage import check_space, check_writable, estimate_checkpoint_bytes
+from elastic.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from elastic.data.loader import Loader, eval_batches
+from elastic.data.shards import check_fits, open_dataset
+from elastic.errors import StorageError
+from elastic.loop import Parts, SampleRecorder, Timeline, run_loop
+from elastic.metrics import get_peak_flops
+from elastic.ports import Lost, MetricSink, NoticeSource, Observer, Outcome, Progress, WorldSpec
+from elastic.rundir import RunDir, append_row
+from elastic.step import build_trainable, train_step
+from elastic.world import World, close_world, open_world
+
+
+def train(
+    config: RunConfig,
+    spec: WorldSpec,
+    *,
+    notices: NoticeSource,
+    observer: Observer,
+    sinks: Sequence[MetricSink],
+    store: Store | None = None,
+) -> Outcome:
+    """Train one rank of one world: from the newest committed checkpoint until finished, interrupted or lost.
+
+    Args:
+        sinks: where rank 0's rows go.
+        store: the rendezvous store, if this process holds it; else that of `spec` is used.
+
+    Raises:
+        UserError: configuration, data or storage cannot work; all ranks raise it or are ended by the one that does.
+        StepError, CheckpointError: training cannot go on; all ranks raise it.
+    """
+    start_s = time()
+    run_dir = RunDir(Path(config.storage) / config.run)
+    world = open_world(spec, device=config.device, timeout_s=config.fault.collective_timeout_s, store=store)
+    watchers = _Watchers(notices=notices, observer=observer, sinks=sinks if world.rank == 0 else ())
+    progress = Progress()
+    try:
+        _check_storage(run_dir, config, world)
+        with _build_parts(config, run_dir, world, watchers) as (parts, progress):
+            outcome = run_loop(parts, progress, Timeline(observer, start_s=start_s))
+    except RuntimeError as error:
+        if not is_peer_loss(error):
+            raise
+        outcome = Lost(progress=progress, reason=str(error).splitlines()[0])
+    close_world(world, peers="lost" if isinstance(outcome, Lost) else "alive")
+    return outcome
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Watchers:
+    notices: NoticeSource
+    observer: Observer
+    sinks: Sequence[MetricSink]
+
+
+class _Place(TypedDict):
+    """A rank's share of the data."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+@contextmanager
+def _build_parts(
+    config: RunConfig, run_dir: RunDir, world: World, watchers: _Watchers
+) -> Generator[tuple[Parts, Progress]]:
+    """Build data, model and checkpointer, restore the newest state, and take it all down again."""
+    dataset = open_dataset(config.data.path)
+    check_fits(dataset, config)
+    trainable = build_trainable(config, world)
+    restored = restore(run_dir, trainable.model, trainable.optimizer, config=config, device=world.device)
+    progress = restored.progress if restored else Progress()
+    if restored:
+        trainable.scaler.load_state_dict(restored.extra["scaler"])
+    watchers.observer.restored(progress, "disk" if restored else "scratch")
+
+    place = _Place(rank=world.rank, world_size=world.world_size, device=world.device)
+    model_file = plugins.load("elastic.models", config.model.kind, key="model.kind")
+    checkpointer = Checkpointer(run_dir, config, device=world.device, on_committed=watchers.observer.committed)
+    try:
+        with Loader(dataset, config=config, start_step=progress.step, **place) as loader:
+            yield (
+                Parts(
+                    config=config,
+                    world=world,
+                    trainable=trainable,
+                    loader=loader,
+                    eval_microbatches=[
+                        m for b in eval_batches(dataset, config=config, **place) for m in b.microbatches
+                    ],
+                    checkpointer=checkpointer,
+                    flops_per_token=model_file.flops_per_token(config.model, config.data.seq_len),
+                    peak_flops_per_gpu=_get_peak_flops(world.device),
+                    sinks=watchers.sinks,
+                    notices=watchers.notices,
+                    observer=watchers.observer,
+                    record_samples=_build_recorder(run_dir, config, world),
+                ),
+                progress,
+            )
+    finally:
+        checkpointer.close()
+
+
+def _get_peak_flops(device: torch.device) -> float | None:
+    return get_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def _check_storage(run_dir: RunDir, config: RunConfig, world: World) -> None:
+    """Let rank 0 make the run's directory, and make sure that all ranks see the same one.
+
+    Raises:
+        StorageError: it cannot be written, has no room for a checkpoint, or is not shared; on all ranks.
+    """
+    problem: StorageError | None = None
+    if world.rank == 0:
+        try:
+            check_writable(run_dir)
+            model = plugins.load("elastic.models", config.model.kind, key="model.kind")
+            check_space(run_dir, estimate_checkpoint_bytes(model.num_params(config.model)))
+            remove_orphans(run_dir.checkpoints)
+            run_dir.metrics.touch()
+        except StorageError as error:
+            problem = error
+    world.sum_(torch.zeros((), device=world.device))  # rank 0 is done
+    if problem is None and not run_dir.metrics.exists():
+        problem = StorageError(
+            f"storage={config.storage!r} is not the same place on all nodes: rank {world.rank} on node {world.node} "
+            "does not see what rank 0 wrote. Set storage to a shared file system."
+        )
+    num_problems = world.sum_(torch.tensor(float(problem is not None), device=world.device))
+    if num_problems.item():
+        raise problem or StorageError(f"storage={config.storage!r} cannot be used; another rank says why.")
+
+
+def _build_recorder(run_dir: RunDir, config: RunConfig, world: World) -> SampleRecorder:
+    path = run_dir.samples(attempt=world.attempt, rank=world.rank)
+
+    def record(*, step: int, sample_ids: tuple[int, ...]) -> None:
+        if config.data.record_samples:
+            append_row(path, {"step": step, "ids": sample_ids})
+
+    return record
+
+
+_LOST_PEER = re.compile(r"gloo|NCCL|connection (was )?(closed|reset)|broken pipe", re.IGNORECASE)
+
+
+def is_peer_loss(error: RuntimeError) -> bool:
+    """Tell whether a collective failed because another rank is gone; gloo says so in plain RuntimeErrors."""
+    return isinstance(error, dist.DistError) or bool(_LOST_PEER.search(str(error)))
+
+
+def warm_up() -> None:
+    """Import and use once what a trainer needs, on the CPU with a fake process group, and leave no thread behind.
+
+    A process that was warmed up can be forked: its children start training in a fraction of a second.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: PLC0415 (private; the only fake group)
+
+    if importlib.util.find_spec("triton"):  # where GPUs are: what torch.compile imports when it first runs
+        importlib.import_module("torch._inductor.compile_fx")
+    torch.set_num_threads(1)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    world = World(
+        rank=0, world_size=2, local_rank=0, local_world_size=2, attempt=0, node="", device=torch.device("cpu")
+    )
+    config = RunConfig(
+        model=ModelConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_dim=16, vocab_size=16),
+        data=DataConfig(seq_len=8),
+        train=TrainConfig(global_batch=2),
+    )
+    trainable = build_trainable(config, world)
+    tokens_BS = torch.zeros(1, 8, dtype=torch.int64)
+    train_step(trainable, [(tokens_BS, tokens_BS)], lr=0.0, max_grad_norm=1.0, world=world)
+    del trainable
+    close_world(world)
