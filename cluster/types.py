@@ -1,0 +1,205 @@
+"""Plain data that the parts of the cluster side exchange: places, and the controller's events and actions."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from elastic.ports import Progress
+
+OutcomeKind = Literal["finished", "interrupted", "lost", "failed"]
+Change = Literal["finished", "failed", "stopped", "node_added", "node_drained", "node_lost", "trainer_lost"]
+"""What ended an attempt."""
+_KINDS: dict[Change, OutcomeKind] = {
+    "finished": "finished",
+    "failed": "failed",
+    "stopped": "interrupted",
+    "node_added": "interrupted",
+    "node_drained": "interrupted",
+    "node_lost": "lost",
+    "trainer_lost": "lost",
+}
+
+
+@dataclass(frozen=True, order=True)
+class Slot:
+    """A place for one trainer: a GPU of a node (or, without GPUs, a share of its cores)."""
+
+    node: str
+    name: str
+
+
+# ---- events: what the coordinator has seen
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostGone:
+    """A node's host, and with it every trainer of the node, is no more."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claimed:
+    """An agent took a slot. `group` counts Ray's worker groups, `group_size` is how many agents that group has."""
+
+    slot: Slot
+    group: int
+    group_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expired:
+    """No agent claimed a slot within its lease; the host ended its trainer."""
+
+    slot: Slot
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draining:
+    """A node will go away."""
+
+    node: str
+    deadline_s: float | None
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerReady:
+    """A forked trainer has opened its store and waits for its world."""
+
+    slot: Slot
+    attempt: int
+    store_host: str
+    store_port: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerEnded:
+    """A trainer process is gone.
+
+    `kind` is what it said before (`lost`: it saw a peer go), `crashed` if it said nothing, `killed` if we asked for it.
+    """
+
+    slot: Slot
+    attempt: int
+    kind: Literal["finished", "interrupted", "lost", "failed", "crashed", "killed"]
+    reason: str
+    exit_code: int = 1
+    """What the command line returns if this end is `failed`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stepped:
+    """The world finished an optimizer step."""
+
+    attempt: int
+    progress: Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """Somebody wants the run to end now, resumable."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tick:
+    """Time has passed."""
+
+
+Event = HostGone | Claimed | Expired | Draining | TrainerReady | TrainerEnded | Stepped | Stop | Tick
+
+
+# ---- actions: what the coordinator must do
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fork:
+    """Start a trainer in a slot."""
+
+    slot: Slot
+    attempt: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Go:
+    """Tell a waiting trainer its place in the world."""
+
+    slot: Slot
+    attempt: int
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    store_host: str
+    store_port: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Park:
+    """Ask a trainer to save with all others at one agreed step and leave."""
+
+    slot: Slot
+    attempt: int
+    reason: str
+    deadline_s: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kill:
+    """End a trainer at once."""
+
+    slot: Slot
+    attempt: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptStarted:
+    """A world is formed; for the books."""
+
+    attempt: int
+    members: tuple[Slot, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptEnded:
+    """A world is over; for the books. `cause` is the node that left or was lost, if one was."""
+
+    attempt: int
+    members: tuple[Slot, ...]
+    change: Change
+    reason: str
+    cause: str | None
+    noticed_s: float
+    """When the change was announced, or the loss seen (Unix seconds)."""
+
+    @property
+    def kind(self) -> OutcomeKind:
+        """How `attempts.jsonl` calls this end."""
+        return _KINDS[self.change]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """The run is over."""
+
+    kind: OutcomeKind
+    reason: str
+    exit_code: int
+
+
+Action = Fork | Go | Park | Kill | AttemptStarted | AttemptEnded | Done
+
+
+# ---- views
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worker:
+    """A trainer at work, as the driver sees it."""
+
+    rank: int
+    node: str
+    slot: str
+    pid: int
