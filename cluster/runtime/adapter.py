@@ -1,0 +1,312 @@
+"""Every private Ray API that Solvent uses, and the public one beside it: the one file to read when Ray changes.
+
+Checked against ray 2.60 (`check_version` refuses others; tests/ray/test_adapter.py is the contract).
+"""
+
+import math
+import os
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import ray
+import ray.train
+from ray._private import state as ray_state
+from ray._private.ray_logging import stdout_deduplicator
+from ray._private.worker import get_dashboard_url
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+from ray.train.v2.api.config import LoggingConfig
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from elastic.config import ClusterConfig
+from elastic.config import RunConfig as SolventConfig
+from elastic.errors import SolventError
+
+CHECKED_VERSION = "2.60"
+NAMESPACE = "solvent"
+_CALL_TIMEOUT_S = 30.0
+_TRAIN_SETTINGS = {
+    # A placement group of the old size would wait this long for a node that just died (60 s by default).
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Agents need no working directory of their own, and hosts take over theirs.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+
+_DYING_WORDS = re.compile("Raylet is terminated")
+"""What Ray would print on the driver, with a page of counters, for every node that is lost; we say that ourselves."""
+
+
+def check_version() -> None:
+    """Refuse a Ray whose internals were not checked.
+
+    Raises:
+        SolventError: another version than 2.60.
+    """
+    if not ray.__version__.startswith(CHECKED_VERSION + "."):
+        raise SolventError(
+            f"ray {ray.__version__} is installed, but Solvent leans on internals of ray {CHECKED_VERSION} (its scaling "
+            f"policy and drain states). Install ray=={CHECKED_VERSION}.*."
+        )
+
+
+# ---- the cluster
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerNode:
+    """A live node that can hold workers."""
+
+    id: str
+    num_workers: int
+    offer: str
+    """The node's `solvent-offer` label: what was rented; empty if unknown."""
+
+
+def connect(address: str | None, cluster: ClusterConfig) -> None:
+    """Connect to the cluster at the address, or start one of a single node on this machine."""
+    check_version()
+    os.environ.update({name: value for name, value in _TRAIN_SETTINGS.items() if name not in os.environ})
+    # What people should see comes through the coordinator; Ray would forward its own daemons' dying words as well.
+    options: dict[str, Any] = {"namespace": NAMESPACE, "logging_level": "WARNING", "log_to_driver": False}
+    stdout_deduplicator.skip_re = _DYING_WORDS
+    if address:
+        ray.init(address=address, **options)
+        return
+    num_cpus = max(os.cpu_count() or 1, cluster.max_workers * cluster.cpus_per_worker + 1)
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
+
+
+def disconnect() -> None:
+    """Leave the cluster; one that `connect` started ends."""
+    ray.shutdown()
+
+
+def get_own_ip() -> str:
+    """Return the address under which the other nodes reach this one."""
+    return cast(str, ray.util.get_node_ip_address())
+
+
+def get_worker_resources(cluster: ClusterConfig) -> dict[str, float]:
+    """Return what one worker needs of a node, in Ray's resource names."""
+    need = {"CPU": float(cluster.cpus_per_worker)}
+    if cluster.gpus_per_worker:
+        need["GPU"] = float(cluster.gpus_per_worker)
+    return need
+
+
+def get_worker_nodes(cluster: ClusterConfig) -> list[WorkerNode]:
+    """Return the live nodes with room for at least one worker, from Ray's node table (no stale reservation)."""
+    need = get_worker_resources(cluster)
+    most = math.inf if cluster.gpus_per_worker else cluster.max_workers  # spare cores are not rented, spare GPUs are
+    nodes = [
+        WorkerNode(
+            id=node["NodeID"],
+            num_workers=int(min(most, *(node["Resources"].get(name, 0.0) // amount for name, amount in need.items()))),
+            offer=node.get("Labels", {}).get("solvent-offer", ""),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    return [node for node in nodes if node.num_workers]
+
+
+def get_draining_nodes() -> dict[str, float | None]:
+    """Return the nodes that Ray is draining and the Unix time at which each is gone, if that is known."""
+    draining = ray_state.state.get_draining_nodes()
+    return {node: deadline_ms / 1000 if deadline_ms else None for node, deadline_ms in draining.items()}
+
+
+def drain_node(node: str, *, reason: str, deadline_s: float) -> None:
+    """Ask Ray to place nothing more on a node that goes away at `deadline_s` (Unix time).
+
+    Raises:
+        SolventError: there is no such node (Ray would accept that, and do nothing), or Ray refused.
+    """
+    alive = [row["NodeID"] for row in ray.nodes() if row["Alive"]]
+    if node not in alive:
+        raise SolventError(f"node {node!r} is not in the cluster, so it cannot drain. Name one of: {', '.join(alive)}.")
+    # Private and untyped; only the fault injector needs them.
+    from ray._raylet import GcsClient  # noqa: PLC0415 # pyright: ignore[reportAttributeAccessIssue]
+    from ray.core.generated import autoscaler_pb2  # noqa: PLC0415
+
+    address = ray.get_runtime_context().gcs_address
+    preemption = autoscaler_pb2.DrainNodeReason.Value(  # pyright: ignore[reportAttributeAccessIssue]
+        "DRAIN_NODE_REASON_PREEMPTION"
+    )
+    accepted, why_not = GcsClient(address=address).drain_node(node, preemption, reason, int(deadline_s * 1000))
+    if not accepted:
+        raise SolventError(f"Ray refused to drain node {node}: {why_not}")
+
+
+def run_on_node(node: str, function: Callable[..., Any], *args: object) -> None:
+    """Run a function once on a node, without waiting for it and without taking any of its resources."""
+    pin = NodeAffinitySchedulingStrategy(node, soft=False)
+    ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=pin).remote(*args)
+
+
+# ---- the coordinator's actor
+
+
+def create_coordinator(name: str, cls: type, **kwargs: object) -> Any:
+    """Create the detached actor on the node that this process runs on; its methods run in threads."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(cls)
+    options = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": 16, "lifetime": "detached"}
+    return actor.options(name=name, scheduling_strategy=here, **options).remote(**kwargs)
+
+
+def get_coordinator(name: str) -> Any | None:
+    """Return the named actor, or None if there is none."""
+    try:
+        return ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        return None
+
+
+def call(method: Any, *args: object) -> Any:
+    """Call an actor's method and return its result.
+
+    Raises:
+        SolventError: the actor is gone or does not answer.
+    """
+    try:
+        return ray.get(method.remote(*args), timeout=_CALL_TIMEOUT_S)
+    except (RayActorError, GetTimeoutError) as error:
+        raise SolventError(f"the coordinator does not answer: {error}") from error
+    except RayTaskError as error:
+        if isinstance(error.cause, SolventError):
+            raise error.cause from None
+        raise
+
+
+def post(method: Any, *args: object) -> None:
+    """Call an actor's method without waiting for its result."""
+    method.remote(*args)
+
+
+def kill(actor: Any) -> None:
+    """End an actor at once."""
+    ray.kill(actor)
+
+
+# ---- Ray Train
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerPlace:
+    """Where an agent finds itself."""
+
+    node: str
+    gpus: str
+    """Its CUDA_VISIBLE_DEVICES; empty without GPUs."""
+    group_key: str
+    """The same for all workers of one group, another for each group."""
+    group_size: int
+
+
+def get_worker_place() -> WorkerPlace:
+    """Return the place of the Ray Train worker that calls this."""
+    group = ray.util.get_current_placement_group()
+    assert group is not None  # Ray Train puts every worker group into one
+    gpu_ids = ray.get_gpu_ids()
+    return WorkerPlace(
+        node=ray.get_runtime_context().get_node_id(),
+        gpus=",".join(str(gpu) for gpu in gpu_ids),
+        group_key=group.id.hex(),
+        group_size=ray.train.get_context().get_world_size(),
+    )
+
+
+class NodeAwarePolicy(ElasticScalingPolicy):
+    """Counts workers on nodes that live, at the moment of the decision; a new group takes no room on draining ones.
+
+    Ray's own reads a reservation table that is refreshed every 20 s; a node that just died is still in it, and the
+    next worker group waits a minute for room on it. A running group stays on a draining node until the node is gone:
+    a raylet that drains ends as soon as nothing runs on it, and with it would end the trainers that are still saving.
+    """
+
+    _left_out: frozenset[str] = frozenset()
+
+    def make_decision_for_non_running_worker_group(self) -> Any:
+        """Place a new group on nodes that do not drain."""
+        self._left_out = frozenset(get_draining_nodes())
+        return super().make_decision_for_non_running_worker_group()
+
+    def make_decision_for_running_worker_group(self, *args: Any, **kwargs: Any) -> Any:
+        """Grow onto new nodes; stay on draining ones."""
+        self._left_out = frozenset()
+        return super().make_decision_for_running_worker_group(*args, **kwargs)
+
+    def _get_reserved_resources(self) -> dict[str, dict[str, float]]:
+        return {
+            node["NodeID"]: node["Resources"]
+            for node in ray.nodes()
+            if node["Alive"] and node["NodeID"] not in self._left_out
+        }
+
+
+class _AgentTrainer(DataParallelTrainer):
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        if self.scaling_config.elasticity_enabled:
+            parts["scaling_policy"] = NodeAwarePolicy(self.scaling_config)
+        if not get_dashboard_url():  # it asks the dashboard twice a second, and says so each time there is none
+            parts["callbacks"] = [c for c in parts["callbacks"] if not isinstance(c, PlacementGroupCleanerCallback)]
+        return super()._initialize_and_run_controller(**parts)
+
+
+def run_agents(agent: Callable[[dict[str, Any]], None], fields: dict[str, Any], config: SolventConfig) -> None:
+    """Have Ray Train hold between min and max workers, each running the agent, until all of them return."""
+    cluster = config.cluster
+    is_elastic = cluster.min_workers != cluster.max_workers
+    trainer = _AgentTrainer(
+        agent,
+        train_loop_config=fields,
+        scaling_config=ScalingConfig(
+            num_workers=(cluster.min_workers, cluster.max_workers) if is_elastic else cluster.max_workers,
+            use_gpu=bool(cluster.gpus_per_worker),
+            resources_per_worker=get_worker_resources(cluster),
+            elastic_resize_monitor_interval_s=1.0,
+        ),
+        # What Ray counts as failures are changes of the cluster; our own budget is the coordinator's.
+        run_config=RunConfig(
+            name=f"{config.run}-{int(time.time() * 1000)}",
+            storage_path=f"{config.storage}/.ray-train",
+            failure_config=FailureConfig(max_failures=-1),
+            logging_config=LoggingConfig(log_level="CRITICAL"),
+        ),
+    )
+    trainer.fit()
+
+
+class AgentRun:
+    """`run_agents` in a thread, beside the driver's loop."""
+
+    def __init__(self, agent: Callable[[dict[str, Any]], None], fields: dict[str, Any], config: SolventConfig) -> None:
+        self.error: BaseException | None = None
+        """What Ray Train raised, once it is over."""
+        self._thread = threading.Thread(target=self._run, args=(agent, fields, config), name="ray-train", daemon=True)
+        self._thread.start()
+
+    def _run(self, agent: Callable[[dict[str, Any]], None], fields: dict[str, Any], config: SolventConfig) -> None:
+        try:
+            run_agents(agent, fields, config)
+        except BaseException as error:
+            self.error = error
+
+    @property
+    def is_over(self) -> bool:
+        """Whether Ray Train has returned."""
+        return not self._thread.is_alive()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for its end; False if it took longer."""
+        self._thread.join(timeout_s)
+        return self.is_over

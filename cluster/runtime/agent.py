@@ -1,0 +1,120 @@
+"""The agent: what Ray Train starts, counts and restarts. It claims a slot of its node's host and relays; no torch.
+
+Two traps of Ray Train shape it. A worker that raises makes Ray restart the whole group, so nothing here may raise.
+A worker that returns counts as finished, so it stays until the run is over, even with nothing left to do.
+"""
+
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from cluster.runtime import adapter
+from cluster.runtime.link import Link, Message
+from cluster.runtime.start_host import get_host_folder, start_host
+
+RETRY_S = 0.2
+MOST_LINES = 200
+"""Of a trainer that floods its log, the driver sees this many lines at a time; the log on the node has all."""
+
+
+def run_agent(fields: dict[str, Any]) -> None:
+    """Claim and hold a slot until the run is over.
+
+    Args:
+        fields: `coordinator_name`, the named actor that leads this run.
+    """
+    log = _LogTail()
+    while True:
+        try:
+            coordinator = adapter.get_coordinator(fields["coordinator_name"])
+            if coordinator is None or adapter.call(coordinator.is_over):
+                return
+            _serve_once(coordinator, log)
+        except Exception:
+            traceback.print_exc()
+        time.sleep(RETRY_S)
+
+
+def _serve_once(coordinator: Any, log: "_LogTail") -> None:
+    """Claim a slot of the node's host and relay until the host is gone or the slot is taken by a newer agent."""
+    place = adapter.get_worker_place()
+    group = adapter.call(coordinator.enter_group, place.group_key)
+    link = _connect(place.node, adapter.call(coordinator.get_host_fields))
+    link.send(
+        "claim",
+        group=group,
+        group_size=place.group_size,
+        slot=f"gpu{place.gpus}" if place.gpus else "",
+        env={"CUDA_VISIBLE_DEVICES": place.gpus},
+    )
+    while True:
+        messages = link.receive(timeout_s=RETRY_S)
+        lines = [line for message in messages or [] for line in _take(message, log)] + log.read_new()
+        if lines:
+            sys.stdout.write("\n".join([*lines, ""]))  # into Ray's log of this worker
+            sys.stdout.flush()
+            adapter.post(coordinator.relay, [f"{place.node[:8]} {line}" for line in lines])
+        if messages is None or any(m["kind"] in ("fenced", "bye") for m in messages):
+            link.close()
+            return
+
+
+def _connect(node: str, host_fields: dict[str, Any]) -> Link:
+    """Connect to the node's host; start one if there is none. It listens once it is warm."""
+    folder = get_host_folder(node, host_fields["coordinator"])
+    next_start_s = 0.0
+    while True:
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.connect(str(folder / "socket"))
+            return Link(sock)
+        except OSError:
+            sock.close()
+        if time.monotonic() >= next_start_s:  # harmless if one is warming up: it holds the lock
+            next_start_s = time.monotonic() + 10.0
+            start_host(node, host_fields)
+        time.sleep(RETRY_S)
+
+
+def _take(message: Message, log: "_LogTail") -> list[str]:
+    """Act on a message of the host; return what is worth telling."""
+    match message["kind"]:
+        case "claimed":
+            log.follow(Path(message["log"]), message["slot"])
+            return []
+        case "exited":
+            end = f"trainer {message['pid']} of attempt {message['attempt']} ended with {message['code']}"
+            return [*log.read_new(), end] if message["code"] else log.read_new()
+        case "fenced":
+            return [f"a newer agent (group {message['by']}) took this slot"]
+        case _:
+            return []
+
+
+class _LogTail:
+    """Reads what trainers append to their log."""
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._position = 0
+        self._label = ""
+
+    def follow(self, path: Path, label: str) -> None:
+        """Follow this log from its end on."""
+        if path != self._path:
+            self._path, self._label = path, label
+            self._position = path.stat().st_size if path.exists() else 0
+
+    def read_new(self) -> list[str]:
+        """Return the whole lines that are new, but only the last of very many."""
+        if self._path is None or not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._position)
+            data = file.read()
+        end = data.rfind(b"\n") + 1
+        self._position += end
+        return [f"{self._label}: {line}" for line in data[:end].decode(errors="replace").splitlines()[-MOST_LINES:]]

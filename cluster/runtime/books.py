@@ -1,0 +1,260 @@
+"""What the coordinator writes down: attempts, incidents, and the ledger of every paid second.
+
+Two threads call it (one serves the hosts, one follows Ray's nodes), so every public method takes the lock.
+"""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import wraps
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from cluster.controller import State
+from cluster.cost import get_usd_per_mtoken, load_prices
+from cluster.ledger import Ledger, read_ledger
+from cluster.runtime.adapter import WorkerNode
+from cluster.types import AttemptEnded, AttemptStarted, Slot
+from elastic.attempts import AttemptRow, History, build_row, close_torn_attempts, read_history
+from elastic.config import RunConfig
+from elastic.config_load import dump
+from elastic.ports import Phase, Progress, Source
+from elastic.rundir import RunDir, append_row, end_torn_line, read_rows
+
+FLUSH_EVERY_S = 2.0
+_FLUSH_BEHIND_S = 5.0
+"""Rows end this long before now, so that what trainers tell about that time is in."""
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _locked(method: "Callable[Concatenate[Books, _P], _R]") -> "Callable[Concatenate[Books, _P], _R]":
+    @wraps(method)
+    def run(self: "Books", *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return run
+
+
+@dataclass(kw_only=True)
+class _Attempt:
+    """The current attempt, as far as it has come."""
+
+    started: AttemptStarted
+    start_s: float
+    before: History
+    resumed_step: int = 0
+    resumed_from: Source | None = None
+    first_step_s: float | None = None
+    last_step: int = 0
+
+
+@dataclass(kw_only=True)
+class Books:
+    """Keeps the three files of one run; see `open_books`."""
+
+    run_dir: RunDir
+    config: RunConfig
+    ledger: Ledger
+    history: History
+    """What all attempts have done up to now."""
+    tokens: int
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    incidents: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    _nodes: dict[str, WorkerNode] = field(default_factory=dict[str, WorkerNode])
+    _attempt: _Attempt | None = None
+    _ended: AttemptEnded | None = None
+    """The change that led to the current attempt, until its first step shows what it cost."""
+    _flushed_s: float = 0.0
+
+    # ---- nodes
+
+    @_locked
+    def follow_nodes(self, nodes: Mapping[str, WorkerNode], now_s: float) -> None:
+        """Open the account of each new node and close that of each that is gone."""
+        for node in nodes.keys() - self._nodes.keys():
+            price = load_prices(self.config.cost).get_usd_per_gpu_hour(nodes[node].offer)
+            self.ledger.join(node, now_s, gpus=nodes[node].num_workers, usd_per_gpu_hour=price)
+        for node in self._nodes.keys() - nodes.keys():
+            self.ledger.leave(node, now_s)
+        self._nodes = dict(nodes)
+
+    @_locked
+    def host_ready(self, node: str, now_s: float) -> None:
+        """Book that a node could train from now on."""
+        if node in self._nodes:
+            self.ledger.switch(node, "wait", now_s)
+
+    @_locked
+    def host_gone(self, node: str, now_s: float) -> None:
+        """Book that a node cannot train any more, though it may still be paid for."""
+        if node in self._nodes:
+            self.ledger.switch(node, "idle", now_s)
+
+    @_locked
+    def staged(self, state: State, now_s: float) -> None:
+        """Book what a new stage means for every node with a living host: those of the world change, others wait."""
+        member_state: Phase = {
+            "waiting": "wait",
+            "forming": "reconfigure",
+            "running": "load",
+            "parking": "save",
+            "clearing": "reconfigure",
+            "done": "idle",
+        }[state.stage]  # pyright: ignore[reportAssignmentType] # every value is a Phase
+        members = {slot.node for slot in state.members}
+        for node in self._nodes.keys() & {slot.node for slot in state.claims}:
+            is_out = node in state.draining and state.stage not in ("running", "parking")
+            waiting: Phase = "idle" if is_out or state.stage == "done" else "wait"
+            self.ledger.switch(node, waiting if is_out or node not in members else member_state, now_s)
+
+    # ---- attempts
+
+    @_locked
+    def attempt_started(self, action: AttemptStarted, now_s: float) -> None:
+        """Begin the row of an attempt."""
+        self.history = replace(self.history, attempt=action.attempt)
+        self._attempt = _Attempt(started=action, start_s=now_s, before=self.history)
+
+    @_locked
+    def restored(self, slot: Slot, progress: Progress, source: Source) -> None:
+        """Book where the attempt starts from."""
+        attempt = self._attempt
+        if attempt is None or slot != attempt.started.members[0]:
+            return
+        attempt.resumed_step, attempt.resumed_from = progress.step, source
+        attempt.last_step = progress.step
+
+    @_locked
+    def stepped(
+        self, slot: Slot, progress: Progress, phases: Sequence[tuple[Phase, float, float]], now_s: float
+    ) -> None:
+        """Book a step that one trainer finished, and the time since its last one."""
+        attempt = self._attempt
+        if attempt is None:
+            return
+        before = attempt.before.step
+        is_redone = progress.step <= before
+        self.phases(slot, [("redo" if is_redone and phase == "train" else phase, a, b) for phase, a, b in phases])
+        if phases and self._speaks_for_node(slot):  # until the next step is told
+            self.ledger.switch(slot.node, "redo" if progress.step < before else "train", phases[-1][2])
+        if slot != attempt.started.members[0]:
+            return
+        attempt.last_step = progress.step
+        if attempt.first_step_s is None:
+            attempt.first_step_s = now_s
+            self._book_incident(attempt)
+        self.history = replace(self.history, step=max(self.history.step, progress.step), last_step_s=now_s)
+        self.tokens = max(self.tokens, progress.tokens)
+
+    @_locked
+    def phases(self, slot: Slot, phases: Sequence[tuple[Phase, float, float]]) -> None:
+        """Book stretches of time that the first trainer of a node tells."""
+        if self._speaks_for_node(slot):
+            for phase, start_s, end_s in phases:
+                self.ledger.report(slot.node, phase, start_s, end_s)
+
+    def _speaks_for_node(self, slot: Slot) -> bool:
+        """Tell whether a slot is the first of its node in the current world; the node's other trainers do the same."""
+        members = self._attempt.started.members if self._attempt else ()
+        first = next((member for member in members if member.node == slot.node), None)
+        return slot == first and slot.node in self._nodes
+
+    @_locked
+    def attempt_ended(self, action: AttemptEnded, now_s: float) -> None:
+        """Write the row of an attempt."""
+        attempt, self._attempt, self._ended = self._attempt, None, action
+        assert attempt is not None
+        append_row(self.run_dir.attempts, asdict(_build_row(attempt, action, now_s)))
+
+    def _book_incident(self, attempt: _Attempt) -> None:
+        """Write down the change before this attempt, now that its first step tells what it cost."""
+        ended, self._ended = self._ended, None
+        if ended is None:
+            return
+        row = _build_row(attempt, ended, attempt.first_step_s or 0.0)
+        incident = {
+            "kind": ended.change,
+            "node": ended.cause,
+            "noticed_s": round(ended.noticed_s, 3) if ended.kind == "interrupted" else None,
+            "detected_s": round(ended.noticed_s, 3),
+            "outage_s": row.outage_s,
+            "lost_steps": row.lost_steps,
+            "resumed_from": row.resumed_from,
+            "world": f"{len(ended.members)} -> {len(attempt.started.members)}",
+            "step": row.first_step,
+        }
+        self.incidents.append(incident)
+        append_row(self.run_dir.incidents, incident)
+
+    # ---- money
+
+    @_locked
+    def flush(self, now_s: float) -> None:
+        """Write the ledger's rows, every few seconds."""
+        if now_s - self._flushed_s >= FLUSH_EVERY_S:
+            self._flushed_s = now_s
+            self._write_ledger(now_s - _FLUSH_BEHIND_S)
+
+    @_locked
+    def close(self, now_s: float) -> None:
+        """Stop to pay and write what is left."""
+        for node in self._nodes:
+            self.ledger.leave(node, now_s)
+        self._nodes = {}
+        self._write_ledger(now_s)
+
+    def _write_ledger(self, up_to_s: float) -> None:
+        for row in self.ledger.flush(up_to_s):
+            append_row(self.run_dir.ledger, row.to_row())
+
+    @_locked
+    def summary(self) -> dict[str, Any]:
+        """Return what the driver shows: money so far, goodput, incidents."""
+        totals = self.ledger.totals()
+        return {
+            "usd": totals.usd,
+            "usd_per_mtoken": get_usd_per_mtoken(totals.usd, self.tokens),
+            "goodput": totals.goodput,
+            "paid_gpu_s": totals.paid_gpu_s,
+            "gpu_s": {state: ms / 1000 for state, ms in totals.gpu_ms.items()},
+            "incidents": list(self.incidents),
+            "best_step": self.history.step,
+            "num_nodes": len(self._nodes),
+        }
+
+
+def _build_row(attempt: _Attempt, ended: AttemptEnded, now_s: float) -> AttemptRow:
+    return build_row(
+        attempt.before,
+        attempt=attempt.started.attempt,
+        world_size=len(attempt.started.members),
+        nodes=sorted({slot.node for slot in attempt.started.members}),
+        start_s=attempt.start_s,
+        end_s=now_s,
+        end=ended.kind,
+        reason=ended.reason,
+        resumed_from=attempt.resumed_from,
+        resumed_step=attempt.resumed_step,
+        last_step=attempt.last_step,
+        first_step_s=attempt.first_step_s,
+    )
+
+
+def open_books(run_root: str, config: RunConfig) -> Books:
+    """Open the books of a run, new or old; what a killed writer left unsaid is completed."""
+    run_dir = RunDir(Path(run_root))
+    run_dir.root.mkdir(parents=True, exist_ok=True)
+    run_dir.config.write_text(dump(config))
+    close_torn_attempts(run_dir)
+    for path in (run_dir.ledger, run_dir.incidents):
+        end_torn_line(path)
+    return Books(
+        run_dir=run_dir,
+        config=config,
+        ledger=Ledger(read_ledger(read_rows(run_dir.ledger))),
+        history=read_history(run_dir),
+        tokens=max((row["tokens"] for row in read_rows(run_dir.metrics)), default=0),
+    )

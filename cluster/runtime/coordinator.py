@@ -1,0 +1,416 @@
+"""The coordinator: the only authority on who trains. A detached 0-CPU Ray actor on the head node.
+
+One thread serves the hosts over TCP, feeds `controller.decide` and carries out its actions; another asks Ray twice a
+second which nodes live or drain, and starts a host on each new one. The actor's methods, called by the driver and
+the agents, only post to the first thread or read what it published. It needs no torch.
+"""
+
+import os
+import queue
+import secrets
+import selectors
+import socket
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from cluster import controller
+from cluster.runtime import adapter
+from cluster.runtime.books import open_books
+from cluster.runtime.link import Link, Message
+from cluster.runtime.start_host import start_host
+from cluster.types import (
+    Action,
+    AttemptEnded,
+    AttemptStarted,
+    Claimed,
+    Done,
+    Draining,
+    Event,
+    Expired,
+    Fork,
+    Go,
+    HostGone,
+    Kill,
+    Park,
+    Slot,
+    Stepped,
+    Stop,
+    Tick,
+    TrainerEnded,
+    TrainerReady,
+    Worker,
+)
+from elastic import config as configs
+from elastic.errors import SolventError
+from elastic.ports import Progress
+
+HOST_SILENT_S = 10.0
+"""A host that has not sent its beat (once a second) for this long is taken for gone: a lost machine sends no FIN."""
+WATCH_EVERY_S = 0.5
+DRIVER_BUSY_S = 5.0
+"""A driver polls twice a second; one that did within this time is alive."""
+
+
+@dataclass(kw_only=True)
+class _Host:
+    node: str
+    link: Link
+    heard_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What the driver learns in one poll."""
+
+    rows: list[dict[str, Any]]
+    lines: list[str]
+    stage: str
+    attempt: int
+    workers: list[Worker]
+    """The trainers of the current world, by rank; empty while it forms."""
+    books: dict[str, Any]
+    done: dict[str, Any] | None
+
+
+@dataclass(kw_only=True)
+class _Published:
+    """What actor methods may read; written by the serving thread under the lock."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    rows: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    lines: deque[str] = field(default_factory=lambda: deque[str](maxlen=10_000))
+    stage: controller.Stage = "waiting"
+    attempt: int = 0
+    workers: list[Worker] = field(default_factory=list[Worker])
+    done: Done | None = None
+
+
+class Coordinator:
+    """See the module; public methods are the actor's interface."""
+
+    def __init__(self, config: dict[str, Any], *, run_root: str) -> None:
+        self._config_fields = config
+        self._config = configs.from_dict(config)
+        self._books = open_books(run_root, self._config)
+        self._state = controller.State(
+            policy=controller.Policy(
+                min_workers=self._config.cluster.min_workers,
+                max_workers=self._config.cluster.max_workers,
+                max_failures_without_progress=self._config.fault.max_failures_without_progress,
+            ),
+            attempt=self._books.history.attempt,
+            best_step=self._books.history.step,
+        )
+        self._secret = secrets.token_hex(16)
+        self._id = secrets.token_hex(4)
+        self._ip = adapter.get_own_ip()
+        self._listener = socket.create_server((self._ip, 0))
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._wake_out, wake_in = socket.socketpair()
+        self._selector.register(wake_in, selectors.EVENT_READ, lambda: wake_in.recv(4096))
+        self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._hosts: dict[str, _Host] = {}
+        self._out = _Published()
+        self._groups: dict[str, int] = {}
+        self._pids: dict[Slot, int] = {}
+        self._driver = ""
+        self._driver_heard_s = time.time()
+        self._closing = False
+        threading.Thread(target=self._guard, args=(self._serve,), name="serve", daemon=True).start()
+        threading.Thread(target=self._guard, args=(self._watch_ray,), name="watch", daemon=True).start()
+
+    # ---- the actor's interface
+
+    def attach(self, driver: str, config: dict[str, Any]) -> str:
+        """Let a driver lead this run: "ok", "busy" (another one does, alive) or "changed" (another configuration)."""
+        if self._driver not in ("", driver) and time.time() - self._driver_heard_s < DRIVER_BUSY_S:
+            return "busy"
+        if config != self._config_fields:
+            self._post(Stop(reason="the run goes on with another configuration"))
+            return "changed"
+        self._driver, self._driver_heard_s = driver, time.time()
+        return "ok"
+
+    def poll(self, driver: str) -> Update | None:
+        """Return what is new since the last poll; None if another driver leads by now."""
+        if driver != self._driver:
+            return None
+        self._driver_heard_s = time.time()
+        out = self._out
+        with out.lock:
+            rows, out.rows = out.rows, []
+            lines = list(out.lines)
+            out.lines.clear()
+            return Update(
+                rows=rows,
+                lines=lines,
+                stage=out.stage,
+                attempt=out.attempt,
+                workers=out.workers,
+                books=self._books.summary(),
+                done=asdict(out.done) if out.done else None,
+            )
+
+    def enter_group(self, key: str) -> int:
+        """Number Ray's worker groups in the order in which their first agent shows up, from 1."""
+        return self._groups.setdefault(key, len(self._groups) + 1)
+
+    def get_host_fields(self) -> dict[str, Any]:
+        """Return what `start_host` needs beside the node's own facts."""
+        return {
+            "coordinator": self._id,
+            "coordinator_host": self._ip,
+            "coordinator_port": self._listener.getsockname()[1],
+            "secret": self._secret,
+            "lease_s": self._config.fault.lease_s,
+        }
+
+    def relay(self, lines: list[str]) -> None:
+        """Pass on what an agent wants the driver to show: the log lines of its trainer."""
+        for line in lines:
+            self._say(line)
+
+    def is_over(self) -> bool:
+        """Tell whether the run has ended, so that agents may return."""
+        return self._out.done is not None
+
+    def stop(self, reason: str) -> None:
+        """Park the trainers behind a checkpoint and end the run, resumable."""
+        self._post(Stop(reason=reason))
+
+    def close(self) -> dict[str, Any]:
+        """End all hosts, close the books and return their summary; the caller then kills the actor."""
+        self._closing = True
+        self._wake_out.send(b"x")
+        self._books.close(time.time())
+        return self._books.summary()
+
+    # ---- the serving thread
+
+    def _serve(self) -> None:
+        while not self._closing:
+            for key, _ in self._selector.select(timeout=0.2):
+                key.data()
+            while not self._inbox.empty():
+                self._decide(self._inbox.get())
+            now_s = time.time()
+            for host in list(self._hosts.values()):
+                if now_s - host.heard_s > HOST_SILENT_S:
+                    self._drop(host, f"its host has been silent for {HOST_SILENT_S:g} s")
+            self._decide(Tick())
+            self._books.flush(now_s)
+            self._end_if_orphaned(now_s)
+        for host in self._hosts.values():
+            host.link.send("end", reason="the run is over")
+
+    def _end_if_orphaned(self, now_s: float) -> None:
+        """Without a driver nobody would ever release the nodes: save, then go."""
+        if now_s - self._driver_heard_s < self._config.fault.lease_s / 2:
+            return
+        if self._out.done is None:
+            self._decide(Stop(reason="its driver is gone"))
+            return
+        self.close()
+        for host in self._hosts.values():
+            host.link.send("end", reason="its driver is gone")
+        os._exit(0)
+
+    def _accept(self) -> None:
+        connection, _ = self._listener.accept()
+        connection.settimeout(10)
+        link = Link(connection)
+        self._selector.register(link, selectors.EVENT_READ, lambda: self._greet(link))
+
+    def _greet(self, link: Link) -> None:
+        """Take the first message of a connection: a host that knows the secret, or nobody."""
+        messages = link.receive()
+        if messages == []:
+            return
+        self._selector.unregister(link)
+        hello = messages[0] if messages else {}
+        if hello.get("kind") != "host" or not secrets.compare_digest(str(hello.get("secret")), self._secret):
+            link.close()
+            return
+        host = _Host(node=hello["node"], link=link, heard_s=time.time())
+        if previous := self._hosts.get(host.node):
+            self._drop(previous, "a new host took its place")
+        self._hosts[host.node] = host
+        self._selector.register(link, selectors.EVENT_READ, lambda: self._hear(host))
+        self._books.host_ready(host.node, time.time())
+        self._say(f"node {host.node[:8]} is warm")
+        self._hear_all(host, messages[1:] if messages else [])
+
+    def _hear(self, host: _Host) -> None:
+        messages = host.link.receive()
+        if messages is None:
+            self._drop(host, "the node went away")
+            return
+        host.heard_s = time.time()
+        self._hear_all(host, messages)
+
+    def _hear_all(self, host: _Host, messages: list[Message]) -> None:
+        for message in messages:
+            if message["kind"] == "trainer":
+                self._hear_trainer(Slot(host.node, message["slot"]), message["attempt"], message["message"])
+            elif event := _to_event(host.node, message):
+                self._decide(event)
+
+    def _hear_trainer(self, slot: Slot, attempt: int, message: Message) -> None:
+        """Take what a trainer of the current attempt says; an older one has nothing to say any more."""
+        if attempt != self._state.attempt:
+            return
+        now_s = time.time()
+        match message["kind"]:
+            case "ready":
+                self._pids[slot] = message["pid"]
+                self._decide(
+                    TrainerReady(
+                        slot=slot, attempt=attempt, store_host=message["store_host"], store_port=message["store_port"]
+                    )
+                )
+            case "stepped":
+                progress = Progress(**message["progress"])
+                if slot == self._state.members[0]:
+                    with self._out.lock:
+                        self._out.rows.append(message["row"])
+                self._books.stepped(slot, progress, message["phases"], now_s)
+                self._decide(Stepped(attempt=attempt, progress=progress))
+            case "restored":
+                self._books.restored(slot, Progress(**message["progress"]), message["source"])
+            case "phases":
+                self._books.phases(slot, message["phases"])
+            case "committed":
+                self._say(f"checkpoint of step {message['progress']['step']} committed")
+            case _:
+                raise ValueError(f"unknown message from a trainer: {message}")
+
+    def _drop(self, host: _Host, reason: str) -> None:
+        self._selector.unregister(host.link)
+        host.link.close()
+        if self._hosts.get(host.node) is host:
+            del self._hosts[host.node]
+            self._books.host_gone(host.node, time.time())
+            self._decide(HostGone(node=host.node, reason=reason))
+
+    def _decide(self, event: Event) -> None:
+        now_s = time.time()
+        before = self._state.stage
+        for action in controller.decide(self._state, event, now_s=now_s):
+            self._carry_out(action, now_s)
+        if self._state.stage != before:
+            self._books.staged(self._state, now_s)
+            self._publish_stage()
+
+    def _publish_stage(self) -> None:
+        state, out = self._state, self._out
+        at_work = state.members if state.stage in ("running", "parking") else ()
+        with out.lock:
+            out.stage, out.attempt = state.stage, state.attempt
+            out.workers = [
+                Worker(rank=rank, node=slot.node, slot=slot.name, pid=self._pids[slot])
+                for rank, slot in enumerate(at_work)
+            ]
+        if state.stage == "waiting":
+            wanted, least = len(controller.get_wanted(state)), state.policy.min_workers
+            self._say(f"waiting for nodes: {wanted} of at least {least} worker(s)")
+
+    def _carry_out(self, action: Action, now_s: float) -> None:
+        match action:
+            case Fork():
+                self._tell(action.slot, "fork", attempt=action.attempt, config=self._config_fields)
+            case Go():
+                fields = asdict(action)
+                del fields["slot"]
+                self._tell(action.slot, "go", **fields)
+            case Park():
+                self._tell(
+                    action.slot, "park", attempt=action.attempt, reason=action.reason, deadline_s=action.deadline_s
+                )
+            case Kill():
+                self._tell(action.slot, "kill", attempt=action.attempt)
+            case AttemptStarted():
+                self._books.attempt_started(action, now_s)
+                nodes = ", ".join(sorted({slot.node[:8] for slot in action.members}))
+                self._say(f"attempt {action.attempt}: {len(action.members)} worker(s) on {nodes}")
+            case AttemptEnded():
+                self._books.attempt_ended(action, now_s)
+                where = f" (node {action.cause[:8]})" if action.cause else ""
+                self._say(f"attempt {action.attempt} {action.kind}: {action.reason}{where}")
+            case Done():
+                with self._out.lock:
+                    self._out.done = action
+
+    def _tell(self, slot: Slot, kind: str, **fields: Any) -> None:
+        if host := self._hosts.get(slot.node):
+            host.link.send(kind, slot=slot.name, **fields)
+
+    def _say(self, line: str) -> None:
+        with self._out.lock:
+            self._out.lines.append(line)
+
+    # ---- the watching thread
+
+    def _watch_ray(self) -> None:
+        """Follow Ray's view of the nodes: pre-warm new ones, announce draining ones, book dead ones."""
+        started: dict[str, float] = {}
+        drained: set[str] = set()
+        while not self._closing:
+            now_s = time.time()
+            nodes = {node.id: node for node in adapter.get_worker_nodes(self._config.cluster)}
+            self._books.follow_nodes(nodes, now_s)
+            for node_id in nodes.keys() - self._hosts.keys():
+                if now_s - started.get(node_id, 0.0) > self._config.fault.lease_s:
+                    started[node_id] = now_s
+                    adapter.run_on_node(node_id, start_host, node_id, self.get_host_fields())
+            for node_id, deadline_s in adapter.get_draining_nodes().items():
+                if node_id in nodes and node_id not in drained:
+                    drained.add(node_id)
+                    self._post(Draining(node=node_id, deadline_s=deadline_s, reason="preemption notice"))
+            time.sleep(WATCH_EVERY_S)
+
+    def _post(self, event: Event) -> None:
+        self._inbox.put(event)
+        self._wake_out.send(b"x")
+
+    def _guard(self, body: Callable[[], None]) -> None:
+        """End the run if a thread fails on the user's storage or prices, and the actor if it fails otherwise.
+
+        A half-dead coordinator would keep paid nodes waiting; hosts and driver see the end of a dead one.
+        """
+        try:
+            body()
+        except SolventError as error:
+            with self._out.lock:
+                self._out.done = Done(kind="failed", reason=str(error), exit_code=error.exit_code)
+            for host in list(self._hosts.values()):
+                host.link.send("end", reason="the run failed")
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+
+
+def _to_event(node: str, message: Message) -> Event | None:
+    match message["kind"]:
+        case "claimed":
+            slot = Slot(node, message["slot"])
+            return Claimed(slot=slot, group=message["group"], group_size=message["group_size"])
+        case "expired":
+            return Expired(slot=Slot(node, message["slot"]))
+        case "ended":
+            return TrainerEnded(
+                slot=Slot(node, message["slot"]),
+                attempt=message["attempt"],
+                kind=message["outcome"],
+                reason=message["reason"],
+                exit_code=message["exit_code"],
+            )
+        case "beat":
+            return None
+        case _:
+            raise ValueError(f"unknown message from a host: {message}")

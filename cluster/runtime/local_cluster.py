@@ -1,0 +1,67 @@
+"""A real Ray cluster of several nodes on this machine: what the demo, chaos runs and tests train on."""
+
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from ray.cluster_utils import Cluster
+
+_OBJECT_STORE_BYTES = 100 * 1024 * 1024  # ours carries nothing; 75 MiB is the least that Ray takes
+
+
+class LocalCluster:
+    """A head without CPUs and some worker nodes, each with a raylet of its own; ends with its `with` block."""
+
+    def __init__(self, *, num_nodes: int, cpus_per_node: int = 1) -> None:
+        self._cpus_per_node = cpus_per_node
+        self._temp_dir = tempfile.mkdtemp(prefix="sv-")  # short: Unix sockets lie deep below it
+        self._outer_temp_dir = os.environ.get("RAY_TMPDIR")
+        # The cluster's address file, too, goes there: `ray.init` elsewhere on this machine must not find this cluster.
+        os.environ["RAY_TMPDIR"] = self._temp_dir
+        (Path(self._temp_dir) / "ray").mkdir()
+        logging.getLogger("ray").setLevel(logging.WARNING)
+        head: dict[str, Any] = {
+            "num_cpus": 0,
+            "include_dashboard": False,
+            "object_store_memory": _OBJECT_STORE_BYTES,
+        }
+        self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        self._nodes: dict[str, Any] = {}
+        for _ in range(num_nodes):
+            self.add_node()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._cluster.shutdown()
+        del os.environ["RAY_TMPDIR"]
+        if self._outer_temp_dir is not None:
+            os.environ["RAY_TMPDIR"] = self._outer_temp_dir
+        shutil.rmtree(self._temp_dir, ignore_errors=True)
+
+    @property
+    def address(self) -> str:
+        """Where a driver connects."""
+        address = self._cluster.address
+        assert address is not None  # only before there is a head
+        return address
+
+    @property
+    def nodes(self) -> list[str]:
+        """Ids of the worker nodes, oldest first."""
+        return list(self._nodes)
+
+    def add_node(self) -> str:
+        """Start one more worker node and return its id once Ray knows it."""
+        node = self._cluster.add_node(num_cpus=self._cpus_per_node, object_store_memory=_OBJECT_STORE_BYTES)
+        self._nodes[node.node_id] = node
+        return node.node_id
+
+    def remove_node(self, node: str) -> None:
+        """Kill a worker node as a provider does: no goodbye."""
+        self._cluster.remove_node(self._nodes.pop(node), allow_graceful=False)

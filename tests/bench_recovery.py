@@ -1,0 +1,136 @@
+"""Recovery of Solvent beside that of a plain Ray Train recipe, one after the other on this machine.
+
+    python -m tests.bench_recovery [--peer MEASURE_PY] [kill remove add drain]
+
+Prints one JSON line per event and a table of ratios. Both train a decoder of 0.9 M parameters with FSDP2 in bf16 on
+three nodes, at about four steps a second, and save every ten steps. An outage is counted as the peer counts it: from
+the kill or the removal, or for planned changes from the last step of the old world, to the first step of the new one.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+
+from elastic.data.kjv import read_chapters
+from elastic.data.prepare import prepare
+from elastic.rundir import parse_utc
+from tests.ray._nodes import Nodes
+from tests.ray._runs import Run
+from tests.ray._traces import find_trainers
+
+EVENTS = ("kill", "remove", "add", "drain")
+NOTICE_S = 15.0
+SETTLE_S = 12.0
+LIMIT_S = 240.0
+MODEL = {"dim": 128, "num_layers": 4, "num_heads": 4, "num_kv_heads": 4, "ffn_dim": 352, "vocab_size": 512}
+SETTINGS = {
+    **{f"model.{key}": value for key, value in MODEL.items()},
+    "data.seq_len": 64,
+    "data.record_samples": False,
+    "train.steps": 100_000,
+    "train.global_batch": 24,  # twice the peer's, which sleeps where this computes
+    "train.micro_batch": 12,
+    "precision": "bf16",
+    "recompute": "full",
+    "checkpoint.every_steps": 10,
+}
+
+
+def measure_peer(script: Path, events: list[str]) -> list[dict]:
+    """Run the peer's own script and return its lines."""
+    lines = subprocess.run(
+        [sys.executable, script, *events], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ).stdout.splitlines()
+    return [json.loads(line) for line in lines if line.startswith("{")]
+
+
+def measure_ours(events: list[str]) -> list[dict]:
+    """Let the same events happen to a run of ours."""
+    folder = Path(tempfile.mkdtemp(prefix="b-"))
+    try:
+        prepare([write_text(folder)], folder / "data", vocab_size=MODEL["vocab_size"])
+        nodes = Nodes(folder, num_nodes=3)
+        run = Run(nodes, folder / "data", folder / "runs", **SETTINGS)
+        try:
+            run.start()
+            run.wait_for_step(25, timeout_s=LIMIT_S)
+            return [measure_event(event, run, nodes) for event in events]
+        finally:
+            run.driver.send_signal(signal.SIGINT)
+            run.wait()
+            nodes.close()
+    finally:
+        shutil.rmtree(folder)
+
+
+def write_text(folder: Path) -> Path:
+    """Write the first hundred chapters of the demo's text."""
+    text = folder / "text"
+    text.mkdir()
+    for number, chapter in enumerate(read_chapters()[:100]):
+        (text / f"{number}.txt").write_text(chapter)
+    return text
+
+
+def measure_event(event: str, run: Run, nodes: Nodes) -> dict:
+    """Let one event happen; return what it cost once training has settled again."""
+    before = run.last_row()
+    start_s = time.time()
+    if event == "kill":
+        os.kill(find_trainers(nodes.folder)[-1], signal.SIGKILL)
+    elif event == "remove":
+        nodes.remove(nodes.ids[-1])
+    elif event == "add":
+        nodes.add()
+    else:
+        nodes.drain(nodes.ids[-1], notice_s=NOTICE_S)
+        time.sleep(NOTICE_S)
+        nodes.remove(nodes.ids[-1])
+    run.wait_for(lambda: run.last_row()["attempt"] > before["attempt"], timeout_s=LIMIT_S, what="the next attempt")
+    time.sleep(SETTLE_S)
+    rows = [row for row in run.rows() if row["attempt"] >= before["attempt"]]
+    old = [row for row in rows if row["attempt"] == before["attempt"]]
+    new = [row for row in rows if row["attempt"] > before["attempt"]]
+    first_s, last_s = parse_utc(new[0]["time_utc"]), parse_utc(old[-1]["time_utc"])
+    times_s = [parse_utc(row["time_utc"]) for row in rows]
+    return {
+        "peer": "solvent",
+        "event": event,
+        "world": f"{before['world_size']}->{new[0]['world_size']}",
+        "outage_s": round(first_s - (start_s if event in ("kill", "remove") else last_s), 2),
+        "lost_steps": old[-1]["step"] - new[0]["step"] + 1,
+        "since_event_s": round(first_s - start_s, 2),
+        "longest_gap_s": round(max(b - a for a, b in pairwise(times_s) if b > start_s), 2),
+        "num_worlds": len({row["attempt"] for row in new}),
+        "step_s": round(sorted(row["step_s"] for row in old)[len(old) // 2], 3),
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("events", nargs="*", default=list(EVENTS))
+    parser.add_argument("--peer", type=Path, help="its measure.py; left out, only Solvent is measured")
+    args = parser.parse_args()
+    print(f"load average {os.getloadavg()} on {os.cpu_count()} cores", flush=True)
+    theirs = measure_peer(args.peer, args.events) if args.peer else []
+    print(*map(json.dumps, theirs), sep="\n", flush=True)
+    print(f"load average {os.getloadavg()}", flush=True)
+    ours = measure_ours(args.events)
+    print(*map(json.dumps, ours), sep="\n")
+    print(f"\n{'event':8}{'Ray Train':>18}{'Solvent':>18}{'ratio':>8}")
+    for peer, own in zip(theirs, ours, strict=False):
+        cells = [f"{row['outage_s']:.2f} s, {row['lost_steps']:2} redone" for row in (peer, own)]
+        print(f"{own['event']:8}{cells[0]:>18}{cells[1]:>18}{peer['outage_s'] / own['outage_s']:>7.0f}x")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""A `LocalCluster` in a process of its own, led line by line: Ray wants nodes started in a main thread.
+
+As a script it reads commands (`add`, `remove NODE`, `drain NODE SECONDS`) and answers each with a line of JSON.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+class Nodes:
+    """The test's end of the pipe."""
+
+    def __init__(self, folder: Path, *, num_nodes: int) -> None:
+        self.folder = folder
+        self._log = (folder / "cluster.log").open("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, str(num_nodes)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=get_env(folder),
+        )
+        answer = self._read()
+        self.address: str = answer["address"]
+        self.ids: list[str] = answer["nodes"]
+
+    def add(self) -> str:
+        node = self._ask("add")["node"]
+        self.ids.append(node)
+        return node
+
+    def remove(self, node: str) -> None:
+        """Kill a node."""
+        self._ask("remove", node)
+        self.ids.remove(node)
+
+    def drain(self, node: str, *, notice_s: float) -> None:
+        """Give notice; the node stays until it is removed."""
+        self._ask("drain", node, str(notice_s))
+
+    def close(self) -> None:
+        """End the cluster; what it printed is gone with it."""
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait(60)
+        self._log.close()
+        (self.folder / "cluster.log").unlink()
+
+    def _ask(self, *words: str) -> dict:
+        self._process.stdin.write(" ".join(words) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict:
+        line = self._process.stdout.readline()
+        assert line, f"the cluster ended:\n{(self.folder / 'cluster.log').read_text()}"
+        return json.loads(line)
+
+
+def get_env(folder: Path) -> dict[str, str]:
+    """Return the environment that marks a process as one of this folder's."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "WANDB_"))}
+    return {**kept, "TMPDIR": str(folder), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def _serve(num_nodes: int) -> None:
+    from cluster.runtime import adapter
+    from cluster.runtime.local_cluster import LocalCluster
+    from elastic.config import ClusterConfig
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what Ray prints must not get between the answers
+    is_connected = False
+    with LocalCluster(num_nodes=num_nodes) as cluster:
+        print(json.dumps({"address": cluster.address, "nodes": cluster.nodes}), file=answers, flush=True)
+        for line in sys.stdin:
+            answer: dict[str, object] = {}
+            match line.split():
+                case ["add"]:
+                    answer["node"] = cluster.add_node()
+                case ["remove", node]:
+                    cluster.remove_node(node)
+                case ["drain", node, notice_s]:
+                    if not is_connected:
+                        adapter.connect(cluster.address, ClusterConfig())
+                        is_connected = True
+                    adapter.drain_node(node, reason="spot", deadline_s=time.time() + float(notice_s))
+                case words:
+                    raise ValueError(f"unknown command {words}")
+            print(json.dumps(answer), file=answers, flush=True)
+        if is_connected:
+            adapter.disconnect()
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]))

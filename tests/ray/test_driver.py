@@ -1,0 +1,152 @@
+"""Drivers end, are killed, meet and come back; what they leave behind is what the contract says, or nothing."""
+
+import os
+import re
+import signal
+import time
+from copy import copy
+
+import pytest
+
+from elastic.attempts import final_rows
+from elastic.rundir import read_rows
+from tests.ray._runs import Run
+from tests.ray._traces import find_hosts, find_processes, find_trainers, is_alive, wait_until
+
+LEASE_S = 14
+LONG = 100_000
+"""More steps than any test waits for."""
+
+
+@pytest.fixture
+def run(nodes, data, tmp_path):
+    run = Run(nodes, data, tmp_path, **{"train.steps": LONG, "fault.lease_s": LEASE_S, "checkpoint.every_steps": 1000})
+    yield run
+    if run.driver and run.driver.poll() is None:
+        run.driver.send_signal(signal.SIGINT)
+        run.wait()
+    wait_until_gone(nodes)
+
+
+def find_own(nodes) -> dict[int, str]:
+    """The processes of runs, without those of Ray itself (whose Train keeps one actor per cluster for ever)."""
+    ours = re.compile(r"cluster\.(runtime|cli)|ray::(Coordinator|RayTrainWorker|TrainController)")
+    return {pid: command[:80] for pid, command in find_processes(nodes.folder).items() if ours.search(command)}
+
+
+def wait_until_gone(nodes, *, timeout_s=10):
+    def is_gone():
+        return not find_own(nodes) and not list(nodes.folder.glob("solvent-*"))
+
+    what = lambda: f"gone: {find_own(nodes)}, {list(nodes.folder.glob('solvent-*'))}"  # noqa: E731
+    wait_until(is_gone, timeout_s=timeout_s, what=what)
+
+
+def kill(run) -> None:
+    """End the driver as a lost connection or the kernel would."""
+    run.driver.kill()
+    run.driver.wait()
+
+
+def committed_steps(run) -> list[int]:
+    return sorted(int(path.parent.name.removeprefix("step-")) for path in run.dir.checkpoints.glob("*/COMMITTED"))
+
+
+def test_ctrl_c_saves_at_the_step_it_has_come_to_and_the_same_command_resumes(run, nodes):
+    run.start()
+    run.wait_for_step(20, timeout_s=90)
+    run.driver.send_signal(signal.SIGINT)
+    assert run.wait() == 3, run.get_output()
+    wait_until_gone(nodes)
+    last = run.last_row()["step"]
+    assert committed_steps(run) == [last]
+    assert [row["end"] for row in read_rows(run.dir.attempts)] == ["interrupted"]
+
+    run.start(**{"train.steps": last + 5})
+    assert run.wait() == 0, run.get_output()
+    second = list(read_rows(run.dir.attempts))[1]
+    assert (second["resumed_from"], second["first_step"], second["lost_steps"]) == ("disk", last + 1, 0)
+    assert [row["step"] for row in final_rows(read_rows(run.dir.metrics))] == list(range(1, last + 6))
+
+
+def test_what_makes_trainers_fail_ends_the_run_with_their_reason(run, nodes):
+    run.start(**{"optim.lr": 1e30})  # weights overflow, and the loss of the next step is not finite
+
+    assert run.wait() == 1, run.get_output()
+    wait_until_gone(nodes)
+    assert "so none was made. Lower optim.lr" in run.get_output()
+    assert [row["end"] for row in read_rows(run.dir.attempts)] == ["failed"]
+
+
+def test_after_a_killed_driver_the_same_command_finds_the_trainers_at_work(run, nodes):
+    run.overrides["fault.lease_s"] = 2 * LEASE_S  # half of it must do for a driver to start on a busy machine
+    run.start()
+    run.wait_for_step(10, timeout_s=90)
+    trainers = find_trainers(nodes.folder)
+    assert len(trainers) == 3
+    kill(run)
+    step = run.last_row()["step"]
+
+    run.start()
+    run.wait_for(lambda: "ranks 3" in run.get_output(newest=True), timeout_s=60, what="the new driver shows a step")
+    time.sleep(LEASE_S)  # a coordinator without a driver would have parked them
+
+    assert run.last_row()["step"] > step
+    assert find_trainers(nodes.folder) == trainers
+    assert {row["attempt"] for row in run.rows()} == {1}
+
+    kill(run)
+    last = run.last_row()["step"] + 50
+    run.start(**{"train.steps": last})  # another configuration: the old one saves and makes room
+    assert run.wait() == 0, run.get_output()
+    attempts = list(read_rows(run.dir.attempts))
+    assert (attempts[0]["end"], attempts[-1]["end"]) == ("interrupted", "finished")
+    assert not any(row["lost_steps"] for row in attempts)
+
+
+def test_without_a_driver_all_is_saved_and_gone_within_the_lease_and_the_same_command_resumes(run, nodes):
+    run.start()
+    run.wait_for_step(10, timeout_s=90)
+    hosts, trainers = find_hosts(nodes.folder), find_trainers(nodes.folder)
+    kill(run)
+
+    wait_until_gone(nodes, timeout_s=LEASE_S + 2)
+
+    wait_until(lambda: not any(map(is_alive, hosts + trainers)), timeout_s=2, what="hosts and trainers are gone")
+    last = run.last_row()["step"]
+    assert committed_steps(run) == [last]
+    run.start(**{"train.steps": last + 5})
+    assert run.wait() == 0, run.get_output()
+    first, second, *_ = read_rows(run.dir.attempts)  # more if a node was late
+    assert (first["end"], first["last_step"]) == ("interrupted", last)
+    assert (second["first_step"], second["lost_steps"]) == (last + 1, 0)
+
+
+def test_a_second_driver_of_a_run_is_refused_and_harms_nothing(run, nodes):
+    run.start()
+    run.wait_for_step(10, timeout_s=90)
+    trainers = find_trainers(nodes.folder)
+    config = run.dir.config.stat().st_mtime_ns
+
+    second = copy(run)
+    second.start(**{"wandb.mode": "offline"})
+
+    assert second.wait(timeout_s=30) == 2
+    assert "run='r' is being trained by another driver" in second.get_output()
+    assert not (run.dir.root / "wandb").exists()
+    assert run.driver.poll() is None
+    assert find_trainers(nodes.folder) == trainers
+    assert run.dir.config.stat().st_mtime_ns == config
+    step = run.last_row()["step"]
+    run.wait_for_step(step + 10)
+    assert {row["attempt"] for row in run.rows()} == {1}
+
+
+def test_a_coordinator_that_dies_ends_the_run_with_a_message_and_nothing_stays(run, nodes):
+    run.start()
+    run.wait_for_step(10, timeout_s=90)
+    (coordinator,) = (pid for pid, command in find_own(nodes).items() if "ray::Coordinator" in command)
+    os.kill(coordinator, signal.SIGKILL)
+    assert run.wait(timeout_s=60) == 1
+    assert "the coordinator does not answer" in run.get_output()
+    wait_until_gone(nodes)

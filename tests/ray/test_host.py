@@ -1,0 +1,261 @@
+"""The host alone: a real daemon with real trainers, a raylet that only sleeps and a coordinator that the test plays."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from cluster.runtime.link import Link
+from elastic.config import RunConfig
+from tests.ray._traces import assert_nothing_left, find_hosts, get_parent, is_alive, wait_until
+
+ROOT = Path(__file__).parents[2]
+LEASE_S = 2.0
+
+
+class Peer:
+    """The test's end of a link: waits for messages of a kind, keeps the others."""
+
+    def __init__(self, sock):
+        self.link = Link(sock)
+        self.messages = []
+        self.is_gone = False
+
+    def expect(self, kind, *, timeout_s=20.0, **fields):
+        """Return the first message of a kind with these fields."""
+        wanted = {"kind": kind, **fields}
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            for message in self.messages:
+                if message.items() >= wanted.items():
+                    self.messages.remove(message)
+                    return message
+            assert not self.is_gone, f"it left without {wanted}; it said {self.messages}"
+            assert time.monotonic() < deadline_s, f"no {wanted}; it said {self.messages}"
+            self.read(0.1)
+
+    def read(self, timeout_s):
+        new = self.link.receive(timeout_s)
+        self.is_gone = new is None
+        self.messages += new or []
+
+    def expect_end(self, *, timeout_s):
+        deadline_s = time.monotonic() + timeout_s
+        while not self.is_gone:
+            assert time.monotonic() < deadline_s, "it is still there"
+            self.read(0.1)
+
+
+class HostUnderTest:
+    """A started host with all that it depends on."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.config = RunConfig(storage=str(folder / "host" / "runs"))
+        self.raylet = subprocess.Popen(["sleep", "600"], env={"TMPDIR": str(folder)})
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.spec = {
+            "node": "n" * 56,
+            "node_ip": "127.0.0.1",
+            "folder": str(folder / "host"),
+            "raylet_pid": self.raylet.pid,
+            "coordinator_host": "127.0.0.1",
+            "coordinator_port": listener.getsockname()[1],
+            "secret": "s3cret",
+            "lease_s": LEASE_S,
+        }
+        self.start()
+        listener.settimeout(60)
+        with listener:
+            self.coordinator = Peer(listener.accept()[0])
+        self.hello = self.coordinator.expect("host")
+        self.agents = []
+
+    def start(self):
+        subprocess.run(
+            [sys.executable, "-m", "cluster.runtime.host"],
+            input=json.dumps(self.spec).encode(),
+            cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.folder)},
+            check=True,
+        )
+
+    def claim(self, group, slot="cpu0"):
+        """Come as an agent; return its end of the link."""
+        sock = socket.socket(socket.AF_UNIX)
+        wait_until((self.folder / "host" / "socket").exists, timeout_s=5, what="the host listens")
+        sock.connect(str(self.folder / "host" / "socket"))
+        agent = Peer(sock)
+        agent.link.send("claim", group=group, group_size=1, slot=slot, env={"CUDA_VISIBLE_DEVICES": ""})
+        self.agents.append(agent)
+        return agent
+
+    def fork(self, attempt=1, slot="cpu0"):
+        """Have a trainer forked; return its process id once it waits for its world."""
+        self.coordinator.link.send("fork", slot=slot, attempt=attempt, config=asdict(self.config))
+        message = self.coordinator.expect("trainer", slot=slot, attempt=attempt)
+        assert message["message"]["kind"] == "ready"
+        return message["message"]["pid"]
+
+    def close(self):
+        self.raylet.kill()
+        self.raylet.wait()
+        for peer in (self.coordinator, *self.agents):
+            peer.link.close()
+
+
+@contextmanager
+def run_host() -> Iterator[HostUnderTest]:
+    folder = Path(tempfile.mkdtemp(prefix="t-"))
+    host = HostUnderTest(folder)
+    try:
+        yield host
+    finally:
+        host.close()
+        assert_nothing_left(folder, timeout_s=5)
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def shared_host():
+    with run_host() as host:
+        yield host
+
+
+@pytest.fixture
+def host():
+    with run_host() as host:
+        host.agent = host.claim(1)
+        host.agent.expect("claimed")
+        yield host
+
+
+def test_a_host_is_a_session_of_its_own_with_one_thread_and_knows_the_secret(shared_host):
+    pid = shared_host.hello["pid"]
+    assert shared_host.hello["secret"] == "s3cret"
+    assert shared_host.hello["node"] == shared_host.spec["node"]
+    assert os.getsid(pid) not in (os.getsid(0), 0)
+    assert get_parent(pid) not in (os.getpid(), shared_host.raylet.pid)
+    assert len(list(Path(f"/proc/{pid}/task").iterdir())) == 1
+
+
+def test_a_second_start_leaves_the_host_that_is_there_alone(shared_host):
+    shared_host.start()
+    wait_until(lambda: find_hosts(shared_host.folder) == [shared_host.hello["pid"]], timeout_s=5, what="one host")
+    assert not shared_host.coordinator.is_gone
+
+
+def test_a_claim_of_an_older_group_is_refused_and_a_newer_one_fences_the_holder(shared_host):
+    holder = shared_host.claim(5, "fence")
+    assert holder.expect("claimed")["trainer_pid"] is None
+    assert shared_host.coordinator.expect("claimed", slot="fence")["group"] == 5
+    trainer_pid = shared_host.fork(1, "fence")
+
+    assert shared_host.claim(4, "fence").expect("fenced") == {"kind": "fenced", "by": 5}
+
+    newer = shared_host.claim(6, "fence")
+    assert newer.expect("claimed")["trainer_pid"] == trainer_pid
+    assert holder.expect("fenced") == {"kind": "fenced", "by": 6}
+    assert shared_host.coordinator.expect("claimed", slot="fence")["group"] == 6
+    assert is_alive(trainer_pid)
+
+
+def test_an_agent_without_gpus_gets_a_slot_that_its_group_does_not_hold(shared_host):
+    slots = [shared_host.claim(9, "").expect("claimed")["slot"] for _ in range(2)]
+    assert len(set(slots)) == 2
+
+
+def test_the_end_of_a_trainer_is_told_to_its_agent_within_100_ms(shared_host):
+    agent = shared_host.claim(1, "crash")
+    agent.expect("claimed")
+    times_s = []
+    for attempt in range(1, 6):
+        pid = shared_host.fork(attempt, "crash")
+        os.kill(pid, signal.SIGKILL)
+        killed_s = time.monotonic()
+        told = agent.expect("exited")
+        times_s.append(time.monotonic() - killed_s)
+        assert (told["pid"], told["code"], told["attempt"]) == (pid, -9, attempt)
+        ended = shared_host.coordinator.expect("ended", slot="crash", attempt=attempt)
+        assert (ended["outcome"], ended["reason"]) == ("crashed", "trainer ended with signal 9 (SIGKILL)")
+    # others may be at work on this machine: one of five may be late
+    assert sorted(times_s)[3] < 0.1, times_s
+
+
+def test_a_trainer_is_ready_within_a_second_and_is_killed_only_under_its_own_attempt(shared_host):
+    shared_host.claim(1, "kill").expect("claimed")
+    start_s = time.monotonic()
+    pid = shared_host.fork(2, "kill")
+    assert time.monotonic() - start_s < 1.0
+    assert get_parent(pid) == shared_host.hello["pid"]
+    shared_host.coordinator.link.send("kill", slot="kill", attempt=1)  # an order that comes too late
+    time.sleep(0.1)
+    assert is_alive(pid)
+    shared_host.coordinator.link.send("kill", slot="kill", attempt=2)
+    assert shared_host.coordinator.expect("ended", slot="kill")["outcome"] == "killed"
+
+
+def test_a_configuration_that_the_trainer_refuses_ends_it_as_failed_with_the_reason(shared_host):
+    shared_host.claim(1, "refuse").expect("claimed")
+    shared_host.fork(1, "refuse")
+    go = dict.fromkeys(("rank", "local_rank"), 0) | dict.fromkeys(("world_size", "local_world_size"), 1)
+    store = {"store_host": "127.0.0.1", "store_port": 0}
+    shared_host.coordinator.link.send("go", slot="refuse", attempt=1, **go, **store)
+    ended = shared_host.coordinator.expect("ended", slot="refuse")
+    assert ended["outcome"] == "failed"
+    assert ended["exit_code"] == 2
+    assert "data.path" in ended["reason"]
+
+
+def test_without_an_agent_the_trainer_ends_after_the_lease_and_then_the_host(host):
+    pid = host.fork()
+    host.agent.link.close()
+    start_s = time.monotonic()
+    assert host.coordinator.expect("expired", timeout_s=2 * LEASE_S)["slot"] == "cpu0"
+    assert LEASE_S <= time.monotonic() - start_s < LEASE_S + 1
+    wait_until(lambda: not is_alive(pid), timeout_s=1, what="the trainer ends")
+    host.coordinator.expect_end(timeout_s=1.0)
+
+
+def test_a_new_agent_within_the_lease_finds_its_trainer_at_work(host):
+    pid = host.fork()
+    host.agent.link.close()
+    time.sleep(LEASE_S / 2)
+    agent = host.claim(2)
+    assert agent.expect("claimed")["trainer_pid"] == pid
+    time.sleep(LEASE_S)
+    assert is_alive(pid)
+
+
+def test_a_host_and_its_trainers_end_with_their_raylet(host):
+    pid = host.fork()
+    host.raylet.kill()
+    start_s = time.monotonic()
+    assert host.agent.expect("bye", timeout_s=5)["reason"] == "its raylet ended"
+    wait_until(lambda: not is_alive(pid), timeout_s=1, what="the trainer ends")
+    assert time.monotonic() - start_s < 1
+
+
+def test_a_host_and_its_trainers_end_with_their_coordinator(host):
+    pid = host.fork()
+    host.coordinator.link.close()
+    assert host.agent.expect("bye", timeout_s=5)["reason"] == "its coordinator ended"
+    wait_until(lambda: not is_alive(pid), timeout_s=1, what="the trainer ends")
+
+
+def test_trainers_die_with_a_host_that_is_killed(host):
+    pid = host.fork()
+    os.kill(host.hello["pid"], signal.SIGKILL)
+    wait_until(lambda: not is_alive(pid), timeout_s=1, what="the trainer ends")
+    shutil.rmtree(host.folder / "host")  # what a killed host cannot take away
