@@ -1,1 +1,70 @@
-"""One file per verb; nothing slow is imported before it is needed."""
+"""The `solvent` command: one file per verb; nothing slow is imported before it is needed.
+
+A verb is a module of this package: the first line of its docstring is its help, `add_arguments(parser)` declares what
+it takes and `run(args)` does it and returns the exit code. It imports torch, ray and the like inside `run` only.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+from elastic import plugins
+from elastic.errors import SolventError
+
+INTERRUPTED_BY_KEYBOARD = 130
+"""128 + SIGINT, as shells report it."""
+
+
+class Verb(Protocol):
+    """What a module of this package provides."""
+
+    __doc__: str | None
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare what the verb takes."""
+        ...
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do it and return the exit code; a `SolventError` brings its own."""
+        ...
+
+
+def load_verb(name: str) -> Verb:
+    """Import the module of a verb."""
+    return cast(Verb, plugins.load(__name__, name, key="verb"))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line, with one sub-parser per verb."""
+    parser = argparse.ArgumentParser(prog="solvent", description="Elastic training on cheap, unreliable GPUs.")
+    parser.add_argument(
+        "--debug",
+        action="store_true",
+        default=bool(os.environ.get("SOLVENT_DEBUG")),
+        help="show where an error came from (also SOLVENT_DEBUG=1)",
+    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for name in plugins.get_names(__name__):
+        verb = load_verb(name)
+        summary = (verb.__doc__ or "").partition("\n")[0]
+        sub = verbs.add_parser(name, help=summary, description=verb.__doc__)
+        verb.add_arguments(sub)
+        sub.set_defaults(run=verb.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code; an error raised on purpose becomes one line on stderr."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except SolventError as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"solvent: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED_BY_KEYBOARD

@@ -1,0 +1,87 @@
+"""Turn text, jsonl or parquet into a tokenizer and token shards.
+
+INPUT is a file, a folder, a glob, a URI such as s3://bucket/folder, or `kjv:`, the text of the demo.
+"""
+
+import argparse
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from cluster.cli._runs import add_json, print_json
+
+if TYPE_CHECKING:
+    from elastic.data.prepare import OnProgress, PrepareProgress
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Take what `elastic.data.prepare.prepare` takes."""
+    parser.add_argument("inputs", metavar="INPUT", nargs="+")
+    parser.add_argument("--out", metavar="DIR", required=True, help="the folder to make: data.path of a configuration")
+    parser.add_argument("--tokenizer", metavar="FILE", help="a Hugging Face tokenizer.json; default: train our own BPE")
+    parser.add_argument("--eot-token", metavar="TOKEN", help="ends a document; default: the tokenizer's own")
+    parser.add_argument(
+        "--vocab-size", metavar="N", type=int, default=4096, help="of our own BPE (default %(default)s)"
+    )
+    parser.add_argument("--val-fraction", metavar="X", type=float, default=0.05, help="held out (default %(default)s)")
+    parser.add_argument("--text-key", metavar="KEY", default="text", help="of jsonl and parquet (default %(default)s)")
+    parser.add_argument("--processes", metavar="N", type=int, default=0, help="default: one per core")
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier prepare made")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepare the data and tell what came out."""
+    from elastic.data.prepare import prepare
+
+    start_s = time.monotonic()
+    with _progress_bar() as on_progress:
+        info = prepare(
+            args.inputs,
+            args.out,
+            tokenizer=args.tokenizer,
+            eot_token=args.eot_token,
+            vocab_size=args.vocab_size,
+            val_fraction=args.val_fraction,
+            num_processes=args.processes,
+            text_key=args.text_key,
+            overwrite=args.overwrite,
+            on_progress=on_progress,
+        )
+    summary = {
+        "path": args.out,
+        "vocab_size": info.vocab_size,
+        "train_tokens": info.train.num_tokens,
+        "train_documents": info.train.num_documents,
+        "val_tokens": info.val.num_tokens,
+        "val_documents": info.val.num_documents,
+        "train_entropy_nats": info.train_entropy_nats,
+        "seconds": time.monotonic() - start_s,
+    }
+    if args.json:
+        print_json(summary)
+    else:
+        print(
+            f"{info.train.num_tokens:,} tokens to train on and {info.val.num_tokens:,} held out, vocabulary "
+            f"{info.vocab_size:,}, in {summary['seconds']:.1f} s. Train with data.path={args.out}"
+        )
+    return 0
+
+
+@contextmanager
+def _progress_bar() -> "Generator[OnProgress]":
+    """Show files done and tokens made on stderr while the block runs."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    what = TextColumn("{task.description}")
+    files = (BarColumn(), MofNCompleteColumn(), TextColumn("files"), TimeElapsedColumn())
+    with Progress(what, *files, console=Console(stderr=True)) as bar:
+        task = bar.add_task("reading")
+
+        def show(progress: "PrepareProgress") -> None:
+            doing = "training the tokenizer" if progress.stage == "tokenizer" else f"{progress.num_tokens:,} tokens"
+            bar.update(task, description=doing, completed=progress.files_done, total=progress.num_files)
+
+        yield show

@@ -1,0 +1,31 @@
+"""Show how far a run has come, from the files it writes."""
+
+import argparse
+import time
+
+from cluster.cli._runs import add_json, add_run, find_run, print_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Take the run."""
+    add_run(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the status, one value per line."""
+    from cluster.report.status import get_status
+
+    status = get_status(find_run(args.run_name), now_s=time.time())
+    if args.json:
+        print_json(status)
+    else:
+        for key, value in status.items():
+            print(f"{key:17} {_format(value)}")
+    return 0
+
+
+def _format(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,73 @@
+"""Train through Ray Train, on the cluster at RAY_ADDRESS or else on this machine.
+
+CONFIG is a YAML file; key=value overrides its keys. Training again under the same run name resumes the run.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from cluster.cli._runs import add_json, print_json
+from cluster.cost import load_prices
+from elastic.config import RunConfig
+from elastic.ports import MetricSink
+from elastic.rundir import RunDir
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Take a configuration."""
+    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("overrides", metavar="key=value", nargs="*")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, and return 0 finished, 2 wrong input, 3 interrupted and resumable, 1 anything else."""
+    from elastic.config_load import load
+
+    config = load(args.config, args.overrides)
+    check_before_paying(config)
+
+    from cluster.runtime.driver import get_address, train
+    from cluster.runtime.view import View
+
+    with View(config, partial(open_sinks, config)) as view:
+        ending = train(config, address=get_address(), on_update=view.update)
+        view.end(ending)
+    if args.json:
+        print_json({"run": str(get_run_dir(config).root), "end": ending.kind, "reason": ending.reason, **ending.books})
+    return ending.exit_code
+
+
+def get_run_dir(config: RunConfig) -> RunDir:
+    """Return the run's directory."""
+    return RunDir(Path(config.storage) / config.run)
+
+
+def open_sinks(config: RunConfig) -> list[MetricSink]:
+    """Open W&B, if the configuration wants it."""
+    if config.wandb.mode == "disabled":
+        return []
+    from elastic.sinks import wandb
+
+    return [wandb.build(config, get_run_dir(config))]
+
+
+def check_before_paying(config: RunConfig) -> None:
+    """Find what is wrong with prices, data, storage and the run to resume before a node is claimed.
+
+    Raises:
+        UserError: prices, data or storage cannot be used, or the run cannot go on under this configuration.
+        CheckpointError: another version of Solvent wrote its checkpoints.
+    """
+    from elastic.checkpoint.fit import check_config
+    from elastic.checkpoint.layout import list_committed, read_manifest
+    from elastic.checkpoint.storage import check_writable
+    from elastic.data.shards import check_fits, open_dataset
+
+    load_prices(config.cost)
+    check_fits(open_dataset(config.data.path), config)
+    run_dir = get_run_dir(config)
+    check_writable(run_dir)
+    for newest in list_committed(run_dir.checkpoints)[-1:]:
+        check_config(config, read_manifest(newest))
