@@ -72,7 +72,8 @@ def test_a_trainer_that_is_killed_is_replaced_without_ray_noticing(running):
     running.wait_for(lambda: running.last_row()["attempt"] == 2, what="the next attempt")
     assert running.last_row()["world_size"] == 3
     assert find_agents(running) == agents
-    assert re.search(r"attempt 1 lost: trainer ended with signal 9 \(SIGKILL\) \(node \w+\)", running.get_output())
+    told = re.compile(r"attempt 1 lost: trainer ended with signal 9 \(SIGKILL\) \(node \w+\)")
+    running.wait_for(lambda: told.search(running.get_output()), what="the driver, which polls, to say so")
 
 
 def test_a_host_that_is_killed_is_replaced_on_its_node(running):
