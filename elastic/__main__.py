@@ -18,7 +18,7 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from elastic import config_load
-from elastic.attempts import End, build_row, close_torn_attempts, read_history
+from elastic.attempts import End, build_row, close_torn_attempts, next_attempt, read_history
 from elastic.checkpoint.storage import check_writable
 from elastic.config import RunConfig
 from elastic.errors import SolventError
@@ -170,7 +170,7 @@ def _find_world(run_dir: RunDir, *, timeout_s: float) -> tuple[WorldSpec, Store]
     key = f"solvent-attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     if rank == 0:
         close_torn_attempts(run_dir)
-        store.set(key, str(read_history(run_dir).attempt + 1))
+        store.set(key, str(next_attempt(run_dir)))
     spec = WorldSpec(
         rank=rank,
         world_size=world_size,

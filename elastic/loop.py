@@ -105,7 +105,7 @@ def run_loop(parts: Parts, progress: Progress, timeline: Timeline) -> Outcome:
 
         decision = decide_for_all(parts, notice, result)
         if decision == "leave_now":
-            return Interrupted(progress=progress, saved=checkpointer.poll() or Progress(), reason="no time to save")
+            return Interrupted(progress=progress, reason="no time to save")
         if decision == "save_and_leave" or progress.step == config.train.steps:
             save(parts, progress, wait=True)
             timeline.mark("save")
@@ -115,7 +115,7 @@ def run_loop(parts: Parts, progress: Progress, timeline: Timeline) -> Outcome:
         else:
             checkpointer.poll()
         if decision == "save_and_leave" and progress.step < config.train.steps:
-            return Interrupted(progress=progress, saved=progress, reason=notice.source if notice else "a peer leaves")
+            return Interrupted(progress=progress, reason=notice.source if notice else "a peer leaves")
     return Finished(progress=progress)
 
 

@@ -103,10 +103,9 @@ class Finished:
 
 @dataclass(frozen=True, kw_only=True)
 class Interrupted:
-    """All ranks left together, for a reason that is not a mistake; `saved` is the newest committed progress."""
+    """All ranks left together, for a reason that is not a mistake."""
 
     progress: Progress
-    saved: Progress
     reason: str
 
 

@@ -65,11 +65,6 @@ class Injector:
             worker = workers[fault.target % len(workers)]
             self._strike(fault, worker)
 
-    @property
-    def num_left(self) -> int:
-        """Faults that have not struck yet."""
-        return len(self._faults)
-
     def close(self) -> None:
         """Wait for the faults that are under way."""
         for thread in self._threads:
