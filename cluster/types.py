@@ -1,5 +1,6 @@
 """Plain data that the parts of the cluster side exchange: places, and the controller's events and actions."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -203,3 +204,22 @@ class Worker:
     node: str
     slot: str
     pid: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """A run as it is at this moment: who could be struck, and what would be interrupted."""
+
+    stage: str
+    """As `controller.Stage`."""
+    attempt: int
+    step: int
+    """The highest that any attempt has applied."""
+    attempt_step: int
+    """The newest that the current attempt has applied; 0: none yet."""
+    workers: tuple[Worker, ...]
+    """Trainers of the current attempt that have said who they are, by rank; those of a world that forms, too."""
+    agents: Mapping[Slot, int]
+    """Process id of the agent that claimed a slot last."""
+    hosts: Mapping[str, int]
+    """Process id of each node's host."""

@@ -4,6 +4,7 @@ Two traps of Ray Train shape it. A worker that raises makes Ray restart the whol
 A worker that returns counts as finished, so it stays until the run is over, even with nothing left to do.
 """
 
+import os
 import socket
 import sys
 import time
@@ -47,6 +48,7 @@ def _serve_once(coordinator: Any, log: "_LogTail") -> None:
         "claim",
         group=group,
         group_size=place.group_size,
+        pid=os.getpid(),
         slot=f"gpu{place.gpus}" if place.gpus else "",
         env={"CUDA_VISIBLE_DEVICES": place.gpus},
     )

@@ -37,6 +37,7 @@ from cluster.types import (
     HostGone,
     Kill,
     Park,
+    Scene,
     Slot,
     Stepped,
     Stop,
@@ -59,6 +60,7 @@ DRIVER_BUSY_S = 5.0
 @dataclass(kw_only=True)
 class _Host:
     node: str
+    pid: int
     link: Link
     heard_s: float
 
@@ -119,6 +121,9 @@ class Coordinator:
         self._out = _Published()
         self._groups: dict[str, int] = {}
         self._pids: dict[Slot, int] = {}
+        """Of the trainers of the current attempt that are ready."""
+        self._agents: dict[Slot, int] = {}
+        self._attempt_step = 0
         self._driver = ""
         self._driver_heard_s = time.time()
         self._closing = False
@@ -156,6 +161,23 @@ class Coordinator:
                 books=self._books.summary(),
                 done=asdict(out.done) if out.done else None,
             )
+
+    def look(self) -> Scene:
+        """Return the run as it is now, without taking anything from what `poll` hands out."""
+        state, pids = self._state, dict(self._pids)
+        return Scene(
+            stage=state.stage,
+            attempt=state.attempt,
+            step=self._books.history.step,
+            attempt_step=self._attempt_step,
+            workers=tuple(
+                Worker(rank=rank, node=slot.node, slot=slot.name, pid=pids[slot])
+                for rank, slot in enumerate(state.members)
+                if slot in pids
+            ),
+            agents=dict(self._agents),
+            hosts={host.node: host.pid for host in list(self._hosts.values())},
+        )
 
     def enter_group(self, key: str) -> int:
         """Number Ray's worker groups in the order in which their first agent shows up, from 1."""
@@ -237,7 +259,7 @@ class Coordinator:
         if hello.get("kind") != "host" or not secrets.compare_digest(str(hello.get("secret")), self._secret):
             link.close()
             return
-        host = _Host(node=hello["node"], link=link, heard_s=time.time())
+        host = _Host(node=hello["node"], pid=hello["pid"], link=link, heard_s=time.time())
         if previous := self._hosts.get(host.node):
             self._drop(previous, "a new host took its place")
         self._hosts[host.node] = host
@@ -259,6 +281,8 @@ class Coordinator:
             if message["kind"] == "trainer":
                 self._hear_trainer(Slot(host.node, message["slot"]), message["attempt"], message["message"])
             elif event := _to_event(host.node, message):
+                if isinstance(event, Claimed):
+                    self._agents[event.slot] = message["pid"]
                 self._decide(event)
 
     def _hear_trainer(self, slot: Slot, attempt: int, message: Message) -> None:
@@ -277,6 +301,7 @@ class Coordinator:
             case "stepped":
                 progress = Progress(**message["progress"])
                 if slot == self._state.members[0]:
+                    self._attempt_step = progress.step
                     with self._out.lock:
                         self._out.rows.append(message["row"])
                 self._books.stepped(slot, progress, message["phases"], now_s)
@@ -335,6 +360,7 @@ class Coordinator:
             case Kill():
                 self._tell(action.slot, "kill", attempt=action.attempt)
             case AttemptStarted():
+                self._pids, self._attempt_step = {}, 0
                 self._books.attempt_started(action, now_s)
                 nodes = ", ".join(sorted({slot.node[:8] for slot in action.members}))
                 self._say(f"attempt {action.attempt}: {len(action.members)} worker(s) on {nodes}")

@@ -53,7 +53,7 @@ def train(
         StorageError: another driver leads a run of this name.
         SolventError: the coordinator died.
     """
-    config = _with_absolute_paths(config)
+    config = with_absolute_paths(config)
     adapter.connect(address, config.cluster)
     try:
         return _lead(config, on_update)
@@ -61,8 +61,8 @@ def train(
         adapter.disconnect()
 
 
-def _with_absolute_paths(config: RunConfig) -> RunConfig:
-    """Other processes have other working directories."""
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Return the configuration for processes with other working directories."""
 
     def absolute(path: str) -> str:
         return path if "://" in path or not path else str(Path(path).resolve())

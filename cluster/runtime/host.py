@@ -149,7 +149,7 @@ class Host:
         place.group, place.agent, place.env = group, agent, message["env"]
         trainer_pid = place.trainer.pid if place.trainer else None
         agent.send("claimed", slot=name, trainer_pid=trainer_pid, log=str(self._get_log(name)))
-        self.coordinator.send("claimed", slot=name, group=group, group_size=message["group_size"])
+        self.coordinator.send("claimed", slot=name, group=group, group_size=message["group_size"], pid=message["pid"])
 
     def _pick_slot(self, group: int) -> str:
         """Return the first slot that no agent of this group holds (without GPUs, one slot is as good as another)."""

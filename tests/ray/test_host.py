@@ -97,7 +97,7 @@ class HostUnderTest:
         wait_until((self.folder / "host" / "socket").exists, timeout_s=5, what="the host listens")
         sock.connect(str(self.folder / "host" / "socket"))
         agent = Peer(sock)
-        agent.link.send("claim", group=group, group_size=1, slot=slot, env={"CUDA_VISIBLE_DEVICES": ""})
+        agent.link.send("claim", group=group, group_size=1, pid=1, slot=slot, env={"CUDA_VISIBLE_DEVICES": ""})
         self.agents.append(agent)
         return agent
 
