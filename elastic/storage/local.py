@@ -1,0 +1,168 @@
+"""A directory as a storage. What a method has returned survives a power cut: fsync of files and directories."""
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+TEMPORARY_SUFFIX = ".tmp"
+"""Ends the name of a file that is still written; the name begins with a dot. It is no key."""
+
+
+class LocalStorage:
+    """See `elastic.storage.Storage`. Directories come and go with the files in them."""
+
+    def __init__(self, root: str) -> None:
+        self.url = root
+        self._root = Path(root)
+
+    def write(self, key: str, chunks: Iterable[bytes | bytearray | memoryview]) -> int:
+        """Write a temporary file, fsync it, rename it, fsync its directory."""
+        path = self._get_path(key)
+        with self._temporary(path) as (temporary, descriptor):
+            size = sum(_write_all(descriptor, chunk) for chunk in chunks)
+            os.fsync(descriptor)
+            temporary.rename(path)
+        sync_directory(path.parent)
+        return size
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        """Write a temporary file, fsync it, link it to its name, which fails if the name is taken."""
+        path = self._get_path(key)
+        with self._temporary(path) as (temporary, descriptor):
+            _write_all(descriptor, data)
+            os.fsync(descriptor)
+            try:
+                path.hardlink_to(temporary)
+            except FileExistsError:
+                return False
+        sync_directory(path.parent)
+        return True
+
+    def read(self, key: str, *, start: int = 0, size: int | None = None) -> bytes:
+        """Read up to `size` bytes."""
+        with self._get_path(key).open("rb") as file:
+            file.seek(start)
+            return file.read(-1 if size is None else size)
+
+    def read_into(self, key: str, start: int, out: memoryview) -> None:
+        """Read straight into the caller's memory."""
+        path = self._get_path(key)
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            rest = out.cast("B")
+            while rest:
+                num_bytes = file.readinto(rest)
+                if not num_bytes:
+                    raise OSError(errno.ENODATA, f"ends {len(rest)} bytes too early", str(path))
+                rest = rest[num_bytes:]
+
+    def get_size(self, key: str) -> int | None:
+        """Return the size of a regular file."""
+        path = self._get_path(key)
+        return path.stat().st_size if path.is_file() else None
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Walk the directory that the prefix names."""
+        keys = (path.relative_to(self._root).as_posix() for path in self._walk(prefix) if not _is_temporary(path))
+        return sorted(key for key in keys if key.startswith(prefix))
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Unlink the files and the directories that they leave empty."""
+        directories: set[Path] = set()
+        for key in keys:
+            path = self._get_path(key)
+            with suppress(FileNotFoundError, NotADirectoryError):
+                path.unlink()
+                directories.add(path.parent)
+        for directory in directories:
+            self._remove_empty(directory)
+
+    def sweep(self, prefix: str) -> None:
+        """Unlink temporary files and empty directories below the prefix."""
+        for path in list(self._walk(prefix)):
+            if _is_temporary(path):
+                path.unlink(missing_ok=True)
+        directory = self._get_directory(prefix)
+        for found, _, _ in os.walk(directory, topdown=False):
+            if Path(found) != directory:
+                self._remove_empty(Path(found))
+
+    def get_free_bytes(self) -> int | None:
+        """Ask the file system that the directory, or what there is of its path, lies on."""
+        existing = next((path for path in (self._root, *self._root.absolute().parents) if path.exists()), Path("/"))
+        return shutil.disk_usage(existing).free
+
+    def _get_path(self, key: str) -> Path:
+        assert key and not key.startswith("/") and ".." not in key.split("/"), f"{key!r} is no key"
+        return self._root / key
+
+    def _get_directory(self, prefix: str) -> Path:
+        return self._root / prefix.rpartition("/")[0]
+
+    def _walk(self, prefix: str) -> Iterator[Path]:
+        for directory, _, names in os.walk(self._get_directory(prefix)):
+            yield from (Path(directory) / name for name in names)
+
+    @contextmanager
+    def _temporary(self, path: Path) -> Generator[tuple[Path, int]]:
+        """Open a file beside `path` that is gone on exit, unless it was renamed."""
+        temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        _make_directory(path.parent)
+        try:
+            descriptor = os.open(temporary, flags, 0o666)
+        except FileNotFoundError:  # another process has just removed the directory, which was empty
+            _make_directory(path.parent)
+            descriptor = os.open(temporary, flags, 0o666)
+        try:
+            yield temporary, descriptor
+        finally:
+            os.close(descriptor)
+            temporary.unlink(missing_ok=True)
+
+    def _remove_empty(self, directory: Path) -> None:
+        """Remove a directory and its parents as far as they are empty, but never the root."""
+        while True:
+            with suppress(FileNotFoundError):
+                sync_directory(directory)
+            if directory == self._root:
+                return
+            try:
+                directory.rmdir()
+            except FileNotFoundError:
+                pass
+            except OSError:  # there is something in it
+                return
+            directory = directory.parent
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_directory(directory: Path) -> None:
+    missing = [directory, *directory.parents]
+    missing = missing[: next((i for i, path in enumerate(missing) if path.is_dir()), len(missing))]
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in reversed(missing):
+        sync_directory(path.parent)
+
+
+def _write_all(descriptor: int, data: bytes | bytearray | memoryview) -> int:
+    rest = memoryview(data).cast("B")
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+    return memoryview(data).nbytes
+
+
+def _is_temporary(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX)
