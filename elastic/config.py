@@ -47,7 +47,24 @@ class ModelConfig:
     vocab_size: int = 4096
     tied_head: bool = True
     """The output projection is the embedding, transposed."""
+    head_dim: int = 0
+    """Size of one attention head. 0: dim / num_heads."""
+    qkv_bias: bool = False
+    """Queries, keys and values have a bias (Qwen2)."""
+    qk_norm: bool = False
+    """Each query and key head is normalised before it is turned (Qwen3)."""
     rope_theta: float = 10_000.0
+    rope_scaling_factor: float = 1.0
+    """Slows down the slow rotations so many times, for contexts longer than trained on (Llama 3.1: 8). 1: none."""
+    rope_low_freq_factor: float = 1.0
+    """Rotations that turn less than so often over `rope_original_positions` are slowed down in full."""
+    rope_high_freq_factor: float = 4.0
+    """Those that turn more than so often are left alone; between the two, in part."""
+    rope_original_positions: int = 8192
+    no_rope_layer_interval: int = 0
+    """The last of every so many layers has no positions (SmolLM3: 4). 0: all layers have."""
+    max_positions: int = 0
+    """The longest sequence the weights were made for. 0: data.seq_len."""
     norm_eps: float = 1e-5
     init_std: float = 0.02
 
@@ -61,20 +78,46 @@ class ModelConfig:
             ffn_dim=self.ffn_dim,
             vocab_size=self.vocab_size,
             rope_theta=self.rope_theta,
+            rope_low_freq_factor=self.rope_low_freq_factor,
+            rope_original_positions=self.rope_original_positions,
             norm_eps=self.norm_eps,
             init_std=self.init_std,
         )
-        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+        _require_not_negative(
+            "model",
+            head_dim=self.head_dim,
+            no_rope_layer_interval=self.no_rope_layer_interval,
+            max_positions=self.max_positions,
+        )
+        if not self.head_dim and (self.dim % self.num_heads or (self.dim // self.num_heads) % 2):
             raise ConfigError(
                 f"model.dim={self.dim} cannot be cut into model.num_heads={self.num_heads} heads of an even size "
-                f"(RoPE turns pairs). Set model.dim to a multiple of {2 * self.num_heads}."
+                f"(RoPE turns pairs). Set model.dim to a multiple of {2 * self.num_heads}, or set model.head_dim."
             )
+        if self.head_dim % 2:
+            raise ConfigError(f"model.head_dim={self.head_dim} must be even: RoPE turns pairs. Add 1 to it.")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}: every "
                 "key/value head serves the same number of query heads. Set it to a divisor."
             )
+        if not 1 <= self.rope_scaling_factor < math.inf:
+            raise ConfigError(
+                f"model.rope_scaling_factor={self.rope_scaling_factor} must be finite and at least 1: it "
+                "makes contexts longer. Set it to 1 for none."
+            )
+        if not self.rope_low_freq_factor < self.rope_high_freq_factor < math.inf:
+            raise ConfigError(
+                f"model.rope_high_freq_factor={self.rope_high_freq_factor} must be more than "
+                f"model.rope_low_freq_factor={self.rope_low_freq_factor}: between the two lies the transition. "
+                "Llama 3.1 has 4 and 1."
+            )
         plugins.check_name("elastic.models", self.kind, key="model.kind")
+
+    @property
+    def head_size(self) -> int:
+        """Size of one attention head, as given or as it follows from `dim`."""
+        return self.head_dim or self.dim // self.num_heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,6 +343,12 @@ class RunConfig:
                 f"train.global_batch={self.train.global_batch} is smaller than "
                 f"cluster.max_workers={self.cluster.max_workers}: some ranks would have no sample. "
                 f"Set train.global_batch to at least {self.cluster.max_workers}, or lower cluster.max_workers."
+            )
+        if 0 < self.model.max_positions < self.data.seq_len:
+            raise ConfigError(
+                f"data.seq_len={self.data.seq_len} is longer than the model.max_positions={self.model.max_positions} "
+                f"that the weights were made for. Set data.seq_len to at most {self.model.max_positions}, or "
+                "model.max_positions=0 to train on longer ones on purpose."
             )
         if self.shard_size < 0 or (self.shard_size and self.strategy != "hsdp"):
             raise ConfigError(

@@ -16,7 +16,10 @@ from elastic.errors import CheckpointError, ConfigError
 
 _SHAPE_KEYS = frozenset(
     f"model.{name}"
-    for name in ("kind", "dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "vocab_size", "tied_head")
+    for name in (
+        *("kind", "dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "vocab_size", "tied_head"),
+        *("head_dim", "qkv_bias", "qk_norm"),
+    )
 )
 _SAMPLE_KEYS = frozenset({"train.seed", "train.global_batch", "data.seq_len"})
 _FREE_KEYS = frozenset({"precision", "data.path", "train.steps", "train.max_grad_norm"})  # and all of model, optim

@@ -1,8 +1,14 @@
 """Llama-like decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
+Options of `ModelConfig` make it a Qwen2 (`qkv_bias`), a Qwen3 (`qk_norm`, `head_dim`) or a SmolLM3
+(`no_rope_layer_interval`); the tensors map one to one onto those of Hugging Face's classes (`checkpoint/hf`).
+
 Letters: B batch, S sequence, V vocabulary, D dim, H query heads, K key/value heads, E size of one head.
-Source: Llama 2, arXiv:2307.09288; modelled so that Hugging Face's `LlamaForCausalLM` weights map one to one.
+Source: Llama 2, arXiv:2307.09288; Qwen2, arXiv:2407.10671; Qwen3, arXiv:2505.09388; layers without positions,
+arXiv:2501.18795.
 """
+
+from typing import Literal
 
 import torch.nn.functional as F  # noqa: N812 # the name all of torch's own documentation uses
 from torch import Tensor, nn
@@ -14,26 +20,27 @@ from elastic.nn import ResidualLinear, build_rope_tables, rotate
 class Attention(nn.Module):
     """Causal self-attention; each key/value head serves num_heads / num_kv_heads query heads."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, positions: Literal["rotary", "none"]) -> None:
         super().__init__()
-        self.head_dim = config.dim // config.num_heads
-        kv_dim = config.num_kv_heads * self.head_dim
-        self.query = nn.Linear(config.dim, config.dim, bias=False)
-        self.key = nn.Linear(config.dim, kv_dim, bias=False)
-        self.value = nn.Linear(config.dim, kv_dim, bias=False)
-        self.output = ResidualLinear(config.dim, config.dim, bias=False)
+        self.head_dim = config.head_size
+        self.positions = positions
+        query_dim, kv_dim = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
+        self.query = nn.Linear(config.dim, query_dim, bias=config.qkv_bias)
+        self.key = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.value = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.query_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.output = ResidualLinear(query_dim, config.dim, bias=False)
 
     def forward(self, x_BSD: Tensor, cos_SE: Tensor, sin_SE: Tensor) -> Tensor:
         """Mix each position with the ones before it."""
-        query_BHSE = self.query(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        key_BKSE = self.key(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        query_BHSE = self.query_norm(self.query(x_BSD).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        key_BKSE = self.key_norm(self.key(x_BSD).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
         value_BKSE = self.value(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        if self.positions == "rotary":
+            query_BHSE, key_BKSE = rotate(query_BHSE, cos_SE, sin_SE), rotate(key_BKSE, cos_SE, sin_SE)
         mixed_BHSE = F.scaled_dot_product_attention(
-            rotate(query_BHSE, cos_SE, sin_SE),
-            rotate(key_BKSE, cos_SE, sin_SE),
-            value_BKSE,
-            is_causal=True,
-            enable_gqa=key_BKSE.shape[1] != query_BHSE.shape[1],
+            query_BHSE, key_BKSE, value_BKSE, is_causal=True, enable_gqa=key_BKSE.shape[1] != query_BHSE.shape[1]
         )
         return self.output(mixed_BHSE.transpose(1, 2).flatten(-2))
 
@@ -55,10 +62,11 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each normalised before and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, index: int) -> None:
         super().__init__()
+        interval = config.no_rope_layer_interval
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, positions="none" if interval and (index + 1) % interval == 0 else "rotary")
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn = FeedForward(config)
 
@@ -75,19 +83,14 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.dim)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, index=index) for index in range(config.num_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         # A tied head has no parameter of its own: one name in every state dict, nothing that could come untied.
         self.head = None if config.tied_head else nn.Linear(config.dim, config.vocab_size, bias=False)
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """Return logits_BSV for int64 tokens_BS; position s sees tokens 0 to s."""
-        cos_SE, sin_SE = build_rope_tables(
-            tokens_BS.shape[1],
-            self.config.dim // self.config.num_heads,
-            theta=self.config.rope_theta,
-            device=tokens_BS.device,
-        )
+        cos_SE, sin_SE = build_rope_tables(self.config, tokens_BS.shape[1], device=tokens_BS.device)
         x_BSD = self.embed(tokens_BS)
         for block in self.blocks:
             x_BSD = block(x_BSD, cos_SE, sin_SE)
@@ -101,23 +104,26 @@ def build(config: ModelConfig) -> Llama:
 
 
 def _num_matrix_params(config: ModelConfig) -> int:
-    """Count the parameters that take part in a matrix product (all but gains and embedding look-ups)."""
-    kv_dim = config.dim // config.num_heads * config.num_kv_heads
-    attention = 2 * config.dim * config.dim + 2 * config.dim * kv_dim
+    """Count the parameters that take part in a matrix product (all but gains, biases and embedding look-ups)."""
+    query_dim, kv_dim = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+    attention = 2 * config.dim * (query_dim + kv_dim)
     return config.num_layers * (attention + 3 * config.dim * config.ffn_dim) + config.vocab_size * config.dim
 
 
 def num_params(config: ModelConfig) -> int:
     """Count the trainable parameters; pure arithmetic."""
-    gains = (2 * config.num_layers + 1) * config.dim
+    biases = (config.num_heads + 2 * config.num_kv_heads) * config.head_size if config.qkv_bias else 0
+    gains = 2 * config.dim + (2 * config.head_size if config.qk_norm else 0)
     embedding = 0 if config.tied_head else config.vocab_size * config.dim
-    return _num_matrix_params(config) + gains + embedding
+    return _num_matrix_params(config) + config.num_layers * (gains + biases) + config.dim + embedding
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Return model FLOPs of forward and backward per target token; pure arithmetic.
 
-    6 per matrix parameter and 12 * layers * dim * seq_len for attention, not halved for the causal mask and
-    without recomputation, so that the MFU compares with published ones (Source: PaLM, arXiv:2204.02311, appendix B).
+    6 per matrix parameter and 12 * layers * heads * head size * seq_len for attention, not halved for the causal mask
+    and without recomputation, so that the MFU compares with published ones (Source: PaLM, arXiv:2204.02311, appendix
+    B).
     """
-    return 6.0 * _num_matrix_params(config) + 12.0 * config.num_layers * config.dim * seq_len
+    query_dim = config.num_heads * config.head_size
+    return 6.0 * _num_matrix_params(config) + 12.0 * config.num_layers * query_dim * seq_len

@@ -26,6 +26,22 @@ def test_a_model_counts_its_own_parameters_and_returns_logits(kind, tied_head):
     assert module.flops_per_token(config, 5) >= 6 * module.num_params(config) * 0.5
 
 
+@pytest.mark.parametrize(
+    "options", [{"head_dim": 6, "qk_norm": True}, {"qkv_bias": True}, {"no_rope_layer_interval": 2}]
+)
+@pytest.mark.parametrize("kind", plugins.get_names("elastic.models"))
+def test_a_model_keeps_to_the_options_of_the_configuration(kind, options):
+    """An option that a kind passed over would train another model than the one that was asked for."""
+    config = replace(MODEL, kind=kind, **options)
+    module = plugins.load("elastic.models", kind, key="model.kind")
+    model, plain = module.build(config), module.build(replace(MODEL, kind=kind))
+    assert sum(parameter.numel() for parameter in model.parameters()) == module.num_params(config)
+    if model.state_dict().keys() == plain.state_dict().keys():
+        model.load_state_dict(plain.state_dict())
+        tokens_BS = torch.arange(10).reshape(2, 5)
+        assert not torch.equal(model(tokens_BS), plain(tokens_BS))
+
+
 @pytest.mark.parametrize("kind", plugins.get_names("elastic.strategies"))
 def test_a_strategy_lowers_the_loss_of_what_it_trains_on(kind):
     config = RunConfig(

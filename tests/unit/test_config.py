@@ -24,6 +24,10 @@ ONE_SECTION = [
     (ModelConfig, {"dim": 100, "num_heads": 8}, "multiple of 16"),
     (ModelConfig, {"dim": 12, "num_heads": 4}, "multiple of 8"),
     (ModelConfig, {"num_heads": 4, "num_kv_heads": 3}, "divisor"),
+    (ModelConfig, {"head_dim": -2}, "model.head_dim=-2"),
+    (ModelConfig, {"head_dim": 33}, "Add 1 to it"),
+    (ModelConfig, {"rope_scaling_factor": 0.5}, "model.rope_scaling_factor=0.5"),
+    (ModelConfig, {"rope_low_freq_factor": 4.0}, "model.rope_high_freq_factor=4.0"),
     (ModelConfig, {"kind": "lama"}, 'Did you mean "llama"?'),
     (DataConfig, {"seq_len": 0}, "data.seq_len=0"),
     (TrainConfig, {"steps": 0}, "train.steps=0"),
@@ -64,6 +68,7 @@ TINY = {"train": TrainConfig(steps=10, global_batch=2), "data": DataConfig(seq_l
 TOGETHER = [
     ({"strategy": "single", "cluster": ClusterConfig(max_workers=2)}, "strategy=single"),
     ({**TINY, "cluster": ClusterConfig(max_workers=3)}, "train.global_batch=2"),
+    ({"model": ModelConfig(max_positions=4), **TINY}, "Set data.seq_len to at most 4"),
     ({"strategy": "fsdp2", "shard_size": 4}, "strategy=hsdp"),
     ({"strategy": "hsdp", "shard_size": -1}, "shard_size=-1"),
     ({"device": "cpu", "cluster": ClusterConfig(gpus_per_worker=1)}, "device=auto"),
