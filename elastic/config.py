@@ -260,7 +260,9 @@ class FaultConfig:
     lease_s: float = 60.0
     """A host whose agent is gone for this long ends its trainers; longer than Ray takes to re-form its group."""
     max_failures_without_progress: int = 3
-    """The run ends as failed after so many attempts in a row that finished no new step."""
+    """The run ends as failed once the same step has failed in so many attempts in a row, over all submissions."""
+    max_node_failures: int = 3
+    """A node is left out for the rest of the run once so many attempts in a row fell to trainers of its own."""
     save_margin: float = 2.0
     """With notice we leave at once, without a save, when less than this times the usual save is left."""
 
@@ -270,6 +272,7 @@ class FaultConfig:
             collective_timeout_s=self.collective_timeout_s,
             lease_s=self.lease_s,
             max_failures_without_progress=self.max_failures_without_progress,
+            max_node_failures=self.max_node_failures,
             save_margin=self.save_margin,
         )
 
@@ -310,7 +313,8 @@ class RunConfig:
     strategy: str = "fsdp2"
     """How the model is spread over the ranks: the name of a file in `elastic/strategies`."""
     shard_size: int = 0
-    """hsdp only: ranks that share one copy of the state. 0: those of one node."""
+    """hsdp only: ranks that share one copy of the state; the cluster then trains on multiples of it. 0: those of one
+    node, on any number of ranks."""
     compile: bool = False
     """torch.compile, block by block."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -333,10 +337,12 @@ class RunConfig:
             )
         if not self.storage:
             raise ConfigError("storage='' leaves no place for the run's directory. Set storage=runs.")
-        if self.strategy == "single" and self.cluster.max_workers > 1:
+        most = self._ask_strategy("MAX_WORLD_SIZE")
+        if most is not None and self.cluster.max_workers > most:
             raise ConfigError(
-                f"strategy=single trains on one rank, but cluster.max_workers={self.cluster.max_workers}. "
-                "Set strategy=fsdp2 (or ddp), or cluster.max_workers=1."
+                f"strategy={self.strategy} trains on {most} rank(s) at most, but "
+                f"cluster.max_workers={self.cluster.max_workers}. Set strategy=fsdp2 (or ddp), or "
+                f"cluster.max_workers={most}."
             )
         if self.train.global_batch < self.cluster.max_workers:
             raise ConfigError(
@@ -365,6 +371,27 @@ class RunConfig:
     def total_tokens(self) -> int:
         """Target tokens of the whole run; the schedule's length."""
         return self.train.steps * self.train.global_batch * self.data.seq_len
+
+    def get_world_sizes(self) -> tuple[int, ...]:
+        """Return the numbers of workers that this run may train with, ascending: the strategy's file may limit them.
+
+        Raises:
+            ConfigError: the strategy can use none between `cluster.min_workers` and `cluster.max_workers`.
+        """
+        least, most = self.cluster.min_workers, self.cluster.max_workers
+        key = self._ask_strategy("WORLD_SIZE_MULTIPLE_OF")
+        unit = getattr(self, key) or 1 if key else 1
+        sizes = tuple(size for size in range(least, most + 1) if size % unit == 0)
+        if not sizes:
+            raise ConfigError(
+                f"{key}={unit} lets strategy={self.strategy} train on multiples of {unit} workers only, and none is "
+                f"between cluster.min_workers={least} and cluster.max_workers={most}. "
+                f"Set cluster.max_workers={math.ceil(most / unit) * unit}, or {key}=0."
+            )
+        return sizes
+
+    def _ask_strategy(self, constant: str) -> Any:
+        return plugins.read_constant("elastic.strategies", self.strategy, constant)
 
 
 def from_dict(fields: Mapping[str, Any]) -> RunConfig:

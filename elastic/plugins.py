@@ -1,10 +1,14 @@
 """A file is its own registration: `strategies/ddp.py` is the kind `ddp`, with no list to keep in step."""
 
+import ast
 import importlib
+import importlib.util
 import pkgutil
 from difflib import get_close_matches
 from functools import cache
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from elastic.errors import ConfigError
 
@@ -40,3 +44,21 @@ def load(package: str, kind: str, *, key: str) -> ModuleType:
     """
     check_name(package, kind, key=key)
     return importlib.import_module(f"{package}.{kind}")
+
+
+@cache
+def read_constant(package: str, kind: str, name: str) -> Any:
+    """Return a literal that the file of a kind assigns to `name` at its top level, without importing it (and torch).
+
+    None if it assigns none.
+    """
+    spec = importlib.util.find_spec(f"{package}.{kind}")
+    assert spec is not None  # `check_name` has seen it
+    assert spec.origin is not None
+    for statement in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id=target)], value=value) if target == name:
+                return ast.literal_eval(value)
+            case _:
+                continue
+    return None

@@ -5,6 +5,11 @@ A file of this folder named `<kind>.py` provides `spread(model, *, world, config
 - the model comes on the meta device and leaves with memory on `world.device`, values still undefined;
 - gradients are summed over ranks, never averaged: the loss has been divided by all ranks' tokens already;
 - names of parameters and of optimizer state (`torch.distributed.checkpoint.state_dict`) do not change.
+
+It may limit the worlds it is given with two constants, literals at its top level that are read without importing it:
+
+- ``WORLD_SIZE_MULTIPLE_OF = "<key>"``: sizes are multiples of this number of the configuration (0: any size);
+- ``MAX_WORLD_SIZE = <number>``.
 """
 
 from collections.abc import Callable

@@ -7,9 +7,11 @@ from elastic.strategies._base import Spread
 from elastic.strategies._sharded import shard
 from elastic.world import World
 
+WORLD_SIZE_MULTIPLE_OF = "shard_size"
+
 
 def get_shard_size(wanted: int, world_size: int) -> int:
-    """Return the largest divisor of the world size that is at most `wanted`, so that any elastic world works."""
+    """Return the largest divisor of the world size that is at most `wanted`, so that any world works."""
     return next(size for size in range(min(wanted, world_size), 0, -1) if world_size % size == 0)
 
 

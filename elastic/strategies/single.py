@@ -10,6 +10,8 @@ from elastic.precision import autocast
 from elastic.strategies._base import Spread
 from elastic.world import World
 
+MAX_WORLD_SIZE = 1
+
 
 def spread(model: nn.Module, *, world: World, config: RunConfig) -> Spread:
     """Leave the model whole."""
