@@ -57,11 +57,20 @@ class Expired:
 
 @dataclass(frozen=True, kw_only=True)
 class Draining:
-    """A node will go away."""
+    """A node will go away; said again with another deadline, that one counts."""
 
     node: str
     deadline_s: float | None
     reason: str
+    source: str = "ray"
+    """Who gave notice: a provider's name, or Ray itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Undrained:
+    """A node's notice was withdrawn, and nothing keeps it from training."""
+
+    node: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +118,7 @@ class Tick:
     """Time has passed."""
 
 
-Event = HostGone | Claimed | Expired | Draining | TrainerReady | TrainerEnded | Stepped | Stop | Tick
+Event = HostGone | Claimed | Expired | Draining | Undrained | TrainerReady | TrainerEnded | Stepped | Stop | Tick
 
 
 # ---- actions: what the coordinator must do
@@ -165,7 +174,7 @@ class AttemptStarted:
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptEnded:
-    """A world is over; for the books. `cause` is the node that left or was lost, if one was."""
+    """A world is over; for the books. `cause` is the node that left, was lost or lost a trainer, if that is certain."""
 
     attempt: int
     members: tuple[Slot, ...]
@@ -174,6 +183,8 @@ class AttemptEnded:
     cause: str | None
     noticed_s: float
     """When the change was announced, or the loss seen (Unix seconds)."""
+    denied: str | None = None
+    """The node that is left out from now on, because its trainers failed again and again."""
 
     @property
     def kind(self) -> OutcomeKind:

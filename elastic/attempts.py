@@ -33,6 +33,12 @@ class AttemptRow:
     """Steps that an earlier attempt had applied and this one had to do again."""
     outage_s: float
     """From the last step of an earlier attempt to the first of this one (or to its end, if it finished none)."""
+    change: str | None = None
+    """What ended it, as the cluster's controller calls that; None: no controller saw it."""
+    cause: str | None = None
+    """The node that left, was lost or lost a trainer, if that is certain."""
+    denied: str | None = None
+    """The node that is left out since."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +80,9 @@ def build_row(
     resumed_step: int,
     last_step: int,
     first_step_s: float | None,
+    change: str | None = None,
+    cause: str | None = None,
+    denied: str | None = None,
 ) -> AttemptRow:
     """Return the row of an attempt that has ended.
 
@@ -100,6 +109,9 @@ def build_row(
         resumed_from=resumed_from,
         lost_steps=max(0, history.step - resumed_step),
         outage_s=round(outage_s, 3),
+        change=change,
+        cause=cause,
+        denied=denied,
     )
 
 

@@ -54,10 +54,10 @@ def open_sinks(config: RunConfig) -> list[MetricSink]:
 
 
 def check_before_paying(config: RunConfig) -> None:
-    """Find what is wrong with prices, data, storage and the run to resume before a node is claimed.
+    """Find what is wrong with world sizes, prices, data, storage and the run to resume before a node is claimed.
 
     Raises:
-        UserError: prices, data or storage cannot be used, or the run cannot go on under this configuration.
+        UserError: one of these cannot be used, or the run cannot go on under this configuration.
         CheckpointError: another version of Solvent wrote its checkpoints.
     """
     from elastic.checkpoint.fit import check_config
@@ -66,6 +66,7 @@ def check_before_paying(config: RunConfig) -> None:
     from elastic.data.shards import check_fits, open_dataset
 
     load_prices(config.cost)
+    config.get_world_sizes()
     check_fits(open_dataset(config.data.path), config)
     run_dir = get_run_dir(config)
     check_writable(run_dir)

@@ -233,7 +233,10 @@ class NodeAwarePolicy(ElasticScalingPolicy):
     a raylet that drains ends as soon as nothing runs on it, and with it would end the trainers that are still saving.
     """
 
-    _left_out: frozenset[str] = frozenset()
+    def __init__(self, scaling_config: ScalingConfig, *, world_sizes: tuple[int, ...]) -> None:
+        super().__init__(scaling_config)
+        self._world_sizes = world_sizes
+        self._left_out: frozenset[str] = frozenset()
 
     def make_decision_for_non_running_worker_group(self) -> Any:
         """Place a new group on nodes that do not drain."""
@@ -245,6 +248,11 @@ class NodeAwarePolicy(ElasticScalingPolicy):
         self._left_out = frozenset()
         return super().make_decision_for_running_worker_group(*args, **kwargs)
 
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        """Count none where no world is possible; workers beyond the largest possible world stay, as its spares."""
+        num_workers = super()._count_possible_workers(reserved_resources)
+        return num_workers if num_workers >= self._world_sizes[0] else 0
+
     def _get_reserved_resources(self) -> dict[str, dict[str, float]]:
         return {
             node["NodeID"]: node["Resources"]
@@ -254,9 +262,13 @@ class NodeAwarePolicy(ElasticScalingPolicy):
 
 
 class _AgentTrainer(DataParallelTrainer):
+    def __init__(self, *args: Any, world_sizes: tuple[int, ...], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._world_sizes = world_sizes
+
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         if self.scaling_config.elasticity_enabled:
-            parts["scaling_policy"] = NodeAwarePolicy(self.scaling_config)
+            parts["scaling_policy"] = NodeAwarePolicy(self.scaling_config, world_sizes=self._world_sizes)
         if not get_dashboard_url():  # it asks the dashboard twice a second, and says so each time there is none
             parts["callbacks"] = [c for c in parts["callbacks"] if not isinstance(c, PlacementGroupCleanerCallback)]
         return super()._initialize_and_run_controller(**parts)
@@ -268,6 +280,7 @@ def run_agents(agent: Callable[[dict[str, Any]], None], fields: dict[str, Any], 
     is_elastic = cluster.min_workers != cluster.max_workers
     trainer = _AgentTrainer(
         agent,
+        world_sizes=config.get_world_sizes(),
         train_loop_config=fields,
         scaling_config=ScalingConfig(
             num_workers=(cluster.min_workers, cluster.max_workers) if is_elastic else cluster.max_workers,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from cluster.controller import State
+from cluster.controller.failures import Failures, read_failures
 from cluster.cost import get_usd_per_mtoken, load_prices
 from cluster.ledger import Ledger, read_ledger
 from cluster.runtime.adapter import WorkerNode
@@ -60,6 +61,8 @@ class Books:
     ledger: Ledger
     history: History
     """What all attempts have done up to now."""
+    failures: Failures
+    """What earlier submissions leave of the run's budgets."""
     tokens: int
     lock: threading.RLock = field(default_factory=threading.RLock)
     incidents: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
@@ -236,6 +239,9 @@ def _build_row(attempt: _Attempt, ended: AttemptEnded, now_s: float) -> AttemptR
         end_s=now_s,
         end=ended.kind,
         reason=ended.reason,
+        change=ended.change,
+        cause=ended.cause,
+        denied=ended.denied,
         resumed_from=attempt.resumed_from,
         resumed_step=attempt.resumed_step,
         last_step=attempt.last_step,
@@ -251,10 +257,13 @@ def open_books(run_root: str, config: RunConfig) -> Books:
     close_torn_attempts(run_dir)
     for path in (run_dir.ledger, run_dir.incidents):
         end_torn_line(path)
+    history = read_history(run_dir)
+    failures = read_failures(read_rows(run_dir.attempts))
     return Books(
         run_dir=run_dir,
         config=config,
         ledger=Ledger(read_ledger(read_rows(run_dir.ledger))),
-        history=read_history(run_dir),
+        history=history,
+        failures=replace(failures, best_step=max(failures.best_step, history.step)),
         tokens=max((row["tokens"] for row in read_rows(run_dir.metrics)), default=0),
     )

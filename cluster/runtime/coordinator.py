@@ -101,12 +101,12 @@ class Coordinator:
         self._books = open_books(run_root, self._config)
         self._state = controller.State(
             policy=controller.Policy(
-                min_workers=self._config.cluster.min_workers,
-                max_workers=self._config.cluster.max_workers,
+                world_sizes=self._config.get_world_sizes(),
                 max_failures_without_progress=self._config.fault.max_failures_without_progress,
+                max_node_failures=self._config.fault.max_node_failures,
             ),
             attempt=self._books.history.attempt,
-            best_step=self._books.history.step,
+            failures=self._books.failures,
         )
         self._secret = secrets.token_hex(16)
         self._id = secrets.token_hex(4)
@@ -342,8 +342,8 @@ class Coordinator:
                 for rank, slot in enumerate(at_work)
             ]
         if state.stage == "waiting":
-            wanted, least = len(controller.get_wanted(state)), state.policy.min_workers
-            self._say(f"waiting for nodes: {wanted} of at least {least} worker(s)")
+            usable, least = len(controller.get_usable(state)), state.policy.world_sizes[0]
+            self._say(f"waiting for nodes: {usable} of at least {least} worker(s)")
 
     def _carry_out(self, action: Action, now_s: float) -> None:
         match action:
@@ -368,6 +368,9 @@ class Coordinator:
                 self._books.attempt_ended(action, now_s)
                 where = f" (node {action.cause[:8]})" if action.cause else ""
                 self._say(f"attempt {action.attempt} {action.kind}: {action.reason}{where}")
+                if action.denied:
+                    limit = self._state.policy.max_node_failures
+                    self._say(f"node {action.denied[:8]} is left out: its trainers ended {limit} worlds in a row")
             case Done():
                 with self._out.lock:
                     self._out.done = action

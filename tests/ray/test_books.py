@@ -15,7 +15,7 @@ def test_a_lost_node_is_idle_though_it_is_a_member_of_the_world_that_ends(tmp_pa
     books = open_books(str(tmp_path), RunConfig())
     nodes = {name: WorkerNode(id=name, num_workers=1, offer="") for name in ("lost", "survivor")}
     books.follow_nodes(nodes, 0.0)
-    policy = Policy(min_workers=1, max_workers=2, max_failures_without_progress=3)
+    policy = Policy(world_sizes=(1, 2), max_failures_without_progress=3)
     members = (Slot("lost", "cpu0"), Slot("survivor", "cpu0"))
     state = State(policy=policy, members=members, claims=dict.fromkeys(members, 1), stage="running")
     books.staged(state, 1.0)

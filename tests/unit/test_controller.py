@@ -1,11 +1,11 @@
-"""The controller against a simulated cluster: whatever happens, worlds are formed of living slots and runs end."""
+"""The controller case by case, against a cluster that obeys at once (`test_controller_sequences` has a slow one)."""
 
 from dataclasses import dataclass, field
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import pytest
 
 from cluster.controller import Policy, State, decide
+from cluster.controller.failures import Failures, read_failures
 from cluster.types import (
     AttemptEnded,
     AttemptStarted,
@@ -24,10 +24,13 @@ from cluster.types import (
     Tick,
     TrainerEnded,
     TrainerReady,
+    Undrained,
 )
 from elastic.ports import Progress
 
-A, B, C = Slot("a", "cpu0"), Slot("b", "cpu0"), Slot("c", "cpu0")
+A, B, C, D = (Slot(node, "cpu0") for node in "abcd")
+GROWTH_S = Policy.growth_patience * Policy.first_outage_s
+"""A world grows no sooner after its first step, as long as nothing was measured."""
 
 
 @dataclass
@@ -70,6 +73,10 @@ class Cluster:
             del self.trainers[slot]
         self.tell(HostGone(node=node, reason="gone"))
 
+    def wait(self, seconds):
+        self.now_s += seconds
+        return self.tell(Tick())
+
     def step(self, step):
         self.tell(Stepped(attempt=self.state.attempt, progress=Progress(step=step, tokens=step)))
 
@@ -81,9 +88,14 @@ class Cluster:
         return [action.members for action in self.of(AttemptStarted)]
 
 
-def make(*slots, group=1, min_workers=1, max_workers=8, max_failures=3):
-    policy = Policy(min_workers=min_workers, max_workers=max_workers, max_failures_without_progress=max_failures)
-    cluster = Cluster(State(policy=policy))
+def make(*slots, group=1, sizes=tuple(range(1, 9)), max_failures=3, notice_window_s=0.0, **state):
+    policy = Policy(
+        world_sizes=sizes,
+        max_failures_without_progress=max_failures,
+        notice_window_s=notice_window_s,
+        max_node_failures=3,
+    )
+    cluster = Cluster(State(policy=policy, **state))
     for slot in slots:
         cluster.tell(Claimed(slot=slot, group=group, group_size=len(slots)))
     return cluster
@@ -156,6 +168,8 @@ def test_notice_parks_all_trainers_and_the_next_world_is_without_the_node():
 
 def test_new_node_joins_when_ray_has_formed_a_larger_group():
     cluster = make(A, B)
+    cluster.step(1)
+    cluster.wait(GROWTH_S)
     cluster.tell(Claimed(slot=A, group=2, group_size=3))
     cluster.tell(Claimed(slot=C, group=2, group_size=3))
     assert cluster.worlds == [(A, B)], "one agent of the new group is still to come"
@@ -172,7 +186,7 @@ def test_agents_that_come_back_change_nothing():
 
 
 def test_world_keeps_its_members_when_there_are_more_slots_than_it_may_use():
-    cluster = make(B, C, max_workers=2)
+    cluster = make(B, C, sizes=(1, 2))
     cluster.tell(Claimed(slot=A, group=2, group_size=3))
     for slot in (B, C):
         cluster.tell(Claimed(slot=slot, group=2, group_size=3))
@@ -181,7 +195,7 @@ def test_world_keeps_its_members_when_there_are_more_slots_than_it_may_use():
 
 
 def test_too_few_workers_wait():
-    cluster = make(A, B, min_workers=2)
+    cluster = make(A, B, sizes=(2, 3))
     cluster.lose_node("b")
     assert cluster.state.stage == "waiting"
     cluster.tell(Claimed(slot=C, group=2, group_size=2))
@@ -275,59 +289,275 @@ def test_word_of_an_older_attempt_is_not_heard():
     assert repr(cluster.state) == state_before
 
 
-NODES = ("a", "b", "c", "d")
-EVENTS = st.lists(
-    st.tuples(
-        st.sampled_from(["lose", "crash", "drain", "claim", "group", "tick", "step", "expire"]),
-        st.sampled_from(NODES),
-        st.floats(0, 30),
-    ),
-    max_size=60,
-)
+# ---- notices
 
 
-@settings(max_examples=300)
-@given(EVENTS)
-def test_any_sequence_of_events_keeps_the_books_straight(events):
-    cluster = make(*(Slot(node, "cpu0") for node in NODES))
-    claimed, draining, step = set(NODES), set(), 0
-    for kind, node, wait_s in events:
-        cluster.now_s += wait_s
-        slot = Slot(node, "cpu0")
-        if cluster.done:
-            break
-        match kind:
-            case "lose":
-                claimed.discard(node)
-                draining.discard(node)
-                cluster.lose_node(node)
-            case "crash":
-                cluster.end(slot, "crashed")
-            case "drain":
-                draining.add(node)
-                cluster.tell(Draining(node=node, deadline_s=cluster.now_s + 15, reason="spot"))
-            case "claim" | "group":
-                claimed.add(node)
-                group = cluster.state.group + (kind == "group")
-                cluster.tell(Claimed(slot=slot, group=group, group_size=1))
-            case "step":
-                step += 1
-                cluster.step(step)
-            case "expire":
-                claimed.discard(node)
-                cluster.trainers.pop(slot, None)
-                cluster.tell(Expired(slot=slot))
-            case _:
-                cluster.tell(Tick())
-        alive = {s.node for s in cluster.trainers}
-        assert alive <= claimed - draining, "trains where it must not"
-        if cluster.state.stage == "running":
-            assert {s.node for s in cluster.state.members} == alive, "a world with a hole in it"
-    started, ended = cluster.of(AttemptStarted), cluster.of(AttemptEnded)
-    assert [s.attempt for s in started] == list(range(1, len(started) + 1))
-    assert [e.attempt for e in ended] == list(range(1, len(ended) + 1)), "each attempt ends once, in order"
-    usable = claimed - draining
-    if not cluster.done and usable:
-        cluster.now_s += 1000
-        cluster.tell(Tick())
-        assert cluster.state.stage == "running", "usable nodes and nobody trains"
+def drain(cluster, *nodes, notice_s=60.0):
+    for node in nodes:
+        deadline_s = None if notice_s is None else cluster.now_s + notice_s
+        cluster.tell(Draining(node=node, deadline_s=deadline_s, reason="spot"))
+
+
+def test_notices_that_come_within_a_window_are_one_change():
+    cluster = make(A, B, C, notice_window_s=1.0)
+    drain(cluster, "a")
+    cluster.wait(0.9)
+    drain(cluster, "b")
+    assert cluster.of(Park) == []
+    cluster.wait(0.1)
+    assert cluster.worlds == [(A, B, C), (C,)]
+    (ended,) = cluster.of(AttemptEnded)
+    assert (ended.change, ended.cause, ended.noticed_s) == ("node_drained", "a", 0.0)
+
+
+@pytest.mark.parametrize(("notice_s", "waits"), [(5.0, False), (10.5, False), (11.5, True), (None, True)])
+def test_a_notice_waits_for_others_only_if_its_deadline_allows_it(notice_s, waits):
+    cluster = make(A, B, C, notice_window_s=1.0)
+    drain(cluster, "a", notice_s=notice_s)
+    cluster.wait(0.6)
+    assert (cluster.of(Park) == []) is waits
+
+
+def test_a_notice_that_comes_while_the_world_parks_joins_it_and_its_nearer_deadline_is_told():
+    state = make(A, B, C).state
+    decide(state, Draining(node="a", deadline_s=60.0, reason="spot"), now_s=0)
+    assert state.stage == "parking"
+    actions = decide(state, Draining(node="b", deadline_s=20.0, reason="spot"), now_s=1)
+    assert [(type(a), a.deadline_s) for a in actions] == [(Park, 20.0)] * 3
+    for slot in (A, B, C):
+        actions = decide(state, TrainerEnded(slot=slot, attempt=1, kind="interrupted", reason="spot"), now_s=2)
+    assert [a.members for a in actions if isinstance(a, AttemptStarted)] == [(C,)]
+
+
+def test_a_deadline_that_moves_nearer_is_told_to_those_who_park_and_one_that_moves_away_gives_them_time():
+    state = make(A, B).state
+    for deadline_s, told in [(60.0, [60.0] * 2), (60.0, []), (30.0, [30.0] * 2), (90.0, [90.0] * 2)]:
+        actions = decide(state, Draining(node="a", deadline_s=deadline_s, reason="spot"), now_s=0)
+        assert [a.deadline_s for a in actions] == told
+    assert decide(state, Tick(), now_s=80.0) == []
+    assert [type(a) for a in decide(state, Tick(), now_s=91.0)] == [Kill, Kill]
+
+
+def test_a_notice_that_is_withdrawn_in_time_changes_nothing():
+    cluster = make(A, B, notice_window_s=1.0)
+    drain(cluster, "a")
+    cluster.tell(Undrained(node="a"))
+    cluster.wait(100)
+    assert cluster.worlds == [(A, B)]
+
+
+def test_a_node_whose_notice_is_withdrawn_later_comes_back():
+    cluster = make(A, B)
+    drain(cluster, "a")
+    cluster.step(1)
+    cluster.tell(Undrained(node="a"))
+    cluster.wait(GROWTH_S)
+    assert cluster.worlds == [(A, B), (B,), (A, B)]
+
+
+def test_a_world_that_nobody_could_follow_trains_on_until_shortly_before_the_deadline():
+    cluster = make(A, B, C, sizes=(2, 3))
+    drain(cluster, "c")  # now it is known how long a park takes
+    drain(cluster, "a", notice_s=60.0)
+    cluster.wait(49)
+    assert len(cluster.of(Park)) == 3
+    cluster.wait(1)
+    assert len(cluster.of(Park)) == 5
+    assert cluster.state.stage == "waiting"
+
+
+def test_a_world_that_still_forms_is_formed_anew_without_a_node_that_will_leave():
+    state = State(policy=Policy(world_sizes=(1, 2), max_failures_without_progress=3))
+    for slot in (A, B):
+        decide(state, Claimed(slot=slot, group=1, group_size=2), now_s=0)
+    actions = decide(state, Draining(node="a", deadline_s=60.0, reason="spot"), now_s=0)
+    assert [type(a) for a in actions] == [Kill, Kill]
+    for slot in (A, B):
+        actions = decide(state, TrainerEnded(slot=slot, attempt=1, kind="killed", reason=""), now_s=0)
+    assert [a.members for a in actions if isinstance(a, AttemptStarted)] == [(B,)]
+
+
+def test_a_node_that_drains_stays_out_when_its_host_comes_back():
+    cluster = make(A, B)
+    drain(cluster, "a")
+    cluster.lose_node("a")
+    cluster.tell(Claimed(slot=A, group=2, group_size=2))
+    cluster.step(1)
+    cluster.wait(1000)
+    assert cluster.worlds == [(A, B), (B,)]
+
+
+# ---- growth
+
+
+def test_a_world_grows_once_for_all_nodes_that_came_since_its_last_change():
+    cluster = make(A)
+    cluster.step(1)
+    cluster.wait(0.4 * GROWTH_S)
+    cluster.tell(Claimed(slot=B, group=2, group_size=2))
+    cluster.wait(0.4 * GROWTH_S)
+    cluster.tell(Claimed(slot=A, group=3, group_size=3))
+    cluster.tell(Claimed(slot=B, group=3, group_size=3))
+    cluster.tell(Claimed(slot=C, group=3, group_size=3))
+    cluster.wait(0.1 * GROWTH_S)
+    assert cluster.worlds == [(A,)]
+    cluster.wait(0.1 * GROWTH_S)
+    assert cluster.worlds == [(A,), (A, B, C)]
+
+
+@pytest.mark.parametrize("outage_s", [1.0, 30.0])
+def test_the_wait_before_growing_follows_the_measured_outage(outage_s):
+    cluster = make(A, B)
+    cluster.step(1)
+    cluster.lose_node("b")
+    cluster.now_s += outage_s
+    cluster.step(2)
+    cluster.tell(Claimed(slot=A, group=2, group_size=2))
+    cluster.tell(Claimed(slot=B, group=2, group_size=2))
+    cluster.wait(4.9 * outage_s)
+    assert len(cluster.worlds) == 2
+    cluster.wait(0.2 * outage_s)
+    assert cluster.worlds == [(A, B), (A,), (A, B)]
+
+
+def test_time_without_enough_nodes_is_no_outage():
+    cluster = make(A, B, sizes=(2,))
+    cluster.step(1)
+    cluster.lose_node("b")
+    cluster.wait(1000)
+    cluster.tell(Claimed(slot=B, group=2, group_size=1))
+    cluster.now_s += 3
+    cluster.step(2)
+    assert cluster.state.outages_s == (3.0,)
+
+
+# ---- sizes
+
+
+def test_worlds_have_only_sizes_that_the_strategy_can_use():
+    cluster = make(A, B, C, sizes=(2, 4))
+    assert cluster.worlds == [(A, B)]
+    cluster.step(1)
+    cluster.tell(Claimed(slot=D, group=1, group_size=3))
+    cluster.wait(GROWTH_S)
+    assert cluster.worlds == [(A, B), (A, B, C, D)]
+    cluster.lose_node("a")
+    assert cluster.worlds[-1] == (B, C)
+    cluster.lose_node("b")
+    assert cluster.worlds[-1] == (C, D)
+    cluster.lose_node("c")
+    assert cluster.state.stage == "waiting"
+
+
+# ---- failures in a row
+
+
+def test_a_node_whose_trainers_fail_again_and_again_is_left_out():
+    cluster = make(A, B, C)
+    for step in range(1, 4):
+        cluster.step(step)
+        cluster.end(B, "crashed", "signal 11")
+    assert cluster.worlds == [(A, B, C)] * 3 + [(A, C)]
+    assert [e.denied for e in cluster.of(AttemptEnded)] == [None, None, "b"]
+    cluster.step(9)
+    cluster.wait(1000)
+    assert len(cluster.worlds) == 4
+
+
+def test_failures_that_strike_here_and_there_deny_nobody():
+    cluster = make(A, B, C)
+    for step, slot in enumerate([A, B, B, A, C, C, A, B], start=1):
+        cluster.step(step)
+        cluster.end(slot, "crashed")
+    assert cluster.worlds == [(A, B, C)] * 9
+
+
+def test_a_node_without_which_there_is_no_world_is_never_left_out():
+    cluster = make(A, B, sizes=(2,), max_failures=9)
+    for step in range(1, 8):
+        cluster.step(step)
+        cluster.end(B, "crashed")
+    assert cluster.worlds == [(A, B)] * 8
+
+
+def test_a_denied_node_is_used_again_when_no_other_is_left():
+    cluster = make(A, B)
+    for step in range(1, 4):
+        cluster.step(step)
+        cluster.end(B, "crashed")
+    assert cluster.worlds[-1] == (A,)
+    cluster.lose_node("a")
+    cluster.wait(cluster.state.policy.gather_s)  # another node might come
+    assert cluster.worlds[-1] == (B,)
+
+
+def test_a_node_that_fails_the_same_step_is_left_out_and_the_others_have_one_more_try():
+    cluster = make(A, B, failures=Failures(best_step=7))
+    for _ in range(3):
+        cluster.end(B, "crashed")
+    assert (cluster.worlds[-1], cluster.done) == ((A,), None)
+    cluster.end(A, "crashed", "segmentation fault")
+    assert cluster.done is not None
+    assert "step 8 failed 4 times in a row" in cluster.done.reason
+    assert "segmentation fault" in cluster.done.reason
+
+
+def test_a_world_that_does_not_form_for_want_of_one_trainer_counts_against_its_node():
+    state = make(A, B).state
+    for _ in range(3):
+        for slot in (A, B):
+            decide(state, TrainerEnded(slot=slot, attempt=state.attempt, kind="crashed", reason=""), now_s=0)
+    state = State(policy=state.policy)
+    for slot in (A, B):
+        decide(state, Claimed(slot=slot, group=1, group_size=2), now_s=0)
+    decide(state, TrainerReady(slot=A, attempt=1, store_host="h", store_port=1), now_s=0)
+    assert [type(a) for a in decide(state, Tick(), now_s=61)] == [Kill, Kill]
+    for slot in (A, B):
+        actions = decide(state, TrainerEnded(slot=slot, attempt=1, kind="killed", reason=""), now_s=61)
+    assert (actions[0].change, actions[0].cause) == ("trainer_lost", "b")
+
+
+def test_notices_between_failures_do_not_hide_a_crash_loop():
+    cluster = make(A, B, max_failures=3)
+    cluster.end(A, "crashed")
+    drain(cluster, "b")
+    cluster.tell(Undrained(node="b"))
+    cluster.end(A, "crashed")
+    cluster.end(B, "crashed")
+    assert cluster.done is not None
+
+
+def test_what_kills_did_not_reach_is_killed_again():
+    state = make(A, B).state
+    assert [type(a) for a in decide(state, HostGone(node="a", reason="gone"), now_s=0)] == [Kill]
+    assert decide(state, Tick(), now_s=59) == []
+    assert decide(state, Tick(), now_s=61) == [Kill(slot=B, attempt=1)]
+
+
+# ---- what a run that is submitted again knows
+
+
+def row(last_step, *, change, cause=None, denied=None):
+    return {"last_step": last_step, "change": change, "cause": cause, "denied": denied}
+
+
+def test_rows_of_earlier_submissions_tell_what_is_left_of_the_budgets():
+    rows = [
+        row(5, change="trainer_lost", cause="a"),
+        row(None, change="trainer_lost", cause="b"),
+        {"last_step": None},  # of a writer that was killed, or of `python -m elastic`
+        row(None, change="node_lost", cause="a"),
+        row(4, change="trainer_lost", cause="b"),
+        row(None, change="trainer_lost", cause="c", denied="c"),
+        row(None, change="trainer_lost", cause="b"),
+    ]
+    failures = read_failures(rows)
+    assert failures == Failures(best_step=5, without_progress=4, suspect="b", strikes=1, denied=frozenset({"c"}))
+
+
+def test_a_crash_loop_goes_on_counting_after_a_submission():
+    cluster = make(A, failures=Failures(best_step=7, without_progress=3))
+    assert cluster.state.stage == "running", "whoever submits again may have found the cause: one try is free"
+    cluster.end(A, "crashed")
+    assert cluster.done is not None
+    assert "step 8 failed 4 times" in cluster.done.reason

@@ -1,0 +1,15 @@
+"""Who trains: a pure state machine over slots (places for one trainer each) and attempts (one world each).
+
+`decide(state, event, now_s=...)` changes `state` and returns the actions to carry out. No I/O, and no clock is read.
+
+    machine.py    the stages of an attempt, and what each event means in them
+    worlds.py     which slots the next world is made of, and when the running one should make room for it
+    failures.py   what failures in a row lead to: a node that is left out, a run that stops
+    state.py      everything the decisions depend on
+"""
+
+from cluster.controller.machine import decide
+from cluster.controller.state import Policy, Stage, State
+from cluster.controller.worlds import get_usable, get_wanted
+
+__all__ = ["Policy", "Stage", "State", "decide", "get_usable", "get_wanted"]

@@ -1,0 +1,329 @@
+"""The stages of an attempt, and what each event means in them.
+
+The policy is the simplest that is correct: whatever changes, the trainers of the old world end (parked behind a
+checkpoint if there is time, killed if a member is gone) and those of the new one start from the newest committed
+checkpoint. An attempt goes through
+
+    waiting -> forming -> running -> parking -> clearing -> waiting
+                  |          `----------------> clearing      (a member was lost)
+                  `---------------------------> clearing      (or has a notice, or the run stops)
+    waiting -> done                                            (finished, failed or stopped)
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from cluster.controller.failures import count_failure, deny_suspect
+from cluster.controller.state import Blame, Notice, State
+from cluster.controller.worlds import (
+    fit_size,
+    get_deadline_s,
+    get_joiner,
+    get_leave_s,
+    get_member_notices,
+    get_usable,
+    get_wanted,
+    is_gathered,
+)
+from cluster.types import (
+    Action,
+    AttemptEnded,
+    AttemptStarted,
+    Change,
+    Claimed,
+    Done,
+    Draining,
+    Event,
+    Expired,
+    Fork,
+    Go,
+    HostGone,
+    Kill,
+    Park,
+    Slot,
+    Stepped,
+    Stop,
+    Tick,
+    TrainerEnded,
+    TrainerReady,
+    Undrained,
+)
+
+_REMEMBERED_OUTAGES = 5
+
+
+def decide(state: State, event: Event, *, now_s: float) -> list[Action]:
+    """Take one event in and return what to do, in order."""
+    actions = _take(state, event, now_s)
+    return actions + _advance(state, now_s)
+
+
+def _take(state: State, event: Event, now_s: float) -> list[Action]:
+    """Book what the event says; the loss of a member ends the attempt."""
+    match event:
+        case HostGone():
+            state.claims = {slot: group for slot, group in state.claims.items() if slot.node != event.node}
+            gone = [slot for slot in state.members if slot.node == event.node]
+            return _lose(state, gone, Blame.NODE, event.reason, now_s)
+        case Expired():
+            state.claims.pop(event.slot, None)
+            return _lose(state, [event.slot], Blame.NODE, "no agent claimed it in time", now_s)
+        case Claimed():
+            if event.group > state.group:
+                state.group, state.group_size = event.group, event.group_size
+                state.gather_until_s = now_s + state.policy.gather_s
+            state.claims[event.slot] = event.group
+        case Draining():
+            return _take_notice(state, event, now_s)
+        case Undrained():
+            state.draining.pop(event.node, None)
+        case TrainerReady():
+            if event.attempt == state.attempt and event.slot in state.alive:
+                state.ready[event.slot] = event
+        case TrainerEnded():
+            return _end_trainer(state, event, now_s)
+        case Stepped():
+            _take_step(state, event, now_s)
+        case Stop():
+            state.stop = state.stop or Done(kind="interrupted", reason=event.reason, exit_code=3)
+        case Tick():
+            pass
+    return []
+
+
+def _take_notice(state: State, event: Draining, now_s: float) -> list[Action]:
+    """Book a notice, or its new deadline; trainers that park already learn of a nearer one."""
+    heard_s = state.draining[event.node].heard_s if event.node in state.draining else now_s
+    state.draining[event.node] = Notice(heard_s=heard_s, deadline_s=event.deadline_s, reason=event.reason)
+    if state.stage != "parking" or event.node not in {slot.node for slot in state.members}:
+        return []
+    assert state.ending is not None  # it parks for that reason
+    if state.ending.change == "node_added":
+        state.ending = _ended(state, "node_drained", event.reason, event.node, heard_s)
+    return _park(state) if event.deadline_s != state.park_deadline_s else []
+
+
+def _take_step(state: State, event: Stepped, now_s: float) -> None:
+    if event.attempt != state.attempt:
+        return
+    if state.first_step_s is None:
+        state.first_step_s = now_s
+        if state.leaving_s is not None:
+            outage_s = state.leaving_s + now_s - state.started_s
+            state.outages_s = (*state.outages_s, outage_s)[-_REMEMBERED_OUTAGES:]
+    if event.progress.step > state.failures.best_step:
+        state.failures = replace(state.failures, best_step=event.progress.step)
+        state.progressed = True
+
+
+def _end_trainer(state: State, event: TrainerEnded, now_s: float) -> list[Action]:
+    if event.attempt != state.attempt or event.slot not in state.alive:
+        return []
+    match event.kind:
+        case "crashed":
+            return _lose(state, [event.slot], Blame.TRAINER, event.reason, now_s)
+        case "lost":
+            return _lose(state, [event.slot], Blame.A_PEER, event.reason, now_s)
+        case "killed" if state.stage != "clearing":
+            return _lose(state, [event.slot], Blame.NODE, event.reason, now_s)
+        case "killed" | "interrupted":
+            state.alive.discard(event.slot)
+            state.ending = state.ending or _ended(state, "stopped", event.reason, None, now_s)
+        case "finished":
+            state.alive.discard(event.slot)
+            state.ending = _ended(state, "finished", event.reason, None, now_s)
+            state.stop = Done(kind="finished", reason=event.reason, exit_code=0)
+        case "failed":
+            state.alive.discard(event.slot)
+            state.ending = _ended(state, "failed", event.reason, None, now_s)
+            state.stop = Done(kind="failed", reason=event.reason, exit_code=event.exit_code)
+            return _clear(state, now_s)
+    return []
+
+
+def _lose(state: State, slots: Sequence[Slot], blame: Blame, reason: str, now_s: float) -> list[Action]:
+    """Take dead members out; the first death kills the rest of a world that can only hang without them."""
+    dead = state.alive.intersection(slots)
+    state.alive -= dead
+    if set(slots) & set(state.members):
+        _suspect(state, None if blame is Blame.A_PEER else slots[0].node, blame, reason, now_s)
+    return _clear(state, now_s) if dead and state.stage != "clearing" else []
+
+
+def _suspect(state: State, node: str | None, blame: Blame, reason: str, now_s: float) -> None:
+    """Book why the current world falls, unless something better founded is known already.
+
+    Args:
+        node: where the cause lies; None if that is not certain.
+    """
+    is_decided = state.stop is not None and state.stop.kind in ("finished", "failed")
+    if state.stage in ("waiting", "done") or blame <= state.blame or is_decided:
+        return
+    noticed_s = state.ending.noticed_s if state.ending else now_s
+    change = "node_lost" if blame is Blame.NODE else "trainer_lost"
+    state.ending = _ended(state, change, reason, node, noticed_s)
+    state.blame = blame
+
+
+def _ended(state: State, change: Change, reason: str, cause: str | None, noticed_s: float) -> AttemptEnded:
+    return AttemptEnded(
+        attempt=state.attempt,
+        members=state.members,
+        change=change,
+        reason=reason,
+        cause=cause,
+        noticed_s=noticed_s,
+    )
+
+
+def _clear(state: State, now_s: float) -> list[Action]:
+    state.stage, state.stage_until_s = "clearing", now_s + state.policy.form_s
+    return [Kill(slot=slot, attempt=state.attempt) for slot in sorted(state.alive)]
+
+
+def _advance(state: State, now_s: float) -> list[Action]:
+    """Move on as far as the booked facts allow."""
+    actions: list[Action] = []
+    if state.stage == "forming":
+        actions += _form(state, now_s)
+    if state.stage == "running":
+        actions += _change_if_due(state, now_s)
+    if state.stage in ("forming", "parking", "clearing") and now_s > state.stage_until_s:
+        actions += _give_up(state, now_s)
+    if state.stage in ("running", "parking", "clearing") and not state.alive:
+        actions += _close(state, now_s)
+    if state.stage == "waiting":
+        actions += _start_if_possible(state, now_s)
+    return actions
+
+
+def _form(state: State, now_s: float) -> list[Action]:
+    notices = get_member_notices(state)
+    if state.stop is not None:
+        state.ending = _ended(state, "stopped", state.stop.reason, None, now_s)
+        return _clear(state, now_s)
+    if notices and get_wanted(state):  # nothing is lost yet: better another world at once than one that must park
+        node, notice = next(iter(notices.items()))
+        state.ending = _ended(state, "node_drained", notice.reason, node, notice.heard_s)
+        return _clear(state, now_s)
+    if set(state.members) != set(state.ready):
+        return []
+    state.stage = "running"
+    store = state.ready[state.members[0]]
+    nodes = [slot.node for slot in state.members]
+    return [
+        Go(
+            slot=slot,
+            attempt=state.attempt,
+            rank=rank,
+            world_size=len(nodes),
+            local_rank=nodes[:rank].count(slot.node),
+            local_world_size=nodes.count(slot.node),
+            store_host=store.store_host,
+            store_port=store.store_port,
+        )
+        for rank, slot in enumerate(state.members)
+    ]
+
+
+def _give_up(state: State, now_s: float) -> list[Action]:
+    """Kill what did not come to its next stage in time, again if it did not die of that."""
+    match state.stage:
+        case "forming":
+            late = {slot.node for slot in state.members if slot not in state.ready}
+            cause = late.pop() if len(late) == 1 else None
+            state.ending = _ended(state, "trainer_lost", "the world did not form in time", cause, now_s)
+        case "parking":
+            assert state.ending is not None  # it parks for that reason
+            reason = f"{state.ending.reason}; its trainers did not leave in time and were killed"
+            state.ending = replace(state.ending, reason=reason)
+        case _:
+            pass
+    return _clear(state, now_s)
+
+
+def _change_if_due(state: State, now_s: float) -> list[Action]:
+    """Park a running world if it must shrink, can grow or shall stop."""
+    if len(state.alive) < len(state.members):  # it ends by itself
+        return []
+    if state.stop is not None:
+        state.ending = _ended(state, "stopped", state.stop.reason, None, now_s)
+    elif now_s >= get_leave_s(state):
+        node, notice = next(iter(get_member_notices(state).items()))
+        state.ending = _ended(state, "node_drained", notice.reason, node, notice.heard_s)
+    elif joiner := get_joiner(state, now_s):
+        state.ending = _ended(state, "node_added", f"grow to {len(get_wanted(state))}", joiner.node, now_s)
+    else:
+        return []
+    state.stage, state.parking_since_s = "parking", now_s
+    return _park(state)
+
+
+def _park(state: State) -> list[Action]:
+    """Ask the trainers to leave, by the nearest deadline."""
+    assert state.ending is not None
+    assert state.parking_since_s is not None
+    deadline_s = get_deadline_s(get_member_notices(state).values())
+    limits_s = [state.parking_since_s + state.policy.park_s, *([] if deadline_s is None else [deadline_s])]
+    state.park_deadline_s, state.stage_until_s = deadline_s, min(limits_s)
+    return [
+        Park(slot=slot, attempt=state.attempt, reason=state.ending.reason, deadline_s=deadline_s)
+        for slot in state.members
+        if slot in state.alive
+    ]
+
+
+def _close(state: State, now_s: float) -> list[Action]:
+    """Book the end of an attempt whose trainers are all gone."""
+    ending = state.ending
+    assert ending is not None  # no trainer ends without a reason being booked
+    since_s = ending.noticed_s if state.parking_since_s is None else state.parking_since_s
+    state.leaving_s = now_s - since_s
+    if state.stage == "parking":
+        state.slowest_park_s = max(state.slowest_park_s or 0.0, state.leaving_s)
+    ending = _judge(state, ending)
+    state.stage, state.ending, state.ready, state.progressed = "waiting", None, {}, False
+    state.blame, state.first_step_s = Blame.NOBODY, None
+    state.parking_since_s = state.park_deadline_s = None
+    return [ending]
+
+
+def _judge(state: State, ending: AttemptEnded) -> AttemptEnded:
+    """Leave out a node, or stop the run, if the same has failed often enough."""
+    policy = state.policy
+    state.failures = count_failure(
+        state.failures, change=ending.change, cause=ending.cause, progressed=state.progressed
+    )
+    failures = state.failures
+    if ending.change != "trainer_lost" or state.stop is not None:
+        return ending
+    others = [slot for slot in get_usable(state) if slot.node not in failures.denied | {ending.cause}]
+    is_bad = ending.cause == failures.suspect is not None and failures.strikes >= policy.max_node_failures
+    if is_bad and fit_size(policy.world_sizes, len(others)):
+        state.failures = deny_suspect(failures)
+        return replace(ending, denied=ending.cause)  # the rest have one more try, whatever the row says
+    if failures.without_progress >= policy.max_failures_without_progress:
+        times = f"{failures.without_progress} times in a row"
+        state.stop = Done(
+            kind="failed",
+            reason=f"step {failures.best_step + 1} failed {times}, so going on would "
+            f"cost money for nothing. The last time: {ending.reason}. Find the cause in the log above, then start the "
+            "same command again: it resumes",
+            exit_code=1,
+        )
+    return ending
+
+
+def _start_if_possible(state: State, now_s: float) -> list[Action]:
+    if state.stop is not None:
+        state.stage = "done"
+        return [state.stop]
+    wanted = get_wanted(state)
+    survivors = any(slot in state.members for slot in wanted)
+    if not wanted or not (survivors or is_gathered(state, now_s)):
+        return []
+    state.attempt += 1
+    state.members, state.alive = wanted, set(wanted)
+    state.stage, state.started_s, state.stage_until_s = "forming", now_s, now_s + state.policy.form_s
+    started = AttemptStarted(attempt=state.attempt, members=wanted)
+    return [started, *(Fork(slot=slot, attempt=state.attempt) for slot in wanted)]
