@@ -1,0 +1,465 @@
+"""The keeper: one process per node that holds snapshots in host memory while the trainers that made them come and go.
+
+A trainer fills an arena and hands it over; the keeper checksums it, sends a copy to the keeper of another node, writes
+it to the storage when asked, and serves it at the next recovery. None of that takes the trainer's interpreter lock or
+the time of its training thread. It imports no torch, so it starts at once and is small.
+
+It is led over the socket that is its standard input: `adopt` brings the connection of one more trainer. It ends with
+its owner (PR_SET_PDEATHSIG, and the end of that socket), and all it holds is anonymous memory that ends with it. Other
+nodes' keepers and trainers come over TCP and know the run's secret.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any, NoReturn
+
+from elastic.checkpoint.arena import GIB, Arena, allocate_arena
+from elastic.checkpoint.wire import PIECE_BYTES, Channel, Header, WireError, authenticate, connect
+from elastic.errors import CheckpointError
+from elastic.storage import open_storage
+
+_PR_SET_PDEATHSIG = 1
+_NICENESS = 10  # on a machine without a core to spare, training goes first
+_CHECKSUM_THREADS = max(1, min(4, (os.cpu_count() or 1) // 4))
+_WRITE_BYTES = 16 * 2**20
+_PEER_TIMEOUT_S = 30.0
+"""A lost machine sends no FIN; a living one takes its bytes and checks a copy sooner than this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeeperSpec:
+    """What a keeper must know to start; its first message, so that the secret is in no process list."""
+
+    node: str
+    owner_pid: int
+    ip: str
+    """Where other nodes reach it; empty: nowhere."""
+    secret: str
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Snapshot:
+    """What an arena holds: the shard of one rank after one step of one attempt."""
+
+    epoch: int
+    step: int
+    world_size: int
+    rank: int
+
+
+@dataclass(kw_only=True)
+class Holding:
+    """One arena and what is known about it. The same `origin` and `index` always mean the same arena or copy of it."""
+
+    origin: str
+    """The trainer that fills it."""
+    index: int
+    epoch: int
+    arena: Arena
+    is_copy: bool
+    snapshot: Snapshot | None = None
+    """None while it is being filled."""
+    num_bytes: int = 0
+    chunks: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    """Offset and size of each chunk that has a checksum of its own."""
+    checksums: list[int] = field(default_factory=list[int])
+    record: Any = None
+    """The trainer's own JSON value."""
+    generation: int = 0
+    """Counts the fillings, so that work for an earlier one gives up."""
+    checked: threading.Event = field(default_factory=threading.Event)
+    """`checksums` are those of this filling, or it was given up."""
+
+
+@dataclass(kw_only=True)
+class _Trainer:
+    """A connected trainer and what goes on for it in the background."""
+
+    channel: Channel
+    origin: str = ""
+    is_gone: bool = False
+    copies: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "copy"))
+    writes: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "write"))
+    peer: Channel | None = None
+    peer_address: tuple[str, int] | None = None
+
+
+class _SupersededError(Exception):
+    """The arena is being filled again, or nobody waits for the result any more."""
+
+
+class Keeper:
+    """The state of the process; `serve` is its life."""
+
+    def __init__(self, spec: KeeperSpec, owner: Channel) -> None:
+        self._spec = spec
+        self._owner = owner
+        self._lock = threading.Lock()
+        self._holdings: dict[tuple[str, int], Holding] = {}
+        self._checksummers = ThreadPoolExecutor(_CHECKSUM_THREADS, "checksum")
+
+    def serve(self, listener: socket.socket | None) -> None:
+        """Adopt trainers and serve strangers who know the secret, until the owner ends."""
+        if listener is not None:
+            threading.Thread(target=self._accept, args=(listener,), name="accept", daemon=True).start()
+        while (message := self._owner.receive()) is not None:
+            if message["kind"] == "adopt":
+                channel = Channel(socket.socket(fileno=self._owner.take_descriptor()))
+                _start_thread(self._serve_trainer, _Trainer(channel=channel))
+
+    # ---- trainers of this node
+
+    def _serve_trainer(self, trainer: _Trainer) -> None:
+        try:
+            while (message := trainer.channel.receive()) is not None:
+                self._obey_trainer(trainer, message)
+        except (WireError, KeyError, TypeError, ValueError) as error:
+            _log(f"a trainer's connection broke: {error!r}")
+        finally:
+            trainer.is_gone = True
+            with self._lock:
+                own = [h for h in self._holdings.values() if h.origin == trainer.origin and not h.is_copy]
+                for holding in own:
+                    if holding.snapshot is None:
+                        self._drop(holding)
+            trainer.copies.submit(_forget_peer, trainer)
+            trainer.copies.shutdown(wait=False)  # a copy under way is worth finishing
+            trainer.writes.shutdown(wait=False, cancel_futures=True)
+
+    def _obey_trainer(self, trainer: _Trainer, message: Header) -> None:
+        match message["kind"]:
+            case "hold":
+                trainer.origin = message["origin"]
+                arena = Arena(trainer.channel.take_descriptor(), message["num_bytes"])
+                holding = Holding(
+                    origin=trainer.origin, index=message["index"], epoch=message["epoch"], arena=arena, is_copy=False
+                )
+                with self._lock:
+                    self._holdings[trainer.origin, holding.index] = holding
+            case "begin":
+                self._begin(self._holdings[trainer.origin, message["index"]])
+            case "fill":
+                holding = self._holdings[trainer.origin, message["index"]]
+                self._fill(holding, message)
+                generation = holding.generation
+                trainer.copies.submit(self._finish, trainer, holding, generation, message)
+            case "write":
+                holding = self._holdings[trainer.origin, message["index"]]
+                trainer.writes.submit(self._write, trainer, holding, holding.generation, message)
+            case "map":
+                self._give_memory(trainer.channel, message)
+            case _:
+                self._obey_anyone(trainer.channel, message)
+
+    def _begin(self, holding: Holding) -> None:
+        with self._lock:
+            holding.snapshot = None
+            holding.generation += 1
+            holding.checked.set()
+            holding.checked = threading.Event()
+
+    def _fill(self, holding: Holding, message: Header) -> None:
+        with self._lock:
+            holding.snapshot = Snapshot(**message["snapshot"])
+            holding.num_bytes = message["num_bytes"]
+            holding.chunks = [(offset, size) for offset, size in message["chunks"]]
+            holding.record = message["record"]
+
+    def _finish(self, trainer: _Trainer, holding: Holding, generation: int, message: Header) -> None:
+        """Checksum a filled arena, send a copy away, and tell the trainer that it may rely on both."""
+        problem = ""
+        try:
+            self._checksum(holding, generation)
+            if message["peer"]:
+                self._copy(trainer, holding, generation, tuple(message["peer"]))
+        except _SupersededError:
+            problem = "superseded"
+        except OSError as error:
+            problem = str(error)
+        _reply(trainer, message, kind="kept", problem=problem)
+
+    def _checksum(self, holding: Holding, generation: int) -> None:
+        done = holding.checked
+        try:
+            view = holding.arena.view
+            parts = [view[offset : offset + size] for offset, size in holding.chunks]
+            checksums = list(self._checksummers.map(zlib.crc32, parts))
+            with self._lock:
+                _check_current(holding, generation)
+                holding.checksums = checksums
+        finally:
+            done.set()
+
+    def _copy(self, trainer: _Trainer, holding: Holding, generation: int, address: tuple[str, int]) -> None:
+        try:
+            if trainer.peer is None or trainer.peer_address != address:
+                trainer.peer, trainer.peer_address = connect(address, self._spec.secret), address
+                trainer.peer.set_timeout(_PEER_TIMEOUT_S)
+            with self._lock:
+                _check_current(holding, generation)
+                header = {"kind": "push", **_describe(holding, self._spec.node), "capacity": holding.arena.num_bytes}
+            trainer.peer.send(header, _cut(holding, generation, PIECE_BYTES), num_bytes=holding.num_bytes)
+            answer = trainer.peer.receive()
+            if answer is None or answer["kind"] != "pushed":
+                raise WireError(f"the copy was refused: {(answer or {}).get('problem', 'the peer is gone')}")
+        except (OSError, _SupersededError):
+            _forget_peer(trainer)
+            raise
+
+    def _write(self, trainer: _Trainer, holding: Holding, generation: int, message: Header) -> None:
+        """Write a filled arena to the storage, straight from the shared memory."""
+        try:
+            pieces = _Pieces(lambda: _cut(holding, generation, _WRITE_BYTES, is_wanted=lambda: not trainer.is_gone))
+            num_bytes = open_storage(message["url"]).write(message["key"], pieces)  # pyright: ignore[reportArgumentType] # iterable again and again
+            holding.checked.wait()
+            _check_current(holding, generation)
+            _reply(trainer, message, kind="written", written_bytes=num_bytes, checksums=holding.checksums)
+        except _SupersededError:
+            _reply(trainer, message, kind="unwritten", errno=None, strerror="superseded", filename=None)
+        except OSError as error:
+            text = error.strerror or str(error)
+            _reply(trainer, message, kind="unwritten", errno=error.errno, strerror=text, filename=error.filename)
+
+    def _give_memory(self, channel: Channel, message: Header) -> None:
+        """Answer with the descriptor of an arena, which its new trainer maps instead of copying it."""
+        holding = self._find(message)
+        if holding is None:
+            channel.send({"kind": "missing", "id": message.get("id")})
+        else:
+            answer = {"kind": "memory", "id": message.get("id"), "num_bytes": holding.num_bytes}
+            channel.send(answer, descriptor=holding.arena.descriptor)
+
+    # ---- anyone who knows the secret
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            connection, _ = listener.accept()
+            _start_thread(self._serve_stranger, connection)
+
+    def _serve_stranger(self, connection: socket.socket) -> None:
+        try:
+            channel = authenticate(connection, self._spec.secret, role="keeper")
+            while (message := channel.receive()) is not None:
+                self._obey_anyone(channel, message)
+            channel.close()
+        except (WireError, KeyError, TypeError, ValueError, _SupersededError) as error:
+            _log(f"a connection ended: {error!r}")
+            connection.close()
+
+    def _obey_anyone(self, channel: Channel, message: Header) -> None:
+        match message["kind"]:
+            case "push":
+                self._take_copy(channel, message)
+            case "list":
+                channel.send({"kind": "list", "id": message.get("id"), "held": self._list()})
+            case "read":
+                self._read(channel, message)
+            case "retire":
+                self._retire(message["before_epoch"], message["keep_step"])
+            case "measure":
+                with self._lock:
+                    held_bytes = sum(holding.arena.num_bytes for holding in self._holdings.values())
+                channel.send({"kind": "measured", "id": message.get("id"), "held_bytes": held_bytes})
+            case kind:
+                raise WireError(f"{kind!r} is no message that a keeper knows")
+
+    def _list(self) -> list[dict[str, Any]]:
+        with self._lock:
+            holdings = [holding for holding in self._holdings.values() if holding.snapshot is not None]
+        for holding in holdings:
+            holding.checked.wait()
+        with self._lock:
+            return [_describe(holding, self._spec.node) for holding in holdings if holding.snapshot is not None]
+
+    def _take_copy(self, channel: Channel, message: Header) -> None:
+        """Receive what another node's trainer has filled, into memory that mirrors its arena."""
+        key = (str(message["origin"]), int(message["index"]))
+        num_bytes, capacity = int(message["bytes"]), int(message["capacity"])
+        with self._lock:
+            holding = self._holdings.get(key)
+            if holding is not None and (not holding.is_copy or holding.arena.num_bytes < num_bytes):
+                raise WireError(f"{key} is no copy of {num_bytes} bytes")
+        problem = ""
+        if holding is None:
+            try:
+                _check_memory(capacity)
+                arena = allocate_arena(capacity, name="copy")
+                holding = Holding(origin=key[0], index=key[1], epoch=message["epoch"], arena=arena, is_copy=True)
+                with self._lock:
+                    self._holdings[key] = holding
+            except CheckpointError as error:
+                problem = str(error)
+        if holding is None:
+            _swallow(channel, num_bytes)
+        else:
+            self._begin(holding)
+            generation = holding.generation
+            channel.receive_into(holding.arena.view[:num_bytes])
+            self._fill(holding, {**message, "num_bytes": num_bytes})
+            self._checksum(holding, generation)
+            if holding.checksums != message["checksums"]:
+                self._begin(holding)
+                problem = "the copy has other bytes than the original"
+        channel.send({"kind": "refused" if problem else "pushed", "problem": problem})
+
+    def _read(self, channel: Channel, message: Header) -> None:
+        holding = self._find(message)
+        if holding is None:
+            channel.send({"kind": "missing", "id": message.get("id")})
+            return
+        start, size = int(message["start"]), int(message["size"])
+        if not 0 <= start <= start + size <= holding.num_bytes:
+            raise WireError(f"bytes {start} to {start + size} are outside of {holding.num_bytes}")
+        view = holding.arena.view[start : start + size]
+        pieces = (view[at : at + PIECE_BYTES] for at in range(0, size, PIECE_BYTES))
+        channel.send({"kind": "data", "id": message.get("id")}, pieces, num_bytes=size)
+
+    def _retire(self, before_epoch: int, keep_step: int | None) -> None:
+        """Free what a newer attempt has made worthless; `keep_step`, what it started from, stays."""
+        with self._lock:
+            for holding in list(self._holdings.values()):
+                step = holding.snapshot.step if holding.snapshot else None
+                if holding.epoch < before_epoch and (step is None or step != keep_step):
+                    self._drop(holding)
+
+    def _find(self, message: Header) -> Holding | None:
+        with self._lock:
+            holding = self._holdings.get((message["origin"], message["index"]))
+            wanted = Snapshot(**message["snapshot"])
+            return holding if holding is not None and holding.snapshot == wanted else None
+
+    def _drop(self, holding: Holding) -> None:
+        holding.generation += 1
+        holding.snapshot = None
+        holding.checked.set()
+        del self._holdings[holding.origin, holding.index]
+        holding.arena.close()
+
+
+def _forget_peer(trainer: _Trainer) -> None:
+    if trainer.peer is not None:
+        trainer.peer.close()
+        trainer.peer = None
+
+
+class _Pieces:
+    """An iterable that starts anew each time, as a storage that tries again needs it."""
+
+    def __init__(self, iterate: Callable[[], Iterator[memoryview]]) -> None:
+        self._iterate = iterate
+
+    def __iter__(self) -> Iterator[memoryview]:
+        return self._iterate()
+
+
+def _cut(
+    holding: Holding, generation: int, piece_bytes: int, *, is_wanted: Callable[[], bool] = lambda: True
+) -> Iterator[memoryview]:
+    view = holding.arena.view[: holding.num_bytes]
+    for start in range(0, holding.num_bytes, piece_bytes):
+        _check_current(holding, generation)
+        if not is_wanted():
+            raise _SupersededError
+        yield view[start : start + piece_bytes]
+    _check_current(holding, generation)
+
+
+def _check_current(holding: Holding, generation: int) -> None:
+    if holding.generation != generation:
+        raise _SupersededError
+
+
+def _describe(holding: Holding, node: str) -> dict[str, Any]:
+    """Return a holding as it is listed and sent."""
+    assert holding.snapshot is not None
+    return {
+        "origin": holding.origin,
+        "index": holding.index,
+        "epoch": holding.epoch,
+        "snapshot": asdict(holding.snapshot),
+        "num_bytes": holding.num_bytes,
+        "chunks": holding.chunks,
+        "checksums": holding.checksums,
+        "record": holding.record,
+        "is_copy": holding.is_copy,
+        "node": node,
+    }
+
+
+def _check_memory(num_bytes: int) -> None:
+    """Refuse a copy that would take the memory that this node's own trainers need.
+
+    Raises:
+        CheckpointError: less is available.
+    """
+    available = get_available_bytes()
+    if available is not None and available < num_bytes + GIB // 4:
+        raise CheckpointError(
+            f"the peer has {available / GIB:.2f} GiB of host memory left, but a copy needs {num_bytes / GIB:.2f} GiB. "
+            "Give the nodes more memory, or set checkpoint.memory=node."
+        )
+
+
+def get_available_bytes() -> int | None:
+    """Return how much memory programs can still take on this machine; None where /proc does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123 (one line of a pseudo file)
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def _swallow(channel: Channel, num_bytes: int) -> None:
+    scrap = memoryview(bytearray(min(num_bytes, PIECE_BYTES)))
+    while num_bytes:
+        channel.receive_into(scrap[:num_bytes])
+        num_bytes -= min(num_bytes, PIECE_BYTES)
+
+
+def _reply(trainer: _Trainer, message: Header, *, kind: str, **fields: object) -> None:
+    with contextlib.suppress(WireError):  # it is gone; nobody is left to tell
+        trainer.channel.send({"kind": kind, "id": message["id"], **fields})
+
+
+def _start_thread(target: Callable[..., None], *args: object) -> None:
+    threading.Thread(target=target, args=args, daemon=True).start()
+
+
+def _log(text: str) -> None:
+    print(f"keeper: {text}", file=sys.stderr, flush=True)  # noqa: T201 (the log of whoever started it)
+
+
+def main() -> NoReturn:
+    """Become the keeper that the first message on standard input describes."""
+    owner = Channel(socket.socket(fileno=os.dup(0)))
+    message = owner.receive()
+    assert message is not None
+    spec = KeeperSpec(**message["spec"])
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != spec.owner_pid:
+        os._exit(1)
+    os.nice(_NICENESS)
+    listener = socket.create_server((spec.ip, 0)) if spec.ip else None
+    try:
+        owner.send({"kind": "ready", "port": listener.getsockname()[1] if listener else 0})
+        Keeper(spec, owner).serve(listener)
+    except BaseException:
+        traceback.print_exc()
+    os._exit(0)  # threads may be in the middle of a write that nobody waits for
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""A trainer's end of its node's keeper, and how a keeper is started. No torch here."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+from elastic.checkpoint.arena import Arena
+from elastic.checkpoint.keeper import KeeperSpec, Snapshot
+from elastic.checkpoint.wire import Channel, Header, WireError, connect
+
+_READY_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeeperProcess:
+    """A keeper that this process started; it ends when this process does or `close` is called."""
+
+    process: subprocess.Popen[bytes]
+    channel: Channel
+    port: int
+    """Where other nodes reach it, at the address it was given; 0: nowhere."""
+
+    def open_connection(self) -> socket.socket:
+        """Return one trainer's connection to the keeper; a fork may take it along.
+
+        Raises:
+            WireError: the keeper is gone.
+        """
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.channel.send({"kind": "adopt"}, descriptor=theirs.fileno())
+        return ours
+
+    def close(self) -> None:
+        """End the keeper and free what it holds."""
+        self.channel.close()
+        self.process.wait()
+
+
+def start_keeper(*, node: str, ip: str, secret: str) -> KeeperProcess:
+    """Start a keeper that ends with this process; call it on the main thread, whose end would end the keeper.
+
+    Args:
+        ip: where other nodes reach it; empty: nowhere.
+
+    Raises:
+        WireError: it did not start.
+    """
+    ours, theirs = socket.socketpair()
+    channel = Channel(ours)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "elastic.checkpoint.keeper"],
+            stdin=theirs.fileno(),
+            env=env,
+            start_new_session=True,  # a Ctrl-C in the terminal is for the trainers, which then save
+        )
+    spec = KeeperSpec(node=node, owner_pid=os.getpid(), ip=ip, secret=secret)
+    channel.set_timeout(_READY_TIMEOUT_S)
+    channel.send({"kind": "spec", "spec": asdict(spec)})
+    ready = channel.receive()
+    channel.set_timeout(None)
+    if ready is None:
+        raise WireError("the keeper ended while it started; its log says why")
+    return KeeperProcess(process=process, channel=channel, port=ready["port"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """A shard that some keeper has in memory."""
+
+    origin: str
+    index: int
+    snapshot: Snapshot
+    num_bytes: int
+    chunks: tuple[tuple[int, int], ...]
+    """Offset and size of each chunk."""
+    checksums: tuple[int, ...]
+    """CRC-32 of each chunk."""
+    record: Any
+    """What the trainer gave with it."""
+    is_copy: bool
+    node: str
+
+
+class KeeperClient:
+    """One trainer's connection to the keeper of its node. Calls return at once; answers come as futures.
+
+    Args:
+        connection: from `KeeperProcess.open_connection`.
+        origin: names this trainer, unlike any other of the run.
+    """
+
+    def __init__(self, connection: socket.socket, *, origin: str, epoch: int) -> None:
+        self._channel = Channel(connection)
+        self._origin, self._epoch = origin, epoch
+        self._lock = threading.Lock()
+        self._answers: dict[int, Future[Any]] = {}
+        self._num_asked = 0
+        self._is_gone = False
+        threading.Thread(target=self._listen, name="keeper", daemon=True).start()
+
+    def hold(self, index: int, arena: Arena) -> None:
+        """Let the keeper hold an arena too, so that it outlives this process.
+
+        Raises:
+            WireError: the keeper is gone; so for all methods.
+        """
+        header = {"kind": "hold", "origin": self._origin, "epoch": self._epoch, "index": index}
+        self._channel.send({**header, "num_bytes": arena.num_bytes}, descriptor=arena.descriptor)
+
+    def begin(self, index: int) -> None:
+        """Say that an arena is about to be filled; what it held is void from now on."""
+        self._channel.send({"kind": "begin", "index": index})
+
+    def fill(
+        self,
+        index: int,
+        snapshot: Snapshot,
+        *,
+        num_bytes: int,
+        chunks: Sequence[tuple[int, int]],
+        record: object,
+        peer: tuple[str, int] | None,
+    ) -> Future[str]:
+        """Say that an arena is filled: it counts from now on.
+
+        Args:
+            num_bytes: how much of the arena the snapshot takes, from its start.
+            chunks: offset and size of the parts that get checksums of their own.
+            record: JSON value that comes with the snapshot when it is listed.
+            peer: host and port of the keeper that shall have a copy.
+
+        Returns:
+            Once it is checksummed and copied: an empty string, or what went wrong with the copy.
+        """
+        fields = {"snapshot": asdict(snapshot), "num_bytes": num_bytes, "chunks": chunks, "record": record}
+        return self._ask({"kind": "fill", "index": index, "peer": peer, **fields})
+
+    def write(self, index: int, *, url: str, key: str) -> "Future[tuple[int, list[int]]]":
+        """Have a filled arena written to a storage; it must not be filled again before.
+
+        Returns:
+            Once it is durable: its bytes, and the CRC-32 of each chunk. The future raises the storage's `OSError`.
+        """
+        return self._ask({"kind": "write", "index": index, "url": url, "key": key})
+
+    def fetch_list(self) -> list[Held]:
+        """Return what the keeper has in memory."""
+        return _to_held(self._ask({"kind": "list"}).result())
+
+    def fetch_held_bytes(self) -> int:
+        """Return how much memory the keeper holds, for this node's trainers and as copies for others."""
+        return self._ask({"kind": "measure"}).result()
+
+    def fetch_memory(self, held: Held) -> Arena | None:
+        """Return a held shard itself, shared and not copied; None if it is there no more."""
+        descriptor, num_bytes = self._ask({"kind": "map", **_name(held)}).result()
+        return Arena(descriptor, num_bytes) if descriptor >= 0 else None
+
+    def retire(self, *, before_epoch: int, keep_step: int | None) -> None:
+        """Have the snapshots of earlier attempts freed, all but those of one step."""
+        self._channel.send({"kind": "retire", "before_epoch": before_epoch, "keep_step": keep_step})
+
+    def close(self) -> None:
+        """Leave; the keeper keeps what is filled."""
+        self._channel.close()
+
+    def _ask(self, header: Header) -> "Future[Any]":
+        answer: Future[Any] = Future()
+        with self._lock:
+            self._num_asked += 1
+            number = self._num_asked
+            if self._is_gone:
+                raise WireError("the keeper is gone")
+            self._answers[number] = answer
+        self._channel.send({**header, "id": number})
+        return answer
+
+    def _listen(self) -> None:
+        with contextlib.suppress(OSError):  # said below, to all who wait
+            while (message := self._channel.receive()) is not None:
+                self._take(message)
+        with self._lock:
+            self._is_gone = True
+            waiting, self._answers = self._answers, {}
+        self._channel.close()
+        for answer in waiting.values():
+            answer.set_exception(WireError("the keeper is gone"))
+
+    def _take(self, message: Header) -> None:
+        with self._lock:
+            answer = self._answers.pop(message["id"])
+        match message["kind"]:
+            case "kept":
+                answer.set_result(message["problem"])
+            case "written":
+                answer.set_result((message["written_bytes"], message["checksums"]))
+            case "unwritten":
+                answer.set_exception(OSError(message["errno"], message["strerror"], message["filename"]))
+            case "list":
+                answer.set_result(message["held"])
+            case "measured":
+                answer.set_result(message["held_bytes"])
+            case "memory":
+                answer.set_result((self._channel.take_descriptor(), message["num_bytes"]))
+            case _:  # missing
+                answer.set_result((-1, 0))
+
+
+class RemoteKeeper:
+    """Another node's keeper, for recovery: lists what it holds and reads from it. One thread at a time.
+
+    Raises:
+        WireError: by every method, if the keeper is gone or does not know the secret.
+    """
+
+    def __init__(self, address: tuple[str, int], secret: str, *, timeout_s: float) -> None:
+        self._channel = connect(address, secret, timeout_s=timeout_s)
+        self._channel.set_timeout(timeout_s)
+
+    def fetch_list(self) -> list[Held]:
+        """Return what the keeper has in memory."""
+        return _to_held(self._ask({"kind": "list"}, "list")["held"])
+
+    def read_into(self, held: Held, start: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of a held shard from `start`."""
+        self._ask({"kind": "read", **_name(held), "start": start, "size": len(out)}, "data")
+        self._channel.receive_into(out)
+
+    def retire(self, *, before_epoch: int, keep_step: int | None) -> None:
+        """Have the snapshots of earlier attempts freed, all but those of one step."""
+        self._channel.send({"kind": "retire", "before_epoch": before_epoch, "keep_step": keep_step})
+
+    def close(self) -> None:
+        """Leave."""
+        self._channel.close()
+
+    def _ask(self, header: Header, expected: str) -> Header:
+        self._channel.send(header)
+        answer = self._channel.receive()
+        if answer is None or answer["kind"] != expected:
+            raise WireError(f"the keeper has it no more ({(answer or {}).get('kind', 'it is gone')})")
+        return answer
+
+
+def _name(held: Held) -> dict[str, object]:
+    return {"origin": held.origin, "index": held.index, "snapshot": asdict(held.snapshot)}
+
+
+def _to_held(rows: Sequence[Mapping[str, Any]]) -> list[Held]:
+    return [
+        Held(
+            origin=row["origin"],
+            index=row["index"],
+            snapshot=Snapshot(**row["snapshot"]),
+            num_bytes=row["num_bytes"],
+            chunks=tuple((offset, size) for offset, size in cast("list[tuple[int, int]]", row["chunks"])),
+            checksums=tuple(row["checksums"]),
+            record=row["record"],
+            is_copy=row["is_copy"],
+            node=row["node"],
+        )
+        for row in rows
+    ]

@@ -1,0 +1,261 @@
+"""Real keepers, started as trainers and hosts start them; nothing here imports torch."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from elastic.checkpoint.arena import allocate_arena
+from elastic.checkpoint.keeper import Snapshot
+from elastic.checkpoint.keeping import KeeperClient, RemoteKeeper, start_keeper
+from elastic.checkpoint.wire import Channel, WireError, connect
+
+SECRET = "s3cret"
+SIZE = 300_000
+CHUNKS = [(0, 100), (100, 150_000), (150_100, 149_900)]
+
+
+@contextmanager
+def keeper(node="a"):
+    process = start_keeper(node=node, ip="127.0.0.1", secret=SECRET)
+    try:
+        yield process
+    finally:
+        process.close()
+
+
+@contextmanager
+def remote(process, secret=SECRET):
+    client = RemoteKeeper(("127.0.0.1", process.port), secret, timeout_s=10)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+class Trainer:
+    """What a trainer does to a keeper, with bytes instead of tensors."""
+
+    def __init__(self, process, *, epoch=1, rank=0, num_arenas=2):
+        self.epoch, self.rank = epoch, rank
+        self.client = KeeperClient(process.open_connection(), origin=f"{epoch}-{rank}", epoch=epoch)
+        self.arenas = [allocate_arena(SIZE, name="test") for _ in range(num_arenas)]
+        for index, arena in enumerate(self.arenas):
+            self.client.hold(index, arena)
+
+    def fill(self, index, step, *, peer=None):
+        data = bytes([step % 256, index]) * (SIZE // 2)
+        self.client.begin(index)
+        self.arenas[index].view[:] = data
+        return self.client.fill(
+            index,
+            Snapshot(epoch=self.epoch, step=step, world_size=1, rank=self.rank),
+            num_bytes=SIZE,
+            chunks=CHUNKS,
+            record={"of": step},
+            peer=("127.0.0.1", peer.port) if peer else None,
+        )
+
+    def get_bytes(self, index):
+        return bytes(self.arenas[index].view)
+
+
+def wait_until(condition, what):
+    deadline_s = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline_s, what
+        time.sleep(0.01)
+
+
+def test_a_snapshot_survives_its_trainer_and_is_served_with_its_checksums():
+    with keeper() as process, remote(process) as stranger:
+        trainer = Trainer(process)
+        assert trainer.fill(0, 7).result(10) == ""
+        saved = trainer.get_bytes(0)
+        trainer.client.close()
+        (held,) = stranger.fetch_list()
+        assert (held.snapshot.step, held.record, held.is_copy, held.node) == (7, {"of": 7}, False, "a")
+        assert list(held.checksums) == [zlib.crc32(saved[at : at + size]) for at, size in CHUNKS]
+        part = memoryview(bytearray(1000))
+        stranger.read_into(held, 99_900, part)
+        assert part == saved[99_900:100_900]
+        successor = KeeperClient(process.open_connection(), origin="2-0", epoch=2)
+        arena = successor.fetch_memory(held)
+        assert arena is not None
+        assert arena.view == saved
+
+
+def test_a_trainer_that_dies_while_it_fills_leaves_only_what_was_whole():
+    with keeper() as process, remote(process) as stranger:
+        trainer = Trainer(process)
+        trainer.fill(0, 1).result(10)
+        trainer.fill(1, 2).result(10)
+        trainer.client.begin(0)
+        trainer.arenas[0].view[:10] = b"torn torn "
+        trainer.client.close()
+        wait_until(lambda: [held.snapshot.step for held in stranger.fetch_list()] == [2], "the torn one is gone")
+
+
+def test_a_copy_is_the_same_and_is_void_while_the_next_one_is_under_way():
+    with keeper("a") as process, keeper("b") as peer, remote(peer) as stranger:
+        trainer = Trainer(process)
+        assert trainer.fill(0, 1, peer=peer).result(10) == ""
+        assert trainer.fill(1, 2, peer=peer).result(10) == ""
+        assert trainer.fill(0, 3, peer=peer).result(10) == ""
+        by_step = {held.snapshot.step: held for held in stranger.fetch_list()}
+        assert sorted(by_step) == [2, 3]  # two arenas here, two there
+        assert all(held.is_copy and held.node == "b" for held in by_step.values())
+        whole = memoryview(bytearray(SIZE))
+        stranger.read_into(by_step[3], 0, whole)
+        assert whole == trainer.get_bytes(0)
+
+
+def test_a_lost_peer_is_told_and_another_one_takes_its_place():
+    with keeper("a") as process, keeper("b") as lost, keeper("c") as other:
+        trainer = Trainer(process)
+        assert trainer.fill(0, 1, peer=lost).result(10) == ""
+        os.kill(lost.process.pid, signal.SIGKILL)
+        lost.process.wait()
+        assert "127.0.0.1" in (problem := trainer.fill(1, 2, peer=lost).result(10)) or "gone" in problem
+        assert trainer.fill(0, 3, peer=other).result(10) == ""
+
+
+def test_retired_attempts_give_their_memory_back_but_for_the_step_that_was_resumed_from():
+    with keeper("a") as process, keeper("b") as peer, remote(peer) as stranger:
+        trainer = Trainer(process)
+        trainer.fill(0, 1, peer=peer).result(10)
+        trainer.fill(1, 2, peer=peer).result(10)
+        newer = Trainer(process, epoch=2)
+        newer.fill(0, 3, peer=peer).result(10)
+        assert newer.client.fetch_held_bytes() == 4 * SIZE
+        newer.client.retire(before_epoch=2, keep_step=2)
+        stranger.retire(before_epoch=2, keep_step=2)
+        assert newer.client.fetch_held_bytes() == 3 * SIZE
+        assert sorted(held.snapshot.step for held in newer.client.fetch_list()) == [2, 3]
+        assert sorted(held.snapshot.step for held in stranger.fetch_list()) == [2, 3]
+        newer.client.retire(before_epoch=2, keep_step=None)
+        assert [held.snapshot.step for held in newer.client.fetch_list()] == [3]
+
+
+def test_a_snapshot_is_written_as_it_is_and_errors_of_the_storage_reach_the_trainer(tmp_path):
+    with keeper() as process:
+        trainer = Trainer(process)
+        trainer.fill(0, 5)
+        num_bytes, checksums = trainer.client.write(0, url=str(tmp_path), key="step/shard").result(10)
+        assert (tmp_path / "step/shard").read_bytes() == trainer.get_bytes(0)
+        assert num_bytes == SIZE
+        assert checksums == [zlib.crc32(trainer.get_bytes(0)[at : at + size]) for at, size in CHUNKS]
+        (tmp_path / "file").touch()
+        with pytest.raises(OSError, match=r"Not a directory|File exists"):
+            trainer.client.write(0, url=str(tmp_path / "file"), key="shard").result(10)
+
+
+def test_whoever_does_not_know_the_secret_is_told_nothing():
+    with keeper() as process:
+        Trainer(process).fill(0, 1).result(10)
+        with pytest.raises(WireError, match=r"gone|closed|secret"), remote(process, "guess") as stranger:
+            stranger.fetch_list()
+        with socket.create_connection(("127.0.0.1", process.port)) as plain:
+            plain.settimeout(10)
+            greeting = plain.recv(32)
+            plain.sendall(greeting)  # sent back as it came: its answer is not ours
+            answer = plain.recv(32)
+            plain.sendall(answer)
+            assert plain.recv(1) == b""
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"kind": "nonsense"},
+        {"kind": "read"},
+        {"kind": "read", "origin": "1-0", "index": 0, "snapshot": {"step": 1}, "start": 0, "size": 1},
+        {"kind": "retire"},
+        {"kind": "push", "origin": "x", "index": 0},
+        {"kind": "push", "origin": "1-0", "index": 0, "capacity": 1, "epoch": 1},  # not a copy
+        {"kind": "hold", "origin": "x", "index": 0},  # only over the Unix socket
+    ],
+)
+def test_a_message_that_makes_no_sense_ends_its_connection_and_nothing_else(message):
+    with keeper() as process:
+        trainer = Trainer(process)
+        trainer.fill(0, 1).result(10)
+        channel = connect(("127.0.0.1", process.port), SECRET)
+        channel.send(message)
+        assert channel.receive() is None
+        channel.close()
+        assert [held.snapshot.step for held in trainer.client.fetch_list()] == [1]
+
+
+def test_a_read_beyond_the_end_is_refused():
+    with keeper() as process:
+        trainer = Trainer(process)
+        trainer.fill(0, 1).result(10)
+        with remote(process) as stranger, pytest.raises(WireError):
+            (held,) = stranger.fetch_list()
+            stranger.read_into(held, SIZE - 1, memoryview(bytearray(2)))
+
+
+def test_a_copy_that_was_damaged_on_the_way_is_refused():
+    with keeper() as process:
+        channel = connect(("127.0.0.1", process.port), SECRET)
+        snapshot = {"epoch": 1, "step": 1, "world_size": 1, "rank": 0}
+        header = {"kind": "push", "origin": "1-0", "index": 0, "epoch": 1, "snapshot": snapshot, "record": None}
+        fields = {"chunks": [[0, 4]], "checksums": [zlib.crc32(b"good")], "capacity": 4}
+        channel.send({**header, **fields}, [memoryview(b"baad")], num_bytes=4)
+        assert channel.receive()["kind"] == "refused"
+        channel.send({**header, **fields}, [memoryview(b"good")], num_bytes=4)
+        assert channel.receive()["kind"] == "pushed"
+        channel.close()
+
+
+OWNER = """
+import sys, time
+from elastic.checkpoint.arena import allocate_arena
+from elastic.checkpoint.keeper import Snapshot
+from elastic.checkpoint.keeping import KeeperClient, start_keeper
+keeper = start_keeper(node="a", ip="127.0.0.1", secret="x")
+client = KeeperClient(keeper.open_connection(), origin="1-0", epoch=1)
+arena = allocate_arena(2**20, name="test")
+client.hold(0, arena)
+client.begin(0)
+arena.view[:] = b"x" * 2**20
+step = Snapshot(epoch=1, step=1, world_size=1, rank=0)
+client.fill(0, step, num_bytes=2**20, chunks=[(0, 2**20)], record=None, peer=None).result()
+print(keeper.process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_keeper_ends_with_its_owner_and_leaves_nothing():
+    before = set(os.listdir("/dev/shm"))  # noqa: PTH208
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    owner = subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, env=env, text=True)
+    with owner:
+        pid = int(owner.stdout.readline())
+        assert not set(os.listdir("/dev/shm")) - before  # noqa: PTH208
+        owner.kill()
+    wait_until(lambda: not is_running(pid), "the keeper has ended")
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def test_bytes_that_are_no_message_end_the_connection():
+    ours, theirs = socket.socketpair()
+    ours.sendall(b"\xff\xff\xff\xffHTTP/1.1 400")
+    with pytest.raises(WireError, match="none of ours"):
+        Channel(theirs).receive()
+    ours.close()
+    theirs.close()

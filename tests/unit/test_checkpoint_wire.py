@@ -1,0 +1,88 @@
+import os
+import socket
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastic.checkpoint.wire import Channel, WireError, authenticate
+
+JSON = st.recursive(
+    st.none() | st.integers() | st.text(max_size=5),
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=3), v, max_size=3),
+    max_leaves=5,
+)
+
+
+def pair():
+    ours, theirs = socket.socketpair()
+    return Channel(ours), Channel(theirs)
+
+
+@given(fields=st.dictionaries(st.text(max_size=3), JSON, max_size=3), data=st.binary())
+def test_what_is_sent_is_received(fields, data):
+    ours, theirs = pair()
+    ours.send({"kind": "x", **fields}, [memoryview(data)], num_bytes=len(data))
+    ours.close()
+    header = theirs.receive()
+    assert header == {"kind": "x", "bytes": len(data), **fields}
+    out = bytearray(len(data))
+    theirs.receive_into(memoryview(out))
+    assert out == data
+    assert theirs.receive() is None
+    theirs.close()
+
+
+@given(st.binary(max_size=64))
+def test_garbage_is_refused_and_never_understood(data):
+    ours, theirs = socket.socketpair()
+    with ours:
+        ours.sendall(data)
+    channel = Channel(theirs)
+    if data:
+        with pytest.raises(WireError):
+            channel.receive()
+    else:
+        assert channel.receive() is None
+    channel.close()
+
+
+def test_descriptors_come_with_their_message_and_are_closed_if_nobody_takes_them():
+    ours, theirs = pair()
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    with open(os.devnull) as file:  # noqa: PTH123
+        ours.send({"kind": "a"}, descriptor=file.fileno())
+        ours.send({"kind": "b"}, descriptor=file.fileno())
+    assert [theirs.receive()["kind"], theirs.receive()["kind"]] == ["a", "b"]
+    os.close(theirs.take_descriptor())
+    theirs.close()
+    ours.close()
+    assert len(os.listdir("/proc/self/fd")) == before - 2  # noqa: PTH208
+    with pytest.raises(WireError, match="descriptor"):
+        theirs.take_descriptor()
+
+
+@pytest.mark.parametrize(("theirs_secret", "is_let_in"), [("s", True), ("t", False), ("", False)])
+def test_only_the_secret_opens(theirs_secret, is_let_in):
+    ours, theirs = socket.socketpair()
+    results = []
+
+    def answer():
+        try:
+            results.append(authenticate(theirs, theirs_secret, role="caller", timeout_s=5))
+        except WireError as error:
+            results.append(error)
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    try:
+        channel = authenticate(ours, "s", role="keeper", timeout_s=5)
+        was_let_in = True
+        channel.close()
+    except WireError:
+        was_let_in = False
+    thread.join()
+    assert was_let_in == is_let_in
+    if isinstance(results[0], Channel):
+        results[0].close()
