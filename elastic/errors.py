@@ -4,6 +4,7 @@
     |-- UserError                   exit code 2: the input is wrong; nothing was spent, nothing saved is harmed
     |   |-- ConfigError             a key, a value, or two that contradict each other
     |   |-- DataError               missing, empty, corrupt or mismatched training data
+    |   |-- ModelFolderError        a Hugging Face folder that cannot be read or written as asked
     |   `-- StorageError            the run directory cannot be written, is full, or is in use
     |-- CheckpointError             a checkpoint is torn, foreign or does not fit the model
     |-- NoPlanError                 exit code 4: no offer meets the limits
@@ -32,6 +33,10 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """Training data is missing, empty, corrupt or does not match its tokenizer."""
+
+
+class ModelFolderError(UserError):
+    """A Hugging Face folder holds what we cannot train, or cannot be written."""
 
 
 class StorageError(UserError):
