@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -32,15 +33,17 @@ INTERRUPTED_EXIT_CODE = 3
 
 
 class SignalNotices:
-    """SIGTERM and SIGINT as the wish to leave."""
+    """SIGTERM and SIGINT as the wish to leave; a SIGTERM leaves `grace_s` seconds (0: as long as it takes)."""
 
     def __init__(self) -> None:
+        self.grace_s = 0.0
         self._notice: Notice | None = None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._take)
 
     def _take(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 (the signature of a handler)
-        self._notice = Notice(source=signal.Signals(number).name)
+        deadline_s = time() + self.grace_s if self.grace_s and number == signal.SIGTERM else None
+        self._notice = self._notice or Notice(source=signal.Signals(number).name, deadline_s=deadline_s)
 
     def get_notice(self) -> Notice | None:
         """Return the pending notice at once."""
@@ -88,6 +91,7 @@ def main(arguments: Sequence[str]) -> int:
     rank = int(os.environ.get("RANK", "0"))
     try:
         config = config_load.load(arguments[0], arguments[1:])
+        notices.grace_s = config.fault.term_grace_s
         outcome = _run(config, rank, notices)
     except SolventError as error:
         print(f"rank {rank}: {error}", file=sys.stderr, flush=True)  # noqa: T201
@@ -103,25 +107,24 @@ def _run(config: RunConfig, rank: int, notices: SignalNotices) -> Outcome:
     check_writable(run_dir)
     spec, store = _find_world(run_dir, timeout_s=config.fault.collective_timeout_s)
     observer, start_s = AttemptObserver(on_restored=partial(_write_config, config, run_dir, rank)), time()
-    sinks: list[MetricSink] = []
-    if rank == 0:
-        sinks = [jsonl.build(config, run_dir), console.build(config, run_dir)]
-        if config.wandb.mode != "disabled":
-            from elastic.sinks import wandb  # noqa: PLC0415 (a second of imports, and an optional package here)
-
-            sinks.append(wandb.build(config, run_dir))
-    history = read_history(run_dir)
+    history, sinks = read_history(run_dir), ExitStack()
     end: End = "failed"
     reason = ""
     try:
-        outcome = train(config, spec, notices=notices, observer=observer, sinks=sinks, store=store)
+        outcome = train(
+            config,
+            spec,
+            notices=notices,
+            observer=observer,
+            open_sinks=partial(_open_sinks, config, run_dir, sinks),
+            store=store,
+        )
         end, reason = _get_end(outcome)
     except BaseException as error:
         reason = str(error) or type(error).__name__
         raise
     finally:
-        for sink in sinks:
-            sink.close()
+        sinks.close()
         if rank == 0:
             row = build_row(
                 history,
@@ -139,6 +142,17 @@ def _run(config: RunConfig, rank: int, notices: SignalNotices) -> Outcome:
             )
             append_row(run_dir.attempts, asdict(row))
     return outcome
+
+
+def _open_sinks(config: RunConfig, run_dir: RunDir, opened: ExitStack) -> list[MetricSink]:
+    sinks: list[MetricSink] = [jsonl.build(config, run_dir), console.build(config, run_dir)]
+    if config.wandb.mode != "disabled":
+        from elastic.sinks import wandb  # noqa: PLC0415 (a second of imports, and an optional package here)
+
+        sinks.append(wandb.build(config, run_dir))
+    for sink in sinks:
+        opened.callback(sink.close)
+    return sinks
 
 
 def _write_config(config: RunConfig, run_dir: RunDir, rank: int) -> None:

@@ -265,10 +265,19 @@ class FaultConfig:
     """A node is left out for the rest of the run once so many attempts in a row fell to trainers of its own."""
     save_margin: float = 2.0
     """With notice we leave at once, without a save, when less than this times the usual save is left."""
+    term_grace_s: float = 0.0
+    """`python -m elastic`: time between SIGTERM and the end of the machine. 0: nobody is in a hurry."""
+    spike_threshold: float = 20.0
+    """A step whose loss lies so many robust standard deviations, and 3 nats, above the recent median is not applied.
+    0: off."""
+    max_bad_steps: int = 5
+    """So many steps not applied among the last 100 (loss not finite, or a spike) end the run as failed."""
 
     def __post_init__(self) -> None:
+        _require_not_negative("fault", term_grace_s=self.term_grace_s, spike_threshold=self.spike_threshold)
         _require_positive(
             "fault",
+            max_bad_steps=self.max_bad_steps,
             collective_timeout_s=self.collective_timeout_s,
             lease_s=self.lease_s,
             max_failures_without_progress=self.max_failures_without_progress,

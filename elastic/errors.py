@@ -8,7 +8,7 @@
     |   `-- StorageError            the run directory cannot be written, is full, or is in use
     |-- CheckpointError             a checkpoint is torn, foreign or does not fit the model
     |-- NoPlanError                 exit code 4: no offer meets the limits
-    `-- StepError                   loss or gradient norm is not finite; weights are as before the step
+    `-- StepError                   too many steps were bad; none of them was applied
 
 A message has three parts: the value found, why it cannot work, what to type instead.
 Ends of training that are not mistakes are values (`ports.Outcome`), not exceptions.
@@ -54,4 +54,4 @@ class NoPlanError(SolventError):
 
 
 class StepError(SolventError):
-    """A training step produced a value that is not finite; it was not applied."""
+    """Too many steps had a loss that is not finite or a spike; none of them was applied."""

@@ -1,18 +1,37 @@
-"""What to do about a notice: pure, so that every rank that knows the same numbers decides the same."""
+"""What to do about a notice: pure. Each rank decides for itself, and the most urgent decision of any counts for all.
 
+The decisions of all ranks are counted in sums that a step needs anyway, so a notice costs no message of its own.
+"""
+
+import math
+from collections.abc import Sequence
 from typing import Literal
 
-Decision = Literal["continue", "save_and_leave", "leave_now"]
+Decision = Literal["continue", "finish_and_save", "save_now", "leave_now"]
+"""`save_now`: the step under way is given up before its update; the state of the step before is saved."""
+
+URGENCY: tuple[Decision, ...] = ("finish_and_save", "save_now", "leave_now")
+"""The decisions to leave, from calm to urgent: their order is that of the counts."""
 
 
-def decide(*, has_notice: bool, seconds_left: float, usual_save_s: float, margin: float) -> Decision:
-    """Return what all ranks do after the current step.
+def decide(*, seconds_left: float, rest_of_step_s: float, usual_save_s: float, margin: float) -> Decision:
+    """Return what a rank that has a notice wants all ranks to do.
 
     Args:
-        seconds_left: time until the first node is gone; infinite for a planned change.
+        seconds_left: time until this node is gone; infinite for a planned change.
+        rest_of_step_s: usual seconds until the update of the step under way is made; infinite if that is unknown.
         usual_save_s: measured seconds that a checkpoint takes until it is durable; 0 if none was made yet.
         margin: a save is begun only if `margin` times its usual time is left.
     """
-    if not has_notice:
-        return "continue"
-    return "save_and_leave" if seconds_left > margin * usual_save_s else "leave_now"
+    if math.isinf(seconds_left):
+        return "finish_and_save"
+    spare_s = seconds_left - margin * usual_save_s
+    if spare_s <= 0:
+        return "leave_now"
+    return "finish_and_save" if spare_s > rest_of_step_s else "save_now"
+
+
+def agree(counts: Sequence[float]) -> Decision:
+    """Return what all ranks do, given how many of them want each of `URGENCY`."""
+    wanted: list[Decision] = [decision for decision, count in zip(URGENCY, counts, strict=True) if count > 0]
+    return wanted[-1] if wanted else "continue"

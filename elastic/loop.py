@@ -1,31 +1,27 @@
 """The training loop: batch, step, count, maybe evaluate, maybe save, maybe leave. Plain code, top to bottom."""
 
+import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Literal, Protocol
 
-import torch
 from torch import Tensor
 
-from elastic import interrupt, metrics
+from elastic import interrupt, metrics, spikes
 from elastic.checkpoint.save import Checkpointer
 from elastic.config import RunConfig
 from elastic.data.loader import Loader
+from elastic.errors import StepError
 from elastic.optim import learning_rate
-from elastic.ports import (
-    Finished,
-    Interrupted,
-    MetricSink,
-    Notice,
-    NoticeSource,
-    Observer,
-    Outcome,
-    Phase,
-    Progress,
-)
-from elastic.step import StepResult, Trainable, eval_loss, train_step
+from elastic.ports import Finished, Interrupted, MetricSink, NoticeSource, Observer, Outcome, Progress
+from elastic.rundir import format_utc
+from elastic.step import Abandoned, StepResult, Trainable, eval_loss, train_step
+from elastic.timeline import Timeline
 from elastic.world import World
+
+log = logging.getLogger(__name__)
 
 
 class SampleRecorder(Protocol):
@@ -53,35 +49,24 @@ class Parts:
     notices: NoticeSource
     observer: Observer
     record_samples: SampleRecorder
+    record_bad_step: Callable[[Mapping[str, object]], None]
+    """Takes the row of `bad_steps.jsonl`; called on rank 0."""
 
 
-class Timeline:
-    """Cuts this rank's time into phases that follow each other without a gap."""
-
-    def __init__(self, observer: Observer, *, start_s: float) -> None:
-        self._observer = observer
-        self._last_s = start_s
-
-    def mark(self, phase: Phase) -> float:
-        """Book the time since the last mark; return it in seconds."""
-        now_s = time.time()
-        start_s, self._last_s = self._last_s, now_s
-        self._observer.phase(phase, start_s, now_s)
-        return now_s - start_s
-
-
-def run_loop(parts: Parts, progress: Progress, timeline: Timeline) -> Outcome:
+def run_loop(parts: Parts, progress: Progress, recent: spikes.Recent, timeline: Timeline) -> Outcome:
     """Train from `progress` to the last step, or until all ranks agree to leave.
 
+    Args:
+        recent: what the first step is judged by.
+
     Raises:
-        StepError: a step is not finite; all ranks raise it.
+        StepError: too many steps were bad; all ranks raise it.
         StorageError, CheckpointError: a checkpoint failed; all ranks raise it.
     """
-    config, checkpointer = parts.config, parts.checkpointer
-    timeline.mark("load")
+    config, checkpointer, restored = parts.config, parts.checkpointer, progress
+    timeline.begin("data")
     for step, batch in parts.loader:
-        wait_s = timeline.mark("data")
-        notice = parts.notices.get_notice()
+        wait_s = timeline.begin("train")
         step_tokens = config.train.global_batch * config.data.seq_len
         lr = learning_rate(config.optim, progress.tokens + step_tokens, config.total_tokens)
         result = train_step(
@@ -90,32 +75,40 @@ def run_loop(parts: Parts, progress: Progress, timeline: Timeline) -> Outcome:
             lr=lr,
             max_grad_norm=config.train.max_grad_norm,
             world=parts.world,
-            notice=notice is not None,
+            get_wish=partial(get_wish, parts, timeline),
+            judge_step=partial(spikes.judge, recent, threshold=config.fault.spike_threshold),
             before_update=checkpointer.wait_staged,
         )
-        progress = Progress(step=step + 1, tokens=progress.tokens + result.target_tokens)
-        parts.record_samples(step=progress.step, sample_ids=batch.sample_ids)
-        step_s = wait_s + timeline.mark("train")
+        if isinstance(result, Abandoned):
+            if result.decision == "save_now" and progress != restored:
+                timeline.begin("save")
+                save(parts, progress, recent, wait=True)
+            return leave(parts, progress, f"no time to {'finish a step' if result.decision == 'save_now' else 'save'}")
 
-        val_loss = None
-        if is_due(progress.step, config.train.eval_every_steps) or progress.step == config.train.steps:
-            val_loss = eval_loss(parts.trainable, parts.eval_microbatches, parts.world)
-            timeline.mark("eval")
+        is_bad = result.verdict in ("not_finite", "spike")
+        progress = Progress(step=step + 1, tokens=progress.tokens + (0 if is_bad else result.target_tokens))
+        is_last, is_leaving = progress.step == config.train.steps, result.decision != "continue"
+        is_eval_due = is_last or (is_due(progress.step, config.train.eval_every_steps) and not is_leaving)
+        step_s = wait_s + timeline.begin("eval" if is_eval_due else "data")
+        val_loss = eval_loss(parts.trainable, parts.eval_microbatches, parts.world) if is_eval_due else None
         report(parts, progress, result, lr=lr, step_s=step_s, val_loss=val_loss)
+        if is_bad:
+            report_bad_step(parts, progress, recent, result)
+        else:
+            parts.record_samples(step=progress.step, sample_ids=batch.sample_ids)
+        recent = spikes.remember(recent, step=progress.step, loss=result.loss, verdict=result.verdict)
+        raise_if_too_many_are_bad(recent, config.fault.max_bad_steps)
 
-        decision = decide_for_all(parts, notice, result)
-        if decision == "leave_now":
-            return Interrupted(progress=progress, reason="no time to save")
-        if decision == "save_and_leave" or progress.step == config.train.steps:
-            save(parts, progress, wait=True)
-            timeline.mark("save")
-        elif is_due(progress.step, config.checkpoint.every_steps):
-            save(parts, progress, wait=False)
-            timeline.mark("save")
+        if result.decision == "leave_now":
+            return leave(parts, progress, "no time to save")
+        if is_last or is_leaving or is_due(progress.step, config.checkpoint.every_steps):
+            timeline.begin("save")
+            save(parts, progress, recent, wait=is_last or is_leaving)
+            timeline.begin("data")
         else:
             checkpointer.poll()
-        if decision == "save_and_leave" and progress.step < config.train.steps:
-            return Interrupted(progress=progress, reason=notice.source if notice else "a peer leaves")
+        if is_leaving and not is_last:
+            return leave(parts, progress)
     return Finished(progress=progress)
 
 
@@ -141,6 +134,7 @@ def report(
         attempt=parts.world.attempt,
         memory_gib=metrics.get_memory_gib(parts.world.device),
         now_s=time.time(),
+        bad_step=None if result.verdict in ("good", "overflow") else result.verdict,
         val_loss=val_loss,
     )
     for sink in parts.sinks:
@@ -148,22 +142,68 @@ def report(
     parts.observer.stepped(progress, row)
 
 
-def decide_for_all(parts: Parts, notice: Notice | None, result: StepResult) -> interrupt.Decision:
-    """Weigh the notices of all ranks; without any, which `result.notice` tells for free, nothing is exchanged."""
-    if not result.notice:
+def report_bad_step(parts: Parts, progress: Progress, recent: spikes.Recent, result: StepResult) -> None:
+    """Write down a step that was not applied, with the samples of all ranks in it."""
+    if parts.world.rank != 0:
+        return
+    limit = spikes.get_limit(recent.losses, threshold=parts.config.fault.spike_threshold)
+    log.warning(
+        "step %d is %s (loss=%g, gradient norm=%g, limit %g) and was not applied; bad_steps.jsonl has its samples",
+        *(progress.step, result.verdict.replace("_", " "), result.loss, result.grad_norm, limit),
+    )
+    parts.record_bad_step(
+        {
+            "step": progress.step,
+            "attempt": parts.world.attempt,
+            "reason": result.verdict,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "limit": limit,
+            "sample_ids": parts.loader.get_sample_ids(progress.step - 1),
+            "time_utc": format_utc(time.time()),
+        }
+    )
+
+
+def raise_if_too_many_are_bad(recent: spikes.Recent, max_bad_steps: int) -> None:
+    """End a run that only wastes money.
+
+    Raises:
+        StepError: the limit is reached.
+    """
+    if recent.bad_steps and len(recent.bad_steps) >= max_bad_steps:
+        raise StepError(
+            f"steps {', '.join(map(str, recent.bad_steps))} of the last {spikes.WINDOW_STEPS} had a loss or gradient "
+            "norm that is not finite, or a loss far above the recent ones, and none was applied "
+            f"(fault.max_bad_steps={max_bad_steps}). bad_steps.jsonl has the values and samples. Look at these "
+            "samples, lower optim.lr (with precision=fp16 try bf16), or start again from an older checkpoint; "
+            "fault.spike_threshold=0 applies spikes."
+        )
+
+
+def get_wish(parts: Parts, timeline: Timeline, when: Literal["start", "end"]) -> interrupt.Decision:
+    """Return what this rank's notice, if it has one, wants all ranks to do at the start or end of a step."""
+    notice = parts.notices.get_notice()
+    if notice is None:
         return "continue"
-    deadline_s = notice.deadline_s if notice and notice.deadline_s is not None else float("inf")
-    nearest = torch.tensor(deadline_s - time.time(), dtype=torch.float64, device=parts.world.device)
+    usual_step_s = timeline.get_usual_s("train")
     return interrupt.decide(
-        has_notice=True,
-        seconds_left=parts.world.min_(nearest).item(),
+        seconds_left=float("inf") if notice.deadline_s is None else notice.deadline_s - time.time(),
+        rest_of_step_s=0.0 if when == "end" else float("inf") if usual_step_s is None else usual_step_s,
         usual_save_s=parts.checkpointer.usual_save_s or 0.0,
         margin=parts.config.fault.save_margin,
     )
 
 
-def save(parts: Parts, progress: Progress, *, wait: bool) -> None:
+def leave(parts: Parts, progress: Progress, how: str = "") -> Interrupted:
+    """Say why this rank leaves with all others."""
+    notice = parts.notices.get_notice()
+    who = notice.source if notice else "a peer leaves"
+    return Interrupted(progress=progress, reason=f"{who}: {how}" if how else who)
+
+
+def save(parts: Parts, progress: Progress, recent: spikes.Recent, *, wait: bool) -> None:
     """Begin a checkpoint of the state as it is now; with `wait`, return when it is committed."""
-    extra = {"scaler": parts.trainable.scaler.state_dict()}
+    extra = {"scaler": parts.trainable.scaler.state_dict(), "recent": asdict(recent)}
     start = parts.checkpointer.save_now if wait else parts.checkpointer.start_save
     start(parts.trainable.model, parts.trainable.optimizer, progress=progress, extra=extra)

@@ -89,12 +89,14 @@ def build_row(
     attempt: int,
     memory_gib: float,
     now_s: float,
+    bad_step: str | None = None,
     val_loss: float | None = None,
 ) -> dict[str, object]:
     """Return one row of `metrics.jsonl`, for the step that brought training to `progress`.
 
     Args:
         step_tokens: target tokens of this step, over all ranks.
+        bad_step: why the update was not made; left out of the row if it was.
         val_loss: left out of the row unless this step was evaluated.
     """
     tokens_per_s = step_tokens / step_s
@@ -113,4 +115,5 @@ def build_row(
         "memory_gib": memory_gib,
         "time_utc": format_utc(now_s),
     }
-    return row if val_loss is None else {**row, "val_loss": val_loss}
+    seldom = {"bad_step": bad_step, "val_loss": val_loss}
+    return row | {name: value for name, value in seldom.items() if value is not None}

@@ -17,7 +17,11 @@ Source = Literal["scratch", "device", "memory", "peer", "disk", "remote"]
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far training has come: optimizer updates applied and target tokens consumed."""
+    """How far training has come: global batches consumed, and target tokens of those that were not bad.
+
+    A step that was bad counts, because its samples are not used again, but its tokens do not: they move the learning
+    rate, and nothing was learned from them.
+    """
 
     step: int = 0
     tokens: int = 0

@@ -3,9 +3,10 @@
 import importlib
 import importlib.util
 import re
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import time
 from typing import TypedDict
@@ -23,11 +24,13 @@ from elastic.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from elastic.data.loader import Loader, eval_batches
 from elastic.data.shards import check_fits, open_dataset
 from elastic.errors import StorageError
-from elastic.loop import Parts, SampleRecorder, Timeline, run_loop
+from elastic.loop import Parts, SampleRecorder, run_loop
 from elastic.metrics import get_peak_flops
 from elastic.ports import Lost, MetricSink, NoticeSource, Observer, Outcome, Progress, WorldSpec
 from elastic.rundir import RunDir, append_row
+from elastic.spikes import Recent
 from elastic.step import build_trainable, train_step
+from elastic.timeline import Timeline
 from elastic.world import World, close_world, open_world
 
 
@@ -37,32 +40,33 @@ def train(
     *,
     notices: NoticeSource,
     observer: Observer,
-    sinks: Sequence[MetricSink],
+    open_sinks: Callable[[], Sequence[MetricSink]],
     store: Store | None = None,
 ) -> Outcome:
     """Train one rank of one world: from the newest committed checkpoint until finished, interrupted or lost.
 
     Args:
-        sinks: where rank 0's rows go.
+        open_sinks: where rank 0's rows go; called there once data, storage and checkpoints were found good. The
+            caller closes what it opened.
         store: the rendezvous store, if this process holds it; else that of `spec` is used.
 
     Raises:
         UserError: configuration, data or storage cannot work; all ranks raise it or are ended by the one that does.
         StepError, CheckpointError: training cannot go on; all ranks raise it.
     """
-    start_s = time()
+    timeline = Timeline(observer, phase="load", start_s=time())
     run_dir = RunDir(Path(config.storage) / config.run)
     world = open_world(spec, device=config.device, timeout_s=config.fault.collective_timeout_s, store=store)
-    watchers = _Watchers(notices=notices, observer=observer, sinks=sinks if world.rank == 0 else ())
+    watchers = _Watchers(notices=notices, observer=observer, open_sinks=open_sinks if world.rank == 0 else lambda: ())
     progress = Progress()
     try:
         _check_storage(run_dir, config, world)
-        with _build_parts(config, run_dir, world, watchers) as (parts, progress):
-            outcome = run_loop(parts, progress, Timeline(observer, start_s=start_s))
+        with _build_parts(config, run_dir, world, watchers) as (parts, progress, recent):
+            outcome = run_loop(parts, progress, recent, timeline)
     except RuntimeError as error:
         if not is_peer_loss(error):
             raise
-        outcome = Lost(progress=progress, reason=str(error).splitlines()[0])
+        outcome = Lost(progress=progress, reason=explain_peer_loss(error))
     close_world(world, peers="lost" if isinstance(outcome, Lost) else "alive")
     return outcome
 
@@ -71,7 +75,7 @@ def train(
 class _Watchers:
     notices: NoticeSource
     observer: Observer
-    sinks: Sequence[MetricSink]
+    open_sinks: Callable[[], Sequence[MetricSink]]
 
 
 class _Place(TypedDict):
@@ -85,43 +89,43 @@ class _Place(TypedDict):
 @contextmanager
 def _build_parts(
     config: RunConfig, run_dir: RunDir, world: World, watchers: _Watchers
-) -> Generator[tuple[Parts, Progress]]:
+) -> Generator[tuple[Parts, Progress, Recent]]:
     """Build data, model and checkpointer, restore the newest state, and take it all down again."""
     dataset = open_dataset(config.data.path)
     check_fits(dataset, config)
     trainable = build_trainable(config, world)
     restored = restore(run_dir, trainable.model, trainable.optimizer, config=config, device=world.device)
-    progress = restored.progress if restored else Progress()
+    progress, recent = Progress(), Recent()
     if restored:
+        progress, recent = restored.progress, Recent(**restored.extra["recent"])
         trainable.scaler.load_state_dict(restored.extra["scaler"])
     watchers.observer.restored(progress, "disk" if restored else "scratch")
 
     place = _Place(rank=world.rank, world_size=world.world_size, device=world.device)
     model_file = plugins.load("elastic.models", config.model.kind, key="model.kind")
     checkpointer = Checkpointer(run_dir, config, device=world.device, on_committed=watchers.observer.committed)
-    try:
-        with Loader(dataset, config=config, start_step=progress.step, **place) as loader:
-            yield (
-                Parts(
-                    config=config,
-                    world=world,
-                    trainable=trainable,
-                    loader=loader,
-                    eval_microbatches=[
-                        m for b in eval_batches(dataset, config=config, **place) for m in b.microbatches
-                    ],
-                    checkpointer=checkpointer,
-                    flops_per_token=model_file.flops_per_token(config.model, config.data.seq_len),
-                    peak_flops_per_gpu=_get_peak_flops(world.device),
-                    sinks=watchers.sinks,
-                    notices=watchers.notices,
-                    observer=watchers.observer,
-                    record_samples=_build_recorder(run_dir, config, world),
-                ),
-                progress,
-            )
-    finally:
-        checkpointer.close()
+    with ExitStack() as stack:
+        stack.callback(checkpointer.close)
+        loader = stack.enter_context(Loader(dataset, config=config, start_step=progress.step, **place))
+        yield (
+            Parts(
+                config=config,
+                world=world,
+                trainable=trainable,
+                loader=loader,
+                eval_microbatches=[m for b in eval_batches(dataset, config=config, **place) for m in b.microbatches],
+                checkpointer=checkpointer,
+                flops_per_token=model_file.flops_per_token(config.model, config.data.seq_len),
+                peak_flops_per_gpu=_get_peak_flops(world.device),
+                sinks=watchers.open_sinks(),
+                notices=watchers.notices,
+                observer=watchers.observer,
+                record_samples=_build_recorder(run_dir, config, world),
+                record_bad_step=partial(append_row, run_dir.bad_steps),
+            ),
+            progress,
+            recent,
+        )
 
 
 def _get_peak_flops(device: torch.device) -> float | None:
@@ -166,11 +170,19 @@ def _build_recorder(run_dir: RunDir, config: RunConfig, world: World) -> SampleR
 
 
 _LOST_PEER = re.compile(r"gloo|NCCL|connection (was )?(closed|reset)|broken pipe", re.IGNORECASE)
+_SOURCE_LINE = re.compile(r"^(\[[^\]]*:\d+\] *)+")
 
 
 def is_peer_loss(error: RuntimeError) -> bool:
     """Tell whether a collective failed because another rank is gone; gloo says so in plain RuntimeErrors."""
     return isinstance(error, dist.DistError) or bool(_LOST_PEER.search(str(error)))
+
+
+def explain_peer_loss(error: RuntimeError) -> str:
+    """Return one line for people: what it means, then the library's words without its own source lines."""
+    words = _SOURCE_LINE.sub("", str(error).splitlines()[0])
+    what = "a peer did not answer" if "timed out" in words.lower() else "a peer went away"
+    return f"{what} ({words[:200]})"
 
 
 def warm_up() -> None:

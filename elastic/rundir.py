@@ -47,6 +47,11 @@ class RunDir:
         return self.root / "incidents.jsonl"
 
     @property
+    def bad_steps(self) -> Path:
+        """One row per step that was not applied, with the samples that no update has seen."""
+        return self.root / "bad_steps.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """One folder per checkpoint."""
         return self.root / "checkpoints"

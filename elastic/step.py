@@ -3,9 +3,9 @@
 Letters: B batch, S sequence, V vocabulary.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,13 @@ from torch.distributed.tensor import DTensor
 
 from elastic import plugins
 from elastic.config import RunConfig
-from elastic.errors import StepError
+from elastic.interrupt import URGENCY, Decision, agree
 from elastic.loss import IGNORE, sum_cross_entropy
 from elastic.nn import init_weights
 from elastic.optim import build_optimizer
 from elastic.precision import build_scaler, check_precision
 from elastic.recompute import set_compile, set_recompute
+from elastic.spikes import Recent, Verdict, judge
 from elastic.strategies._base import Spread, Strategy
 from elastic.world import World
 
@@ -43,17 +44,34 @@ class Trainable:
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What all ranks know after an update."""
+    """What all ranks know after a step."""
 
     loss: float
     """Mean nats per target token over all ranks, before the update."""
     grad_norm: float
     """Before clipping."""
     target_tokens: int
-    applied: bool
-    """False: fp16 gradients overflowed, the update was skipped and the loss scale lowered."""
-    notice: bool
-    """True if any rank came with a notice."""
+    verdict: Verdict
+    """The update was made only if this is `good`."""
+    decision: Decision
+    """What all ranks do after this step; `save_now` is out of date by then."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Abandoned:
+    """A step that all ranks gave up before its update, because a node has no time to finish it."""
+
+    decision: Literal["save_now", "leave_now"]
+
+
+def is_finite(loss: float, grad_norm: float) -> Verdict:
+    """Judge a step by itself alone."""
+    return judge(Recent(), loss, grad_norm, threshold=0)
+
+
+def want_nothing(when: Literal["start", "end"]) -> Decision:  # noqa: ARG001 (the signature of all wishes)
+    """Have no notice."""
+    return "continue"
 
 
 def build_trainable(config: RunConfig, world: World) -> Trainable:
@@ -92,26 +110,30 @@ def train_step(
     lr: float,
     max_grad_norm: float,
     world: World,
-    notice: bool = False,
+    get_wish: Callable[[Literal["start", "end"]], Decision] = want_nothing,
+    judge_step: Callable[[float, float], Verdict] = is_finite,
     before_update: Callable[[], None] | None = None,
-) -> StepResult:
+) -> StepResult | Abandoned:
     """Run forward, backward and update on one global batch.
 
     The loss is summed per token and divided once by the token count of all ranks, so the update is the same on
-    1, 3 or 8 ranks. All decisions are taken on values that all ranks share; the host waits for the device once.
+    1, 3 or 8 ranks. All decisions are taken on values that all ranks share. The wishes of all ranks ride in the sum
+    of target tokens; the host reads it when the device has the first forward to work on, so the device never waits.
 
     Args:
         microbatches: this rank's (tokens_BS, labels_BS) int64 pairs, already on the device; every rank has the
             same number, and those of some may be ignored altogether.
-        notice: this rank wants to leave; any rank's wish reaches all in `StepResult.notice`.
+        get_wish: what this rank wants all to do, asked before the first forward and again after the last backward.
+        judge_step: (loss, gradient norm) -> whether the update may be made; must answer alike on all ranks.
         before_update: called right before weights and optimizer state change.
 
-    Raises:
-        StepError: loss or gradient norm is not finite, on all ranks; weights and optimizer state are untouched.
+    Returns:
+        The result; `Abandoned` if a rank wished at the start that the step is not finished: nothing has changed.
     """
     optimizer, scaler = trainable.optimizer, trainable.scaler
-    counts = torch.stack([(labels_BS != IGNORE).sum() for _, labels_BS in microbatches])
-    target_tokens, notices = world.sum_(torch.stack([counts.sum(), counts.new_tensor(notice)])).unbind()
+    num_targets = torch.stack([(labels_BS != IGNORE).sum() for _, labels_BS in microbatches]).sum()
+    counts = world.sum_(torch.cat([num_targets.view(1), _to_vote(get_wish("start"), like=num_targets)]))
+    target_tokens, read_votes = counts[0], _start_reading(counts[1:])
 
     optimizer.zero_grad(set_to_none=True)
     nats_sum = torch.zeros((), device=counts.device)
@@ -119,36 +141,60 @@ def train_step(
         trainable.spread.set_last_microbatch(index == len(microbatches))
         with trainable.spread.cast():
             logits_BSV = trainable.spread.module(tokens_BS)
+        if index == 1 and (decision := agree(read_votes())) in ("save_now", "leave_now"):
+            _free_root(trainable.model)
+            return Abandoned(decision=decision)
         nats = trainable.loss(logits_BSV, labels_BS)
         scaler.scale(nats / target_tokens).backward()
         nats_sum += nats.detach()
 
     scaler.unscale_(optimizer)
     norm = _to_local(nn.utils.clip_grad_norm_(trainable.model.parameters(), max_grad_norm))
-    shared = torch.stack([world.sum_(nats_sum) / target_tokens, norm, target_tokens, notices]).double()
-    loss, grad_norm, num_tokens, num_notices = shared.tolist()
+    sums = world.sum_(torch.cat([nats_sum.view(1), _to_vote(get_wish("end"), like=nats_sum)]))
+    shared = torch.stack([(sums[0] / target_tokens).double(), norm.double(), target_tokens.double()])
+    loss, grad_norm, num_tokens, *votes = torch.cat([shared, sums[1:].double()]).tolist()
 
-    finite = math.isfinite(loss) and math.isfinite(grad_norm)
-    if not finite and not (scaler.is_enabled() and scaler.get_scale() > _MIN_FP16_SCALE):
-        raise StepError(
-            f"loss={loss} and gradient norm={grad_norm} over {num_tokens:.0f} target tokens: an update would destroy "
-            "the weights, so none was made. Lower optim.lr, or look at the data of this step; with precision=fp16 "
-            "try bf16."
-        )
+    verdict = judge_step(loss, grad_norm)
+    if verdict == "not_finite" and scaler.is_enabled() and scaler.get_scale() > _MIN_FP16_SCALE:
+        verdict = "overflow"
     if before_update is not None:
         before_update()
-    if finite:
+    if verdict == "good":
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()  # not scaler.step: fused AdamW would take its branch on the device, and we know it already
     scaler.update()
     return StepResult(
-        loss=loss,
-        grad_norm=grad_norm,
-        target_tokens=int(num_tokens),
-        applied=finite,
-        notice=num_notices > 0,
+        loss=loss, grad_norm=grad_norm, target_tokens=int(num_tokens), verdict=verdict, decision=agree(votes)
     )
+
+
+def _to_vote(wish: Decision, *, like: Tensor) -> Tensor:
+    """Return one 1 at the place of the wish in `URGENCY`; built on the device, because a copy to it would wait."""
+    vote = like.new_zeros(len(URGENCY))
+    if wish != "continue":
+        vote[URGENCY.index(wish)] = 1
+    return vote
+
+
+def _start_reading(values: Tensor) -> Callable[[], list[float]]:
+    """Start to copy values to the host; the returned function waits for this copy and for no later work."""
+    if values.device.type != "cuda":
+        return values.tolist
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+    copied = torch.cuda.current_stream(values.device).record_event()
+
+    def read() -> list[float]:
+        copied.synchronize()
+        return host.tolist()
+
+    return read
+
+
+def _free_root(model: nn.Module) -> None:
+    """Free what FSDP2's root unit gathered in a forward that no backward follows."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 @torch.no_grad()
@@ -164,7 +210,6 @@ def eval_loss(trainable: Trainable, batches: Iterable[tuple[Tensor, Tensor]], wo
             logits_BSV = trainable.spread.module(tokens_BS)
         sums[0] += trainable.loss(logits_BSV, labels_BS)
         sums[1] += (labels_BS != IGNORE).sum()
-    if isinstance(trainable.model, FSDPModule):
-        trainable.model.reshard()  # no backward follows that would free what the root unit gathered
+    _free_root(trainable.model)
     nats, tokens = world.sum_(sums).tolist()
     return nats / tokens

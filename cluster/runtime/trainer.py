@@ -99,7 +99,7 @@ def run(link: Link, fork: Message, *, node: str, node_ip: str) -> None:
             spec,
             notices=notices,
             observer=LinkObserver(link),
-            sinks=[jsonl.build(config, RunDir(Path(config.storage) / config.run))] if spec.rank == 0 else [],
+            open_sinks=lambda: [jsonl.build(config, RunDir(Path(config.storage) / config.run))],
             store=store if spec.rank == 0 else None,
         )
     except SolventError as error:

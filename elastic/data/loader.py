@@ -80,9 +80,16 @@ class Loader:
             self._pending.append((self._next_step, self._thread.submit(self._build, self._next_step)))
             self._next_step += 1
 
-    def _build(self, step: int) -> "_HostBatch":
+    def get_sample_ids(self, step: int) -> list[int]:
+        """Return the samples of one step, over all ranks."""
+        return self._order(step).tolist()
+
+    def _order(self, step: int) -> npt.NDArray[np.int64]:
         train = self._config.train
-        ids = sample_ids(seed=train.seed, step=step, global_batch=train.global_batch, num_samples=self._num_samples)
+        return sample_ids(seed=train.seed, step=step, global_batch=train.global_batch, num_samples=self._num_samples)
+
+    def _build(self, step: int) -> "_HostBatch":
+        train, ids = self._config.train, self._order(step)
         micro_batch = get_micro_batch(self._config, self._world_size)
         num_microbatches = math.ceil(math.ceil(train.global_batch / self._world_size) / micro_batch)
         return _build_batch(

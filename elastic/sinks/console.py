@@ -9,6 +9,7 @@ from elastic.rundir import RunDir
 
 _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("loss", "loss", lambda v: f"{v:.4f}"),
+    ("bad_step", "NOT APPLIED:", lambda v: str(v).replace("_", " ")),
     ("val_loss", "val loss", lambda v: f"{v:.4f}"),
     ("grad_norm", "grad norm", lambda v: f"{v:.3f}"),
     ("lr", "lr", lambda v: f"{v:.2e}"),

@@ -14,9 +14,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from elastic.errors import ConfigError, StepError
+from elastic.errors import ConfigError
 from elastic.loss import IGNORE
-from elastic.step import build_trainable, eval_loss, train_step
+from elastic.step import Abandoned, build_trainable, eval_loss, train_step
 from elastic.world import World
 from tests.distributed._ranks import in_world, run_ranks
 from tests.distributed._tiny import CONFIG, SEQ_LEN, full_weights, global_batch, rank_microbatches, train
@@ -101,14 +101,14 @@ def _overflows(world: World):
         for _ in range(40):
             step = train(trainable, world, steps=1)[0]
             scales.append(trainable.scaler.get_scale())
-            applied.append(step.applied)
-            if step.applied:
+            applied.append(step.verdict == "good")
+            if applied[-1]:
                 break
             for name, weight in full_weights(trainable).items():
                 np.testing.assert_array_equal(weight, before[name])
         restored = build_trainable(replace(CONFIG, strategy=strategy, precision="fp16"), world)
         restored.scaler.load_state_dict(trainable.scaler.state_dict())
-        results[strategy] = (fine.applied, applied, scales, restored.scaler.get_scale())
+        results[strategy] = (fine.verdict, applied, scales, restored.scaler.get_scale())
     return results
 
 
@@ -124,11 +124,10 @@ def _bad_values(world: World):
         trainable = build_trainable(replace(CONFIG, strategy=strategy), world)
         _set_bad_weight(trainable)
         before = full_weights(trainable)
-        with pytest.raises(StepError, match=r"loss=nan and gradient norm=nan over 77 target tokens"):
-            train(trainable, world, steps=1)
+        (step,) = train(trainable, world, steps=1)
         for name, weight in full_weights(trainable).items():
             np.testing.assert_array_equal(weight, before[name])
-        results[strategy] = "stopped"
+        results[strategy] = (step.verdict, str(step.loss), len(trainable.optimizer.state))
     return results
 
 
@@ -144,12 +143,38 @@ def _shared_answers(world: World):
     options = {"lr": 1e-3, "max_grad_norm": 1.0, "world": world}
     quiet = train_step(trainable, microbatches, **options, before_update=lambda: order.append("before"))
     hook.remove()
-    noticed = train_step(trainable, microbatches, **options, notice=world.rank == world.world_size - 1)
+    wish = "finish_and_save" if world.rank == world.world_size - 1 else "continue"
+    noticed = train_step(trainable, microbatches, **options, get_wish=lambda _: wish)
     before = [id(param) for param in trainable.model.parameters()]
     mean = eval_loss(trainable, microbatches, world)
     assert [id(param) for param in trainable.model.parameters()] == before, "whole parameters were left behind"
     again = train_step(trainable, microbatches, **options)
     return order, quiet, noticed, mean, again
+
+
+def _abandoned_steps(world: World):
+    """Give up a step in each strategy, then train on: what is saved in between must be the state before it."""
+    results = {}
+    for strategy in STRATEGIES:
+        trainable = build_trainable(replace(CONFIG, strategy=strategy), world)
+        train(trainable, world, steps=2)
+        before = full_weights(trainable)
+        params = [id(param) for param in trainable.model.parameters()]
+        wishes = {"start": ("save_now", "continue")[world.rank], "end": "continue"}
+        abandoned = train_step(
+            trainable,
+            rank_microbatches(global_batch(2), world),
+            lr=1e-3,
+            max_grad_norm=1.0,
+            world=world,
+            get_wish=wishes.__getitem__,
+        )
+        assert [id(param) for param in trainable.model.parameters()] == params, "whole parameters were left behind"
+        for name, weight in full_weights(trainable).items():
+            np.testing.assert_array_equal(weight, before[name])
+        steps = {int(state["step"]) for state in trainable.optimizer.state.values()}
+        results[strategy] = (abandoned, steps)
+    return results
 
 
 def _single_in_a_world_of_two(world: World):
@@ -165,6 +190,7 @@ WORKS = [
     _overflows,
     _bad_values,
     _shared_answers,
+    _abandoned_steps,
     _single_in_a_world_of_two,
 ]
 
@@ -231,7 +257,7 @@ def test_state_moves_between_strategies(ranks, source, target):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_fp16_skips_overflows_until_the_scale_fits(ranks, strategy):
     fine, applied, scales, restored = ranks[0]["_overflows"][strategy]
-    assert fine
+    assert fine == "good"
     assert applied[:-1] == [False] * (len(applied) - 1)
     assert len(applied) > 5
     assert applied[-1]
@@ -241,14 +267,23 @@ def test_fp16_skips_overflows_until_the_scale_fits(ranks, strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_values_that_are_not_finite_stop_all_ranks_and_touch_nothing(ranks, strategy):
-    assert [rank["_bad_values"][strategy] for rank in ranks] == ["stopped", "stopped"]
+def test_values_that_are_not_finite_are_seen_by_all_ranks_and_touch_nothing(ranks, strategy):
+    assert [rank["_bad_values"][strategy] for rank in ranks] == [("not_finite", "nan", 0)] * 2
 
 
 def test_one_rank_s_notice_reaches_all_in_the_same_step(ranks):
     for rank in ranks:
         _, quiet, noticed, _, again = rank["_shared_answers"]
-        assert (quiet.notice, noticed.notice, again.notice) == (False, True, False)
+        decisions = [step.decision for step in (quiet, noticed, again)]
+        assert decisions == ["continue", "finish_and_save", "continue"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_step_that_one_rank_gives_up_at_its_start_changes_nothing_on_any(ranks, strategy):
+    for rank in ranks:
+        abandoned, steps = rank["_abandoned_steps"][strategy]
+        assert abandoned == Abandoned(decision="save_now")
+        assert steps == {2}
 
 
 def test_staging_ends_right_before_the_update(ranks):
@@ -259,7 +294,7 @@ def test_ignored_microbatches_count_nothing(ranks):
     # rank 0 has 4 of 7 samples; rank 1 has 2 in its first microbatch, and in the second all are ignored
     _, quiet, *_ = ranks[1]["_shared_answers"]
     assert quiet.target_tokens == 6 * (SEQ_LEN - 1)
-    assert quiet.applied
+    assert quiet.verdict == "good"
 
 
 def test_eval_loss_is_what_the_next_step_reports(ranks):

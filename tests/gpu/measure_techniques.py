@@ -89,7 +89,7 @@ def measure_precision(world: World, text: torch.Tensor, *, strategy: str, precis
         batch = (rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
         step = train_step(trainable, [batch], lr=2e-3, max_grad_norm=1.0, world=world)
         losses.append(step.loss)
-        skipped += not step.applied
+        skipped += step.verdict != "good"
     final = statistics.fmean(losses[-20:])
     report(
         case="precision",

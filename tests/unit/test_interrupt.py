@@ -1,36 +1,66 @@
-"""What ranks do about a notice depends on nothing but three numbers that all of them know."""
+"""What ranks do about a notice: decided from four numbers by each, and agreed upon by counting."""
 
 import math
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.interrupt import decide
+from elastic.interrupt import URGENCY, agree, decide
 
 SECONDS = st.floats(min_value=0, max_value=1e6)
+WISHES = st.lists(st.sampled_from(["continue", *URGENCY]), min_size=1, max_size=50)
 
 
-@given(SECONDS, SECONDS)
-def test_without_a_notice_training_goes_on(seconds_left, usual_save_s):
-    assert decide(has_notice=False, seconds_left=seconds_left, usual_save_s=usual_save_s, margin=2.0) == "continue"
+def urgency(decision) -> int:
+    return ("continue", *URGENCY).index(decision)
 
 
-@given(SECONDS)
-def test_a_planned_change_always_saves(usual_save_s):
-    assert decide(has_notice=True, seconds_left=math.inf, usual_save_s=usual_save_s, margin=2.0) == "save_and_leave"
+def count(wishes) -> list[int]:
+    return [wishes.count(decision) for decision in URGENCY]
 
 
-def test_a_save_is_begun_only_if_margin_times_its_usual_time_is_left():
-    assert decide(has_notice=True, seconds_left=20.1, usual_save_s=10.0, margin=2.0) == "save_and_leave"
-    assert decide(has_notice=True, seconds_left=20.0, usual_save_s=10.0, margin=2.0) == "leave_now"
+@given(SECONDS | st.just(math.inf), SECONDS)
+def test_a_planned_change_always_finishes_the_step_and_saves(rest_of_step_s, usual_save_s):
+    decision = decide(seconds_left=math.inf, rest_of_step_s=rest_of_step_s, usual_save_s=usual_save_s, margin=2.0)
+    assert decision == "finish_and_save"
+
+
+def test_the_step_is_finished_saved_before_or_given_up_by_what_is_left():
+    # a save needs 2 x 10 s, the step 5 s more
+    left_s = (25.1, 25.0, 20.1, 20.0, -1.0)
+    decisions = [decide(seconds_left=s, rest_of_step_s=5.0, usual_save_s=10.0, margin=2.0) for s in left_s]
+    assert decisions == ["finish_and_save", "save_now", "save_now", "leave_now", "leave_now"]
+
+
+def test_a_step_of_unknown_length_is_not_begun_before_a_deadline():
+    assert decide(seconds_left=1e6, rest_of_step_s=math.inf, usual_save_s=10.0, margin=2.0) == "save_now"
 
 
 def test_a_deadline_that_has_passed_leaves_at_once_even_if_no_save_was_ever_measured():
-    assert decide(has_notice=True, seconds_left=-0.1, usual_save_s=0.0, margin=2.0) == "leave_now"
+    assert decide(seconds_left=-0.1, rest_of_step_s=0.0, usual_save_s=0.0, margin=2.0) == "leave_now"
+
+
+@given(SECONDS, SECONDS, SECONDS, SECONDS)
+def test_more_time_never_makes_it_more_urgent(seconds_left, more_s, rest_of_step_s, usual_save_s):
+    def at(left_s):
+        return decide(seconds_left=left_s, rest_of_step_s=rest_of_step_s, usual_save_s=usual_save_s, margin=2.0)
+
+    assert urgency(at(seconds_left + more_s)) <= urgency(at(seconds_left))
 
 
 @given(SECONDS, SECONDS, SECONDS)
-def test_more_time_never_turns_a_save_into_leaving(seconds_left, more_s, usual_save_s):
-    early = decide(has_notice=True, seconds_left=seconds_left, usual_save_s=usual_save_s, margin=2.0)
-    late = decide(has_notice=True, seconds_left=seconds_left + more_s, usual_save_s=usual_save_s, margin=2.0)
-    assert early == "leave_now" or late == "save_and_leave"
+def test_what_is_begun_fits_into_what_is_left_if_it_takes_its_usual_time(seconds_left, rest_of_step_s, usual_save_s):
+    needs_s = {"finish_and_save": rest_of_step_s + usual_save_s, "save_now": usual_save_s, "leave_now": 0.0}
+    decision = decide(seconds_left=seconds_left, rest_of_step_s=rest_of_step_s, usual_save_s=usual_save_s, margin=2.0)
+    assert needs_s[decision] <= seconds_left * (1 + 1e-9)
+
+
+@given(WISHES)
+def test_all_do_the_most_urgent_that_any_rank_wants(wishes):
+    assert agree(count(wishes)) == max(wishes, key=urgency)
+
+
+@given(WISHES, st.randoms())
+def test_it_does_not_matter_which_rank_wants_what(wishes, random):
+    shuffled = random.sample(wishes, len(wishes))
+    assert agree(count(shuffled)) == agree(count(wishes))

@@ -1,0 +1,39 @@
+"""One trainer's time, cut into phases that follow each other without a gap, and how long each usually takes."""
+
+import statistics
+import time
+from collections import defaultdict, deque
+
+from elastic.ports import Observer, Phase
+
+_RECENT = 20
+"""Durations of a phase that its usual one is the median of."""
+
+
+class Timeline:
+    """Books phases as they end.
+
+    Args:
+        observer: takes each phase that has ended.
+        phase: what this trainer has been doing since `start_s` (Unix seconds).
+    """
+
+    def __init__(self, observer: Observer, *, phase: Phase, start_s: float) -> None:
+        self._observer = observer
+        self._phase: Phase = phase
+        self._start_s = start_s
+        self._recent_s: defaultdict[Phase, deque[float]] = defaultdict(lambda: deque(maxlen=_RECENT))
+
+    def begin(self, phase: Phase) -> float:
+        """End the phase under way and begin the next; return how long the one that ended took, in seconds."""
+        now_s = time.time()
+        ended, duration_s = self._phase, now_s - self._start_s
+        self._observer.phase(ended, self._start_s, now_s)
+        self._recent_s[ended].append(duration_s)
+        self._phase, self._start_s = phase, now_s
+        return duration_s
+
+    def get_usual_s(self, phase: Phase) -> float | None:
+        """Return the median of the phase's recent durations; None if it has not ended yet."""
+        recent_s = self._recent_s.get(phase)
+        return statistics.median(recent_s) if recent_s else None
