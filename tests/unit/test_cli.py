@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from cluster.cli import _parse as parse
 from cluster.cli import main
 from elastic.rundir import RunDir, append_row
 
@@ -90,3 +91,17 @@ def test_a_mistyped_folder_is_refused_with_the_nearest_run(capsys, tmp_path, mon
     make_run(tmp_path)
     assert main(["status", "elsewhere/mine"]) == 2
     assert "Did you mean mine?" in capsys.readouterr().err
+
+
+def test_overrides_may_stand_before_and_after_options():
+    args = parse(["train", "demo.yaml", "run=a", "--json", "train.steps=3"])
+    assert (args.overrides, args.json) == (["run=a", "train.steps=3"], True)
+
+
+@pytest.mark.parametrize(
+    "argv", [["train", "c.yaml", "--jsn", "a=b"], ["status", "run", "a=b"], ["train", "c.yaml", "--x=1"]]
+)
+def test_what_no_verb_takes_is_refused(argv, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse(argv)
+    assert "unrecognized arguments" in capsys.readouterr().err
