@@ -228,6 +228,8 @@ class Scene:
     """The highest that any attempt has applied."""
     attempt_step: int
     """The newest that the current attempt has applied; 0: none yet."""
+    world_size: int
+    """Of the current attempt."""
     workers: tuple[Worker, ...]
     """Trainers of the current attempt that have said who they are, by rank; those of a world that forms, too."""
     agents: Mapping[Slot, int]

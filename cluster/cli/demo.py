@@ -59,24 +59,27 @@ def _move_aside(out: Path) -> None:
 
 
 def _train(config: RunConfig) -> int:
-    from cluster.chaos.faults import Fault, Injector
+    from cluster.chaos.faults import Fault, Target
+    from cluster.chaos.injector import Injector
+    from cluster.chaos.schedule import Schedule
     from cluster.runtime.adapter import drain_node
     from cluster.runtime.coordinator import Update
-    from cluster.runtime.driver import train
+    from cluster.runtime.driver import look, train
     from cluster.runtime.local_cluster import LocalCluster
     from cluster.runtime.view import View
 
     steps = config.train.steps
+    last, first = Target(by="rank", index=NUM_NODES - 1), Target(by="rank", index=0)
     faults = [
-        Fault(at_step=steps // 4, fault="drain", target=NUM_NODES - 1, notice_s=10),
-        Fault(at_step=steps // 2, fault="kill", target=0),
-        Fault(at_step=steps * 5 // 8, fault="add"),
+        Fault(at_step=steps // 4, fault="drain", target=last, notice_s=10, phase="training"),
+        Fault(at_step=steps // 2, fault="kill", target=first, phase="training"),
+        Fault(at_step=steps * 5 // 8, fault="add", phase="training"),
     ]
     with View(config, partial(open_sinks, config)) as view:
         view.say(f"starting a Ray cluster of {NUM_NODES} nodes on this machine")
         with LocalCluster(num_nodes=NUM_NODES) as cluster:
             injector = Injector(
-                faults,
+                Schedule(faults),
                 cluster,
                 drain=lambda node, deadline_s: drain_node(node, reason="spot", deadline_s=deadline_s),
                 say=view.say,
@@ -84,7 +87,8 @@ def _train(config: RunConfig) -> int:
 
             def on_update(update: Update) -> None:
                 view.update(update)
-                injector.watch(step=update.books["best_step"], workers=update.workers)
+                if scene := look(config):
+                    injector.watch(scene)
 
             ending = train(config, address=cluster.address, on_update=on_update)
             injector.close()

@@ -15,6 +15,7 @@ from typing import Any, cast
 import ray
 import ray.train
 from ray._private import state as ray_state
+from ray._private.ray_constants import RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
 from ray._private.ray_logging import stdout_deduplicator
 from ray._private.worker import get_dashboard_url
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
@@ -144,6 +145,11 @@ def drain_node(node: str, *, reason: str, deadline_s: float) -> None:
     accepted, why_not = GcsClient(address=address).drain_node(node, preemption, reason, int(deadline_s * 1000))
     if not accepted:
         raise SolventError(f"Ray refused to drain node {node}: {why_not}")
+
+
+def drain_as_on_sigterm(node: str) -> None:
+    """Do to a node what its `ray start --block` does on SIGTERM: announce its end, whatever time is really left."""
+    drain_node(node, reason="SIGTERM", deadline_s=time.time() + RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S)
 
 
 def run_on_node(node: str, function: Callable[..., Any], *args: object) -> None:

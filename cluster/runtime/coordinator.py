@@ -170,6 +170,7 @@ class Coordinator:
             attempt=state.attempt,
             step=self._books.history.step,
             attempt_step=self._attempt_step,
+            world_size=len(state.members),
             workers=tuple(
                 Worker(rank=rank, node=slot.node, slot=slot.name, pid=pids[slot])
                 for rank, slot in enumerate(state.members)

@@ -18,6 +18,7 @@ from typing import Any
 from cluster.runtime import adapter
 from cluster.runtime.agent import run_agent
 from cluster.runtime.coordinator import DRIVER_BUSY_S, Coordinator, Update
+from cluster.types import Scene
 from elastic.config import RunConfig
 from elastic.errors import SolventError, StorageError
 
@@ -143,6 +144,15 @@ def _attach(name: str, driver: str, config: RunConfig) -> Any:
             adapter.call(coordinator.close)
             adapter.kill(coordinator)
         time.sleep(POLL_S)
+
+
+def look(config: RunConfig) -> Scene | None:
+    """Return a run as it is now, for who is connected to its cluster and leads nothing; None if nobody leads it."""
+    coordinator = adapter.get_coordinator(get_coordinator_name(config))
+    try:
+        return adapter.call(coordinator.look) if coordinator else None
+    except SolventError:  # it has just ended
+        return None
 
 
 def get_address() -> str | None:

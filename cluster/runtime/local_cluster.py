@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 from ray.cluster_utils import Cluster
 
 _OBJECT_STORE_BYTES = 100 * 1024 * 1024  # ours carries nothing; 75 MiB is the least that Ray takes
@@ -31,6 +32,7 @@ class LocalCluster:
         }
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self._nodes: dict[str, Any] = {}
+        self._started: list[str] = []
         for _ in range(num_nodes):
             self.add_node()
 
@@ -53,13 +55,27 @@ class LocalCluster:
 
     @property
     def nodes(self) -> list[str]:
-        """Ids of the worker nodes, oldest first."""
-        return list(self._nodes)
+        """Ids of the living worker nodes, oldest first."""
+        return [node for node in self.nodes_by_index if node is not None]
+
+    @property
+    def nodes_by_index(self) -> list[str | None]:
+        """Every worker node ever started, oldest first; None in the place of one that is gone."""
+        return [node if node in self._nodes and self._is_alive(node) else None for node in self._started]
+
+    def get_raylet(self, node: str) -> int:
+        """Return the process id of a node's Ray daemon."""
+        return self._nodes[node].all_processes[PROCESS_TYPE_RAYLET][0].process.pid
+
+    def _is_alive(self, node: str) -> bool:
+        """Tell whether a node's Ray daemon runs: one that comes back after Ray gave its node up ends itself."""
+        return all(kind != PROCESS_TYPE_RAYLET for kind, _ in self._nodes[node].dead_processes())
 
     def add_node(self) -> str:
         """Start one more worker node and return its id once Ray knows it."""
         node = self._cluster.add_node(num_cpus=self._cpus_per_node, object_store_memory=_OBJECT_STORE_BYTES)
         self._nodes[node.node_id] = node
+        self._started.append(node.node_id)
         return node.node_id
 
     def remove_node(self, node: str) -> None:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from cluster.chaos.faults import load_faults
 from elastic.config import ModelConfig
 from elastic.config_load import load
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("faults-"))
 ESTIMATED = [name for name in NAMES if name != "demo"]
 
 
@@ -82,3 +83,10 @@ def test_the_header_follows_from_its_formula(name):
 @pytest.mark.parametrize("name", ESTIMATED)
 def test_an_estimate_is_marked_as_one(name):
     assert "# ESTIMATE, not measured" in (CONFIGS / f"{name}.yaml").read_text()
+
+
+def test_the_faults_that_ship_can_strike_the_demo():
+    config = load(CONFIGS / "demo.yaml")
+    num_nodes = config.cluster.max_workers
+    limits = {"num_steps": config.train.steps, "num_nodes": num_nodes, "max_workers": num_nodes, "seed": 0}
+    assert len(load_faults(CONFIGS / "faults-demo.yaml", **limits)) == 6

@@ -1,0 +1,158 @@
+"""Which faults strike now, and whom: a pure function of what is planned and what is seen.
+
+Faults with `at_step` strike in the order of their steps, those with `at_s` in the order of their times; one that waits
+for a save or for the size of the world holds up those behind it, so that a file reads as a story. One that waits for a
+world to form does not: it may be one behind it that makes one form. What a target means is decided when it is struck.
+One who is gone by then (a rank beyond the world, a node that was removed) is replaced: the number counts around among
+those who are left, so that a fault that was asked for always happens.
+"""
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from cluster.chaos.faults import NODE_FAULTS, TRAINER_FAULTS, Fault, Phase, Target
+from cluster.types import Scene, Worker
+
+_AT_WORK = ("forming", "running", "parking")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strike:
+    """A fault that is due, with the one it hits."""
+
+    fault: Fault
+    number: int
+    """Of the fault, in the order they were given."""
+    worker: Worker | None = None
+    """The trainer that is hit."""
+    node: str | None = None
+    """The node that is hit, or that the trainer is on."""
+
+
+class Schedule:
+    """The faults that are still to come.
+
+    Args:
+        faults: in any order; those of one step, or one time, strike in the order given.
+    """
+
+    def __init__(self, faults: Iterable[Fault]) -> None:
+        numbered = sorted(
+            enumerate(faults), key=lambda pair: (pair[1].at_s if pair[1].at_step is None else pair[1].at_step) or 0
+        )
+        self._by_step = [pair for pair in numbered if pair[1].at_step is not None]
+        self._by_time = [pair for pair in numbered if pair[1].at_step is None]
+
+    @property
+    def waiting(self) -> list[Fault]:
+        """The faults that have not struck."""
+        return [fault for _, fault in (*self._by_step, *self._by_time)]
+
+    def waits_for_moment(self, *, step: int, elapsed_s: float) -> bool:
+        """Tell whether a fault that is due waits for a save or for a world to form."""
+        return any(
+            fault.phase in ("saving", "starting") and _is_time(fault, step=step, elapsed_s=elapsed_s)
+            for fault in self.waiting
+        )
+
+    def take_due(self, scene: Scene, *, nodes: Sequence[str | None], elapsed_s: float, is_saving: bool) -> list[Strike]:
+        """Return the faults that strike now; they are not waiting any more.
+
+        Args:
+            nodes: every node ever started, by index; None in the place of one that is gone.
+            elapsed_s: since the first step; negative before it.
+            is_saving: a checkpoint is being written.
+        """
+        phase = get_phase(scene, is_saving=is_saving)
+        strikes: list[Strike] = []
+        for queue in (self._by_step, self._by_time):
+            for numbered in list(queue):
+                _, fault = numbered
+                if not _is_time(fault, step=scene.step, elapsed_s=elapsed_s):
+                    break
+                strike = _aim(numbered, scene, nodes, before=strikes) if _meets(fault, scene, phase) else None
+                if strike is not None:
+                    strikes.append(strike)
+                    queue.remove(numbered)
+                elif fault.phase != "starting":
+                    break
+        return strikes
+
+    def put_back(self, strike: Strike) -> None:
+        """Let a fault wait again, before all others of its kind: who it was to hit had just gone."""
+        queue = self._by_time if strike.fault.at_step is None else self._by_step
+        queue.insert(0, (strike.number, strike.fault))
+
+
+def get_phase(scene: Scene, *, is_saving: bool) -> Phase | None:
+    """Return what a strike would interrupt; None between worlds."""
+    if scene.stage == "forming" or (scene.stage == "running" and not scene.attempt_step):
+        return "starting"
+    if scene.stage in ("running", "parking"):
+        return "saving" if is_saving else "training"
+    return None
+
+
+def _is_time(fault: Fault, *, step: int, elapsed_s: float) -> bool:
+    return step >= fault.at_step if fault.at_step is not None else elapsed_s >= (fault.at_s or 0.0)
+
+
+def _meets(fault: Fault, scene: Scene, phase: Phase | None) -> bool:
+    if fault.phase is not None and fault.phase != phase:
+        return False
+    if fault.at_world_size is None:
+        return True
+    return scene.stage == "running" and scene.attempt_step > 0 and scene.world_size == fault.at_world_size
+
+
+def _aim(
+    numbered: tuple[int, Fault], scene: Scene, nodes: Sequence[str | None], *, before: Sequence[Strike]
+) -> Strike | None:
+    """Choose who is hit; None if there is nobody (yet). Strikes of one moment hit different ones where they can."""
+    number, fault = numbered
+    lot = random.Random(f"{fault.seed} {number}")
+    if fault.fault in TRAINER_FAULTS:
+        taken = {strike.worker.rank for strike in before if strike.worker}
+        worker = _choose_worker(fault.target, scene, nodes, taken, lot)
+        return Strike(fault=fault, number=number, worker=worker, node=worker.node) if worker else None
+    if fault.fault in NODE_FAULTS:
+        taken_nodes = {strike.node for strike in before if strike.node}
+        node = _choose_node(fault.target, scene, nodes, taken_nodes, lot)
+        return Strike(fault=fault, number=number, node=node) if node else None
+    return Strike(fault=fault, number=number)
+
+
+def _choose_worker(
+    target: Target, scene: Scene, nodes: Sequence[str | None], taken: set[int], lot: random.Random
+) -> Worker | None:
+    """Return a trainer of the current world; None if there is no world, or the trainer has not said who it is."""
+    if scene.stage not in _AT_WORK or not scene.world_size:
+        return None
+    by_rank = {worker.rank: worker for worker in scene.workers if worker.node in nodes}
+    match target.by:
+        case "rank":
+            return by_rank.get(target.index % scene.world_size)
+        case "node":
+            node = _choose_node(target, scene, nodes, set(), lot)
+            return next((worker for worker in by_rank.values() if worker.node == node), None)
+        case "random":
+            ranks = range(scene.world_size)
+            return by_rank.get(lot.choice([rank for rank in ranks if rank not in taken] or ranks))
+
+
+def _choose_node(
+    target: Target, scene: Scene, nodes: Sequence[str | None], taken: set[str], lot: random.Random
+) -> str | None:
+    alive = [node for node in nodes if node is not None]
+    if not alive:
+        return None
+    match target.by:
+        case "rank":
+            worker = _choose_worker(target, scene, nodes, set(), lot)
+            return worker.node if worker else None
+        case "node":
+            named = nodes[target.index] if target.index < len(nodes) else None
+            return named or alive[target.index % len(alive)]
+        case "random":
+            return lot.choice([node for node in alive if node not in taken] or alive)
