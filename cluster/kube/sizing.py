@@ -1,0 +1,120 @@
+"""How many nodes, and how much host memory each needs: a pod that exceeds its limit is killed without notice.
+
+Checkpoints live in host memory before they reach storage, in memfds that count against the pod's limit like any memory,
+but not against the size of /dev/shm. Per rank that is at most two snapshots of its own shard (the newest complete one
+and the one being taken) and as many held for a peer.
+"""
+
+import math
+from dataclasses import dataclass
+
+from cluster.kube.options import Options
+from elastic.config import ModelConfig, RunConfig
+from elastic.errors import ConfigError
+
+_STATE_BYTES_PER_PARAMETER = 12
+"""Weights and AdamW's two moments, all fp32 (elastic/checkpoint)."""
+_CPU_BYTES_PER_PARAMETER = 8
+"""Beside the state, where it is trained in host memory: gradients, and as much again for copies in other types."""
+_SNAPSHOTS = 4
+_GIB = 2**30
+# Estimates, not measured: what a process with torch and CUDA holds of host memory, and the rest of a node.
+_TRAINER_GIB = 6.0
+_NODE_GIB = 4.0
+_CPUS_FOR_RAY = 2
+OBJECT_STORE_BYTES = 200 * 2**20
+"""Nothing of ours goes through Ray's object store; 75 MiB is the least that Ray takes."""
+_SHM_BASE_MIB = 512
+"""The object store, and room for its growth."""
+_SHM_MIB_PER_WORKER = 512
+"""NCCL's and torch's segments between the processes of a node; an estimate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What a worker pod asks for, and how many there may be."""
+
+    uses_gpus: bool
+    workers_per_node: int
+    least_nodes: int
+    """That hold cluster.min_workers."""
+    most_nodes: int
+    """That hold cluster.max_workers."""
+    cpus: int
+    memory_gib: int
+    shm_mib: int
+    """Size limit of /dev/shm."""
+
+
+def plan_sizes(config: RunConfig, options: Options) -> Sizes:
+    """Return the sizes for this run.
+
+    Raises:
+        ConfigError: the options do not fit the run, or the model's size is not known.
+    """
+    cluster = config.cluster
+    if options.gpus_per_node > 1 and not cluster.gpus_per_worker:
+        raise ConfigError(
+            f"--set gpus_per_node={options.gpus_per_node}, but cluster.gpus_per_worker=0: the GPUs would be paid for "
+            "and idle. Set cluster.gpus_per_worker=1, or leave gpus_per_node out."
+        )
+    workers = options.gpus_per_node if cluster.gpus_per_worker else 1
+    shm_mib = _SHM_BASE_MIB + _SHM_MIB_PER_WORKER * workers
+    cpus = workers * max(cluster.cpus_per_worker, cluster.threads_per_worker) + _CPUS_FOR_RAY
+    memory_gib = options.memory_gib_per_node or estimate_memory_gib(config, workers) + math.ceil(shm_mib / 1024)
+    if options.cpus_per_node and options.cpus_per_node < workers * cluster.cpus_per_worker:
+        raise ConfigError(
+            f"--set cpus_per_node={options.cpus_per_node} is less than the {workers} worker(s) of a node need with "
+            f"cluster.cpus_per_worker={cluster.cpus_per_worker}, so nothing fits there. Set cpus_per_node={cpus}."
+        )
+    if memory_gib * 1024 <= shm_mib:
+        raise ConfigError(
+            f"--set memory_gib_per_node={memory_gib} leaves nothing beside {shm_mib} MiB of /dev/shm. Leave it out, or "
+            f"set memory_gib_per_node={math.ceil(_NODE_GIB + workers * _TRAINER_GIB)}."
+        )
+    return Sizes(
+        uses_gpus=bool(cluster.gpus_per_worker),
+        workers_per_node=workers,
+        least_nodes=math.ceil(cluster.min_workers / workers),
+        most_nodes=math.ceil(cluster.max_workers / workers),
+        cpus=options.cpus_per_node or cpus,
+        memory_gib=memory_gib,
+        shm_mib=shm_mib,
+    )
+
+
+def estimate_memory_gib(config: RunConfig, workers_per_node: int) -> int:
+    """Return the host memory that the processes and snapshots of a node may take, in the smallest world allowed.
+
+    Raises:
+        ConfigError: nobody here can count the parameters of this kind of model.
+    """
+    parameters = count_parameters(config.model)
+    ranks = config.cluster.min_workers
+    if config.strategy == "hsdp":
+        ranks = min(ranks, config.shard_size or workers_per_node)
+    shard_bytes = parameters * _STATE_BYTES_PER_PARAMETER / ranks
+    trainer_bytes = _TRAINER_GIB * _GIB + _SNAPSHOTS * shard_bytes
+    if not config.cluster.gpus_per_worker:
+        held = parameters / (1 if config.strategy in ("ddp", "single") else ranks)
+        trainer_bytes += held * (_STATE_BYTES_PER_PARAMETER + _CPU_BYTES_PER_PARAMETER)
+    return math.ceil(_NODE_GIB + workers_per_node * trainer_bytes / _GIB)
+
+
+def count_parameters(model: ModelConfig) -> int:
+    """Return the number of parameters without building the model; nothing here may import torch.
+
+    Raises:
+        ConfigError: a kind of model whose shape is not known here.
+    """
+    if model.kind != "llama":
+        raise ConfigError(
+            f"model.kind={model.kind} has a shape that `render` cannot count, so the memory of a node is not known. "
+            "Say it: --set memory_gib_per_node=64, for example."
+        )
+    query_dim, kv_dim = model.num_heads * model.head_size, model.num_kv_heads * model.head_size
+    attention = 2 * model.dim * (query_dim + kv_dim)
+    attention += (query_dim + 2 * kv_dim) * model.qkv_bias + 2 * model.head_size * model.qk_norm
+    layer = attention + 3 * model.dim * model.ffn_dim + 2 * model.dim
+    embeddings = model.vocab_size * model.dim * (1 if model.tied_head else 2)
+    return model.num_layers * layer + embeddings + model.dim
