@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -22,11 +22,13 @@ from elastic import config_load
 from elastic.attempts import End, build_row, close_torn_attempts, next_attempt, read_history
 from elastic.checkpoint.storage import check_writable
 from elastic.config import RunConfig
-from elastic.errors import SolventError
+from elastic.errors import SolventError, StaleEpochError, StorageError
+from elastic.leader import Leadership, lead
 from elastic.ports import Finished, Interrupted, Lost, MetricSink, Notice, Outcome, Phase, Progress, Source, WorldSpec
 from elastic.run import train
 from elastic.rundir import RunDir, append_row
 from elastic.sinks import console, jsonl
+from elastic.storage import Storage, open_storage
 from elastic.world import open_store
 
 INTERRUPTED_EXIT_CODE = 3
@@ -92,7 +94,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         config = config_load.load(arguments[0], arguments[1:])
         notices.grace_s = config.fault.term_grace_s
-        outcome = _run(config, rank, notices)
+        outcome = _run(config, notices)
     except SolventError as error:
         print(f"rank {rank}: {error}", file=sys.stderr, flush=True)  # noqa: T201
         return error.exit_code
@@ -102,11 +104,21 @@ def main(arguments: Sequence[str]) -> int:
     return INTERRUPTED_EXIT_CODE
 
 
-def _run(config: RunConfig, rank: int, notices: SignalNotices) -> Outcome:
+def _run(config: RunConfig, notices: SignalNotices) -> Outcome:
+    run_dir = RunDir(Path(config.storage) / config.run)
+    storage = open_storage(run_dir.root)
+    spec, store, leader = _find_world(storage, run_dir, timeout_s=config.fault.collective_timeout_s)
+    with leader or nullcontext():
+        return _train(config, spec, store, notices=notices, leader=leader)
+
+
+def _train(
+    config: RunConfig, spec: WorldSpec, store: Store, *, notices: SignalNotices, leader: Leadership | None
+) -> Outcome:
+    """Train one rank; rank 0, which leads, keeps the books."""
     run_dir = RunDir(Path(config.storage) / config.run)
     check_writable(run_dir)
-    spec, store = _find_world(run_dir, timeout_s=config.fault.collective_timeout_s)
-    observer, start_s = AttemptObserver(on_restored=partial(_write_config, config, run_dir, rank)), time()
+    observer, start_s = AttemptObserver(on_restored=partial(_write_config, config, run_dir, spec.rank)), time()
     history, sinks = read_history(run_dir), ExitStack()
     end: End = "failed"
     reason = ""
@@ -125,7 +137,7 @@ def _run(config: RunConfig, rank: int, notices: SignalNotices) -> Outcome:
         raise
     finally:
         sinks.close()
-        if rank == 0:
+        if leader:
             row = build_row(
                 history,
                 attempt=spec.attempt,
@@ -140,7 +152,9 @@ def _run(config: RunConfig, rank: int, notices: SignalNotices) -> Outcome:
                 last_step=observer.last_step,
                 first_step_s=observer.first_step_s,
             )
-            append_row(run_dir.attempts, asdict(row))
+            with suppress(StaleEpochError):  # then the books are another one's, which is told already
+                leader.check()
+                append_row(run_dir.attempts, asdict(row))
     return outcome
 
 
@@ -171,11 +185,15 @@ def _get_end(outcome: Outcome) -> tuple[End, str]:
             return "lost", reason
 
 
-def _find_world(run_dir: RunDir, *, timeout_s: float) -> tuple[WorldSpec, Store]:
+def _find_world(storage: Storage, run_dir: RunDir, *, timeout_s: float) -> tuple[WorldSpec, Store, Leadership | None]:
     """Return this process's place: the one that torchrun's environment names, or a world of its own.
 
-    Rank 0 numbers the attempt, so that all ranks agree even where they see the run's directory at different times.
+    Rank 0 takes the lead of the run and tells the others the attempt's number; nothing of the run is touched before.
+
+    Raises:
+        StorageError: another process trains this run, or its storage does not work.
     """
+    leader: Leadership | None = None
     if "RANK" not in os.environ:
         store: Store = open_store("127.0.0.1", timeout_s=timeout_s)
         rank, world_size = 0, 1
@@ -183,18 +201,26 @@ def _find_world(run_dir: RunDir, *, timeout_s: float) -> tuple[WorldSpec, Store]
         store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
     key = f"solvent-attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     if rank == 0:
+        try:
+            leader = lead(storage, who="python -m elastic", at_least=next_attempt(run_dir))
+        except StorageError:
+            store.set(key, "0")
+            raise
         close_torn_attempts(run_dir)
-        store.set(key, str(next_attempt(run_dir)))
+        store.set(key, str(leader.epoch))
+    attempt = int(store.get(key))
+    if not attempt:
+        raise StorageError(f"storage={str(run_dir.root.parent)!r} cannot be used; rank 0 says why.")
     spec = WorldSpec(
         rank=rank,
         world_size=world_size,
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        attempt=int(store.get(key)),
+        attempt=attempt,
         store_host="",  # the store is here already
         store_port=0,
     )
-    return spec, store
+    return spec, store, leader
 
 
 if __name__ == "__main__":

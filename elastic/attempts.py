@@ -145,8 +145,14 @@ def close_torn_attempts(run_dir: RunDir) -> None:
 
 
 def final_rows(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the rows that count, by step: after a rewind steps repeat, and the last row of a step wins."""
-    by_step = {row["step"]: row for row in rows}
+    """Return the rows that count, by step: after a rewind steps repeat, and the last row of a step wins.
+
+    Except over one of a newer attempt: that is of a process that came back late.
+    """
+    by_step: dict[int, Mapping[str, Any]] = {}
+    for row in rows:
+        if row["attempt"] >= by_step.get(row["step"], row)["attempt"]:
+            by_step[row["step"]] = row
     return [by_step[step] for step in sorted(by_step)]
 
 

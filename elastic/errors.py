@@ -6,6 +6,7 @@
     |   |-- DataError               missing, empty, corrupt or mismatched training data
     |   |-- ModelFolderError        a Hugging Face folder that cannot be read or written as asked
     |   `-- StorageError            the run directory cannot be written, is full, or is in use
+    |       `-- StaleEpochError     another process has taken the run over; this one writes nothing more
     |-- CheckpointError             a checkpoint is torn, foreign or does not fit the model
     |-- NoPlanError                 exit code 4: no offer meets the limits
     `-- StepError                   too many steps were bad; none of them was applied
@@ -41,6 +42,10 @@ class ModelFolderError(UserError):
 
 class StorageError(UserError):
     """The run directory cannot be used."""
+
+
+class StaleEpochError(StorageError):
+    """The run goes on elsewhere: a newer epoch than this process holds was taken."""
 
 
 class CheckpointError(SolventError):

@@ -23,6 +23,7 @@ from elastic.checkpoint.storage import check_space, check_writable, estimate_che
 from elastic.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from elastic.data.loader import Loader, eval_batches
 from elastic.data.shards import check_fits, open_dataset
+from elastic.epochs import EpochGuard, FencedSink, check_epoch
 from elastic.errors import StorageError
 from elastic.loop import Parts, SampleRecorder, run_loop
 from elastic.metrics import get_peak_flops
@@ -30,6 +31,7 @@ from elastic.ports import Lost, MetricSink, NoticeSource, Observer, Outcome, Pro
 from elastic.rundir import RunDir, append_row
 from elastic.spikes import Recent
 from elastic.step import build_trainable, train_step
+from elastic.storage import open_storage
 from elastic.timeline import Timeline
 from elastic.world import World, close_world, open_world
 
@@ -103,6 +105,7 @@ def _build_parts(
 
     place = _Place(rank=world.rank, world_size=world.world_size, device=world.device)
     model_file = plugins.load("elastic.models", config.model.kind, key="model.kind")
+    guard = EpochGuard(partial(check_epoch, open_storage(run_dir.root), world.attempt))
     checkpointer = Checkpointer(run_dir, config, device=world.device, on_committed=watchers.observer.committed)
     with ExitStack() as stack:
         stack.callback(checkpointer.close)
@@ -117,7 +120,7 @@ def _build_parts(
                 checkpointer=checkpointer,
                 flops_per_token=model_file.flops_per_token(config.model, config.data.seq_len),
                 peak_flops_per_gpu=_get_peak_flops(world.device),
-                sinks=watchers.open_sinks(),
+                sinks=[FencedSink(sink, guard) for sink in watchers.open_sinks()],
                 notices=watchers.notices,
                 observer=watchers.observer,
                 record_samples=_build_recorder(run_dir, config, world),

@@ -165,7 +165,8 @@ def create_coordinator(name: str, cls: type, **kwargs: object) -> Any:
     """Create the detached actor on the node that this process runs on; its methods run in threads."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(cls)
-    options = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": 16, "lifetime": "detached"}
+    # of two drivers that start at one time one creates it, and both meet there
+    options = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": 16, "lifetime": "detached", "get_if_exists": True}
     return actor.options(name=name, scheduling_strategy=here, **options).remote(**kwargs)
 
 

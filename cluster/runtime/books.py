@@ -66,6 +66,8 @@ class Books:
     tokens: int
     lock: threading.RLock = field(default_factory=threading.RLock)
     incidents: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    check_lead: Callable[[], None] = lambda: None
+    """Raises if another one keeps the books of this run by now."""
     _nodes: dict[str, WorkerNode] = field(default_factory=dict[str, WorkerNode])
     _attempt: _Attempt | None = None
     _ended: AttemptEnded | None = None
@@ -170,7 +172,7 @@ class Books:
         """Write the row of an attempt."""
         attempt, self._attempt, self._ended = self._attempt, None, action
         assert attempt is not None
-        append_row(self.run_dir.attempts, asdict(_build_row(attempt, action, now_s)))
+        self._append(self.run_dir.attempts, asdict(_build_row(attempt, action, now_s)))
 
     def _book_incident(self, attempt: _Attempt) -> None:
         """Write down the change before this attempt, now that its first step tells what it cost."""
@@ -190,7 +192,7 @@ class Books:
             "step": row.first_step,
         }
         self.incidents.append(incident)
-        append_row(self.run_dir.incidents, incident)
+        self._append(self.run_dir.incidents, incident)
 
     # ---- money
 
@@ -211,7 +213,11 @@ class Books:
 
     def _write_ledger(self, up_to_s: float) -> None:
         for row in self.ledger.flush(up_to_s):
-            append_row(self.run_dir.ledger, row.to_row())
+            self._append(self.run_dir.ledger, row.to_row())
+
+    def _append(self, path: Path, row: Mapping[str, object]) -> None:
+        self.check_lead()
+        append_row(path, row)
 
     @_locked
     def summary(self) -> dict[str, Any]:
@@ -249,8 +255,12 @@ def _build_row(attempt: _Attempt, ended: AttemptEnded, now_s: float) -> AttemptR
     )
 
 
-def open_books(run_root: str, config: RunConfig) -> Books:
-    """Open the books of a run, new or old; what a killed writer left unsaid is completed."""
+def open_books(run_root: str, config: RunConfig, *, check_lead: Callable[[], None] = lambda: None) -> Books:
+    """Open the books of a run, new or old; what a killed writer left unsaid is completed.
+
+    Args:
+        check_lead: called before each write; raises if another one leads the run by now.
+    """
     run_dir = RunDir(Path(run_root))
     run_dir.root.mkdir(parents=True, exist_ok=True)
     run_dir.config.write_text(dump(config))
@@ -264,6 +274,7 @@ def open_books(run_root: str, config: RunConfig) -> Books:
         config=config,
         ledger=Ledger(read_ledger(read_rows(run_dir.ledger))),
         history=history,
+        check_lead=check_lead,
         failures=replace(failures, best_step=max(failures.best_step, history.step)),
         tokens=max((row["tokens"] for row in read_rows(run_dir.metrics)), default=0),
     )

@@ -16,6 +16,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cluster import controller
@@ -47,8 +48,12 @@ from cluster.types import (
     Worker,
 )
 from elastic import config as configs
+from elastic.attempts import next_attempt
 from elastic.errors import SolventError
+from elastic.leader import lead
 from elastic.ports import Progress
+from elastic.rundir import RunDir
+from elastic.storage import open_storage
 
 HOST_SILENT_S = 10.0
 """A host that has not sent its beat (once a second) for this long is taken for gone: a lost machine sends no FIN."""
@@ -98,14 +103,25 @@ class Coordinator:
     def __init__(self, config: dict[str, Any], *, run_root: str) -> None:
         self._config_fields = config
         self._config = configs.from_dict(config)
-        self._books = open_books(run_root, self._config)
+        self._driver = ""
+        self._driver_heard_s = time.time()
+        self._closing = False
+        self._refusal: SolventError | None = None
+        try:
+            at_least = next_attempt(RunDir(Path(run_root)))
+            self._leader = lead(open_storage(run_root), who="solvent train", at_least=at_least)
+        except SolventError as refusal:  # raised here, its text would not reach the driver
+            self._refusal = refusal
+            threading.Thread(target=self._exit_without_driver, name="refused", daemon=True).start()
+            return
+        self._books = open_books(run_root, self._config, check_lead=self._leader.check)
         self._state = controller.State(
             policy=controller.Policy(
                 world_sizes=self._config.get_world_sizes(),
                 max_failures_without_progress=self._config.fault.max_failures_without_progress,
                 max_node_failures=self._config.fault.max_node_failures,
             ),
-            attempt=self._books.history.attempt,
+            attempt=self._leader.epoch - 1,
             failures=self._books.failures,
         )
         self._secret = secrets.token_hex(16)
@@ -124,16 +140,19 @@ class Coordinator:
         """Of the trainers of the current attempt that are ready."""
         self._agents: dict[Slot, int] = {}
         self._attempt_step = 0
-        self._driver = ""
-        self._driver_heard_s = time.time()
-        self._closing = False
         threading.Thread(target=self._guard, args=(self._serve,), name="serve", daemon=True).start()
         threading.Thread(target=self._guard, args=(self._watch_ray,), name="watch", daemon=True).start()
 
     # ---- the actor's interface
 
     def attach(self, driver: str, config: dict[str, Any]) -> str:
-        """Let a driver lead this run: "ok", "busy" (another one does, alive) or "changed" (another configuration)."""
+        """Let a driver lead this run: "ok", "busy" (another one does, alive) or "changed" (another configuration).
+
+        Raises:
+            StorageError: the run is led elsewhere: by another cluster, or without one.
+        """
+        if self._refusal is not None:
+            raise self._refusal
         if self._driver not in ("", driver) and time.time() - self._driver_heard_s < DRIVER_BUSY_S:
             return "busy"
         if config != self._config_fields:
@@ -211,13 +230,17 @@ class Coordinator:
         """End all hosts, close the books and return their summary; the caller then kills the actor."""
         self._closing = True
         self._wake_out.send(b"x")
-        self._books.close(time.time())
+        try:
+            self._books.close(time.time())
+        finally:
+            self._leader.close()
         return self._books.summary()
 
     # ---- the serving thread
 
     def _serve(self) -> None:
         while not self._closing:
+            self._leader.check()
             for key, _ in self._selector.select(timeout=0.2):
                 key.data()
             while not self._inbox.empty():
@@ -242,6 +265,12 @@ class Coordinator:
         self.close()
         for host in self._hosts.values():
             host.link.send("end", reason="its driver is gone")
+        os._exit(0)
+
+    def _exit_without_driver(self) -> None:
+        """End the actor once nobody asks it any more: one that is detached outlives its cluster's last job."""
+        while time.time() - self._driver_heard_s < self._config.fault.lease_s / 2:
+            time.sleep(1)
         os._exit(0)
 
     def _accept(self) -> None:
@@ -361,6 +390,7 @@ class Coordinator:
             case Kill():
                 self._tell(action.slot, "kill", attempt=action.attempt)
             case AttemptStarted():
+                self._leader.take(action.attempt)
                 self._pids, self._attempt_step = {}, 0
                 self._books.attempt_started(action, now_s)
                 nodes = ", ".join(sorted({slot.node[:8] for slot in action.members}))
@@ -420,6 +450,8 @@ class Coordinator:
                 self._out.done = Done(kind="failed", reason=str(error), exit_code=error.exit_code)
             for host in list(self._hosts.values()):
                 host.link.send("end", reason="the run failed")
+            self._closing = True
+            self._exit_without_driver()
         except BaseException:
             traceback.print_exc()
             os._exit(1)

@@ -121,7 +121,7 @@ def _attach(name: str, driver: str, config: RunConfig) -> Any:
     """Return the run's coordinator, led by this driver from now on; create it if there is none.
 
     Raises:
-        StorageError: a living driver leads this run.
+        StorageError: a living driver leads this run, on this cluster or elsewhere.
     """
     run_root = Path(config.storage) / config.run
     fields = asdict(config)
@@ -132,7 +132,11 @@ def _attach(name: str, driver: str, config: RunConfig) -> Any:
         coordinator = adapter.get_coordinator(name)
         if coordinator is None:
             coordinator = adapter.create_coordinator(name, Coordinator, config=fields, run_root=str(run_root))
-        answer = adapter.call(coordinator.attach, driver, fields)
+        try:
+            answer = adapter.call(coordinator.attach, driver, fields)
+        except StorageError:  # another cluster, or none, has the run: this coordinator has touched nothing
+            adapter.kill(coordinator)
+            raise
         if answer == "ok":
             return coordinator
         if time.monotonic() - start_s > patience_s[answer]:

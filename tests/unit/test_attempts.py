@@ -94,8 +94,13 @@ def test_a_run_without_files_has_nothing_to_close(tmp_path):
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers())))
 def test_the_last_row_of_a_step_wins(pairs):
-    rows = final_rows({"step": step, "loss": loss} for step, loss in pairs)
+    rows = final_rows({"step": step, "loss": loss, "attempt": 1} for step, loss in pairs)
     assert [(row["step"], row["loss"]) for row in rows] == sorted(dict(pairs).items())
+
+
+def test_a_row_of_an_attempt_that_came_back_late_does_not_count():
+    rows = [{"step": 5, "attempt": attempt, "loss": loss} for attempt, loss in [(1, 1.0), (2, 2.0), (2, 3.0), (1, 4.0)]]
+    assert final_rows(rows) == [{"step": 5, "attempt": 2, "loss": 3.0}]
 
 
 @pytest.mark.parametrize("step", [1, 4])
