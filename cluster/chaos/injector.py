@@ -95,6 +95,8 @@ class Injector:
         self._restart_driver = restart_driver
         self._spoil_storage = spoil_storage
         self._later: list[_Later] = []
+        self._leaving: set[str] = set()
+        """Nodes whose end is announced: they are hit already."""
         self._first_step_s: float | None = None
 
     @property
@@ -121,9 +123,8 @@ class Injector:
         self.act_due()
         if self._first_step_s is None and scene.step:
             self._first_step_s = time.time()
-        strikes = self._schedule.take_due(
-            scene, nodes=self._cluster.nodes_by_index, elapsed_s=self.elapsed_s, is_saving=is_saving
-        )
+        staying = [node if node not in self._leaving else None for node in self._cluster.nodes_by_index]
+        strikes = self._schedule.take_due(scene, nodes=staying, elapsed_s=self.elapsed_s, is_saving=is_saving)
         for strike in strikes:
             what = self._strike(strike, scene)
             if what is None:
@@ -189,6 +190,7 @@ class Injector:
         else:
             self._terminate(node)
             left_s, how = fault.grace_s, "SIGTERM"
+        self._leaving.add(node)
         self._in(left_s, lambda: self._remove(node))
         return f"node {node[:8]} gets {how} and goes away in {left_s:g} s"
 

@@ -60,7 +60,7 @@ class Schedule:
         """Return the faults that strike now; they are not waiting any more.
 
         Args:
-            nodes: every node ever started, by index; None in the place of one that is gone.
+            nodes: every node ever started, by index; None in the place of one that is gone or about to go.
             elapsed_s: since the first step; negative before it.
             is_saving: a checkpoint is being written.
         """
@@ -109,7 +109,7 @@ def _meets(fault: Fault, scene: Scene, phase: Phase | None) -> bool:
 def _aim(
     numbered: tuple[int, Fault], scene: Scene, nodes: Sequence[str | None], *, before: Sequence[Strike]
 ) -> Strike | None:
-    """Choose who is hit; None if there is nobody (yet). Strikes of one moment hit different ones where they can."""
+    """Choose who is hit; None if there is nobody (yet). Strikes drawn by lot at one moment hit different ones."""
     number, fault = numbered
     lot = random.Random(f"{fault.seed} {number}")
     if fault.fault in TRAINER_FAULTS:
@@ -137,8 +137,8 @@ def _choose_worker(
             node = _choose_node(target, scene, nodes, set(), lot)
             return next((worker for worker in by_rank.values() if worker.node == node), None)
         case "random":
-            ranks = range(scene.world_size)
-            return by_rank.get(lot.choice([rank for rank in ranks if rank not in taken] or ranks))
+            ranks = [rank for rank in range(scene.world_size) if rank not in taken]
+            return by_rank.get(lot.choice(ranks)) if ranks else None
 
 
 def _choose_node(
@@ -155,4 +155,5 @@ def _choose_node(
             named = nodes[target.index] if target.index < len(nodes) else None
             return named or alive[target.index % len(alive)]
         case "random":
-            return lot.choice([node for node in alive if node not in taken] or alive)
+            spared = [node for node in alive if node not in taken]
+            return lot.choice(spared) if spared else None

@@ -30,14 +30,16 @@ def count_samples(
     """Compare, step by step, the samples consumed with those that the order prescribes.
 
     A step that was done again counts once, as the attempt did it whose row of `metrics.jsonl` counts. A step missing
-    below the last one has lost all its samples.
+    below the last one has lost all its samples; a bad one, which was not applied, should have none.
 
     Args:
         metrics: rows of `metrics.jsonl`.
         consumed: by attempt, the rows of its `samples-*.jsonl` of all ranks.
         expected: the ids of a step, which is counted from 1.
     """
-    attempts = {row["step"]: row["attempt"] for row in final_rows(metrics)}
+    final = final_rows(metrics)
+    attempts = {row["step"]: row["attempt"] for row in final}
+    bad = {row["step"] for row in final if "bad_step" in row}
     found: dict[int, Counter[int]] = {step: Counter() for step in range(1, max(attempts, default=0) + 1)}
     for attempt, rows in consumed.items():
         for row in rows:
@@ -45,7 +47,7 @@ def count_samples(
                 found[row["step"]].update(row["ids"])
     lost = repeated = 0
     for step, ids in found.items():
-        should = Counter(expected(step))
+        should = Counter(() if step in bad else expected(step))
         lost += (should - ids).total()
         repeated += (ids - should).total()
     return Samples(lost=lost, repeated=repeated)

@@ -137,6 +137,17 @@ def test_a_drained_node_is_told_its_deadline_and_gone_at_it(cluster):
     assert cluster.removed == ["a"]
 
 
+def test_a_node_whose_end_is_announced_is_not_hit_again(cluster):
+    drains = [Fault(fault="drain", at_step=5, notice_s=60), Fault(fault="remove", at_step=5, phase="training")]
+    told = []
+    injector, _ = build(cluster, *drains, drain=lambda node, _: told.append(node))
+    for _ in range(3):
+        injector.watch(make_scene(0))
+    cluster.add_node()
+    injector.watch(make_scene(0))
+    assert (told, cluster.removed) == (["a"], ["b"])
+
+
 def test_times_count_from_the_first_step(cluster):
     injector, said = build(cluster, Fault(fault="add", at_s=0.05))
     assert injector.elapsed_s < 0

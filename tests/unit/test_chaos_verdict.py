@@ -58,6 +58,14 @@ def test_samples_of_a_step_that_was_done_again_count_once():
     assert (samples.lost, samples.repeated) == (0, 0)
 
 
+def test_a_step_that_was_not_applied_has_no_samples():
+    metrics = [row(1, 1), row(2, 1, bad_step="spike"), row(3, 1)]
+    applied = [{"step": step, "ids": expect(step)} for step in (1, 3)]
+    samples = count_samples(metrics, {1: applied}, expect)
+    assert (samples.lost, samples.repeated) == (0, 0)
+    assert count_samples(metrics, {1: [*applied, {"step": 2, "ids": expect(2)}]}, expect).repeated == GLOBAL_BATCH
+
+
 def test_goodput_is_the_time_of_steps_that_count():
     """Steps of 1 s end at 1, 2, 3; 4 s of outage; steps 3 and 4 end at 7 and 8.5, the last after a save of 0.5 s."""
     ends = [(1, 1, 1.0), (2, 1, 2.0), (3, 1, 3.0), (3, 2, 7.0), (4, 2, 8.5)]
