@@ -1,10 +1,12 @@
 """Recovery of Solvent beside that of a plain Ray Train recipe, one after the other on this machine.
 
-    python -m tests.bench_recovery [--peer MEASURE_PY] [kill remove add drain]
+    python -m tests.bench_recovery [--peer MEASURE_PY] [--repeat N] [kill remove add drain drain_two]
 
-Prints one JSON line per event and a table of ratios. Both train a decoder of 0.9 M parameters with FSDP2 in bf16 on
-three nodes, at about four steps a second, and save every ten steps. An outage is counted as the peer counts it: from
-the kill or the removal, or for planned changes from the last step of the old world, to the first step of the new one.
+Prints one JSON line per event and a table of medians. `drain_two` gives notice to the node of rank 0 and to another
+one at once; the peer, whose script has no such event, is shown with its drain of one node. Both train a decoder of 0.9
+M parameters with FSDP2 in bf16 on three nodes, at about four steps a second, and save every ten steps. An outage is
+counted as the peer counts it: from the kill or the removal, or for planned changes from the last step of the old world,
+to the first step of the new one.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 from elastic.data.kjv import read_chapters
 from elastic.data.prepare import prepare
@@ -26,8 +29,10 @@ from tests.ray._nodes import Nodes
 from tests.ray._runs import Run
 from tests.ray._traces import find_trainers
 
-EVENTS = ("kill", "remove", "add", "drain")
+EVENTS = ("kill", "remove", "add", "drain", "drain_two")
+PEER_EVENTS = ("kill", "remove", "add", "drain")
 NOTICE_S = 15.0
+NUM_NODES = 3
 SETTLE_S = 12.0
 LIMIT_S = 240.0
 MODEL = {"dim": 128, "num_layers": 4, "num_heads": 4, "num_kv_heads": 4, "ffn_dim": 352, "vocab_size": 512}
@@ -52,17 +57,22 @@ def measure_peer(script: Path, events: list[str]) -> list[dict]:
     return [json.loads(line) for line in lines if line.startswith("{")]
 
 
-def measure_ours(events: list[str]) -> list[dict]:
-    """Let the same events happen to a run of ours."""
+def measure_ours(events: list[str], *, repeat: int) -> list[dict]:
+    """Let the same events happen to a run of ours, several times in turn."""
     folder = Path(tempfile.mkdtemp(prefix="b-"))
     try:
         prepare([write_text(folder)], folder / "data", vocab_size=MODEL["vocab_size"])
-        nodes = Nodes(folder, num_nodes=3)
+        nodes = Nodes(folder, num_nodes=NUM_NODES)
         run = Run(nodes, folder / "data", folder / "runs", **SETTINGS)
         try:
             run.start()
             run.wait_for_step(25, timeout_s=LIMIT_S)
-            return [measure_event(event, run, nodes) for event in events]
+            measured = []
+            for event in events * repeat:
+                measured.append(measure_event(event, run, nodes))
+                print(json.dumps(measured[-1]), flush=True)
+                restore_nodes(run, nodes)
+            return measured
         finally:
             run.driver.send_signal(signal.SIGINT)
             run.wait()
@@ -80,6 +90,16 @@ def write_text(folder: Path) -> Path:
     return text
 
 
+def restore_nodes(run: Run, nodes: Nodes) -> None:
+    """Bring the world back to its first size and let it settle."""
+    while len(nodes.ids) < NUM_NODES:
+        nodes.add()
+    while len(nodes.ids) > NUM_NODES:
+        nodes.remove(nodes.ids[-1])
+    run.wait_for_step(0, world_size=NUM_NODES, timeout_s=LIMIT_S)
+    time.sleep(SETTLE_S)
+
+
 def measure_event(event: str, run: Run, nodes: Nodes) -> dict:
     """Let one event happen; return what it cost once training has settled again."""
     before = run.last_row()
@@ -91,9 +111,12 @@ def measure_event(event: str, run: Run, nodes: Nodes) -> dict:
     elif event == "add":
         nodes.add()
     else:
-        nodes.drain(nodes.ids[-1], notice_s=NOTICE_S)
+        victims = sorted(nodes.ids)[: 2 if event == "drain_two" else 1]  # ranks go by node id: rank 0 is among them
+        for victim in victims:
+            nodes.drain(victim, notice_s=NOTICE_S)
         time.sleep(NOTICE_S)
-        nodes.remove(nodes.ids[-1])
+        for victim in victims:
+            nodes.remove(victim)
     run.wait_for(lambda: run.last_row()["attempt"] > before["attempt"], timeout_s=LIMIT_S, what="the next attempt")
     time.sleep(SETTLE_S)
     rows = [row for row in run.rows() if row["attempt"] >= before["attempt"]]
@@ -119,17 +142,27 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("events", nargs="*", default=list(EVENTS))
     parser.add_argument("--peer", type=Path, help="its measure.py; left out, only Solvent is measured")
+    parser.add_argument("--repeat", type=int, default=1, help="times that each event happens to Solvent")
     args = parser.parse_args()
     print(f"load average {os.getloadavg()} on {os.cpu_count()} cores", flush=True)
-    theirs = measure_peer(args.peer, args.events) if args.peer else []
+    theirs = measure_peer(args.peer, [e for e in args.events if e in PEER_EVENTS]) if args.peer else []
     print(*map(json.dumps, theirs), sep="\n", flush=True)
     print(f"load average {os.getloadavg()}", flush=True)
-    ours = measure_ours(args.events)
-    print(*map(json.dumps, ours), sep="\n")
-    print(f"\n{'event':8}{'Ray Train':>18}{'Solvent':>18}{'ratio':>8}")
-    for peer, own in zip(theirs, ours, strict=False):
-        cells = [f"{row['outage_s']:.2f} s, {row['lost_steps']:2} redone" for row in (peer, own)]
-        print(f"{own['event']:8}{cells[0]:>18}{cells[1]:>18}{peer['outage_s'] / own['outage_s']:>7.0f}x")
+    ours = measure_ours(args.events, repeat=args.repeat)
+    print(f"load average {os.getloadavg()}\n\n{'event':10}{'Ray Train':>20}{'Solvent':>20}{'worst':>9}")
+    for event in args.events:
+        peer = [row for row in theirs if row["event"] == event.removesuffix("_two")]
+        own = [row for row in ours if row["event"] == event]
+        worst_s = max(row["outage_s"] for row in own)
+        print(f"{event:10}{format_cost(peer):>20}{format_cost(own):>20}{worst_s:>7.2f} s")
+
+
+def format_cost(rows: list[dict]) -> str:
+    """Return the medians of outage and steps redone."""
+    if not rows:
+        return "-"
+    outage_s, lost_steps = (median(row[key] for row in rows) for key in ("outage_s", "lost_steps"))
+    return f"{outage_s:.2f} s, {lost_steps:g} redone"
 
 
 if __name__ == "__main__":
