@@ -7,6 +7,7 @@
     |   |-- ModelFolderError        a Hugging Face folder that cannot be read or written as asked
     |   `-- StorageError            the run directory cannot be written, is full, or is in use
     |       `-- StaleEpochError     another process has taken the run over; this one writes nothing more
+    |-- ClusterError                a cluster elsewhere refuses, or cannot be reached
     |-- CheckpointError             a checkpoint is torn, foreign or does not fit the model
     |-- NoPlanError                 exit code 4: no offer meets the limits
     `-- StepError                   too many steps were bad; none of them was applied
@@ -46,6 +47,10 @@ class StorageError(UserError):
 
 class StaleEpochError(StorageError):
     """The run goes on elsewhere: a newer epoch than this process holds was taken."""
+
+
+class ClusterError(SolventError):
+    """A cluster elsewhere refuses, or cannot be reached."""
 
 
 class CheckpointError(SolventError):

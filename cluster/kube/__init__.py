@@ -1,1 +1,1 @@
-"""A configuration, described for Kubernetes (KubeRay) or a tool that rents nodes; `apply.py` alone talks to anybody."""
+"""A configuration, described for Kubernetes (KubeRay) or a tool that rents nodes; `server.py` alone talks to one."""

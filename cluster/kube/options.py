@@ -53,7 +53,7 @@ class Options:
     pre_running_deadline_s: int = 3600
     """An attempt that has no head and no driver by then fails, and the next one starts."""
     active_deadline_s: int = 14 * 86400
-    """An attempt ends after this; it bounds what a hang can cost."""
+    """The job ends when an attempt has taken so long: KubeRay tries no other then. It bounds what a hang can cost."""
     keep_finished_s: int = 60
     """A cluster that has finished is deleted after this."""
     keep_failed_s: int = 900
