@@ -9,6 +9,7 @@
     |       `-- StaleEpochError     another process has taken the run over; this one writes nothing more
     |-- ClusterError                a cluster elsewhere refuses, or cannot be reached
     |-- CheckpointError             a checkpoint is torn, foreign or does not fit the model
+    |-- NoticeError                 a provider's notice cannot be understood
     |-- NoPlanError                 exit code 4: no offer meets the limits
     `-- StepError                   too many steps were bad; none of them was applied
 
@@ -55,6 +56,10 @@ class ClusterError(SolventError):
 
 class CheckpointError(SolventError):
     """A checkpoint cannot be trusted or does not fit."""
+
+
+class NoticeError(SolventError):
+    """Where a provider publishes its notices, there is something else."""
 
 
 class NoPlanError(SolventError):
