@@ -231,6 +231,9 @@ class ClusterConfig:
     cpus_per_worker: int = 1
     threads_per_worker: int = 1
     """Intra-op threads of a trainer; on a GPU node 1 is enough."""
+    notices: str = "auto"
+    """Whose notices of preemption the nodes read: auto (whatever they find they are), off, or a provider (`solvent
+    doctor` lists them)."""
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -266,7 +269,10 @@ class FaultConfig:
     save_margin: float = 2.0
     """With notice we leave at once, without a save, when less than this times the usual save is left."""
     term_grace_s: float = 0.0
-    """`python -m elastic`: time between SIGTERM and the end of the machine. 0: nobody is in a hurry."""
+    """Seconds from SIGTERM, or from a notice that names no time, to the end of the machine. 0: what its provider
+    usually grants; `python -m elastic` is then in no hurry."""
+    leave_before_s: float = 600.0
+    """A notice makes a node leave when this is left of it; until then it trains on (maintenance is told days ahead)."""
     spike_threshold: float = 20.0
     """A step whose loss lies so many robust standard deviations, and 3 nats, above the recent median is not applied.
     0: off."""
@@ -283,6 +289,7 @@ class FaultConfig:
             max_failures_without_progress=self.max_failures_without_progress,
             max_node_failures=self.max_node_failures,
             save_margin=self.save_margin,
+            leave_before_s=self.leave_before_s,
         )
 
 

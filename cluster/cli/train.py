@@ -54,18 +54,20 @@ def open_sinks(config: RunConfig) -> list[MetricSink]:
 
 
 def check_before_paying(config: RunConfig) -> None:
-    """Find what is wrong with world sizes, prices, data, storage and the run to resume before a node is claimed.
+    """Find what is wrong with sizes, prices, provider, data, storage and the run to resume before a node is claimed.
 
     Raises:
         UserError: one of these cannot be used, or the run cannot go on under this configuration.
         CheckpointError: another version of Solvent wrote its checkpoints.
     """
+    from cluster.providers import check_choice
     from elastic.checkpoint.fit import check_config
     from elastic.checkpoint.layout import list_committed, read_manifest
     from elastic.checkpoint.storage import check_writable
     from elastic.data.shards import check_fits, open_dataset
 
     load_prices(config.cost)
+    check_choice(config.cluster.notices)
     config.get_world_sizes()
     check_fits(open_dataset(config.data.path), config)
     run_dir = get_run_dir(config)

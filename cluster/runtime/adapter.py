@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import ray
@@ -18,7 +19,7 @@ from ray._private import state as ray_state
 from ray._private.ray_constants import RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
 from ray._private.ray_logging import stdout_deduplicator
 from ray._private.worker import get_dashboard_url
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError, RpcError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
@@ -26,9 +27,10 @@ from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.providers import RAY_DEFAULT_S, RAY_SETTING, SelfDrain
 from elastic.config import ClusterConfig
 from elastic.config import RunConfig as SolventConfig
-from elastic.errors import SolventError
+from elastic.errors import NoticeError, SolventError
 
 CHECKED_VERSION = "2.60"
 NAMESPACE = "solvent"
@@ -40,6 +42,9 @@ _TRAIN_SETTINGS = {
     # Agents need no working directory of their own, and hosts take over theirs.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
+
+_SELF_DRAIN_MESSAGE = "Node received SIGTERM; draining before shutdown."
+_SELF_DRAIN = re.compile(rb"Drain raylet RPC has received\. Deadline is (\d+)\..*message: Node received SIGTERM")
 
 _DYING_WORDS = re.compile("Raylet is terminated")
 """What Ray would print on the driver, with a page of counters, for every node that is lost; we say that ourselves."""
@@ -125,16 +130,18 @@ def get_draining_nodes() -> dict[str, float | None]:
     return {node: deadline_ms / 1000 if deadline_ms else None for node, deadline_ms in draining.items()}
 
 
-def drain_node(node: str, *, reason: str, deadline_s: float) -> None:
-    """Ask Ray to place nothing more on a node that goes away at `deadline_s` (Unix time).
+def drain_node(node: str, *, reason: str, deadline_s: float | None) -> None:
+    """Ask Ray to place nothing more on a node that goes away at `deadline_s` (Unix time; None: nobody knows when).
+
+    Any process on the cluster may ask, and ask again with another deadline: the last one counts. It cannot be undone.
 
     Raises:
-        SolventError: there is no such node (Ray would accept that, and do nothing), or Ray refused.
+        SolventError: there is no such node (Ray would accept that, and do nothing), or Ray refused or did not answer.
     """
     alive = [row["NodeID"] for row in ray.nodes() if row["Alive"]]
     if node not in alive:
         raise SolventError(f"node {node!r} is not in the cluster, so it cannot drain. Name one of: {', '.join(alive)}.")
-    # Private and untyped; only the fault injector needs them.
+    # Private and untyped; only node watches and the fault injector need them.
     from ray._raylet import GcsClient  # noqa: PLC0415 # pyright: ignore[reportAttributeAccessIssue]
     from ray.core.generated import autoscaler_pb2  # noqa: PLC0415
 
@@ -142,20 +149,74 @@ def drain_node(node: str, *, reason: str, deadline_s: float) -> None:
     preemption = autoscaler_pb2.DrainNodeReason.Value(  # pyright: ignore[reportAttributeAccessIssue]
         "DRAIN_NODE_REASON_PREEMPTION"
     )
-    accepted, why_not = GcsClient(address=address).drain_node(node, preemption, reason, int(deadline_s * 1000))
+    deadline_ms = 0 if deadline_s is None else int(deadline_s * 1000)
+    try:
+        accepted, why_not = GcsClient(address=address).drain_node(node, preemption, reason, deadline_ms)
+    except RpcError as error:
+        raise SolventError(f"Ray's head does not answer a request to drain node {node}: {error}") from error
     if not accepted:
         raise SolventError(f"Ray refused to drain node {node}: {why_not}")
 
 
 def drain_as_on_sigterm(node: str) -> None:
     """Do to a node what its `ray start --block` does on SIGTERM: announce its end, whatever time is really left."""
-    drain_node(node, reason="SIGTERM", deadline_s=time.time() + RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S)
+    drain_node(node, reason=_SELF_DRAIN_MESSAGE, deadline_s=time.time() + RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S)
+
+
+class SelfDrainLog:
+    """Finds in the log of this node's raylet that Ray was told to end (SIGTERM) and drains its own node.
+
+    Ray publishes the deadline of a drain but not its reason. The raylet logs both, in one line.
+    """
+
+    def __init__(self) -> None:
+        self._raylet_pid = int(os.environ["RAY_RAYLET_PID"])
+        self._position = 0
+        self._found: SelfDrain | None = None
+
+    def read(self) -> SelfDrain | None:
+        """Return Ray's drain of its own node, once there is one.
+
+        Raises:
+            NoticeError: the raylet writes no log file.
+        """
+        log = Path(f"/proc/{self._raylet_pid}/fd/1")
+        if self._found or not log.exists():
+            return self._found
+        if not log.is_file():
+            raise NoticeError(
+                "the raylet writes no log file, so a SIGTERM cannot be told from other drains, and Ray's own deadline "
+                f"counts. Start Ray without RAY_LOG_TO_STDERR, or set {RAY_SETTING} to the machine's grace."
+            )
+        with log.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            self._position = 0 if size < self._position else self._position  # Ray began a new file
+            file.seek(self._position)
+            data = file.read()
+        self._position += data.rfind(b"\n") + 1
+        for match in _SELF_DRAIN.finditer(data):
+            lead_s = float(os.environ.get(RAY_SETTING) or RAY_DEFAULT_S)
+            self._found = SelfDrain(started_s=int(match[1]) / 1000 - lead_s, lead_s=lead_s)
+        return self._found
 
 
 def run_on_node(node: str, function: Callable[..., Any], *args: object) -> None:
     """Run a function once on a node, without waiting for it and without taking any of its resources."""
     pin = NodeAffinitySchedulingStrategy(node, soft=False)
     ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=pin).remote(*args)
+
+
+def create_on_node(node: str, cls: type, kwargs: dict[str, Any]) -> Any:
+    """Create an actor on a node without taking any of its resources; it ends with the process that created it."""
+    pin = NodeAffinitySchedulingStrategy(node, soft=False)
+    options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": pin}
+    actor: Any = ray.remote(cls)
+    return actor.options(**options).remote(**kwargs)
+
+
+def get_own_actor() -> Any:
+    """Return the handle of the actor that calls this, for others."""
+    return ray.get_runtime_context().current_actor
 
 
 # ---- the coordinator's actor

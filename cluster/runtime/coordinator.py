@@ -14,15 +14,17 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cluster import controller
+from cluster.node_watch import News
 from cluster.runtime import adapter
 from cluster.runtime.books import open_books
 from cluster.runtime.link import Link, Message
+from cluster.runtime.notices import Watches
 from cluster.runtime.start_host import start_host
 from cluster.types import (
     Action,
@@ -45,6 +47,7 @@ from cluster.types import (
     Tick,
     TrainerEnded,
     TrainerReady,
+    Undrained,
     Worker,
 )
 from elastic import config as configs
@@ -135,6 +138,9 @@ class Coordinator:
         self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._hosts: dict[str, _Host] = {}
         self._out = _Published()
+        self._watches = Watches(adapter.get_own_actor(), self._config)
+        self._told_by_watch: set[str] = set()
+        self._resumed_step = self._durable_step = 0
         self._groups: dict[str, int] = {}
         self._pids: dict[Slot, int] = {}
         """Of the trainers of the current attempt that are ready."""
@@ -217,6 +223,19 @@ class Coordinator:
         """Pass on what an agent wants the driver to show: the log lines of its trainer."""
         for line in lines:
             self._say(line)
+
+    def hear_watch(self, node: str, news: News) -> None:
+        """Take what the watch of a node has learned from its provider."""
+        self._watches.hear(node, news)
+        for line in news.lines:
+            self._say(f"node {node[:8]}: {line}")
+        if departure := news.departure:
+            self._told_by_watch.add(node)
+            reason = f"{departure.provider}: {departure.reason}"
+            self._post(Draining(node=node, deadline_s=departure.deadline_s, reason=reason, source=departure.provider))
+        if news.stays:
+            self._told_by_watch.discard(node)
+            self._post(Undrained(node=node))
 
     def is_over(self) -> bool:
         """Tell whether the run has ended, so that agents may return."""
@@ -337,10 +356,15 @@ class Coordinator:
                 self._books.stepped(slot, progress, message["phases"], now_s)
                 self._decide(Stepped(attempt=attempt, progress=progress))
             case "restored":
-                self._books.restored(slot, Progress(**message["progress"]), message["source"])
+                progress = Progress(**message["progress"])
+                self._resumed_step = progress.step
+                if message["source"] not in ("device", "memory", "peer"):
+                    self._durable_step = max(self._durable_step, progress.step)
+                self._books.restored(slot, progress, message["source"])
             case "phases":
                 self._books.phases(slot, message["phases"])
             case "committed":
+                self._durable_step = max(self._durable_step, message["progress"]["step"])
                 self._say(f"checkpoint of step {message['progress']['step']} committed")
             case _:
                 raise ValueError(f"unknown message from a trainer: {message}")
@@ -417,9 +441,9 @@ class Coordinator:
     # ---- the watching thread
 
     def _watch_ray(self) -> None:
-        """Follow Ray's view of the nodes: pre-warm new ones, announce draining ones, book dead ones."""
+        """Follow Ray's view of the nodes: pre-warm and watch new ones, announce draining ones, book dead ones."""
         started: dict[str, float] = {}
-        drained: set[str] = set()
+        announced: dict[str, float | None] = {}
         while not self._closing:
             now_s = time.time()
             nodes = {node.id: node for node in adapter.get_worker_nodes(self._config.cluster)}
@@ -428,11 +452,26 @@ class Coordinator:
                 if now_s - started.get(node_id, 0.0) > self._config.fault.lease_s:
                     started[node_id] = now_s
                     adapter.run_on_node(node_id, start_host, node_id, self.get_host_fields())
-            for node_id, deadline_s in adapter.get_draining_nodes().items():
-                if node_id in nodes and node_id not in drained:
-                    drained.add(node_id)
+            draining = {node: deadline_s for node, deadline_s in adapter.get_draining_nodes().items() if node in nodes}
+            for node_id, deadline_s in draining.items():
+                if node_id in self._told_by_watch:  # it knows the reason, and the deadline before Ray does
+                    continue
+                if node_id not in announced or announced[node_id] != deadline_s:
+                    announced[node_id] = deadline_s
                     self._post(Draining(node=node_id, deadline_s=deadline_s, reason="preemption notice"))
+            self._watches.follow(nodes.keys(), clear=self._find_clear(draining.keys()))
             time.sleep(WATCH_EVERY_S)
+
+    def _find_clear(self, leaving: Set[str]) -> set[str]:
+        """Return which nodes that leave are not needed any more.
+
+        Others have trained on without them, from a state that is on the storage by now.
+        """
+        state = self._state  # written by the serving thread; each field is read once, and read again in half a second
+        members, is_safe = state.members, state.stage == "running" and state.progressed
+        if not is_safe or self._durable_step < self._resumed_step:
+            return set()
+        return set(leaving) - {slot.node for slot in members}
 
     def _post(self, event: Event) -> None:
         self._inbox.put(event)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -16,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 class Nodes:
     """The test's end of the pipe."""
 
-    def __init__(self, folder: Path, *, num_nodes: int) -> None:
+    def __init__(self, folder: Path, *, num_nodes: int, env: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         self._log = (folder / "cluster.log").open("w+")
         self._process = subprocess.Popen(
@@ -25,7 +26,7 @@ class Nodes:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=get_env(folder),
+            env={**get_env(folder), **(env or {})},
         )
         answer = self._read()
         self.address: str = answer["address"]

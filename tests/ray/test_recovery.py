@@ -33,7 +33,8 @@ def recovered(nodes, data, tmp_path_factory):
 
     drained = nodes.ids[-1]
     deadline_s = time.monotonic() + NOTICE_S
-    nodes.drain(drained, notice_s=NOTICE_S)
+    notice = nodes.folder / f"solvent-notice-{os.getuid()}-{drained[:12]}"  # which the node's watch reads
+    notice.write_text(str(NOTICE_S))
     step = run.wait_for_step(step + 20, world_size=2)
     assert time.monotonic() < deadline_s, "the survivors did not train on before the deadline"
 
@@ -41,6 +42,7 @@ def recovered(nodes, data, tmp_path_factory):
     run.wait_for(lambda: run.last_row()["attempt"] == 3, what="a trainer takes the place of the killed one")
     time.sleep(max(0, deadline_s - time.monotonic()))
     nodes.remove(drained)
+    notice.unlink()
     step = run.wait_for_step(run.last_row()["step"] + 20, world_size=2)
 
     removed = nodes.ids[-1]
@@ -99,6 +101,7 @@ def test_attempts_tell_every_world_and_what_its_change_cost(recovered):
     assert [row["end"] for row in attempts] == ["interrupted", "lost", "lost", "interrupted", "finished"]
     assert [row["resumed_from"] for row in attempts] == ["scratch", "disk", "disk", "disk", "disk"]
     assert all(len(row["nodes"]) == row["world_size"] for row in attempts)
+    assert attempts[0]["reason"].startswith("plain: notice file ")
     assert drained not in attempts[1]["nodes"]
     assert removed not in attempts[3]["nodes"]
     for before, after in pairwise(attempts):
