@@ -109,6 +109,7 @@ def _run(config: RunConfig, notices: SignalNotices) -> Outcome:
     storage = open_storage(run_dir.root)
     spec, store, leader = _find_world(storage, run_dir, timeout_s=config.fault.collective_timeout_s)
     with leader or nullcontext():
+        check_writable(storage)
         return _train(config, spec, store, notices=notices, leader=leader)
 
 
@@ -117,7 +118,6 @@ def _train(
 ) -> Outcome:
     """Train one rank; rank 0, which leads, keeps the books."""
     run_dir = RunDir(Path(config.storage) / config.run)
-    check_writable(run_dir)
     observer, start_s = AttemptObserver(on_restored=partial(_write_config, config, run_dir, spec.rank)), time()
     history, sinks = read_history(run_dir), ExitStack()
     end: End = "failed"

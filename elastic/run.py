@@ -19,7 +19,7 @@ from elastic import plugins
 from elastic.checkpoint.keep import remove_orphans
 from elastic.checkpoint.load import restore
 from elastic.checkpoint.save import Checkpointer
-from elastic.checkpoint.storage import check_space, check_writable, estimate_checkpoint_bytes
+from elastic.checkpoint.storage import check_space, estimate_checkpoint_bytes, explain
 from elastic.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from elastic.data.loader import Loader, eval_batches
 from elastic.data.shards import check_fits, open_dataset
@@ -31,7 +31,7 @@ from elastic.ports import Lost, MetricSink, NoticeSource, Observer, Outcome, Pro
 from elastic.rundir import RunDir, append_row
 from elastic.spikes import Recent
 from elastic.step import build_trainable, train_step
-from elastic.storage import open_storage
+from elastic.storage import Storage, join_url, open_storage
 from elastic.timeline import Timeline
 from elastic.world import World, close_world, open_world
 
@@ -58,12 +58,13 @@ def train(
     """
     timeline = Timeline(observer, phase="load", start_s=time())
     run_dir = RunDir(Path(config.storage) / config.run)
+    storage = open_storage(join_url(config.storage, config.run))
     world = open_world(spec, device=config.device, timeout_s=config.fault.collective_timeout_s, store=store)
     watchers = _Watchers(notices=notices, observer=observer, open_sinks=open_sinks if world.rank == 0 else lambda: ())
     progress = Progress()
     try:
-        _check_storage(run_dir, config, world)
-        with _build_parts(config, run_dir, world, watchers) as (parts, progress, recent):
+        _check_storage(storage, config, world)
+        with _build_parts(config, storage, run_dir, world, watchers) as (parts, progress, recent):
             outcome = run_loop(parts, progress, recent, timeline)
     except RuntimeError as error:
         if not is_peer_loss(error):
@@ -90,13 +91,13 @@ class _Place(TypedDict):
 
 @contextmanager
 def _build_parts(
-    config: RunConfig, run_dir: RunDir, world: World, watchers: _Watchers
+    config: RunConfig, storage: Storage, run_dir: RunDir, world: World, watchers: _Watchers
 ) -> Generator[tuple[Parts, Progress, Recent]]:
     """Build data, model and checkpointer, restore the newest state, and take it all down again."""
     dataset = open_dataset(config.data.path)
     check_fits(dataset, config)
     trainable = build_trainable(config, world)
-    restored = restore(run_dir, trainable.model, trainable.optimizer, config=config, device=world.device)
+    restored = restore(storage, trainable.model, trainable.optimizer, config=config, device=world.device)
     progress, recent = Progress(), Recent()
     if restored:
         progress, recent = restored.progress, Recent(**restored.extra["recent"])
@@ -105,8 +106,15 @@ def _build_parts(
 
     place = _Place(rank=world.rank, world_size=world.world_size, device=world.device)
     model_file = plugins.load("elastic.models", config.model.kind, key="model.kind")
-    guard = EpochGuard(partial(check_epoch, open_storage(run_dir.root), world.attempt))
-    checkpointer = Checkpointer(run_dir, config, device=world.device, on_committed=watchers.observer.committed)
+    guard = EpochGuard(partial(check_epoch, storage, world.attempt))
+    checkpointer = Checkpointer(
+        storage,
+        config,
+        device=world.device,
+        epoch=world.attempt,
+        check_epoch=guard.check,
+        on_committed=watchers.observer.committed,
+    )
     with ExitStack() as stack:
         stack.callback(checkpointer.close)
         loader = stack.enter_context(Loader(dataset, config=config, start_step=progress.step, **place))
@@ -135,31 +143,47 @@ def _get_peak_flops(device: torch.device) -> float | None:
     return get_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
-def _check_storage(run_dir: RunDir, config: RunConfig, world: World) -> None:
-    """Let rank 0 make the run's directory, and make sure that all ranks see the same one.
+def _check_storage(storage: Storage, config: RunConfig, world: World) -> None:
+    """Let rank 0 look at the run's storage, and make sure that all ranks see the same one.
 
     Raises:
-        StorageError: it cannot be written, has no room for a checkpoint, or is not shared; on all ranks.
+        StorageError: it cannot be used, has no room for a checkpoint, or is not shared; on all ranks.
     """
-    problem: StorageError | None = None
-    if world.rank == 0:
-        try:
-            check_writable(run_dir)
-            model = plugins.load("elastic.models", config.model.kind, key="model.kind")
-            check_space(run_dir, estimate_checkpoint_bytes(model.num_params(config.model)))
-            remove_orphans(run_dir.checkpoints)
-            run_dir.metrics.touch()
-        except StorageError as error:
-            problem = error
+    mark = f".world-{world.attempt}"
+    problem = _prepare_storage(storage, mark, config, world) if world.rank == 0 else None
     world.sum_(torch.zeros((), device=world.device))  # rank 0 is done
-    if problem is None and not run_dir.metrics.exists():
-        problem = StorageError(
-            f"storage={config.storage!r} is not the same place on all nodes: rank {world.rank} on node {world.node} "
-            "does not see what rank 0 wrote. Set storage to a shared file system."
-        )
+    if world.rank != 0:
+        problem = _find_mark(storage, mark, config, world)
     num_problems = world.sum_(torch.tensor(float(problem is not None), device=world.device))
     if num_problems.item():
         raise problem or StorageError(f"storage={config.storage!r} cannot be used; another rank says why.")
+    if world.rank == 0:
+        storage.delete([mark])  # all have looked
+
+
+def _prepare_storage(storage: Storage, mark: str, config: RunConfig, world: World) -> StorageError | None:
+    try:
+        model = plugins.load("elastic.models", config.model.kind, key="model.kind")
+        check_space(storage, estimate_checkpoint_bytes(model.num_params(config.model)))
+        remove_orphans(storage, epoch=world.attempt)
+        storage.write(mark, [b""])
+    except OSError as error:
+        return explain(error, storage.url)
+    except StorageError as error:
+        return error
+    return None
+
+
+def _find_mark(storage: Storage, mark: str, config: RunConfig, world: World) -> StorageError | None:
+    try:
+        if storage.get_size(mark) is not None:
+            return None
+    except OSError as error:
+        return explain(error, storage.url)
+    return StorageError(
+        f"storage={config.storage!r} is not the same place on all nodes: rank {world.rank} on node {world.node} "
+        "does not see what rank 0 wrote. Set storage to a shared file system."
+    )
 
 
 def _build_recorder(run_dir: RunDir, config: RunConfig, world: World) -> SampleRecorder:

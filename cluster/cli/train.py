@@ -12,6 +12,7 @@ from cluster.cost import load_prices
 from elastic.config import RunConfig
 from elastic.ports import MetricSink
 from elastic.rundir import RunDir
+from elastic.storage import join_url, open_storage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +71,7 @@ def check_before_paying(config: RunConfig) -> None:
     check_choice(config.cluster.notices)
     config.get_world_sizes()
     check_fits(open_dataset(config.data.path), config)
-    run_dir = get_run_dir(config)
-    check_writable(run_dir)
-    for newest in list_committed(run_dir.checkpoints)[-1:]:
-        check_config(config, read_manifest(newest))
+    storage = open_storage(join_url(config.storage, config.run))
+    check_writable(storage)
+    for newest in list_committed(storage)[-1:]:
+        check_config(config, read_manifest(storage, newest))

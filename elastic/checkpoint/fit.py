@@ -75,7 +75,8 @@ def check_tensors(live: Mapping[str, tuple[int, ...]], manifest: Manifest) -> No
             the model or of the optimizer changed.
     """
     for name in sorted(live.keys() | manifest.tensors.keys()):
-        then, now = manifest.tensors.get(name), live.get(name)
+        record = manifest.tensors.get(name)
+        then, now = record and record.shape, live.get(name)
         if then != now:
             raise CheckpointError(
                 f"{name} has the shape {now} now, but {then} in the checkpoint of step {manifest.progress.step} "

@@ -1,28 +1,47 @@
-"""Restore a run from its newest committed checkpoint, over any number of ranks and any strategy."""
+"""Restore a run from its newest committed checkpoint, over any number of ranks and any strategy.
+
+Each rank reads the bytes that its own part of the state needs, and no others, through a few small buffers: no rank
+ever holds more of the state on the host than these. Every block is verified before it reaches the live tensors. A
+damaged block ends the attempt on all ranks; the older checkpoint that is tried next overwrites all of the state, and
+if none is whole the run ends: half a state is never trained on.
+"""
 
 import logging
-from collections.abc import Mapping
+import queue
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict_loader import load
 
 from elastic.checkpoint.fit import check_config, check_tensors
 from elastic.checkpoint.layout import CommittedCheckpoint, Manifest, find_damage, list_committed, read_manifest
-from elastic.checkpoint.state import get_live_state, get_rng_name, get_rng_state, set_rng_state
+from elastic.checkpoint.reads import Read, plan_checks, plan_reads
+from elastic.checkpoint.shards import get_box
+from elastic.checkpoint.sources import DamageError, ShardSource, StorageSource, read_verified
+from elastic.checkpoint.state import (
+    DTYPES,
+    get_live_state,
+    get_local,
+    get_rng_name,
+    get_spread,
+    set_rng_state,
+)
+from elastic.checkpoint.storage import explain
 from elastic.config import RunConfig
 from elastic.errors import CheckpointError, SolventError
 from elastic.ports import Progress
-from elastic.rundir import RunDir
+from elastic.storage import Storage
 
 logger = logging.getLogger(__name__)
+
+READ_BYTES = 16 * 2**20
+"""Length of a buffer."""
+NUM_READERS = 4
+"""Reads side by side on each rank, each with a buffer: one stream of an object store gives 50 to 100 MB/s."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +50,11 @@ class Restored:
 
     progress: Progress
     extra: Mapping[str, Any]
-    path: Path
+    directory: str
 
 
 def restore(
-    run_dir: RunDir,
+    storage: Storage,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
@@ -55,64 +74,134 @@ def restore(
     Raises:
         ConfigError: a key changed that must not change during a run.
         CheckpointError: the state is of another shape, of another format, or no checkpoint is whole.
+        StorageError: the storage cannot be read.
     """
     rank = dist.get_rank(group)
-    candidates = _from_rank_0(list_committed(run_dir.checkpoints)[::-1] if rank == 0 else [], group)
+    candidates = _from_rank_0(_find_candidates(storage) if rank == 0 else [], group)
+    if isinstance(candidates, SolventError):
+        raise candidates
     live = get_live_state(model, optimizer) if candidates else {}
     for checkpoint in candidates:
-        found = _from_rank_0(_inspect(checkpoint, config, live) if rank == 0 else None, group)
+        found = _from_rank_0(_inspect(storage, checkpoint, config, live) if rank == 0 else None, group)
         if isinstance(found, SolventError):
             raise found
         if isinstance(found, Manifest):
-            found = _load(checkpoint, found, live, device=device, group=group) or found
+            sources = [StorageSource(storage, checkpoint.directory)]
+            found = load_state(live, found, sources, device=device, group=group) or found
         if isinstance(found, Manifest):
-            return Restored(progress=found.progress, extra=found.extra, path=checkpoint.path)
+            return Restored(progress=found.progress, extra=found.extra, directory=checkpoint.directory)
         if rank == 0:
-            logger.warning("%s is damaged (%s); falling back to the one before", checkpoint.path, found)
+            where = f"{storage.url}/{checkpoint.directory}"
+            logger.warning("%s is damaged (%s); falling back to the one before", where, found)
     if candidates:
         raise CheckpointError(
-            f"none of the {len(candidates)} committed checkpoints in {run_dir.checkpoints} is whole, so resuming would "
+            f"none of the {len(candidates)} committed checkpoints in {storage.url} is whole, so resuming would "
             "silently train from scratch. Bring back their files from a copy, or start another run with run=<new name>."
         )
     return None
 
 
+def load_state(
+    live: Mapping[str, Tensor],
+    manifest: Manifest,
+    sources: Sequence[ShardSource],
+    *,
+    device: torch.device,
+    group: dist.ProcessGroup | None,
+) -> str | None:
+    """Fill the live tensors; return what is damaged, the same on all ranks.
+
+    Args:
+        sources: where shards may be read, the best first.
+
+    Raises:
+        StorageError: the storage cannot be read; on all ranks.
+    """
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    spreads = {name: get_spread(tensor, world_size=world_size) for name, tensor in live.items()}
+    wanted = {name: get_box(spread, rank) for name, spread in spreads.items()}
+    targets = {name: get_local(tensor) for name, tensor in live.items()}
+    records = dict(manifest.tensors)
+    others = dict(manifest.generators)
+    own_rng = get_rng_name(device, rank)
+    has_own_rng = manifest.world_size == world_size and manifest.device == device.type
+    if has_own_rng:
+        record = records[own_rng] = manifest.generators[own_rng]
+        targets[own_rng] = torch.empty(record.shape, dtype=DTYPES[record.dtype])
+        wanted[own_rng] = record.chunks[0].box
+        others = {}  # every rank reads its own
+    reads, gaps = plan_reads(records, wanted, max_bytes=READ_BYTES)
+    # what nobody needs is verified as well, so that damage is found now and not when it is needed
+    files = {name: record for i, (name, record) in enumerate(manifest.files.items()) if i % world_size == rank}
+    reads += plan_checks(others if rank == 0 else {}, files, max_bytes=READ_BYTES)
+    try:
+        damage = f"{', '.join(gaps)}: a part is in no file" if gaps else _fill(targets, reads, sources)
+    except OSError as error:
+        damage = explain(error, sources[-1].name)
+    outcomes: list[Any] = [None] * world_size
+    dist.all_gather_object(outcomes, damage, group=group)
+    for outcome in outcomes:
+        if isinstance(outcome, SolventError):
+            raise outcome
+    found = [f"rank {rank}: {outcome}" for rank, outcome in enumerate(outcomes) if outcome]
+    if not found and has_own_rng:
+        set_rng_state(device, targets[own_rng])
+    return "; ".join(found) or None
+
+
+def _find_candidates(storage: Storage) -> list[CommittedCheckpoint] | SolventError:
+    try:
+        return list_committed(storage)[::-1]
+    except OSError as error:
+        return explain(error, storage.url)
+
+
 def _inspect(
-    checkpoint: CommittedCheckpoint, config: RunConfig, live: Mapping[str, Tensor]
+    storage: Storage, checkpoint: CommittedCheckpoint, config: RunConfig, live: Mapping[str, Tensor]
 ) -> Manifest | SolventError | str:
     """Return the manifest of a checkpoint to load, why the run cannot go on from it, or what is damaged."""
     try:
-        manifest = read_manifest(checkpoint)
+        manifest = read_manifest(storage, checkpoint)
         changed = check_config(config, manifest)
         check_tensors({name: tuple(tensor.shape) for name, tensor in live.items()}, manifest)
+        damage = find_damage(storage, checkpoint, manifest)
+    except OSError as error:
+        return explain(error, storage.url)
     except SolventError as error:
         return error
     if changed:
         changes = ", ".join(f"{key}: {then} -> {now}" for key, (then, now) in sorted(changed.items()))
         logger.warning("resuming at step %d under a changed configuration: %s", manifest.progress.step, changes)
-    return find_damage(checkpoint, manifest) or manifest
+    return damage or manifest
 
 
-def _load(
-    checkpoint: CommittedCheckpoint,
-    manifest: Manifest,
-    live: Mapping[str, Tensor],
-    *,
-    device: torch.device,
-    group: dist.ProcessGroup | None,
-) -> str | None:
-    """Fill the live tensors; return what is damaged, the same on all ranks."""
-    rng = {get_rng_name(device, dist.get_rank(group)): get_rng_state(device)}
-    has_own_rng = manifest.world_size == dist.get_world_size(group) and manifest.device == device.type
-    targets: dict[str, Any] = {**live, **(rng if has_own_rng else {})}
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    try:
-        load(targets, storage_reader=FileSystemReader(checkpoint.path), planner=planner, process_group=group)
-    except CheckpointException as failure:
-        return "; ".join(f"rank {rank}: {error}" for rank, (error, _) in sorted(failure.failures.items()))
-    if has_own_rng:
-        set_rng_state(device, *rng.values())
-    return None
+def _fill(targets: Mapping[str, Tensor], reads: Sequence[Read], sources: Sequence[ShardSource]) -> str | None:
+    """Read, verify and copy; return what is damaged."""
+    flat: dict[str, Tensor] = {}
+    for name, tensor in targets.items():
+        assert tensor.is_contiguous(), f"{name} does not lie in a row"
+        flat[name] = tensor.detach().view(-1)
+    buffers: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
+    for _ in range(NUM_READERS):
+        buffers.put(bytearray())
+
+    def fill(read: Read) -> str | None:
+        buffer = buffers.get()
+        if len(buffer) < read.num_bytes:
+            buffer = bytearray(read.num_bytes)
+        try:
+            read_verified(read, sources, memoryview(buffer)[: read.num_bytes])
+            for piece in read.pieces:
+                data = torch.frombuffer(buffer, dtype=DTYPES[piece.dtype], count=piece.num_elements, offset=piece.start)
+                flat[piece.name][piece.target : piece.target + piece.num_elements].copy_(data)
+        except DamageError as error:
+            return str(error)
+        finally:
+            buffers.put(buffer)
+        return None
+
+    with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="restore") as pool:
+        return next((damage for damage in pool.map(fill, reads) if damage), None)
 
 
 def _from_rank_0(value: Any, group: dist.ProcessGroup | None) -> Any:

@@ -1,146 +1,185 @@
-"""Write the shards of one checkpoint with torch.distributed.checkpoint, each byte once over all ranks.
+"""Which rank writes which part of the state, and how a rank's shard file is laid out. Pure; no torch here.
 
-Its planner spreads what several ranks hold alike (DDP, HSDP) over them. Two things differ from its defaults: the
-data come from staged host copies while the plan is made from the live tensors, which need no staged twin; and every
-file is counted and checksummed as it is written.
+Every byte of the state is in one shard once. What several ranks hold alike (DDP, replicas of HSDP) is cut into rows, so
+that each of them writes its share; what is too small to cut goes to whoever has the least to write.
+
+A shard is a safetensors file, with the place of each chunk in its whole tensor where `torch.distributed.checkpoint`'s
+own HuggingFaceStorageReader looks for it. Source: https://huggingface.co/docs/safetensors (format; no holes between
+tensors), torch/distributed/checkpoint/_hf_utils.py@v2.13 (DCP_SHARDING_INFO).
 """
 
-import io
-import os
-import threading
-import zlib
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from types import TracebackType
-from typing import Any, cast
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
-import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
-from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.state_dict_saver import save
+ITEM_BYTES: Mapping[str, int] = {
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+"""Bytes of an element, by the names that safetensors gives to types."""
 
-from elastic.checkpoint.layout import FileRecord, format_checksum
-from elastic.checkpoint.stage import Staged
+ALIGNMENT = 64
+"""The data of a shard start at a multiple of this."""
 
-_WRITE_BYTES = 16 * 2**20  # what a shut fence may have to wait for
-
-
-class AbandonedError(Exception):
-    """The save was given up; nothing more may reach the storage."""
+_CUT_BYTES = 4096
+"""A share smaller than this is not worth a chunk of its own."""
 
 
-class Fence:
-    """Lets one thread at a time act on the storage, and none after `shut` has returned.
+@dataclass(frozen=True, order=True)
+class Box:
+    """A rectangular part of a tensor: where it starts and how far it goes, per dim."""
 
-    A thread that still waits for a peer of a dead world must never touch what the next world writes.
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """Return how many elements it has; a scalar has one."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """How one tensor lies on the ranks of a world."""
+
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    dtype: str
+    """Its name in safetensors: ``F32``."""
+    mesh_shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+    """Those of the mesh, row by row."""
+    sharded_dims: tuple[int | None, ...]
+    """Per axis of the mesh the dim that is cut over it; None: all along the axis hold the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One chunk in a shard file."""
+
+    offset: int
+    """Of its first byte in the file."""
+    num_bytes: int
+    dtype: str
+    box: Box
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardLayout:
+    """The bytes of one shard file: `header`, then the chunks of `entries` without a gap."""
+
+    header: bytes
+    entries: Mapping[str, Entry]
+    num_bytes: int
+
+
+def get_box(spread: Spread, rank: int) -> Box | None:
+    """Return the part of a tensor that a rank holds; None if it is empty.
+
+    A dim is cut as `torch.chunk` cuts it: all parts but the last ones have ``ceil(size / ranks)`` rows.
     """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._is_shut = False
-
-    def shut(self) -> None:
-        """Wait for the action under way, then refuse all others."""
-        with self._lock:
-            self._is_shut = True
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        if self._is_shut:
-            self._lock.release()
-            raise AbandonedError
-
-    def __exit__(self, _t: type[BaseException] | None, _e: BaseException | None, _tb: TracebackType | None) -> None:
-        self._lock.release()
+    place = spread.ranks.index(rank)
+    start, shape = [0] * len(spread.shape), list(spread.shape)
+    stride = len(spread.ranks)
+    for size, dim in zip(spread.mesh_shape, spread.sharded_dims, strict=True):
+        stride //= size
+        coordinate = place // stride % size
+        if dim is not None:
+            rows = -(-shape[dim] // size)
+            first = min(coordinate * rows, shape[dim])
+            shape[dim] = min(rows, shape[dim] - first)
+            start[dim] += first
+    return Box(tuple(start), tuple(shape)) if all(shape) else None
 
 
-def write_shards(directory: Path, staged: Staged, *, group: dist.ProcessGroup, fence: Fence) -> dict[str, FileRecord]:
-    """Write this rank's shards (on rank 0 also `.metadata`) and return the durable files of this rank.
+def plan_chunks(spreads: Mapping[str, Spread], *, world_size: int) -> list[dict[str, Box]]:
+    """Return what each rank writes: of each tensor at most one box, all boxes together the whole state once."""
+    chunks: list[dict[str, Box]] = [{} for _ in range(world_size)]
+    load_bytes = [0] * world_size
+    small: list[tuple[int, str, Box, tuple[int, ...]]] = []
 
-    Collective over `group`, which nothing else may use meanwhile. `directory` must be empty.
+    def assign(rank: int, name: str, box: Box) -> None:
+        chunks[rank][name] = box
+        load_bytes[rank] += box.num_elements * ITEM_BYTES[spreads[name].dtype]
 
-    Raises:
-        CheckpointException: a rank failed; on all ranks alike.
+    known: dict[Spread, dict[Box, list[int]]] = {}  # layers repeat: few spreads are different
+    for name, spread in sorted(spreads.items()):
+        if spread not in known:
+            known[spread] = _find_holders(spread)
+        for box, ranks in known[spread].items():
+            num_bytes = box.num_elements * ITEM_BYTES[spread.dtype]
+            if len(ranks) == 1:
+                assign(ranks[0], name, box)
+            elif box.shape and box.shape[0] >= len(ranks) and num_bytes >= _CUT_BYTES * len(ranks):
+                for rank, part in zip(ranks, _cut_rows(box, len(ranks)), strict=True):
+                    assign(rank, name, part)
+            else:
+                small.append((num_bytes, name, box, tuple(ranks)))
+    for _, name, box, ranks in sorted(small, key=lambda item: (-item[0], item[1:])):
+        free = [rank for rank in ranks if name not in chunks[rank]]
+        assign(min(free, key=lambda rank: (load_bytes[rank], rank)), name, box)
+    return chunks
+
+
+def build_layout(boxes: Mapping[str, Box], dtypes: Mapping[str, str]) -> ShardLayout:
+    """Lay out one shard file.
+
+    Wide types come first, so that every chunk is aligned to its elements although there may be no gap between two.
     """
-    files = _RecordingFiles(fence)
-    writer = FileSystemWriter(directory, per_thread_copy_ahead=0)  # the data are on the host: no copies to overlap
-    writer.fs = files
-    save(dict(staged.live), storage_writer=writer, planner=_StagedPlanner(staged.host), process_group=group)
-    return files.records
+    sizes = {name: box.num_elements * ITEM_BYTES[dtypes[name]] for name, box in boxes.items()}
+    names = sorted(boxes, key=lambda name: (-ITEM_BYTES[dtypes[name]], sizes[name] % ALIGNMENT != 0, name))
+    header: dict[str, object] = {
+        "__metadata__": {
+            "format": "pt",
+            "DCP_VERSION": "1.0",
+            "DCP_SHARDING_INFO": json.dumps({name: {"saved_offsets": boxes[name].start} for name in names}),
+        }
+    }
+    end = 0
+    for name in names:
+        header[name] = {
+            "dtype": dtypes[name],
+            "shape": boxes[name].shape,
+            "data_offsets": [end, end + sizes[name]],
+        }
+        end += sizes[name]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    data_start = 8 + len(text)
+    entries: dict[str, Entry] = {}
+    offset = data_start
+    for name in names:
+        entries[name] = Entry(offset=offset, num_bytes=sizes[name], dtype=dtypes[name], box=boxes[name])
+        offset += sizes[name]
+    return ShardLayout(header=len(text).to_bytes(8, "little") + text, entries=entries, num_bytes=data_start + end)
 
 
-class _StagedPlanner(DefaultSavePlanner):
-    def __init__(self, host: Mapping[str, Tensor]) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._host = host
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        return self._host[index.fqn]
-
-
-class _RecordingFiles(FileSystem):
-    def __init__(self, fence: Fence) -> None:
-        self.records: dict[str, FileRecord] = {}
-        self._fence = fence
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
-        assert mode == "wb", "this file system is for saving"
-        with self._fence:
-            file = Path(path).open("wb", buffering=0)  # noqa: SIM115 - closed by the next line
-        with file:
-            recorder = _Recorder(file, self._fence)
-            try:
-                yield cast(io.IOBase, recorder)
-            except RuntimeError as error:
-                if recorder.error is None:
-                    raise
-                raise recorder.error from error  # torch's archive writer had covered it with an error of its own
-        self.records[Path(path).name] = FileRecord(
-            size_bytes=recorder.size_bytes, checksum=format_checksum(recorder.crc32)
-        )
-
-    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
-        with self._fence:
-            super().rename(path, new_path)
-        self.records[Path(new_path).name] = self.records.pop(Path(path).name)
+def _find_holders(spread: Spread) -> dict[Box, list[int]]:
+    holders: defaultdict[Box, list[int]] = defaultdict(list)
+    for rank in sorted(spread.ranks):
+        if (box := get_box(spread, rank)) is not None:
+            holders[box].append(rank)
+    return dict(holders)
 
 
-class _Recorder:
-    """An unbuffered file that counts and checksums what passes."""
-
-    def __init__(self, file: io.FileIO, fence: Fence) -> None:
-        self.size_bytes = 0
-        self.crc32 = 0
-        self.error: OSError | None = None
-        self._file = file
-        self._fence = fence
-
-    def write(self, data: bytes | memoryview) -> int:
-        rest = memoryview(data).cast("B")
-        try:
-            while rest:
-                with self._fence:
-                    written = self._file.write(rest[:_WRITE_BYTES])
-                self.crc32 = zlib.crc32(rest[:written], self.crc32)
-                self.size_bytes += written
-                rest = rest[written:]
-        except OSError as error:
-            self.error = error
-            raise
-        return memoryview(data).nbytes
-
-    def tell(self) -> int:
-        return self.size_bytes
-
-    def flush(self) -> None:
-        pass
-
-    def fileno(self) -> int:
-        return self._file.fileno()
-
-    def close(self) -> None:
-        self._file.close()
+def _cut_rows(box: Box, num_parts: int) -> Sequence[Box]:
+    edges = [box.shape[0] * i // num_parts for i in range(num_parts + 1)]
+    return [
+        Box((box.start[0] + first, *box.start[1:]), (stop - first, *box.shape[1:])) for first, stop in pairwise(edges)
+    ]

@@ -6,7 +6,31 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.placement_types import Shard
+
+from elastic.checkpoint.shards import Spread
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Types by the names that safetensors gives them."""
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def get_live_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -34,6 +58,28 @@ def get_mesh_shape(state: Mapping[str, Tensor], world_size: int) -> tuple[int, .
     """Return the ranks along each axis of the mesh that the state lies on."""
     meshes = (tensor.device_mesh.shape for tensor in state.values() if isinstance(tensor, DTensor))
     return tuple(next(meshes, (world_size,)))
+
+
+def get_spread(tensor: Tensor, *, world_size: int) -> Spread:
+    """Return how a tensor lies on the ranks; what is no DTensor is the same on all of them."""
+    if not isinstance(tensor, DTensor):
+        return Spread(
+            shape=tuple(tensor.shape),
+            dtype=_NAMES[tensor.dtype],
+            mesh_shape=(world_size,),
+            ranks=tuple(range(world_size)),
+            sharded_dims=(None,),
+        )
+    # exactly these: a _StridedShard (FSDP with tensor parallelism) is cut differently
+    strange = [placement for placement in tensor.placements if type(placement) not in (Replicate, Shard)]
+    assert not strange, f"a strategy spreads the state in a way that checkpoints do not know: {strange}"
+    return Spread(
+        shape=tuple(tensor.shape),
+        dtype=_NAMES[tensor.dtype],
+        mesh_shape=tuple(tensor.device_mesh.shape),
+        ranks=tuple(tensor.device_mesh.mesh.flatten().tolist()),
+        sharded_dims=tuple(place.dim if isinstance(place, Shard) else None for place in tensor.placements),
+    )
 
 
 def get_rng_name(device: torch.device, rank: int) -> str:

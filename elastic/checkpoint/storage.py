@@ -1,13 +1,10 @@
-"""Files that survive a power cut, on storage that may be full, read-only or gone. No torch here."""
+"""Whether a run's storage can be used, and what its errors mean for the user. No torch here."""
 
 import errno
-import os
-import shutil
-from pathlib import Path
-from tempfile import TemporaryFile
+import secrets
 
 from elastic.errors import StorageError
-from elastic.rundir import RunDir
+from elastic.storage import Storage
 
 GIB = 2**30
 
@@ -20,30 +17,33 @@ _HINTS = {
     errno.EEXIST: "A file is in the way: move it, or set storage to another directory.",
     errno.ENOTDIR: "A file is in the way: move it, or set storage to another directory.",
     errno.EROFS: "Mount it writable, or set storage to another directory.",
+    errno.ENOENT: "Create the bucket or the mount point, or set storage elsewhere.",
+    errno.EAGAIN: "It throttled or failed for a minute: start the same command again once it is well.",
+    errno.ETIMEDOUT: "It did not answer for a minute: start the same command again once it can be reached.",
 }
 
 
-def explain(error: OSError, path: Path) -> StorageError:
-    """Return what an operating system's error on `path` means for the user's `storage`."""
-    hint = _HINTS.get(error.errno or 0, "Check that the file system is mounted and healthy, or set storage elsewhere.")
+def explain(error: OSError, where: str) -> StorageError:
+    """Return what an operating system's or object store's error means for the user's `storage`."""
+    hint = _HINTS.get(error.errno or 0, "Check that the storage is mounted and healthy, or set it elsewhere.")
     return StorageError(
-        f"storage: {error.filename or path} cannot be written ({error.strerror or error}), so nothing new becomes "
+        f"storage: {error.filename or where} cannot be written ({error.strerror or error}), so nothing new becomes "
         f"durable; checkpoints committed before are unharmed. {hint}"
     )
 
 
-def check_writable(run_dir: RunDir) -> None:
-    """Create the run's directories and write a byte there, before anything slow or paid starts.
+def check_writable(storage: Storage) -> None:
+    """Write a small file and remove it, before anything slow or paid starts.
 
     Raises:
         StorageError: it cannot be done.
     """
+    key = f".probe-{secrets.token_hex(4)}"
     try:
-        run_dir.checkpoints.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=run_dir.checkpoints, buffering=0) as probe:
-            probe.write(b"\0")
+        storage.put_new(key, b"\0")
+        storage.delete([key])
     except OSError as error:
-        raise explain(error, run_dir.checkpoints) from error
+        raise explain(error, storage.url) from error
 
 
 def estimate_checkpoint_bytes(num_parameters: int) -> int:
@@ -51,35 +51,15 @@ def estimate_checkpoint_bytes(num_parameters: int) -> int:
     return num_parameters * (4 + 4 + 4)
 
 
-def check_space(run_dir: RunDir, num_bytes: int) -> None:
-    """Refuse to start a run whose next `num_bytes` of checkpoints do not fit; the directory must exist.
+def check_space(storage: Storage, num_bytes: int) -> None:
+    """Refuse to start a run whose next `num_bytes` of checkpoints do not fit, where the storage can say.
 
     Raises:
         StorageError: less is free.
     """
-    free_bytes = shutil.disk_usage(run_dir.root).free
-    if free_bytes < num_bytes:
+    free_bytes = storage.get_free_bytes()
+    if free_bytes is not None and free_bytes < num_bytes:
         raise StorageError(
-            f"storage: {run_dir.root} has {free_bytes / GIB:.2f} GiB free, but the checkpoints of this model need "
+            f"storage: {storage.url} has {free_bytes / GIB:.2f} GiB free, but the checkpoints of this model need "
             f"{num_bytes / GIB:.2f} GiB: the run would fail at a save. {_HINTS[errno.ENOSPC]}"
         )
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Let `path` appear with all of `data`, durable, or not at all (temporary file, fsync, rename, fsync)."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    sync_directory(path.parent)

@@ -152,7 +152,10 @@ def sync_directory(path: Path) -> None:
 def _make_directory(directory: Path) -> None:
     missing = [directory, *directory.parents]
     missing = missing[: next((i for i, path in enumerate(missing) if path.is_dir()), len(missing))]
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:  # a file has the name of a directory
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename) from error
     for path in reversed(missing):
         sync_directory(path.parent)
 

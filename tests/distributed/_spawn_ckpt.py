@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import traceback
 import warnings
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,7 +18,7 @@ from elastic.checkpoint.save import Checkpointer
 from elastic.checkpoint.state import get_live_state
 from elastic.config import CheckpointConfig, FaultConfig, RunConfig
 from elastic.ports import Progress
-from elastic.rundir import RunDir
+from elastic.storage import open_storage
 
 CPU = torch.device("cpu")
 CONFIG = RunConfig(checkpoint=CheckpointConfig(keep_last=2), fault=FaultConfig(collective_timeout_s=30))
@@ -122,8 +121,8 @@ def make_progress(step):
 
 
 def make_checkpointer(run_dir, **kwargs):
-    return Checkpointer(RunDir(Path(run_dir)), CONFIG, device=CPU, **kwargs)
+    return Checkpointer(open_storage(run_dir), CONFIG, device=CPU, **{"epoch": 1, **kwargs})
 
 
 def do_restore(run_dir, model, optimizer, config=CONFIG):
-    return restore(RunDir(Path(run_dir)), model, optimizer, config=config, device=CPU)
+    return restore(open_storage(run_dir), model, optimizer, config=config, device=CPU)

@@ -5,6 +5,7 @@ import resource
 import signal
 import threading
 import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +13,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import load
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-from elastic.checkpoint import keep, layout, shards
-from elastic.checkpoint.layout import COMMITTED, list_committed, read_manifest
+from elastic.checkpoint.layout import COMMITTED, MANIFEST, list_committed, read_manifest
 from elastic.checkpoint.stage import Stager
+from elastic.checkpoint.state import get_live_state
 from elastic.config import TrainConfig
 from elastic.errors import CheckpointError, ConfigError, StorageError
+from elastic.storage import LocalStorage, open_storage
 from tests.distributed._spawn_ckpt import (
     CONFIG,
     build,
@@ -32,7 +35,13 @@ from tests.distributed._spawn_ckpt import (
 
 
 def get_steps(run_dir):
-    return [checkpoint.step for checkpoint in list_committed(run_dir / "checkpoints")]
+    return [checkpoint.step for checkpoint in list_committed(open_storage(run_dir))]
+
+
+def get_manifest(run_dir):
+    storage = open_storage(run_dir)
+    (checkpoint,) = list_committed(storage)
+    return read_manifest(storage, checkpoint), run_dir / checkpoint.directory
 
 
 def train_and_save(run_dir, strategy, steps=(3,), last_step=6):
@@ -87,6 +96,7 @@ def test_a_resumed_run_is_bit_equal_to_an_unbroken_one(tmp_path, strategy):
 def test_one_checkpointer_saves_again_and_again_and_keeps_the_newest(tmp_path):
     orphan = tmp_path / "checkpoints" / "step-00000009"
     orphan.mkdir(parents=True)
+    (orphan / "e00000001-00000.safetensors").write_bytes(b"")
     values = run_ranks(train_and_save, 2, tmp_path, "fsdp2", (1, 2, 3, 5))[0][0]
     assert not orphan.exists(), "what an earlier attempt left is removed"
     assert get_steps(tmp_path) == [3, 5]  # keep_last = 2
@@ -95,7 +105,7 @@ def test_one_checkpointer_saves_again_and_again_and_keeps_the_newest(tmp_path):
 
 def test_a_tied_weight_is_saved_once(tmp_path):
     run_ranks(train_and_save, 1, tmp_path, "fsdp2")
-    tensors = read_manifest(list_committed(tmp_path / "checkpoints")[0]).tensors
+    tensors = get_manifest(tmp_path)[0].tensors
     assert {name for name in tensors if name.startswith("model.")} == {
         "model.embed.weight",
         "model.hidden.weight",
@@ -132,28 +142,49 @@ def save_wide(run_dir, strategy):
 @pytest.mark.parametrize(("strategy", "num_ranks"), [("ddp", 2), ("hsdp", 4)])
 def test_what_ranks_hold_alike_is_written_once_and_by_all_of_them(tmp_path, strategy, num_ranks):
     run_ranks(save_wide, num_ranks, tmp_path, strategy)
-    (checkpoint,) = list_committed(tmp_path / "checkpoints")
-    files = read_manifest(checkpoint).files
-    num_bytes = {name: record.size_bytes for name, record in files.items() if name != ".metadata"}
-    data_bytes = 3 * 3 * 128 * 128 * 4  # three weights, each with two moments
-    assert data_bytes < sum(num_bytes.values()) < 1.2 * data_bytes
-    assert len(num_bytes) == num_ranks
-    assert min(num_bytes.values()) > 0.6 * max(num_bytes.values())
+    manifest, _ = get_manifest(tmp_path)
+    data_bytes = [record.size_bytes - record.header_bytes for record in manifest.files.values()]
+    # three weights, each with two moments and a step of 4 bytes; and the generators of each rank
+    rng_bytes = num_ranks * torch.get_rng_state().numel()
+    assert sum(data_bytes) == 3 * (3 * 128 * 128 * 4 + 4) + rng_bytes, "the bytes of a save are those of the state"
+    assert len(data_bytes) == num_ranks
+    assert min(data_bytes) > 0.9 * max(data_bytes)
 
 
 def test_the_manifest_describes_every_file_as_it_lies_there(tmp_path):
     run_ranks(save_wide, 2, tmp_path, "fsdp2")
-    (checkpoint,) = list_committed(tmp_path / "checkpoints")
-    manifest = read_manifest(checkpoint)
-    present = {path.name for path in checkpoint.path.iterdir()} - {layout.MANIFEST, COMMITTED}
-    assert present == manifest.files.keys() == {"__0_0.distcp", "__1_0.distcp", ".metadata"}
+    manifest, directory = get_manifest(tmp_path)
+    present = {path.name for path in directory.iterdir()} - {MANIFEST, COMMITTED}
+    assert present == manifest.files.keys() == {"e00000001-00000.safetensors", "e00000001-00001.safetensors"}
+    assert (manifest.world_size, manifest.mesh, manifest.epoch) == (2, (2,), 1)
+    assert manifest.tensors["optim.layers.0.weight.exp_avg"].shape == (128, 128)
+    assert manifest.generators.keys() == {"rng.cpu.0", "rng.cpu.1"}
     for name, record in manifest.files.items():
-        data = (checkpoint.path / name).read_bytes()
-        assert (record.size_bytes, record.checksum) == (len(data), layout.checksum(data))
-    assert (manifest.world_size, manifest.mesh) == (2, (2,))
-    assert manifest.tensors["optim.layers.0.weight.exp_avg"] == (128, 128)
-    names = FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata.keys()
-    assert set(names) == manifest.tensors.keys() | {"rng.cpu.0", "rng.cpu.1"}
+        data = (directory / name).read_bytes()
+        covered = record.header_bytes
+        assert zlib.crc32(data[:covered]) == record.header_crc32
+        for tensor in (*manifest.tensors.values(), *manifest.generators.values()):
+            for chunk in (chunk for chunk in tensor.chunks if chunk.file == name):
+                assert chunk.crc32 == (zlib.crc32(data[chunk.offset : chunk.offset + chunk.num_bytes]),)
+                covered += chunk.num_bytes
+        assert covered == record.size_bytes == len(data)
+
+
+def load_with_torch_alone(run_dir, directory):
+    """What torch's own reader makes of a checkpoint's directory, beside what we make of it."""
+    model, optimizer = build("fsdp2", model_seed=1)
+    live = get_live_state(model, optimizer)
+    load(live, storage_reader=HuggingFaceStorageReader(directory))
+    ours = build("fsdp2", model_seed=2)
+    do_restore(run_dir, *ours)
+    return get_values(model, optimizer), get_values(*ours)
+
+
+def test_torch_reads_a_checkpoint_without_us(tmp_path):
+    (saved, *_), *_ = run_ranks(train_and_save, 3, tmp_path, "fsdp2")
+    _, directory = get_manifest(tmp_path)
+    for theirs, ours in run_ranks(load_with_torch_alone, 2, tmp_path, str(directory)):
+        assert theirs == ours == saved[3]
 
 
 def save_while_busy(run_dir):
@@ -179,29 +210,32 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_on_second_write():
-    write, calls = shards._Recorder.write, []
+def die_on_write(is_last):
+    write, put_new = LocalStorage.write, LocalStorage.put_new
 
-    def write_or_die(self, data):
-        calls.append(len(data))
-        return die() if len(calls) == 2 else write(self, data)
+    def write_or_die(self, key, chunks):
+        return die() if is_last(key) else write(self, key, chunks)
 
-    shards._Recorder.write = write_or_die
+    def put_or_die(self, key, data):
+        return die() if is_last(key) else put_new(self, key, data)
 
-
-def die_before(name):
-    write_durably = layout.write_durably
-    layout.write_durably = lambda path, data: die() if path.name == name else write_durably(path, data)
+    LocalStorage.write, LocalStorage.put_new = write_or_die, put_or_die
 
 
 def die_while_pruning():
-    keep.shutil.rmtree = lambda _path: die()
+    delete = LocalStorage.delete
+
+    def delete_or_die(self, keys):
+        keys = list(keys)
+        return die() if any("step-00000001/e" in key for key in keys) else delete(self, keys)
+
+    LocalStorage.delete = delete_or_die
 
 
 DEATHS = {
-    "among the shards": (die_on_second_write, [1]),
-    "before the manifest": (lambda: die_before(layout.MANIFEST), [1]),
-    "before COMMITTED": (lambda: die_before(COMMITTED), [1]),
+    "among the shards": (lambda: die_on_write(lambda key: key.endswith("00000.safetensors")), [1]),
+    "before the manifest": (lambda: die_on_write(lambda key: key.endswith(MANIFEST)), [1]),
+    "before COMMITTED": (lambda: die_on_write(lambda key: key.endswith(COMMITTED)), [1]),
     "while pruning": (die_while_pruning, [2]),
 }
 
@@ -304,8 +338,8 @@ class SlowStager(Stager):
         super().__init__(torch.device("cpu"))
         self.copied = copied
 
-    def stage(self, live):
-        staged = super().stage(live)
+    def stage(self, live, layout, held):
+        staged = super().stage(live, layout, held)
         object.__setattr__(staged, "wait_on_host", self.copied.wait)
         return staged
 
@@ -363,9 +397,11 @@ def damage(run_dir, step, name, change):
 
 def test_a_damaged_checkpoint_is_passed_over_by_all_ranks(tmp_path):
     run_ranks(train_and_save, 2, tmp_path, "fsdp2", (2, 4))
-    damage(tmp_path, 4, "__1_0.distcp", lambda data: data[:-1])
+    damage(tmp_path, 4, "e00000001-00001.safetensors", lambda data: data[:-1])
     assert run_ranks(restore_step, 2, tmp_path) == [2, 2]
-    damage(tmp_path, 2, "__0_0.distcp", lambda data: bytes(len(data)))  # of the right size: found while loading
+    damage(
+        tmp_path, 2, "e00000001-00000.safetensors", lambda data: bytes(len(data))
+    )  # of the right size: found while loading
     errors = run_ranks(restore_step, 2, tmp_path)
     assert errors[0] == errors[1]
     assert "none of the 2 committed checkpoints" in errors[0]

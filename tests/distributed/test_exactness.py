@@ -10,12 +10,14 @@ from itertools import groupby, pairwise
 
 import pytest
 import torch
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from cluster.cli import main
 from elastic.attempts import final_rows
 from elastic.checkpoint.layout import list_committed, read_manifest
 from elastic.rundir import RunDir, read_rows
+from elastic.storage import open_storage
 from tests.distributed._launch import WAIT_S, Ranks, read_samples, start, wait_until
 
 pytestmark = pytest.mark.timeout(900)  # 19 processes that import torch: 70 s on two free cores, minutes on busy ones
@@ -105,10 +107,12 @@ def read_losses(run):
 
 def load_final_state(run):
     """Return every tensor of the last checkpoint, whole: weights, moments and step counts."""
-    checkpoint = list_committed(run.checkpoints)[-1]
+    storage = open_storage(run.root)
+    checkpoint = list_committed(storage)[-1]
     assert checkpoint.step == STEPS
-    state = {name: torch.full(shape, torch.nan) for name, shape in read_manifest(checkpoint).tensors.items()}
-    load(state, checkpoint_id=checkpoint.path)
+    tensors = read_manifest(storage, checkpoint).tensors
+    state = {name: torch.full(record.shape, torch.nan) for name, record in tensors.items()}
+    load(state, storage_reader=HuggingFaceStorageReader(str(run.root / checkpoint.directory)))  # torch's, not ours
     return state
 
 

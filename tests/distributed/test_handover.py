@@ -11,7 +11,7 @@ import pytest
 from elastic.__main__ import SignalNotices
 from elastic.checkpoint.layout import list_committed
 from elastic.ports import Finished, Interrupted, Progress
-from elastic.rundir import RunDir
+from elastic.storage import open_storage
 from tests.distributed._loops import SEQ_LEN, Watcher, make_config, train_rank, write_data
 from tests.distributed._ranks import run_ranks
 
@@ -49,7 +49,7 @@ def _hand_over(folder, rank, port, *, victim, outcome, attempt):
     left_s = time.monotonic() - told_s[0] if told_s else None
     committed = [
         0,
-        *(checkpoint.step for checkpoint in list_committed(RunDir(folder / "runs" / config.run).checkpoints)),
+        *(checkpoint.step for checkpoint in list_committed(open_storage(folder / "runs" / config.run))),
     ]
     second = train_rank(config, rank, port, world_size=3, attempt=attempt + 1)
     return first, left_s, committed, second

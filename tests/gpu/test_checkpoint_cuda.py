@@ -11,7 +11,7 @@ from elastic.checkpoint.save import Checkpointer
 from elastic.checkpoint.state import get_live_state, get_local
 from elastic.config import RunConfig
 from elastic.ports import Progress
-from elastic.rundir import RunDir
+from elastic.storage import open_storage
 
 WIDTH = 2048  # 16 layers, weight and moments: 0.75 GiB, some steps' worth of copying
 
@@ -40,10 +40,10 @@ def copy_bits(model, optimizer):
     return {name: get_local(t).detach().to("cpu", copy=True).reshape(-1).view(torch.uint8) for name, t in live.items()}
 
 
-def check_saves(device, run_dir):
+def check_saves(device, storage):
     config = RunConfig()
     model, optimizer = build(device, seed=0)
-    checkpointer = Checkpointer(run_dir, config, device=device)
+    checkpointer = Checkpointer(storage, config, device=device, epoch=1)
     train(model, optimizer, device, checkpointer, 1)
     for step in range(1, 5):  # the buffers of the first save serve the others
         saved = copy_bits(model, optimizer)
@@ -52,7 +52,7 @@ def check_saves(device, run_dir):
         checkpointer.finish()
 
         twin, twin_optimizer = build(device, seed=1)
-        restored = restore(run_dir, twin, twin_optimizer, config=config, device=device)
+        restored = restore(storage, twin, twin_optimizer, config=config, device=device)
         assert restored is not None
         assert restored.progress.step == step
         loaded = copy_bits(twin, twin_optimizer)
@@ -69,6 +69,6 @@ def test_what_is_restored_is_bit_for_bit_what_was_there_when_the_save_started(tm
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=device)
     try:
-        check_saves(device, RunDir(tmp_path))
+        check_saves(device, open_storage(tmp_path))
     finally:
         dist.destroy_process_group()

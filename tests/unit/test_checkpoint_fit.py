@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from elastic.checkpoint.fit import check_config, check_tensors, get_computing_config, get_config_hash
-from elastic.checkpoint.layout import Manifest
+from elastic.checkpoint.layout import Manifest, TensorRecord
 from elastic.config import ClusterConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from elastic.errors import CheckpointError, ConfigError
 from elastic.ports import Progress
@@ -15,12 +15,14 @@ def make_manifest():
     config = get_computing_config(BEFORE)
     return Manifest(
         progress=Progress(step=50, tokens=100),
+        epoch=1,
         world_size=1,
         device="cpu",
         mesh=(1,),
         config=config,
         config_hash=get_config_hash(config),
-        tensors={"model.w": (4, 2)},
+        tensors={"model.w": TensorRecord(dtype="F32", shape=(4, 2), chunks=())},
+        generators={},
         files={},
         extra={},
     )

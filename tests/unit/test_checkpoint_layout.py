@@ -1,64 +1,66 @@
-import json
 import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic.checkpoint.keep import discard, prune, remove_orphans
 from elastic.checkpoint.layout import (
     COMMITTED,
     MANIFEST,
+    Chunk,
     FileRecord,
     Manifest,
+    TensorRecord,
     checksum,
     commit,
     find_damage,
     get_directory,
+    get_shard_name,
     list_committed,
     read_manifest,
 )
-from elastic.errors import CheckpointError
+from elastic.errors import CheckpointError, StorageError
 from elastic.ports import Progress
+from elastic.storage import LocalStorage, open_storage
+
+SHARD = get_shard_name(epoch=2, rank=0)
 
 
-def make_manifest(step=50, files=None):
+def make_manifest(step=50, epoch=2):
+    chunk = Chunk(file=SHARD, offset=2, num_bytes=3, start=(0,), shape=(3,), crc32=(7,))
     return Manifest(
         progress=Progress(step=step, tokens=1000 * step),
+        epoch=epoch,
         world_size=3,
         device="cpu",
         mesh=(3,),
         config={"train.seed": 0},
         config_hash="0123456789abcdef",
-        tensors={"model.w": (4, 2), "optim.w.step": ()},
-        files=files or {},
+        tensors={"model.w": TensorRecord(dtype="U8", shape=(3,), chunks=(chunk,))},
+        generators={},
+        files={SHARD: FileRecord(size_bytes=5, header_bytes=2, header_crc32=1)},
         extra={"scale": 65536.0},
     )
 
 
-def make_checkpoint(checkpoints, step):
-    directory = get_directory(checkpoints, step)
-    directory.mkdir(parents=True)
-    (directory / "__0_0.distcp").write_bytes(b"shard")
-    commit(directory, make_manifest(step, {"__0_0.distcp": FileRecord(size_bytes=5, checksum=checksum(b"shard"))}))
-    return directory
+def make_checkpoint(root, step):
+    storage = open_storage(root)
+    storage.write(f"{get_directory(step)}/{SHARD}", [b"shard"])
+    commit(storage, get_directory(step), make_manifest(step))
+    return root / get_directory(step)
 
 
-def get_steps(checkpoints):
-    return [checkpoint.step for checkpoint in list_committed(checkpoints)]
+def get_steps(root):
+    return [checkpoint.step for checkpoint in list_committed(open_storage(root))]
 
 
 def test_a_manifest_is_read_as_it_was_written(tmp_path):
     make_checkpoint(tmp_path, 50)
-    (checkpoint,) = list_committed(tmp_path)
-    record = FileRecord(size_bytes=5, checksum="crc32:a4da7b8c")
-    expected = make_manifest(50, {"__0_0.distcp": record})
-    assert read_manifest(checkpoint).files["__0_0.distcp"].size_bytes == 5
-    assert read_manifest(checkpoint).progress == expected.progress
-    assert read_manifest(checkpoint).tensors == expected.tensors
-    assert read_manifest(checkpoint).mesh == (3,)
-    assert json.loads((checkpoint.path / MANIFEST).read_text())["format_version"] == 1
+    storage = open_storage(tmp_path)
+    (checkpoint,) = list_committed(storage)
+    assert read_manifest(storage, checkpoint) == make_manifest(50)
 
 
 def test_checkpoints_are_listed_from_oldest_to_newest(tmp_path):
@@ -68,88 +70,131 @@ def test_checkpoints_are_listed_from_oldest_to_newest(tmp_path):
 
 
 def test_a_run_without_checkpoints_lists_none(tmp_path):
-    assert list_committed(tmp_path / "checkpoints") == []
+    assert get_steps(tmp_path) == []
 
 
 def test_torn_and_foreign_directories_are_ignored(tmp_path):
     make_checkpoint(tmp_path, 1)
-    (tmp_path / "step-00000002").mkdir()
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / "step-00000002").mkdir()
     for name in ("step-3", "step-000000003", "tmp", "step-00000004.bak"):
-        make_checkpoint(tmp_path, 5).rename(tmp_path / name)
-    (tmp_path / "step-00000006").write_text("a file")
+        make_checkpoint(tmp_path, 5).rename(checkpoints / name)
+    (checkpoints / "step-00000006").write_text("a file")
     (make_checkpoint(tmp_path, 7) / COMMITTED).write_text("")
     (make_checkpoint(tmp_path, 8) / MANIFEST).unlink()
     (make_checkpoint(tmp_path, 9) / COMMITTED).write_bytes(b"\xff\xfe")
     assert get_steps(tmp_path) == [1]
 
 
+@settings(max_examples=30)  # each syncs files
 @given(st.data())
 def test_a_manifest_with_any_byte_changed_is_not_committed(tmp_path_factory, data):
-    checkpoints = tmp_path_factory.mktemp("checkpoints")
-    path = make_checkpoint(checkpoints, 5) / MANIFEST
+    root = tmp_path_factory.mktemp("run")
+    path = make_checkpoint(root, 5) / MANIFEST
     content = bytearray(path.read_bytes())
     content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
     path.write_bytes(content)
-    assert list_committed(checkpoints) == []
+    assert get_steps(root) == []
 
 
 def test_a_missing_or_shortened_file_is_damage(tmp_path):
-    shard = make_checkpoint(tmp_path, 5) / "__0_0.distcp"
-    (checkpoint,) = list_committed(tmp_path)
-    manifest = read_manifest(checkpoint)
-    assert find_damage(checkpoint, manifest) is None
+    shard = make_checkpoint(tmp_path, 5) / SHARD
+    storage = open_storage(tmp_path)
+    (checkpoint,) = list_committed(storage)
+    manifest = read_manifest(storage, checkpoint)
+    assert find_damage(storage, checkpoint, manifest) is None
     shard.write_bytes(b"shar")
-    assert find_damage(checkpoint, manifest) == "__0_0.distcp has 4 bytes instead of 5"
+    assert find_damage(storage, checkpoint, manifest) == f"{SHARD} has 4 bytes instead of 5"
     shard.unlink()
-    assert find_damage(checkpoint, manifest) == "__0_0.distcp is missing"
+    assert find_damage(storage, checkpoint, manifest) == f"{SHARD} is missing"
 
 
-def test_a_newer_format_is_refused_instead_of_misread(tmp_path):
+@pytest.mark.parametrize("version", [1, 3])
+def test_another_format_is_refused_instead_of_misread(tmp_path, version):
     directory = make_checkpoint(tmp_path, 5)
-    data = (directory / MANIFEST).read_bytes().replace(b'"format_version": 1', b'"format_version": 2')
+    data = (directory / MANIFEST).read_bytes().replace(b'"format_version":2', b'"format_version":%d' % version)
     (directory / MANIFEST).write_bytes(data)
-    (directory / COMMITTED).write_text(checksum(data))
-    with pytest.raises(CheckpointError, match="format 2, but this version of Solvent reads format 1"):
-        read_manifest(list_committed(tmp_path)[0])
+    (directory / COMMITTED).write_bytes(checksum(data))
+    storage = open_storage(tmp_path)
+    with pytest.raises(CheckpointError, match=f"format {version}, but this version of Solvent reads format 2"):
+        read_manifest(storage, list_committed(storage)[0])
 
 
 def test_a_renamed_checkpoint_is_refused(tmp_path):
-    make_checkpoint(tmp_path, 5).rename(get_directory(tmp_path, 6))
-    with pytest.raises(CheckpointError, match="holds step 5"):
-        read_manifest(list_committed(tmp_path)[0])
+    make_checkpoint(tmp_path, 5).rename(tmp_path / get_directory(6))
+    storage = open_storage(tmp_path)
+    with pytest.raises(CheckpointError, match=r"holds step 5.*Rename it to step-00000005"):
+        read_manifest(storage, list_committed(storage)[0])
 
 
+def test_a_second_writer_of_a_step_is_refused_and_changes_nothing(tmp_path):
+    directory = make_checkpoint(tmp_path, 5)
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    for epoch in (1, 2, 3):
+        with pytest.raises(StorageError, match=r"step-00000005 was committed by another writer"):
+            commit(open_storage(tmp_path), get_directory(5), make_manifest(5, epoch=epoch))
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+
+
+def test_a_newer_writer_replaces_the_manifest_of_one_that_never_committed(tmp_path):
+    (make_checkpoint(tmp_path, 5) / COMMITTED).unlink()
+    with pytest.raises(StorageError, match=r"another writer \(attempt 2\)"):
+        commit(open_storage(tmp_path), get_directory(5), make_manifest(5, epoch=1))
+    commit(open_storage(tmp_path), get_directory(5), make_manifest(5, epoch=3))
+    assert get_steps(tmp_path) == [5]
+
+
+@settings(max_examples=20)  # each syncs files
 @given(steps=st.sets(st.integers(0, 10**8 - 1), max_size=5), keep_last=st.integers(1, 6))
 def test_pruning_keeps_exactly_the_newest(tmp_path_factory, steps, keep_last):
-    checkpoints = tmp_path_factory.mktemp("checkpoints")
+    root = tmp_path_factory.mktemp("run")
     for step in steps:
-        make_checkpoint(checkpoints, step)
-    prune(checkpoints, keep_last)
-    assert get_steps(checkpoints) == sorted(steps)[-keep_last:]
+        make_checkpoint(root, step)
+    prune(open_storage(root), keep_last)
+    assert get_steps(root) == sorted(steps)[-keep_last:]
 
 
-def test_orphans_go_and_committed_or_damaged_checkpoints_stay(tmp_path):
+def test_pruning_never_takes_the_newest_that_is_whole(tmp_path):
+    for step in (1, 2, 3, 4):
+        make_checkpoint(tmp_path, step)
+    for step in (3, 4):
+        (tmp_path / get_directory(step) / SHARD).unlink()
+    prune(open_storage(tmp_path), 1)
+    assert get_steps(tmp_path) == [2, 4]
+
+
+def test_orphans_go_and_what_is_committed_damaged_foreign_or_newer_stays(tmp_path):
     make_checkpoint(tmp_path, 1)
     (make_checkpoint(tmp_path, 2) / MANIFEST).write_text("damaged")
-    get_directory(tmp_path, 3).mkdir()
-    (tmp_path / "notes").mkdir()
-    remove_orphans(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "step-00000001", "step-00000002"]
+    (make_checkpoint(tmp_path, 3) / COMMITTED).unlink()
+    (tmp_path / get_directory(4)).mkdir()
+    (tmp_path / get_directory(4) / f".{SHARD}.1-0.tmp").write_bytes(b"half")
+    (tmp_path / "checkpoints" / "notes").mkdir()
+    (tmp_path / "checkpoints" / "notes" / "a").write_text("mine")
+    newer = tmp_path / get_directory(5) / get_shard_name(epoch=4, rank=0)
+    newer.parent.mkdir()
+    newer.write_bytes(b"")
+    remove_orphans(open_storage(tmp_path), epoch=3)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["notes", "step-00000001", "step-00000002", "step-00000005"]
 
 
 def test_a_crash_while_a_checkpoint_is_removed_leaves_it_invisible(tmp_path, monkeypatch):
     directory = make_checkpoint(tmp_path, 1)
+    delete = LocalStorage.delete
 
-    def crash(_path):
+    def crash(self, keys):
+        delete(self, keys)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("elastic.checkpoint.keep.shutil.rmtree", crash)
+    monkeypatch.setattr(LocalStorage, "delete", crash)
     with pytest.raises(KeyboardInterrupt):
-        discard(directory)
-    assert directory.exists()
-    assert list_committed(tmp_path) == []
+        discard(open_storage(tmp_path), 1)
+    assert (directory / SHARD).exists()
+    assert get_steps(tmp_path) == []
 
 
 def test_looking_at_checkpoints_needs_no_torch():
-    modules = ", ".join(f"elastic.checkpoint.{name}" for name in ("layout", "keep", "fit", "storage"))
+    names = ("layout", "keep", "fit", "storage", "shards", "reads", "sources", "write")
+    modules = ", ".join(f"elastic.checkpoint.{name}" for name in names)
     subprocess.run([sys.executable, "-c", f"import sys, {modules}; sys.exit('torch' in sys.modules)"], check=True)

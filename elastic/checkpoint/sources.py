@@ -1,0 +1,98 @@
+"""Where the bytes of shards come from when a state is put together again. No torch here.
+
+A source has some of a checkpoint's files, byte for byte as they were written: a storage has them all, a node's memory
+those that were saved there. Whatever a source gives is verified; what does not fit is taken from the next.
+"""
+
+import errno
+import zlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from elastic.checkpoint.reads import Block, Read
+from elastic.storage import Storage
+
+_DAMAGE = frozenset({errno.ENOENT, errno.ENODATA, errno.EIO})
+"""The file is gone, too short or unreadable. Other errors are the storage's, and no older checkpoint would help."""
+
+
+class ShardSource(Protocol):
+    """Has shard files of one checkpoint."""
+
+    @property
+    def name(self) -> str:
+        """Say in a word what it is, for a message."""
+        ...
+
+    def get_files(self) -> Collection[str] | None:
+        """Return the names of the files it has; None: all."""
+        ...
+
+    def read_into(self, file: str, offset: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of a file from `offset`; threads call it side by side.
+
+        Raises:
+            OSError: it cannot; ENOENT, ENODATA and EIO mean that the file is damaged.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class StorageSource:
+    """A checkpoint's directory in a storage."""
+
+    storage: Storage
+    directory: str
+
+    @property
+    def name(self) -> str:
+        """Return the storage's URL."""
+        return self.storage.url
+
+    def get_files(self) -> None:
+        """Return None: it has all of them."""
+
+    def read_into(self, file: str, offset: int, out: memoryview) -> None:
+        """Read from the storage."""
+        self.storage.read_into(f"{self.directory}/{file}", offset, out)
+
+
+class DamageError(Exception):
+    """What was read is not what was written; the message names file and tensor."""
+
+
+def read_verified(read: Read, sources: Sequence[ShardSource], out: memoryview) -> None:
+    """Fill `out` with the blocks of a read from the first source that has them undamaged.
+
+    Raises:
+        DamageError: no source has them.
+        OSError: a source cannot be read for a reason that is not damage of this file.
+    """
+    damage: list[str] = []
+    for source in sources:
+        files = source.get_files()
+        if files is not None and read.file not in files:
+            continue
+        try:
+            source.read_into(read.file, read.offset, out)
+        except OSError as error:
+            if error.errno not in _DAMAGE:
+                raise
+            damage.append(f"{read.file} ({_list_names(read.blocks)}): {error.strerror or error}")
+            continue
+        broken = [block for block in read.blocks if zlib.crc32(_cut(read, block, out)) != block.crc32]
+        if not broken:
+            return
+        damage.append(f"{read.file} ({_list_names(broken)}): the checksum does not fit")
+    raise DamageError("; ".join(damage) or f"{read.file} is nowhere")
+
+
+def _cut(read: Read, block: Block, out: memoryview) -> memoryview:
+    start = block.offset - read.offset
+    return out[start : start + block.num_bytes]
+
+
+def _list_names(blocks: Sequence[Block]) -> str:
+    names = list(dict.fromkeys(block.name for block in blocks))
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
