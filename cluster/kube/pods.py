@@ -25,7 +25,7 @@ HEAD_PRIORITY = "solvent-head"
 WORKER_PRIORITY = "solvent-worker"
 CONFIG_FOLDER = "/etc/solvent"
 _HEAD_GRACE_S = 30
-_USER = 1000
+USER_ID = 1000
 """k8s/Dockerfile makes this user."""
 _NOTICE_FILE = "/tmp/solvent-notice"
 _GPU_TAINT: Toleration = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
@@ -115,9 +115,9 @@ def build_submitter(name: str, options: Options, cloud: Cloud) -> PodTemplate:
 def _build_spec(options: Options, container: Container, *, grace_s: int, priority: str) -> PodSpec:
     security: PodSecurity = {
         "runAsNonRoot": True,
-        "runAsUser": _USER,
-        "runAsGroup": _USER,
-        "fsGroup": _USER,
+        "runAsUser": USER_ID,
+        "runAsGroup": USER_ID,
+        "fsGroup": USER_ID,
         "fsGroupChangePolicy": "OnRootMismatch",
         "seccompProfile": {"type": "RuntimeDefault"},
     }
