@@ -29,8 +29,8 @@ _TIMEOUT_S = 30
 WATCH_S = 240
 """A watch ends after this and is opened again, like kubectl's; a connection that died silently is found by then."""
 _MISSING = {
-    "RayJob": "KubeRay is not installed there: the API server knows no RayJob of ray.io/v1. Install the operator and "
-    "its CRDs: helm install kuberay-operator kuberay/kuberay-operator.",
+    "RayJob": "KubeRay is not installed there: the API server knows no RayJob of ray.io/v1. Install 1.7 or "
+    "later: helm install kuberay-operator kuberay/kuberay-operator.",
     "PodMonitor": "the Prometheus operator is not installed there: the API server knows no PodMonitor. Install it, or "
     "leave --set monitor=true out.",
 }
