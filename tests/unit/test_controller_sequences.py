@@ -1,0 +1,347 @@
+"""The controller against a cluster with a delay: any sequence of losses, notices, joins and late words ends well.
+
+Every message takes its time, in order per node as over TCP, so that events are old when they arrive. Trainers do what
+real ones do: they wait for their world, step together, save, park together, and fall when a peer is gone.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.controller import Policy, State, decide
+from cluster.types import (
+    AttemptEnded,
+    AttemptStarted,
+    Claimed,
+    Done,
+    Draining,
+    Expired,
+    Fork,
+    Go,
+    HostGone,
+    Kill,
+    Park,
+    Slot,
+    Stepped,
+    Stop,
+    Tick,
+    TrainerEnded,
+    TrainerReady,
+    Undrained,
+)
+from elastic.data.order import rank_slice, sample_ids
+from elastic.ports import Progress
+
+MAX_STEPS = 40
+SAVE_EVERY = 7
+BATCH, NUM_SAMPLES = 6, 100
+
+
+@dataclass
+class Trainer:
+    attempt: int
+    stage: str = "waiting"
+    """waiting (for its world), training or parking"""
+
+
+@dataclass
+class SlowCluster:
+    """Nodes with hosts and trainers, the messages under way, and the truth about what was trained."""
+
+    state: State
+    now_s: float = 0.0
+    under_way: dict[str, deque] = field(default_factory=dict)
+    """Events that a node has sent and nobody has heard yet."""
+    trainers: dict[Slot, Trainer] = field(default_factory=dict)
+    worlds: dict[int, tuple[Slot, ...]] = field(default_factory=dict)
+    """Members of each attempt that was told to go."""
+    nodes: set[str] = field(default_factory=set)
+    num_nodes: int = 0
+    group: int = 0
+    step: int = 0
+    """Of the current world."""
+    saved: int = 0
+    rows: list[tuple[int, int, int]] = field(default_factory=list)
+    """(step, attempt, world size) as they were trained."""
+    started: list[AttemptStarted] = field(default_factory=list)
+    ended: list[AttemptEnded] = field(default_factory=list)
+    done: Done | None = None
+
+    # ---- the controller's side
+
+    def tell(self, event):
+        actions = decide(self.state, event, now_s=self.now_s)
+        assert not (self.done and actions), "it acts after its end"
+        for action in actions:
+            self.obey(action)
+        self.check()
+
+    def obey(self, action):
+        match action:
+            case AttemptStarted():
+                assert len(self.started) == len(self.ended), "two worlds at once"
+                assert len(action.members) in self.state.policy.world_sizes
+                assert len(set(action.members)) == len(action.members)
+                assert all(slot in self.state.claims for slot in action.members)
+                assert not {slot.node for slot in action.members} & set(self.state.draining), "a node that will leave"
+                self.started.append(action)
+                self.step = self.saved
+            case AttemptEnded():
+                assert action.attempt == self.started[-1].attempt
+                assert len(self.ended) == len(self.started) - 1, "each attempt ends once"
+                left = [slot for slot, trainer in self.trainers.items() if trainer.attempt <= action.attempt]
+                assert not left, "a trainer outlives its attempt"
+                self.ended.append(action)
+            case Done():
+                assert len(self.started) == len(self.ended)
+                self.done = action
+            case Fork(slot=slot, attempt=attempt):
+                if slot.node in self.nodes:
+                    assert slot not in self.trainers, "two trainers in one slot"
+                    self.trainers[slot] = Trainer(attempt)
+                    self.send(slot.node, TrainerReady(slot=slot, attempt=attempt, store_host="h", store_port=1))
+            case Go(slot=slot, attempt=attempt):
+                if slot in self.trainers:
+                    self.trainers[slot].stage = "training"
+                    self.worlds[attempt] = self.started[-1].members
+            case Park(slot=slot):
+                if slot in self.trainers:
+                    self.trainers[slot].stage = "parking"
+            case Kill(slot=slot, attempt=attempt):
+                assert attempt == self.started[-1].attempt
+                self.end(slot, "killed")
+
+    def check(self):
+        state = self.state
+        if state.stage in ("forming", "running", "parking"):
+            assert state.alive, "a world of nobody"
+        if state.stage in ("waiting", "done"):
+            assert not state.alive
+            assert len(self.started) == len(self.ended)
+
+    # ---- the cluster's side
+
+    def send(self, node, event):
+        self.under_way.setdefault(node, deque()).append(event)
+
+    def deliver(self, node):
+        if self.under_way.get(node):
+            self.tell(self.under_way[node].popleft())
+
+    def deliver_all(self):
+        while nodes := [node for node, events in self.under_way.items() if events]:
+            self.deliver(nodes[0])
+
+    def end(self, slot, kind):
+        if slot in self.trainers:
+            trainer = self.trainers.pop(slot)
+            self.send(slot.node, TrainerEnded(slot=slot, attempt=trainer.attempt, kind=kind, reason=kind))
+
+    def join(self):
+        self.num_nodes += 1
+        node = f"n{self.num_nodes:03d}"
+        self.nodes.add(node)
+        self.regroup()
+
+    def regroup(self):
+        """Ray Train starts its agents anew on all nodes that live."""
+        self.group += 1
+        for node in sorted(self.nodes):
+            self.send(node, Claimed(slot=Slot(node, "cpu0"), group=self.group, group_size=len(self.nodes)))
+
+    def lose(self, node):
+        self.nodes.discard(node)
+        for slot in [slot for slot in self.trainers if slot.node == node]:
+            del self.trainers[slot]
+        self.send(node, HostGone(node=node, reason="gone"))
+
+    def expire(self, node):
+        """The agents of a node are gone for good; its host ends."""
+        slot = Slot(node, "cpu0")
+        self.send(node, Expired(slot=slot))
+        self.end(slot, "killed")
+        self.lose(node)
+
+    def train(self, num_steps):
+        """Let the world do what it does meanwhile; the members that live, if one has ended, see that."""
+        if not self.started or len(self.ended) == len(self.started):
+            return
+        attempt, members = self.started[-1].attempt, self.started[-1].members
+        mine = {slot: trainer for slot, trainer in self.trainers.items() if trainer.attempt == attempt}
+        if attempt not in self.worlds:
+            return
+        if set(mine) != set(members):
+            for slot, trainer in mine.items():
+                if trainer.stage != "waiting":
+                    self.end(slot, "lost")
+                    return
+        if any(trainer.stage == "waiting" for trainer in mine.values()):
+            return
+        for _ in range(num_steps):
+            if self.step < MAX_STEPS:  # else it has come back after its last step and has nothing left to do
+                self.step += 1
+                self.rows.append((self.step, attempt, len(members)))
+                event = Stepped(attempt=attempt, progress=Progress(step=self.step, tokens=self.step))
+                self.send(members[0].node, event)
+            is_last, parks = self.step == MAX_STEPS, all(trainer.stage == "parking" for trainer in mine.values())
+            if self.step % SAVE_EVERY == 0 or parks or is_last:
+                self.saved = self.step
+            if parks or is_last:
+                for slot in members:
+                    self.end(slot, "finished" if is_last else "interrupted")
+                return
+
+    def settle(self):
+        """Let everything arrive and enough time pass."""
+        for _ in range(200):
+            self.deliver_all()
+            if self.done:
+                return
+            self.train(1)
+            self.now_s += 5
+            self.tell(Tick())
+
+
+SIZES = st.sampled_from([(1, 2, 3, 4), (2, 3), (2, 4), (1,), (3,)])
+EVENTS = st.lists(
+    st.tuples(
+        st.sampled_from(
+            ["deliver"] * 8 + ["train"] * 6 + ["tick"] * 3
+            + ["lose", "crash", "drain", "drain", "move", "undrain", "join", "join", "regroup", "expire", "late"]
+        ),
+        st.integers(0, 5),
+        st.sampled_from([0.0, 0.1, 0.5, 2.0, 15.0, 70.0]),
+    ),
+    max_size=120,
+)  # fmt: skip
+
+
+def play(sizes, events) -> SlowCluster:  # noqa: PLR0912 (a case per event)
+    policy = Policy(world_sizes=sizes, max_failures_without_progress=10_000)
+    cluster = SlowCluster(State(policy=policy))
+    for _ in range(3):
+        cluster.join()
+    for kind, number, seconds in events:
+        cluster.now_s += seconds
+        nodes = sorted(cluster.nodes | {node for node, left in cluster.under_way.items() if left})
+        node = nodes[number % len(nodes)] if nodes else ""
+        living = node if node in cluster.nodes else ""
+        match kind:
+            case "deliver":
+                cluster.deliver(node)
+            case "train":
+                cluster.train(number)
+            case "tick":
+                cluster.tell(Tick())
+            case "join" if len(cluster.nodes) < 6:
+                cluster.join()
+            case "regroup":
+                cluster.regroup()
+            case "lose" if living:
+                cluster.lose(node)
+            case "crash" if living:
+                cluster.end(Slot(node, "cpu0"), "crashed")
+            case "drain" | "move" if living:
+                deadline_s = None if number == 5 else cluster.now_s + 15 * number
+                cluster.send(node, Draining(node=node, deadline_s=deadline_s, reason="spot"))
+            case "undrain":
+                cluster.send(node, Undrained(node=node))
+            case "expire" if living:
+                cluster.expire(node)
+            case "late" if cluster.started:
+                attempt = max(1, cluster.started[-1].attempt - 1 - number)
+                slot = cluster.started[0].members[0]
+                cluster.tell(TrainerReady(slot=slot, attempt=attempt - 1, store_host="h", store_port=1))
+                cluster.tell(TrainerEnded(slot=slot, attempt=attempt - 1, kind="finished", reason="late"))
+                cluster.tell(Stepped(attempt=attempt - 1, progress=Progress(step=10**6, tokens=1)))
+            case _:
+                pass
+    return cluster
+
+
+@settings(max_examples=400, deadline=None)
+@given(SIZES, EVENTS)
+def test_a_run_ends_finished_with_the_samples_of_an_unbroken_one_whatever_happens_on_the_way(sizes, events):
+    cluster = play(sizes, events)
+    cluster.deliver_all()
+    for node in sorted(cluster.state.draining):
+        cluster.tell(Undrained(node=node))
+    while len(cluster.nodes) < max(sizes):
+        cluster.join()
+    cluster.regroup()
+    cluster.settle()
+
+    assert cluster.done == Done(kind="finished", reason="finished", exit_code=0), "there are nodes, and nobody trains"
+    assert [s.attempt for s in cluster.started] == list(range(1, len(cluster.started) + 1))
+    assert [e.attempt for e in cluster.ended] == list(range(1, len(cluster.ended) + 1))
+    assert_samples_of_an_unbroken_run(cluster)
+    for event in (Tick(), Stop(reason="late"), Draining(node="n001", deadline_s=None, reason="late")):
+        assert decide(cluster.state, event, now_s=cluster.now_s) == [], "it acts after its end"
+
+
+def assert_samples_of_an_unbroken_run(cluster):
+    rows = {step: (attempt, world_size) for step, attempt, world_size in cluster.rows}  # the last row of a step wins
+    assert sorted(rows) == list(range(1, MAX_STEPS + 1)), "a step is missing"
+    for step, (_, world_size) in rows.items():
+        whole = sample_ids(seed=3, step=step - 1, global_batch=BATCH, num_samples=NUM_SAMPLES)
+        parts = [rank_slice(whole, rank=rank, world_size=world_size) for rank in range(world_size)]
+        assert sorted(i for part in parts for i in part) == sorted(whole), "a sample is lost or repeated"
+    by_attempt: dict[int, list[int]] = {}
+    for step, attempt, _ in cluster.rows:
+        by_attempt.setdefault(attempt, []).append(step)
+    best = 0
+    for ended in cluster.ended:
+        steps = by_attempt.get(ended.attempt, [])
+        if steps:
+            assert steps == list(range(steps[0], steps[-1] + 1)), "a world skips a step"
+            assert best - SAVE_EVERY < steps[0] <= best + 1, "more is done again than since the last save, or less"
+            best = max(best, steps[-1])
+
+
+@settings(max_examples=200, deadline=None)
+@given(SIZES, EVENTS, st.integers(0, 119))
+def test_a_run_that_is_stopped_at_any_moment_ends_soon_and_resumable(sizes, events, at):
+    cluster = play(sizes, events[:at])
+    cluster.tell(Stop(reason="keyboard"))
+    for kind, number, seconds in events[at:]:
+        cluster.now_s += seconds
+        if kind == "deliver" and cluster.under_way:
+            cluster.deliver(sorted(cluster.under_way)[number % len(cluster.under_way)])
+    num_started = len(cluster.started)
+    cluster.settle()
+    assert cluster.done is not None
+    assert cluster.done.exit_code in (0, 3)  # it may just have finished
+    assert len(cluster.started) == num_started, "a world is started though the run shall end"
+    assert not cluster.trainers
+
+
+@settings(max_examples=200, deadline=None)
+@given(SIZES, EVENTS, st.integers(2, 5))
+def test_a_step_that_always_fails_ends_the_run_after_its_budget(sizes, events, budget):
+    cluster = play(sizes, events)
+    cluster.state.policy = Policy(world_sizes=sizes, max_failures_without_progress=budget)
+    cluster.deliver_all()
+    for node in sorted(cluster.state.draining):
+        cluster.tell(Undrained(node=node))
+    while len(cluster.nodes) < max(sizes):
+        cluster.join()
+    num_failed = 0
+    for _ in range(50):
+        cluster.deliver_all()
+        cluster.now_s += 15
+        cluster.tell(Tick())
+        cluster.deliver_all()
+        if cluster.done:
+            break
+        if cluster.trainers:
+            cluster.end(sorted(cluster.trainers)[num_failed % len(cluster.trainers)], "crashed")
+            num_failed += 1
+    assert cluster.done is not None
+    assert cluster.done.kind in ("failed", "finished")
+    if cluster.done.kind == "failed":
+        assert cluster.done.exit_code == 1
+        assert f"step {cluster.state.failures.best_step + 1} failed" in cluster.done.reason
+        # failures before count as well; denying a node gives one more try
+        assert num_failed <= budget + 1 + len(cluster.state.failures.denied)
