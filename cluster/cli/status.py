@@ -21,11 +21,13 @@ def run(args: argparse.Namespace) -> int:
         print_json(status)
     else:
         for key, value in status.items():
-            print(f"{key:17} {_format(value)}")
+            print(f"{key:26} {_format(value)}")
     return 0
 
 
 def _format(value: object) -> str:
-    if value is None:
+    if value is None or value == []:
         return "-"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,5 +1,6 @@
 """The live state of a run, from its files alone: it answers while the cluster is busy, stuck or gone."""
 
+from cluster.controller.failures import read_failures
 from cluster.cost import get_usd_per_mtoken
 from cluster.report.story import read_story
 from elastic.rundir import RunDir
@@ -16,6 +17,9 @@ def get_status(run_dir: RunDir, *, now_s: float) -> dict[str, object]:
     last = story.rows[-1] if story.rows else {}
     tokens = last.get("tokens", 0)
     usd = story.totals.usd if story.tiles else None
+    # Of all submissions together: a crash loop's budget does not start anew with the next driver.
+    failures = read_failures(story.attempts)
+    budget = story.config.get("fault", {}).get("max_failures_without_progress")
     eta_s = None
     if state == "running" and story.total_steps and story.step_s:
         eta_s = max(0, story.total_steps - last["step"]) * story.step_s
@@ -32,6 +36,9 @@ def get_status(run_dir: RunDir, *, now_s: float) -> dict[str, object]:
         "world_size": last.get("world_size"),
         "attempt": max([row["attempt"] for row in [*story.all_rows[-1:], *story.attempts[-1:]]], default=0),
         "incidents": len(story.incidents),
+        "failures_without_progress": failures.without_progress,
+        "failures_left": None if budget is None else max(0, budget - failures.without_progress),
+        "denied_nodes": sorted(failures.denied),
         "usd": usd,
         "usd_per_mtoken": None if usd is None else get_usd_per_mtoken(usd, tokens),
         "goodput": story.totals.goodput if story.tiles else None,

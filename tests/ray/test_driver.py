@@ -3,13 +3,17 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from copy import copy
+from types import SimpleNamespace
 
 import pytest
 
 from elastic.attempts import final_rows
 from elastic.rundir import read_rows
+from tests.ray._nodes import get_env
 from tests.ray._runs import Run
 from tests.ray._traces import find_hosts, find_processes, find_trainers, is_alive, wait_until
 
@@ -122,21 +126,50 @@ def test_without_a_driver_all_is_saved_and_gone_within_the_lease_and_the_same_co
     assert (second["first_step"], second["lost_steps"]) == (last + 1, 0)
 
 
-def test_a_second_driver_of_a_run_is_refused_and_harms_nothing(run, nodes):
+def look(run) -> dict[str, tuple[int, bytes]]:
+    """The files that no living driver of the run writes."""
+    own = re.compile(r"(metrics|ledger|samples-1-\d+)\.jsonl|leader\.json|checkpoints/.*|\..*\.tmp|epochs/\..*\.tmp")
+    files = [path for path in run.dir.root.rglob("*") if path.is_file()]
+    names = {path: path.relative_to(run.dir.root).as_posix() for path in files}
+    return {
+        name: (path.stat().st_mtime_ns, path.read_bytes()) for path, name in names.items() if not own.fullmatch(name)
+    }
+
+
+def test_whoever_else_trains_a_run_is_refused_and_harms_nothing(run, nodes, tmp_path):
     run.start()
     run.wait_for_step(10, timeout_s=90)
     trainers = find_trainers(nodes.folder)
-    config = run.dir.config.stat().st_mtime_ns
+    before = look(run)
+    assert {"config.yaml", "epochs/00000001"} <= set(before)
 
     second = copy(run)
     second.start(**{"wandb.mode": "offline"})
-
     assert second.wait(timeout_s=30) == 2
     assert "run='r' is being trained by another driver" in second.get_output()
-    assert not (run.dir.root / "wandb").exists()
+
+    elsewhere = copy(run)
+    elsewhere.nodes = SimpleNamespace(folder=nodes.folder, address="")  # a cluster of its own
+    elsewhere.start(**{"wandb.mode": "offline"})
+    alone = subprocess.run(
+        [sys.executable, "-m", "elastic", str(run.dir.config), "cluster.max_workers=1", "wandb.mode=offline"],
+        env=get_env(nodes.folder),
+        cwd=tmp_path,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert alone.returncode == 2, alone.stderr
+    assert elsewhere.wait(timeout_s=60) == 2, elsewhere.get_output()
+    for output in (alone.stderr, elsewhere.get_output(newest=True)):
+        assert re.search(r"is led by solvent train \(process \d+ on .*\) right now.*touched nothing.*run=", output), (
+            output
+        )
+
+    assert look(run) == before
     assert run.driver.poll() is None
     assert find_trainers(nodes.folder) == trainers
-    assert run.dir.config.stat().st_mtime_ns == config
     step = run.last_row()["step"]
     run.wait_for_step(step + 10)
     assert {row["attempt"] for row in run.rows()} == {1}

@@ -208,8 +208,8 @@ SIZES = st.sampled_from([(1, 2, 3, 4), (2, 3), (2, 4), (1,), (3,)])
 EVENTS = st.lists(
     st.tuples(
         st.sampled_from(
-            ["deliver"] * 8 + ["train"] * 6 + ["tick"] * 3
-            + ["lose", "crash", "drain", "drain", "move", "undrain", "join", "join", "regroup", "expire", "late"]
+            ["deliver"] * 8 + ["train"] * 6 + ["tick"] * 3 + ["drain", "join"]
+            + ["lose", "crash", "drain", "move", "undrain", "join", "regroup", "expire", "late", "hang"]
         ),
         st.integers(0, 5),
         st.sampled_from([0.0, 0.1, 0.5, 2.0, 15.0, 70.0]),
@@ -250,6 +250,9 @@ def play(sizes, events) -> SlowCluster:  # noqa: PLR0912 (a case per event)
                 cluster.send(node, Undrained(node=node))
             case "expire" if living:
                 cluster.expire(node)
+            case "hang":  # its trainer never says that it is ready
+                left = cluster.under_way.get(node, deque())
+                cluster.under_way[node] = deque(event for event in left if not isinstance(event, TrainerReady))
             case "late" if cluster.started:
                 attempt = max(1, cluster.started[-1].attempt - 1 - number)
                 slot = cluster.started[0].members[0]

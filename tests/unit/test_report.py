@@ -60,6 +60,17 @@ def test_a_running_run_tells_its_pace_and_its_price(run_dir):
     assert json.loads(json.dumps(status)) == status
 
 
+def test_the_failures_of_all_submissions_count_against_one_budget(run_dir):
+    run_dir.config.write_text("fault: {max_failures_without_progress: 3}")
+    status = get_status(run_dir, now_s=0.0)
+    assert (status["failures_without_progress"], status["failures_left"], status["denied_nodes"]) == (0, 3, [])
+    for last_step, change, denied in [(9, "finished", None), (9, "trainer_lost", None), (5, "trainer_lost", "b")]:
+        row = {"attempt": 1, "last_step": last_step, "end": "lost", "end_utc": format_utc(0)}
+        append_row(run_dir.attempts, {**row, "change": change, "cause": "b", "denied": denied})
+    status = get_status(run_dir, now_s=0.0)
+    assert (status["failures_without_progress"], status["failures_left"], status["denied_nodes"]) == (2, 1, ["b"])
+
+
 @pytest.mark.parametrize(("now_s", "state"), [(1140.0, "running"), (1141.0, "silent")])
 def test_a_run_not_heard_of_for_two_minutes_is_silent(run_dir, now_s, state):
     put_steps(run_dir, range(1, 11))  # the last one ends at 1020
