@@ -343,6 +343,7 @@ class Checkpointer:
             logger.warning("a save that was cut short stays in %s: %s", self._storage.url, error)
 
     def _commit(self, directory: str, save: _Save, written: Sequence[Written | Exception]) -> float:
+        self._check_epoch()  # before anything is removed, too: a newer world may have saved the same step
         failure = next((outcome for outcome in written if isinstance(outcome, Exception)), None)
         if failure is not None:
             self._clear(save.progress.step)  # all ranks have stopped writing, and what they wrote may fill the disk
@@ -355,7 +356,6 @@ class Checkpointer:
             {file: of_rank.crc32 for file, of_rank in zip(files, done, strict=True)},
         )
         records = {file: of_rank.record for file, of_rank in zip(files, done, strict=True)}
-        self._check_epoch()
         commit(self._storage, directory, save.manifest(index, records))
         return time.monotonic() - save.start_s
 

@@ -1,6 +1,7 @@
 """Two processes that train one run: one goes on, the other ends with the reason and harms nothing."""
 
 import hashlib
+import re
 import signal
 import time
 from pathlib import Path
@@ -8,11 +9,16 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import main
+from elastic.attempts import final_rows
+from elastic.epochs import get_newest_epoch
 from elastic.leader import LEASE_S
 from elastic.rundir import RunDir, read_rows
-from tests.distributed._launch import Ranks
+from elastic.storage import open_storage
+from elastic.storage.faults import FAULTS_VARIABLE, Fault, write_fault
+from tests.distributed._launch import Ranks, read_samples, wait_until
 
-STEPS = 300
+STEPS = 40
+TEMPORARY = re.compile(r"/\..*\.tmp$")
 CONFIG = f"""
 strategy: ddp
 device: cpu
@@ -70,19 +76,65 @@ def test_a_second_command_under_the_same_run_name_ends_with_exit_code_2_and_touc
     assert [row["attempt"] for row in read_rows(run.attempts)] == [1]
 
 
+def is_committed(run: RunDir, step: int) -> bool:
+    return (run.checkpoints / f"step-{step:08d}" / "COMMITTED").exists()
+
+
 def run_step(run: RunDir) -> int:
     return list(read_rows(run.metrics))[-1]["step"]
 
 
-def test_a_trainer_that_is_killed_is_followed_at_once_by_the_same_command_on_its_machine(folder):
-    run = RunDir(folder / "killed")
-    with launch(folder, run) as first:
-        first.wait_for_step(run, 21)
-        first.send(signal.SIGKILL, 0)
-        first.wait()
-    start_s = time.monotonic()
-    with launch(folder, run) as second:
-        second.wait_for_step(run, 22)
-        took_s = time.monotonic() - start_s
-        second.send(signal.SIGKILL, 0)
-    assert took_s < LEASE_S, "it waited for the lease of a process that it could see was dead"
+def test_a_trainer_that_was_frozen_in_its_last_save_and_comes_back_after_another_took_over_commits_nothing(
+    folder, monkeypatch
+):
+    """Its storage is slow, so that it is still in that save when it is stopped, and when it goes on."""
+    run = RunDir(folder / "frozen")
+    storage = open_storage(run.root)
+    control = folder / "control"
+    with monkeypatch.context() as patch:
+        patch.setenv(FAULTS_VARIABLE, str(control))
+        stale = launch(folder, run)
+    with stale:
+        stale.wait_for_step(run, 20)
+        wait_until(lambda: is_committed(run, 20), stale._processes)
+        write_fault(control, Fault(kind="slow", rate=0.05))  # MiB/s: some seconds for a checkpoint
+        stale.wait_for_step(run, STEPS)
+        wait_until(lambda: list(run.checkpoints.glob(f"step-{STEPS:08d}/.*")), stale._processes)
+        stale.send(signal.SIGSTOP, 0)
+        assert not is_committed(run, STEPS), "it was not in its save"
+
+        start_s = time.monotonic()
+        with launch(folder, run) as follower:
+            wait_until(lambda: get_newest_epoch(storage) == 2, follower._processes)
+            assert time.monotonic() - start_s >= LEASE_S - 1
+            codes, output = follower.wait()
+        assert codes == [0], output
+        assert is_committed(run, STEPS)
+        control.unlink()
+        before = look(run.root)
+
+        stale.send(signal.SIGCONT, 0)
+        codes, output = stale.wait()
+    assert codes == [2], output
+    told = (
+        r"python -m elastic \(process \d+ on .*\) took over the run at .* as attempt 2, so attempt 1 is over and writes"
+    )
+    assert re.search(told, output), output
+    after = look(run.root)
+    assert {name: after[name] for name in before if not TEMPORARY.search(name)} == {
+        name: seen for name, seen in before.items() if not TEMPORARY.search(name)
+    }
+    assert all(re.search(r"/e00000001-\d+\.safetensors$", name) for name in after.keys() - before.keys()), (
+        "it left more than a shard of its own, which the next save removes"
+    )
+
+    first, second = read_rows(run.attempts)
+    assert [(row["attempt"], row["end"]) for row in (first, second)] == [(1, "lost"), (2, "finished")]
+    assert (second["first_step"], second["lost_steps"]) == (21, STEPS - 20)
+    unbroken = RunDir(folder / "unbroken")
+    with launch(folder, unbroken) as whole:
+        assert whole.wait()[0] == [0]
+    losses = [[row["loss"] for row in final_rows(read_rows(r.metrics))] for r in (run, unbroken)]
+    assert len(losses[0]) == STEPS
+    assert losses[0] == losses[1]
+    assert read_samples(run) == read_samples(unbroken)
