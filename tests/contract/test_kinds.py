@@ -62,3 +62,13 @@ def test_a_strategy_lowers_the_loss_of_what_it_trains_on(kind):
     del trainable
     close_world(world)
     assert after < before - 0.5
+
+
+@pytest.mark.parametrize("kind", plugins.get_names("elastic.strategies"))
+def test_what_a_strategy_says_of_its_worlds_can_be_read_without_torch(kind):
+    module = plugins.load("elastic.strategies", kind, key="strategy")
+    key = plugins.read_constant("elastic.strategies", kind, "WORLD_SIZE_MULTIPLE_OF")
+    most = plugins.read_constant("elastic.strategies", kind, "MAX_WORLD_SIZE")
+    assert (key, most) == (getattr(module, "WORLD_SIZE_MULTIPLE_OF", None), getattr(module, "MAX_WORLD_SIZE", None))
+    assert key is None or isinstance(getattr(RunConfig(), key), int)
+    assert most is None or most >= 1

@@ -89,3 +89,27 @@ def test_a_schedule_may_fill_the_run_to_the_last_token():
 def test_a_configuration_needs_neither_torch_nor_omegaconf():
     code = "import sys, elastic.config as c; c.RunConfig(); print({'torch', 'omegaconf', 'yaml'} & {*sys.modules})"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "shard_size", "workers", "sizes"),
+    [
+        ("fsdp2", 0, (2, 5), (2, 3, 4, 5)),
+        ("hsdp", 0, (1, 3), (1, 2, 3)),
+        ("hsdp", 2, (1, 5), (2, 4)),
+        ("hsdp", 64, (256, 512), (256, 320, 384, 448, 512)),
+        ("single", 0, (1, 1), (1,)),
+    ],
+)
+def test_a_strategy_limits_the_worlds_that_a_run_may_have(strategy, shard_size, workers, sizes):
+    cluster = ClusterConfig(min_workers=workers[0], max_workers=workers[1])
+    config = RunConfig(
+        strategy=strategy, shard_size=shard_size, cluster=cluster, train=TrainConfig(global_batch=workers[1])
+    )
+    assert config.get_world_sizes() == sizes
+
+
+def test_a_run_that_no_world_fits_is_refused_with_what_to_type():
+    cluster = ClusterConfig(min_workers=3, max_workers=3)
+    with pytest.raises(ConfigError, match=r"shard_size=2 .* Set cluster\.max_workers=4, or shard_size=0"):
+        RunConfig(strategy="hsdp", shard_size=2, cluster=cluster).get_world_sizes()
