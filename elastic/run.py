@@ -100,8 +100,9 @@ def _build_parts(
     restored = restore(storage, trainable.model, trainable.optimizer, config=config, device=world.device)
     progress, recent = Progress(), Recent()
     if restored:
-        progress, recent = restored.progress, Recent(**restored.extra["recent"])
-        trainable.scaler.load_state_dict(restored.extra["scaler"])
+        progress, recent = restored.progress, Recent(**restored.extra.get("recent", {}))
+        if scaler_state := restored.extra.get("scaler"):  # without one: imported, or not in fp16 until now
+            trainable.scaler.load_state_dict(scaler_state)
     watchers.observer.restored(progress, "disk" if restored else "scratch")
 
     place = _Place(rank=world.rank, world_size=world.world_size, device=world.device)

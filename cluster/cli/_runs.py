@@ -7,6 +7,7 @@ from pathlib import Path
 
 from elastic.errors import StorageError
 from elastic.rundir import RunDir
+from elastic.storage import Storage, is_url, open_storage
 
 RUNS = Path("runs")
 
@@ -34,6 +35,15 @@ def find_run(run_name: str) -> RunDir:
     near = get_close_matches(Path(run_name).name, names, n=1)
     hint = f"Did you mean {near[0]}?" if near else f"Runs here are: {', '.join(names) or 'none yet'}."
     raise StorageError(f"RUN={run_name} is not a directory, nor is {RUNS / run_name}. {hint}")
+
+
+def open_run(run_name: str) -> Storage:
+    """Return the storage of the run at this path or URL, else of the one of this name below runs/.
+
+    Raises:
+        StorageError: there is none.
+    """
+    return open_storage(run_name if is_url(run_name) else find_run(run_name).root)
 
 
 def print_json(value: object) -> None:

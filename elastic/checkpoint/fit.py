@@ -7,7 +7,7 @@ run, another learning rate. `data.path` is one of them, since the same folder ma
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
 from elastic.checkpoint.layout import Manifest
@@ -67,6 +67,13 @@ def check_config(config: RunConfig, manifest: Manifest) -> dict[str, tuple[objec
     return changed
 
 
+def get_unsaved(live: Iterable[str], manifest: Manifest) -> set[str]:
+    """Return which of the live tensors a checkpoint of step 0 leaves out: moments, which are zeros before any step."""
+    if manifest.progress.step > 0:
+        return set()
+    return {name for name in live if name.startswith("optim.") and name not in manifest.tensors}
+
+
 def check_tensors(live: Mapping[str, tuple[int, ...]], manifest: Manifest) -> None:
     """Compare the whole shapes of the live state with the saved ones, before any byte is loaded.
 
@@ -74,7 +81,7 @@ def check_tensors(live: Mapping[str, tuple[int, ...]], manifest: Manifest) -> No
         CheckpointError: a tensor is missing, unknown or of another shape, though the configuration fits: the code of
             the model or of the optimizer changed.
     """
-    for name in sorted(live.keys() | manifest.tensors.keys()):
+    for name in sorted((live.keys() | manifest.tensors.keys()) - get_unsaved(live, manifest)):
         record = manifest.tensors.get(name)
         then, now = record and record.shape, live.get(name)
         if then != now:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from elastic.checkpoint.fit import check_config, check_tensors
+from elastic.checkpoint.fit import check_config, check_tensors, get_unsaved
 from elastic.checkpoint.layout import CommittedCheckpoint, Manifest, find_damage, list_committed, read_manifest
 from elastic.checkpoint.reads import Read, plan_checks, plan_reads
 from elastic.checkpoint.shards import get_box
@@ -118,13 +118,16 @@ def load_state(
         StorageError: the storage cannot be read; on all ranks.
     """
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    spreads = {name: get_spread(tensor, world_size=world_size) for name, tensor in live.items()}
+    unsaved = get_unsaved(live, manifest)
+    spreads = {name: get_spread(tensor, world_size=world_size) for name, tensor in live.items() if name not in unsaved}
     wanted = {name: get_box(spread, rank) for name, spread in spreads.items()}
     targets = {name: get_local(tensor) for name, tensor in live.items()}
     records = dict(manifest.tensors)
     others = dict(manifest.generators)
     own_rng = get_rng_name(device, rank)
-    has_own_rng = manifest.world_size == world_size and manifest.device == device.type
+    has_own_rng = (
+        manifest.world_size == world_size and manifest.device == device.type and own_rng in manifest.generators
+    )
     if has_own_rng:
         record = records[own_rng] = manifest.generators[own_rng]
         targets[own_rng] = torch.empty(record.shape, dtype=DTYPES[record.dtype])
@@ -143,6 +146,8 @@ def load_state(
     for outcome in outcomes:
         if isinstance(outcome, SolventError):
             raise outcome
+    for name in unsaved:
+        targets[name].detach().zero_()
     found = [f"rank {rank}: {outcome}" for rank, outcome in enumerate(outcomes) if outcome]
     if not found and has_own_rng:
         set_rng_state(device, targets[own_rng])

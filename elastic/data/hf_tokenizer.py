@@ -1,12 +1,14 @@
 """The tokenizer of prepared data as the files that `AutoTokenizer` of transformers reads. No torch here."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from elastic.data.format import TOKENIZER_FILE, read_info
+from elastic.data.format import DATASET_FILE, TOKENIZER_FILE, read_info
 from elastic.data.tokenizer import load_tokenizer
+from elastic.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,3 +42,23 @@ def read_tokenizer(folder: Path) -> HfTokenizer:
         },
         eot_id=info.eot_id,
     )
+
+
+def check_tokenizer(data_path: str, tokenizer_json: bytes | None, *, origin: str) -> None:
+    """Refuse to train a model of others on data that another tokenizer made; data that is not here is not looked at.
+
+    Args:
+        origin: where `tokenizer_json` is from, for the message; None: that model came without one.
+
+    Raises:
+        DataError: the two differ.
+    """
+    folder = Path(data_path)
+    if tokenizer_json is None or not data_path or not (folder / DATASET_FILE).is_file():
+        return
+    if read_info(folder).tokenizer_sha256 != hashlib.sha256(tokenizer_json).hexdigest():
+        raise DataError(
+            f"data.path={data_path!r} was made with another tokenizer than {origin} has, so its token ids mean other "
+            "text to this model. Prepare it anew: "
+            f"solvent prepare INPUT --tokenizer {origin}/{TOKENIZER_FILE} --out DIR"
+        )

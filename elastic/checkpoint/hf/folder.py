@@ -13,7 +13,8 @@ from typing import Any, cast
 
 from elastic import plugins
 from elastic.checkpoint.hf.families._base import Family, Pair
-from elastic.checkpoint.hf.numbers import DTYPES, ITEM_BYTES, Dtype
+from elastic.checkpoint.hf.numbers import DTYPES, Dtype
+from elastic.checkpoint.shards import ITEM_BYTES
 from elastic.config import ModelConfig
 from elastic.errors import ModelFolderError
 from elastic.storage import Storage
@@ -22,6 +23,7 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 
+_TOKENIZER = "tokenizer.json"
 _FAMILIES = "elastic.checkpoint.hf.families"
 _MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library itself."""
@@ -54,12 +56,28 @@ class ModelFolder:
     tensors: Mapping[str, StoredTensor]
     """By the folder's own names: exactly those of `pairs`."""
 
-    def read(self, tensor: StoredTensor, *, piece_bytes: int) -> Iterator[bytes]:
-        """Yield the bytes of a tensor in order, in pieces of at most so many (a multiple of 4)."""
+    @property
+    def num_params(self) -> int:
+        """How many numbers the model has."""
+        return sum(math.prod(pair.shape) for pair in self.pairs)
+
+    def read(self, tensor: StoredTensor, *, piece_bytes: int) -> Iterator[memoryview]:
+        """Yield the bytes of a tensor in order, in pieces of at most so many (a multiple of 4).
+
+        Raises:
+            ModelFolderError: they cannot be read.
+        """
         for start in range(0, tensor.num_bytes, piece_bytes):
-            piece = bytearray(min(piece_bytes, tensor.num_bytes - start))
-            self.storage.read_into(tensor.key, tensor.start + start, memoryview(piece))
-            yield bytes(piece)
+            piece = memoryview(bytearray(min(piece_bytes, tensor.num_bytes - start)))
+            try:
+                self.storage.read_into(tensor.key, tensor.start + start, piece)
+            except OSError as error:
+                raise explain_read(error, self.storage) from error
+            yield piece
+
+    def read_tokenizer(self) -> bytes | None:
+        """Return its `tokenizer.json`, if it has one."""
+        return self.storage.read(_TOKENIZER) if self.storage.get_size(_TOKENIZER) is not None else None
 
 
 def get_families() -> dict[str, Family]:
@@ -84,13 +102,27 @@ def find_family(model: ModelConfig) -> tuple[str, Family]:
     )
 
 
+def explain_read(error: OSError, storage: Storage) -> ModelFolderError:
+    """Return what a storage's error means for the user who named the folder."""
+    return ModelFolderError(
+        f"{error.filename or storage.url} cannot be read ({error.strerror or error}). Check that the folder is there, "
+        "whole and readable."
+    )
+
+
 def open_folder(storage: Storage) -> ModelFolder:
     """Check a folder from its headers: the shapes are right, nothing is missing, nothing would be left unused.
 
     Raises:
         ModelFolderError: it cannot be imported as it is.
-        OSError: it cannot be read.
     """
+    try:
+        return _open_folder(storage)
+    except OSError as error:
+        raise explain_read(error, storage) from error
+
+
+def _open_folder(storage: Storage) -> ModelFolder:
     raw = _read_json(storage, CONFIG)
     families = get_families()
     family = families.get(str(raw.get("model_type")))

@@ -9,7 +9,6 @@ Dtype = Literal["F32", "F16", "BF16"]
 """As safetensors calls them."""
 
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
-ITEM_BYTES: dict[Dtype, int] = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 def to_fp32(data: bytes | bytearray | memoryview, dtype: Dtype) -> npt.NDArray[np.float32]:

@@ -1,0 +1,70 @@
+"""Begin a run from a Hugging Face folder (Llama, Qwen2, Qwen3, SmolLM, SmolLM3), instead of random weights.
+
+The model's section of the configuration comes from the folder. The weights become the checkpoint of step 0 of the run
+that CONFIG and key=value describe; train it, on any number of ranks, with the config.yaml that is written beside it.
+"""
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+
+from cluster.cli._runs import add_json, print_json
+from elastic.config import ModelConfig
+from elastic.rundir import RunDir
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Take a folder and a configuration."""
+    parser.add_argument("folder", metavar="HF_DIR", help="config.json and safetensors; also s3://, gs://, az://")
+    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("overrides", metavar="key=value", nargs="*")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything, then import and tell how to go on."""
+    from elastic.checkpoint.hf.folder import open_folder
+    from elastic.checkpoint.hf.importing import import_folder
+    from elastic.checkpoint.storage import GIB, check_space, check_writable, explain
+    from elastic.config_load import dump, load
+    from elastic.data.hf_tokenizer import check_tokenizer
+    from elastic.storage import is_url, join_url, open_storage
+
+    start_s = time.monotonic()
+    config = load(args.config, args.overrides)
+    folder = open_folder(open_storage(args.folder))
+    config = dataclasses.replace(config, model=folder.model)
+    check_tokenizer(config.data.path, folder.read_tokenizer(), origin=args.folder)
+    run_url = join_url(config.storage, config.run)
+    storage = open_storage(run_url)
+    check_writable(storage)
+    check_space(storage, folder.num_params * 4)
+    try:
+        imported = import_folder(folder, storage, config)
+        storage.write(RunDir(Path()).config.name, [dump(config).encode()])
+    except OSError as error:
+        raise explain(error, run_url) from error
+    overrides = [
+        f"model.{field.name}={getattr(config.model, field.name)}"
+        for field in dataclasses.fields(ModelConfig)
+        if getattr(config.model, field.name) != field.default
+    ]
+    start = f"{args.config} {' '.join(args.overrides + overrides)}" if is_url(run_url) else f"{run_url}/config.yaml"
+    summary = {
+        "run": run_url,
+        "step": 0,
+        "num_params": imported.num_params,
+        "num_bytes": imported.num_bytes,
+        "model": dataclasses.asdict(config.model),
+        "start": f"solvent train {start}",
+        "seconds": time.monotonic() - start_s,
+    }
+    if args.json:
+        print_json(summary)
+    else:
+        print(
+            f"{imported.num_params:,} parameters are step 0 of {run_url}: {imported.num_bytes / GIB:.3f} GiB in "
+            f"{summary['seconds']:.1f} s. Train them with: {summary['start']}"
+        )
+    return 0

@@ -1,0 +1,68 @@
+"""The weights of a checkpoint, piece by piece, each verified before it is given away. No torch here."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from elastic.checkpoint.hf.numbers import DTYPES, to_fp32
+from elastic.checkpoint.layout import CommittedCheckpoint, Manifest
+from elastic.checkpoint.reads import plan_reads
+from elastic.checkpoint.shards import ITEM_BYTES, Box
+from elastic.checkpoint.sources import DamageError, StorageSource, read_verified
+from elastic.errors import CheckpointError
+from elastic.storage import Storage
+
+_PIECE_BYTES = 16 * 2**20
+
+
+class SavedWeights:
+    """The model of one checkpoint, as a `WeightSource`."""
+
+    def __init__(self, storage: Storage, checkpoint: CommittedCheckpoint, manifest: Manifest) -> None:
+        self._where = f"{storage.url}/{checkpoint.directory}"
+        self._source = StorageSource(storage, checkpoint.directory)
+        self._tensors = manifest.tensors
+
+    def read(self, name: str) -> Iterator[npt.NDArray[np.float32]]:
+        """Yield the numbers of a parameter in row-major order.
+
+        Raises:
+            CheckpointError: the checkpoint lacks it, or holds other bytes than were written.
+        """
+        record = self._tensors.get(f"model.{name}")
+        if record is None or record.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{self._where} has no weights called {name}: the code of the model changed since it was saved. "
+                "Export it with the version of Solvent that wrote it."
+            )
+        num_rows, *row_shape = record.shape
+        rows_per_piece = max(1, _PIECE_BYTES // (math.prod(row_shape) * ITEM_BYTES[record.dtype]))
+        for row in range(0, num_rows, rows_per_piece):
+            box = Box((row, *[0] * len(row_shape)), (min(rows_per_piece, num_rows - row), *row_shape))
+            yield to_fp32(self._read_box(f"model.{name}", box), record.dtype)
+
+    def _read_box(self, name: str, box: Box) -> bytearray:
+        item_bytes = ITEM_BYTES[self._tensors[name].dtype]
+        filled = bytearray(box.num_elements * item_bytes)
+        reads, gaps = plan_reads(self._tensors, {name: box}, max_bytes=_PIECE_BYTES)
+        if gaps:
+            raise self._fail(f"a part of {name} is in no file")
+        for read in reads:
+            data = memoryview(bytearray(read.num_bytes))
+            try:
+                read_verified(read, [self._source], data)
+            except DamageError as error:
+                raise self._fail(str(error)) from error
+            for piece in read.pieces:
+                num_bytes = piece.num_elements * item_bytes
+                target = piece.target * item_bytes
+                filled[target : target + num_bytes] = data[piece.start : piece.start + num_bytes]
+        return filled
+
+    def _fail(self, reason: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self._where} is damaged: {reason}. Export an older checkpoint with --step; `solvent checkpoint ls` "
+            "shows which there are."
+        )
