@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from elastic.ports import Progress
+from elastic.ports import Progress, Where
 
 OutcomeKind = Literal["finished", "interrupted", "lost", "failed"]
-Change = Literal["finished", "failed", "stopped", "node_added", "node_drained", "node_lost", "trainer_lost"]
+Change = Literal[
+    "finished", "failed", "stopped", "node_added", "node_drained", "node_lost", "trainer_lost", "trainer_stalled"
+]
 """What ended an attempt."""
 _KINDS: dict[Change, OutcomeKind] = {
     "finished": "finished",
@@ -17,6 +19,7 @@ _KINDS: dict[Change, OutcomeKind] = {
     "node_drained": "interrupted",
     "node_lost": "lost",
     "trainer_lost": "lost",
+    "trainer_stalled": "lost",
 }
 
 
@@ -107,6 +110,17 @@ class Stepped:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stalled:
+    """A trainer makes no progress for longer than it ever should: it says so, or (`silent`) its host does."""
+
+    slot: Slot
+    attempt: int
+    step: int
+    """The last one it finished."""
+    where: Where
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stop:
     """Somebody wants the run to end now, resumable."""
 
@@ -118,7 +132,9 @@ class Tick:
     """Time has passed."""
 
 
-Event = HostGone | Claimed | Expired | Draining | Undrained | TrainerReady | TrainerEnded | Stepped | Stop | Tick
+Event = (
+    HostGone | Claimed | Expired | Draining | Undrained | TrainerReady | TrainerEnded | Stepped | Stalled | Stop | Tick
+)
 
 
 # ---- actions: what the coordinator must do

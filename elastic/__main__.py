@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from time import time
 from types import FrameType
+from typing import NoReturn
 
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
@@ -24,7 +25,19 @@ from elastic.checkpoint.storage import check_writable
 from elastic.config import RunConfig
 from elastic.errors import SolventError, StaleEpochError, StorageError
 from elastic.leader import Leadership, lead
-from elastic.ports import Finished, Interrupted, Lost, MetricSink, Notice, Outcome, Phase, Progress, Source, WorldSpec
+from elastic.ports import (
+    Finished,
+    Interrupted,
+    Lost,
+    MetricSink,
+    Notice,
+    Outcome,
+    Phase,
+    Progress,
+    Source,
+    Stall,
+    WorldSpec,
+)
 from elastic.run import train
 from elastic.rundir import RunDir, append_row
 from elastic.sinks import console, jsonl
@@ -57,10 +70,16 @@ class AttemptObserver:
 
     Args:
         on_restored: called once the run is known to accept its configuration.
+        on_stalled: called with the reason, from another thread, once nothing more is to be hoped for.
+        peer_patience_s: how long peers may be at something of their own while this rank waits for them.
     """
 
-    def __init__(self, *, on_restored: Callable[[], object]) -> None:
+    def __init__(
+        self, *, on_restored: Callable[[], object], on_stalled: Callable[[str], object], peer_patience_s: float
+    ) -> None:
         self._on_restored = on_restored
+        self._on_stalled = on_stalled
+        self._peer_patience_s = peer_patience_s
         self.resumed_step = self.last_step = 0
         self.resumed_from: Source | None = None
         self.first_step_s: float | None = None
@@ -83,6 +102,16 @@ class AttemptObserver:
         """Say so."""
         print(f"checkpoint of step {progress.step} committed", flush=True)  # noqa: T201
 
+    def alive(self) -> None:
+        """Nobody listens here."""
+
+    def stalled(self, stall: Stall) -> None:
+        """Give up, unless this rank may only be waiting for a busy one."""
+        may_wait_for_peers = stall.where in ("in a collective", "waiting")
+        if not may_wait_for_peers or stall.waited_s > self._peer_patience_s:
+            where = "waiting for its device or a peer" if stall.where == "waiting" else stall.where
+            self._on_stalled(f"no progress after step {self.last_step} for {stall.waited_s:.0f} s, {where}")
+
 
 def main(arguments: Sequence[str]) -> int:
     """Train and return the exit code: 0 finished, 2 wrong input, 3 interrupted and resumable, 1 anything else."""
@@ -100,8 +129,12 @@ def main(arguments: Sequence[str]) -> int:
         return error.exit_code
     if isinstance(outcome, Finished):
         return 0
-    print(f"rank {rank}: {outcome.reason}; run the same command to resume", file=sys.stderr, flush=True)  # noqa: T201
+    _say_resumable(rank, outcome.reason)
     return INTERRUPTED_EXIT_CODE
+
+
+def _say_resumable(rank: int, reason: str) -> None:
+    print(f"rank {rank}: {reason}; run the same command to resume", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _run(config: RunConfig, notices: SignalNotices) -> Outcome:
@@ -118,8 +151,38 @@ def _train(
 ) -> Outcome:
     """Train one rank; rank 0, which leads, keeps the books."""
     run_dir = RunDir(Path(config.storage) / config.run)
-    observer, start_s = AttemptObserver(on_restored=partial(_write_config, config, run_dir, spec.rank)), time()
-    history, sinks = read_history(run_dir), ExitStack()
+    history, sinks, start_s = read_history(run_dir), ExitStack(), time()
+
+    def write_row(end: End, reason: str) -> None:
+        row = build_row(
+            history,
+            attempt=spec.attempt,
+            world_size=spec.world_size,
+            nodes=[spec.node],
+            start_s=start_s,
+            end_s=time(),
+            end=end,
+            reason=reason,
+            resumed_from=observer.resumed_from,
+            resumed_step=observer.resumed_step,
+            last_step=observer.last_step,
+            first_step_s=observer.first_step_s,
+        )
+        if leader:
+            with suppress(StaleEpochError):  # then the books are another one's, which is told already
+                leader.check()
+                append_row(run_dir.attempts, asdict(row))
+
+    def give_up(reason: str) -> NoReturn:
+        _say_resumable(spec.rank, reason)
+        write_row("lost", reason)
+        os._exit(INTERRUPTED_EXIT_CODE)  # the main thread hangs, so nothing can be closed in order
+
+    observer = AttemptObserver(
+        on_restored=partial(_write_config, config, run_dir, spec.rank),
+        on_stalled=give_up,
+        peer_patience_s=config.fault.hang_data_s,
+    )
     end: End = "failed"
     reason = ""
     try:
@@ -137,24 +200,7 @@ def _train(
         raise
     finally:
         sinks.close()
-        if leader:
-            row = build_row(
-                history,
-                attempt=spec.attempt,
-                world_size=spec.world_size,
-                nodes=[spec.node],
-                start_s=start_s,
-                end_s=time(),
-                end=end,
-                reason=reason,
-                resumed_from=observer.resumed_from,
-                resumed_step=observer.resumed_step,
-                last_step=observer.last_step,
-                first_step_s=observer.first_step_s,
-            )
-            with suppress(StaleEpochError):  # then the books are another one's, which is told already
-                leader.check()
-                append_row(run_dir.attempts, asdict(row))
+        write_row(end, reason)
     return outcome
 
 

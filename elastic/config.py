@@ -273,6 +273,23 @@ class FaultConfig:
     usually grants; `python -m elastic` is then in no hurry."""
     leave_before_s: float = 600.0
     """A notice makes a node leave when this is left of it; until then it trains on (maintenance is told days ahead)."""
+    hang_factor: float = 5.0
+    """A phase of training is hung once it has taken longer than its limit below and than this times its usual duration.
+    0: nothing is ever called hung."""
+    hang_step_s: float = 10.0
+    """Forward, backward and update."""
+    hang_first_step_s: float = 900.0
+    """The first step of an attempt, which may compile."""
+    hang_data_s: float = 30.0
+    """Waiting for the next batch, and telling the last step. `python -m elastic` also grants it to a rank that waits in
+    a collective: its peers may be at this."""
+    hang_eval_s: float = 300.0
+    hang_save_s: float = 600.0
+    """The part of a save that training waits for."""
+    hang_load_s: float = 900.0
+    """From the start of an attempt to its first batch."""
+    silent_s: float = 10.0
+    """A trainer that has not given a sign of life (one a second) for so long is frozen, and is killed."""
     spike_threshold: float = 20.0
     """A step whose loss lies so many robust standard deviations, and 3 nats, above the recent median is not applied.
     0: off."""
@@ -280,9 +297,21 @@ class FaultConfig:
     """So many steps not applied among the last 100 (loss not finite, or a spike) end the run as failed."""
 
     def __post_init__(self) -> None:
-        _require_not_negative("fault", term_grace_s=self.term_grace_s, spike_threshold=self.spike_threshold)
+        _require_not_negative(
+            "fault",
+            term_grace_s=self.term_grace_s,
+            hang_factor=self.hang_factor,
+            spike_threshold=self.spike_threshold,
+        )
         _require_positive(
             "fault",
+            hang_step_s=self.hang_step_s,
+            hang_first_step_s=self.hang_first_step_s,
+            hang_data_s=self.hang_data_s,
+            hang_eval_s=self.hang_eval_s,
+            hang_save_s=self.hang_save_s,
+            hang_load_s=self.hang_load_s,
+            silent_s=self.silent_s,
             max_bad_steps=self.max_bad_steps,
             collective_timeout_s=self.collective_timeout_s,
             lease_s=self.lease_s,

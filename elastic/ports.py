@@ -15,6 +15,30 @@ Source = Literal["scratch", "device", "memory", "peer", "disk", "remote"]
 """Where the state of an attempt came from."""
 
 
+Where = Literal[
+    "silent",
+    "in a collective",
+    "waiting",
+    "saving",
+    "loading data",
+    "loading a checkpoint",
+    "writing its rows",
+    "computing",
+]
+"""What a trainer without progress does. `waiting`: for its device or its backward, and so maybe for a peer.
+`silent`: not even its threads run, so others say it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stall:
+    """A phase that takes far longer than it should."""
+
+    phase: Phase
+    where: Where
+    waited_s: float
+    """Since the last progress."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """How far training has come: global batches consumed, and target tokens of those that were not bad.
@@ -95,6 +119,14 @@ class Observer(Protocol):
 
     def committed(self, progress: Progress) -> None:
         """Take a checkpoint that became visible (rank 0 only)."""
+        ...
+
+    def alive(self) -> None:
+        """Take a sign that this process runs; given every second by a thread of its own."""
+        ...
+
+    def stalled(self, stall: Stall) -> None:
+        """Take the lack of progress, twice a second while it lasts; called by the thread that gives signs of life."""
         ...
 
 

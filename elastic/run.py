@@ -33,6 +33,7 @@ from elastic.spikes import Recent
 from elastic.step import build_trainable, train_step
 from elastic.storage import Storage, join_url, open_storage
 from elastic.timeline import Timeline
+from elastic.watchdog import Watchdog
 from elastic.world import World, close_world, open_world
 
 
@@ -59,18 +60,20 @@ def train(
     timeline = Timeline(observer, phase="load", start_s=time())
     run_dir = RunDir(Path(config.storage) / config.run)
     storage = open_storage(join_url(config.storage, config.run))
-    world = open_world(spec, device=config.device, timeout_s=config.fault.collective_timeout_s, store=store)
-    watchers = _Watchers(notices=notices, observer=observer, open_sinks=open_sinks if world.rank == 0 else lambda: ())
     progress = Progress()
-    try:
-        _check_storage(storage, config, world)
-        with _build_parts(config, storage, run_dir, world, watchers) as (parts, progress, recent):
-            outcome = run_loop(parts, progress, recent, timeline)
-    except RuntimeError as error:
-        if not is_peer_loss(error):
-            raise
-        outcome = Lost(progress=progress, reason=explain_peer_loss(error))
-    close_world(world, peers="lost" if isinstance(outcome, Lost) else "alive")
+    with Watchdog(timeline, observer, fault=config.fault):
+        world = open_world(spec, device=config.device, timeout_s=config.fault.collective_timeout_s, store=store)
+        sinks_of_rank = open_sinks if world.rank == 0 else list[MetricSink]
+        watchers = _Watchers(notices=notices, observer=observer, open_sinks=sinks_of_rank)
+        try:
+            _check_storage(storage, config, world)
+            with _build_parts(config, storage, run_dir, world, watchers) as (parts, progress, recent):
+                outcome = run_loop(parts, progress, recent, timeline)
+        except RuntimeError as error:
+            if not is_peer_loss(error):
+                raise
+            outcome = Lost(progress=progress, reason=explain_peer_loss(error))
+        close_world(world, peers="lost" if isinstance(outcome, Lost) else "alive")
     return outcome
 
 

@@ -4,6 +4,7 @@
 
     machine.py    the stages of an attempt, and what each event means in them
     worlds.py     which slots the next world is made of, and when the running one should make room for it
+    stalls.py     which member holds up a world that makes no progress
     failures.py   what failures in a row lead to: a node that is left out, a run that stops
     state.py      everything the decisions depend on
 """

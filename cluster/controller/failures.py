@@ -34,7 +34,7 @@ def count_failure(failures: Failures, *, change: Change, cause: str | None, prog
         cause: the node whose trainer ended first, if that is certain.
         progressed: it finished a step that none before had.
     """
-    is_failure = change == "trainer_lost"
+    is_failure = change in ("trainer_lost", "trainer_stalled")
     without_progress = 0 if progressed else failures.without_progress + is_failure
     if is_failure and cause is not None:
         strikes = failures.strikes + 1 if cause == failures.suspect else 1

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from cluster.controller.failures import count_failure, deny_suspect
+from cluster.controller.stalls import describe, find_culprits
 from cluster.controller.state import Blame, Notice, State
 from cluster.controller.worlds import (
     fit_size,
@@ -41,6 +42,7 @@ from cluster.types import (
     Kill,
     Park,
     Slot,
+    Stalled,
     Stepped,
     Stop,
     Tick,
@@ -58,7 +60,7 @@ def decide(state: State, event: Event, *, now_s: float) -> list[Action]:
     return actions + _advance(state, now_s)
 
 
-def _take(state: State, event: Event, now_s: float) -> list[Action]:
+def _take(state: State, event: Event, now_s: float) -> list[Action]:  # noqa: PLR0912 (one branch per event)
     """Book what the event says; the loss of a member ends the attempt."""
     match event:
         case HostGone():
@@ -84,6 +86,8 @@ def _take(state: State, event: Event, now_s: float) -> list[Action]:
             return _end_trainer(state, event, now_s)
         case Stepped():
             _take_step(state, event, now_s)
+        case Stalled():
+            return _take_stall(state, event, now_s)
         case Stop():
             state.stop = state.stop or Done(kind="interrupted", reason=event.reason, exit_code=3)
         case Tick():
@@ -114,6 +118,24 @@ def _take_step(state: State, event: Stepped, now_s: float) -> None:
     if event.progress.step > state.failures.best_step:
         state.failures = replace(state.failures, best_step=event.progress.step)
         state.progressed = True
+    # whichever member says it: a step takes all of them, so those that complained before it go on as well
+    state.stalls = {slot: stall for slot, stall in state.stalls.items() if stall.step >= event.progress.step}
+
+
+def _take_stall(state: State, event: Stalled, now_s: float) -> list[Action]:
+    """End a world that hangs, once it is clear who holds it up, or that nobody in particular does."""
+    is_member = event.attempt == state.attempt and event.slot in state.alive
+    if not is_member or state.stage not in ("running", "parking"):
+        return []
+    state.stalls = {**state.stalls, event.slot: event}
+    culprits = find_culprits(state.stalls, state.alive)
+    if culprits is None:
+        return []
+    nodes = {slot.node for slot in culprits}
+    reason = describe(state.stalls, state.members, culprits)
+    node = nodes.pop() if len(nodes) == 1 else None
+    _suspect(state, node, Blame.TRAINER, reason, now_s, change="trainer_stalled")
+    return _clear(state, now_s)
 
 
 def _end_trainer(state: State, event: TrainerEnded, now_s: float) -> list[Action]:
@@ -150,17 +172,20 @@ def _lose(state: State, slots: Sequence[Slot], blame: Blame, reason: str, now_s:
     return _clear(state, now_s) if dead and state.stage != "clearing" else []
 
 
-def _suspect(state: State, node: str | None, blame: Blame, reason: str, now_s: float) -> None:
+def _suspect(
+    state: State, node: str | None, blame: Blame, reason: str, now_s: float, *, change: Change | None = None
+) -> None:
     """Book why the current world falls, unless something better founded is known already.
 
     Args:
         node: where the cause lies; None if that is not certain.
+        change: what happened, if it is not simply that a node or trainer is gone.
     """
     is_decided = state.stop is not None and state.stop.kind in ("finished", "failed")
     if state.stage in ("waiting", "done") or blame <= state.blame or is_decided:
         return
     noticed_s = state.ending.noticed_s if state.ending else now_s
-    change = "node_lost" if blame is Blame.NODE else "trainer_lost"
+    change = change or ("node_lost" if blame is Blame.NODE else "trainer_lost")
     state.ending = _ended(state, change, reason, node, noticed_s)
     state.blame = blame
 
@@ -283,6 +308,7 @@ def _close(state: State, now_s: float) -> list[Action]:
         state.slowest_park_s = max(state.slowest_park_s or 0.0, state.leaving_s)
     ending = _judge(state, ending)
     state.stage, state.ending, state.ready, state.progressed = "waiting", None, {}, False
+    state.stalls = {}
     state.blame, state.first_step_s = Blame.NOBODY, None
     state.parking_since_s = state.park_deadline_s = None
     return [ending]
@@ -295,10 +321,12 @@ def _judge(state: State, ending: AttemptEnded) -> AttemptEnded:
         state.failures, change=ending.change, cause=ending.cause, progressed=state.progressed
     )
     failures = state.failures
-    if ending.change != "trainer_lost" or state.stop is not None:
+    if ending.change not in ("trainer_lost", "trainer_stalled") or state.stop is not None:
         return ending
     others = [slot for slot in get_usable(state) if slot.node not in failures.denied | {ending.cause}]
-    is_bad = ending.cause == failures.suspect is not None and failures.strikes >= policy.max_node_failures
+    # a trainer that hangs costs far more than one that crashes, and seldom has its cause in the data
+    max_strikes = min(2, policy.max_node_failures) if ending.change == "trainer_stalled" else policy.max_node_failures
+    is_bad = ending.cause == failures.suspect is not None and failures.strikes >= max_strikes
     if is_bad and fit_size(policy.world_sizes, len(others)):
         state.failures = deny_suspect(failures)
         return replace(ending, denied=ending.cause)  # the rest have one more try, whatever the row says

@@ -5,7 +5,7 @@ from enum import IntEnum
 from typing import Literal
 
 from cluster.controller.failures import Failures
-from cluster.types import AttemptEnded, Done, Slot, TrainerReady
+from cluster.types import AttemptEnded, Done, Slot, Stalled, TrainerReady
 
 Stage = Literal["waiting", "forming", "running", "parking", "clearing", "done"]
 
@@ -77,6 +77,8 @@ class State:
     alive: set[Slot] = field(default_factory=set[Slot])
     """Members whose trainer has not ended."""
     ready: dict[Slot, TrainerReady] = field(default_factory=dict[Slot, TrainerReady])
+    stalls: dict[Slot, Stalled] = field(default_factory=dict[Slot, Stalled])
+    """What members that make no progress said last."""
     parking_since_s: float | None = None
     stage_until_s: float = 0.0
     park_deadline_s: float | None = None

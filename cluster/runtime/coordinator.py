@@ -42,6 +42,7 @@ from cluster.types import (
     Park,
     Scene,
     Slot,
+    Stalled,
     Stepped,
     Stop,
     Tick,
@@ -58,7 +59,7 @@ from elastic.ports import Progress
 from elastic.rundir import RunDir
 from elastic.storage import open_storage
 
-HOST_SILENT_S = 10.0
+HOST_SILENT_S = 5.0
 """A host that has not sent its beat (once a second) for this long is taken for gone: a lost machine sends no FIN."""
 WATCH_EVERY_S = 0.5
 DRIVER_BUSY_S = 5.0
@@ -71,6 +72,7 @@ class _Host:
     pid: int
     link: Link
     heard_s: float
+    """On the monotonic clock, as the clock may be set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,13 +262,15 @@ class Coordinator:
     def _serve(self) -> None:
         while not self._closing:
             self._leader.check()
+            asked_s = time.monotonic()
             for key, _ in self._selector.select(timeout=0.2):
                 key.data()
             while not self._inbox.empty():
                 self._decide(self._inbox.get())
             now_s = time.time()
             for host in list(self._hosts.values()):
-                if now_s - host.heard_s > HOST_SILENT_S:
+                # what had arrived when we asked was heard: our own time on a slow storage is not the host's silence
+                if asked_s - host.heard_s > HOST_SILENT_S:
                     self._drop(host, f"its host has been silent for {HOST_SILENT_S:g} s")
             self._decide(Tick())
             self._books.flush(now_s)
@@ -308,7 +312,7 @@ class Coordinator:
         if hello.get("kind") != "host" or not secrets.compare_digest(str(hello.get("secret")), self._secret):
             link.close()
             return
-        host = _Host(node=hello["node"], pid=hello["pid"], link=link, heard_s=time.time())
+        host = _Host(node=hello["node"], pid=hello["pid"], link=link, heard_s=time.monotonic())
         if previous := self._hosts.get(host.node):
             self._drop(previous, "a new host took its place")
         self._hosts[host.node] = host
@@ -322,7 +326,7 @@ class Coordinator:
         if messages is None:
             self._drop(host, "the node went away")
             return
-        host.heard_s = time.time()
+        host.heard_s = time.monotonic()
         self._hear_all(host, messages)
 
     def _hear_all(self, host: _Host, messages: list[Message]) -> None:
@@ -363,6 +367,12 @@ class Coordinator:
                 self._books.restored(slot, progress, message["source"])
             case "phases":
                 self._books.phases(slot, message["phases"])
+            case "stalled":
+                if slot not in self._state.stalls:
+                    rank = self._state.members.index(slot)
+                    where = "frozen" if message["where"] == "silent" else message["where"]
+                    self._say(f"rank {rank} makes no progress for {message['waited_s']:.0f} s: {where}")
+                self._decide(Stalled(slot=slot, attempt=attempt, step=message["step"], where=message["where"]))
             case "committed":
                 self._durable_step = max(self._durable_step, message["progress"]["step"])
                 self._say(f"checkpoint of step {message['progress']['step']} committed")
@@ -424,8 +434,7 @@ class Coordinator:
                 where = f" (node {action.cause[:8]})" if action.cause else ""
                 self._say(f"attempt {action.attempt} {action.kind}: {action.reason}{where}")
                 if action.denied:
-                    limit = self._state.policy.max_node_failures
-                    self._say(f"node {action.denied[:8]} is left out: its trainers ended {limit} worlds in a row")
+                    self._say(f"node {action.denied[:8]} is left out: its trainers ended too many worlds in a row")
             case Done():
                 with self._out.lock:
                     self._out.done = action

@@ -56,6 +56,11 @@ class Trainer:
     pidfd: int
     link: Link
     attempt: int
+    silent_s: float
+    """It is frozen if it says nothing for so long, once it has begun to give signs of life."""
+    heard_s: float | None = None
+    step: int = 0
+    """The last one it told."""
     is_talking: bool = True
     """Its end of the link is open; what it sent may still lie there after its death."""
     said: Message | None = None
@@ -86,13 +91,15 @@ class Host:
     places: dict[str, Place] = field(default_factory=dict[str, Place])
     selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
     unclaimed_since_s: float = field(default_factory=time.monotonic)
+    awake_s: float = 0.0
+    """Seconds in which this process ran: it must not take its own sleep for its trainers' silence."""
 
     def serve(self) -> NoReturn:
         """Serve agents, trainers and the coordinator until one of the reasons to end comes up."""
         self._watch(self.listener, self._accept)
         self._watch(self.coordinator, self._hear_coordinator)
         self._watch(self.raylet_pidfd, lambda: self.end("its raylet ended"))
-        next_beat_s = 0.0
+        next_beat_s, last_s = 0.0, time.monotonic()
         while True:
             for key, _ in self.selector.select(timeout=BEAT_S / 4):
                 if key.fd in self.selector.get_map():  # an earlier event of this round may have closed it
@@ -102,7 +109,10 @@ class Host:
                 next_beat_s = now_s + BEAT_S
                 if not self.coordinator.send("beat"):
                     self.end("its coordinator ended")
+            self.awake_s += min(now_s - last_s, BEAT_S)
+            last_s = now_s
             self._expire_leases(now_s)
+            self._tell_silent()
 
     def end(self, reason: str) -> NoReturn:
         """End the trainers, tell the agents, remove every trace and exit."""
@@ -211,7 +221,13 @@ class Host:
             ours.close()
             self._become_trainer(place, Link(theirs), message, parent_pid)
         theirs.close()
-        trainer = Trainer(pid=pid, pidfd=os.pidfd_open(pid), link=Link(ours), attempt=message["attempt"])
+        trainer = Trainer(
+            pid=pid,
+            pidfd=os.pidfd_open(pid),
+            link=Link(ours),
+            attempt=message["attempt"],
+            silent_s=message["config"]["fault"]["silent_s"],
+        )
         place.trainer = trainer
         self._watch(trainer.link, lambda: self._hear_trainer(place, trainer))
         self._watch(trainer.pidfd, lambda: self._reap(place))
@@ -251,10 +267,25 @@ class Host:
             self._unwatch(trainer.link)
             return
         for message in messages:
+            trainer.heard_s = self.awake_s if message["kind"] == "alive" else trainer.heard_s
+            if message["kind"] in ("restored", "stepped"):
+                trainer.step = message["progress"]["step"]
             if message["kind"] == "outcome":
                 trainer.said = message
-            else:
+            elif message["kind"] != "alive":
                 self.coordinator.send("trainer", slot=place.name, attempt=trainer.attempt, message=message)
+
+    def _tell_silent(self) -> None:
+        """Complain in the name of trainers that cannot."""
+        for place in self.places.values():
+            trainer = place.trainer
+            if trainer is None or trainer.heard_s is None or trainer.said:
+                continue
+            if self.awake_s - trainer.heard_s > trainer.silent_s:
+                trainer.heard_s = self.awake_s  # the next complaint waits as long
+                _log(f"the trainer of {place.name} is frozen: no sign of life for {trainer.silent_s:g} s")
+                stall = {"kind": "stalled", "step": trainer.step, "where": "silent", "waited_s": trainer.silent_s}
+                self.coordinator.send("trainer", slot=place.name, attempt=trainer.attempt, message=stall)
 
     def _kill(self, trainer: Trainer) -> None:
         trainer.killed = True

@@ -3,18 +3,20 @@
 import json
 import select
 import socket
+import threading
 from typing import Any
 
 Message = dict[str, Any]
 
 
 class Link:
-    """A connected socket that sends and receives whole messages. Not thread-safe on the receiving side."""
+    """A connected socket that sends and receives whole messages. Any thread may send, one may receive."""
 
     def __init__(self, sock: socket.socket) -> None:
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sock = sock
+        self._sending = threading.Lock()
         self._rest = b""
 
     def fileno(self) -> int:
@@ -25,7 +27,8 @@ class Link:
         """Send one message; False if the peer is gone (its end is seen by `receive`)."""
         line = json.dumps({"kind": kind, **fields}).encode() + b"\n"
         try:
-            self._sock.sendall(line)
+            with self._sending:
+                self._sock.sendall(line)
         except OSError:
             return False
         return True

@@ -13,7 +13,7 @@ from cluster.runtime.link import Link, Message
 from elastic import config as configs
 from elastic import run as elastic_run
 from elastic.errors import SolventError
-from elastic.ports import Finished, Interrupted, Lost, Notice, Phase, Progress, Source, WorldSpec
+from elastic.ports import Finished, Interrupted, Lost, Notice, Phase, Progress, Source, Stall, WorldSpec
 from elastic.rundir import RunDir
 from elastic.sinks import jsonl
 from elastic.world import open_store
@@ -45,6 +45,7 @@ class LinkObserver:
 
     def __init__(self, link: Link) -> None:
         self._link = link
+        self._step = 0
         self._phases: list[tuple[Phase, float, float]] = []
 
     def phase(self, phase: Phase, start_s: float, end_s: float) -> None:
@@ -55,15 +56,25 @@ class LinkObserver:
 
     def restored(self, progress: Progress, source: Source) -> None:
         """Tell where this attempt starts from."""
+        self._step = progress.step
         self._link.send("restored", progress=asdict(progress), source=source)
 
     def stepped(self, progress: Progress, row: Mapping[str, object]) -> None:
         """Tell a finished step, with the time since the last one."""
+        self._step = progress.step
         self._link.send("stepped", progress=asdict(progress), row=dict(row), phases=self._take_phases())
 
     def committed(self, progress: Progress) -> None:
         """Tell a checkpoint that became visible."""
         self._link.send("committed", progress=asdict(progress))
+
+    def alive(self) -> None:
+        """Let the host know that this process is not frozen."""
+        self._link.send("alive")
+
+    def stalled(self, stall: Stall) -> None:
+        """Tell that there is no progress; the coordinator knows what the others say and ends the world if it must."""
+        self._link.send("stalled", step=self._step, where=stall.where, waited_s=stall.waited_s)
 
     def _take_phases(self) -> list[tuple[Phase, float, float]]:
         phases, self._phases = self._phases, []

@@ -65,6 +65,10 @@ class Watcher:
 
     def committed(self, progress): ...
 
+    def alive(self): ...
+
+    def stalled(self, stall): ...
+
 
 class NoNotices:
     def get_notice(self):
