@@ -38,7 +38,8 @@ class Ranks:
     def __exit__(self, *_: object) -> None:
         for process in self._processes:
             process.kill()
-            process.communicate()
+            if not process.stdout.closed:
+                process.communicate()
 
     def send(self, number: signal.Signals, *ranks: int) -> None:
         for rank in ranks:
@@ -52,9 +53,16 @@ class Ranks:
             self._processes,
         )
 
+    def wait_for(self, rank: int) -> tuple[int, str]:
+        """Return the exit code of one rank, and what it said."""
+        output = self._processes[rank].communicate(timeout=WAIT_S)[0]
+        return self._processes[rank].returncode, output
+
     def wait(self) -> tuple[list[int], str]:
         """Return the exit code of each rank (negative: the signal that killed it), and what all of them said."""
-        outputs = [process.communicate(timeout=WAIT_S)[0] for process in self._processes]
+        # a rank that was waited for alone has said all
+        waited_for = [process for process in self._processes if not process.stdout.closed]
+        outputs = [process.communicate(timeout=WAIT_S)[0] for process in waited_for]
         return [process.returncode for process in self._processes], "\n".join(outputs)
 
 
