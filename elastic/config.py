@@ -216,9 +216,16 @@ class CheckpointConfig:
 
     every_steps: int = 50
     keep_last: int = 3
+    max_failed_saves: int = 5
+    """Training goes on without a save that failed; after so many in a row the run ends, resumable."""
 
     def __post_init__(self) -> None:
-        _require_positive("checkpoint", every_steps=self.every_steps, keep_last=self.keep_last)
+        _require_positive(
+            "checkpoint",
+            every_steps=self.every_steps,
+            keep_last=self.keep_last,
+            max_failed_saves=self.max_failed_saves,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@
     |   |-- DataError               missing, empty, corrupt or mismatched training data
     |   |-- ModelFolderError        a Hugging Face folder that cannot be read or written as asked
     |   `-- StorageError            the run directory cannot be written, is full, or is in use
+    |       |-- SavesFailedError    exit code 3: save after save failed; the same command resumes
     |       `-- StaleEpochError     another process has taken the run over; this one writes nothing more
     |-- ClusterError                a cluster elsewhere refuses, or cannot be reached
     |-- CheckpointError             a checkpoint is torn, foreign or does not fit the model
@@ -44,6 +45,12 @@ class ModelFolderError(UserError):
 
 class StorageError(UserError):
     """The run directory cannot be used."""
+
+
+class SavesFailedError(StorageError):
+    """Save after save failed, so training on would only be lost; the same command resumes once storage works."""
+
+    exit_code = 3
 
 
 class StaleEpochError(StorageError):

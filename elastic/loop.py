@@ -61,7 +61,7 @@ def run_loop(parts: Parts, progress: Progress, recent: spikes.Recent, timeline: 
 
     Raises:
         StepError: too many steps were bad; all ranks raise it.
-        StorageError, CheckpointError: a checkpoint failed; all ranks raise it.
+        StorageError, CheckpointError: no more checkpoints can be made; all ranks raise it.
     """
     config, checkpointer, restored = parts.config, parts.checkpointer, progress
     timeline.begin("data")
@@ -82,7 +82,7 @@ def run_loop(parts: Parts, progress: Progress, recent: spikes.Recent, timeline: 
         if isinstance(result, Abandoned):
             if result.decision == "save_now" and progress != restored:
                 timeline.begin("save")
-                save(parts, progress, recent, wait=True)
+                save(parts, progress, recent, how="now")
             return leave(parts, progress, f"no time to {'finish a step' if result.decision == 'save_now' else 'save'}")
 
         is_bad = result.verdict in ("not_finite", "spike")
@@ -103,12 +103,13 @@ def run_loop(parts: Parts, progress: Progress, recent: spikes.Recent, timeline: 
             return leave(parts, progress, "no time to save")
         if is_last or is_leaving or is_due(progress.step, config.checkpoint.every_steps):
             timeline.begin("save")
-            save(parts, progress, recent, wait=is_last or is_leaving)
+            is_saved = save(parts, progress, recent, how="last" if is_last else "now" if is_leaving else "start")
             timeline.begin("data")
         else:
+            is_saved = False
             checkpointer.poll()
         if is_leaving and not is_last:
-            return leave(parts, progress)
+            return leave(parts, progress, "" if is_saved else "its save failed")
     return Finished(progress=progress)
 
 
@@ -202,8 +203,13 @@ def leave(parts: Parts, progress: Progress, how: str = "") -> Interrupted:
     return Interrupted(progress=progress, reason=f"{who}: {how}" if how else who)
 
 
-def save(parts: Parts, progress: Progress, recent: spikes.Recent, *, wait: bool) -> None:
-    """Begin a checkpoint of the state as it is now; with `wait`, return when it is committed."""
+def save(parts: Parts, progress: Progress, recent: spikes.Recent, *, how: Literal["start", "now", "last"]) -> bool:
+    """Save the state as it is now: in the background, or now, or again and again until it is committed.
+
+    Returns:
+        Whether a save was started (`start`) or committed.
+    """
     extra = {"scaler": parts.trainable.scaler.state_dict(), "recent": asdict(recent)}
-    start = parts.checkpointer.save_now if wait else parts.checkpointer.start_save
-    start(parts.trainable.model, parts.trainable.optimizer, progress=progress, extra=extra)
+    checkpointer = parts.checkpointer
+    begin = {"start": checkpointer.start_save, "now": checkpointer.save_now, "last": checkpointer.save_last}[how]
+    return begin(parts.trainable.model, parts.trainable.optimizer, progress=progress, extra=extra)

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from time import time
+from time import monotonic, sleep, time
 from typing import TypedDict
 
 import torch
@@ -35,6 +35,9 @@ from elastic.storage import Storage, join_url, open_storage
 from elastic.timeline import Timeline
 from elastic.watchdog import Watchdog
 from elastic.world import World, close_world, open_world
+
+_STORAGE_PATIENCE_S = 30.0
+_STORAGE_RETRY_S = 0.5
 
 
 def train(
@@ -166,6 +169,15 @@ def _check_storage(storage: Storage, config: RunConfig, world: World) -> None:
 
 
 def _prepare_storage(storage: Storage, mark: str, config: RunConfig, world: World) -> StorageError | None:
+    """Return what is wrong, at once for a new run; one that has trained waits for storage that is full for a while."""
+    patience_s = min(_STORAGE_PATIENCE_S, config.fault.collective_timeout_s / 2) if world.attempt > 1 else 0.0
+    deadline_s = monotonic() + patience_s
+    while (problem := _try_storage(storage, mark, config, world)) and monotonic() < deadline_s:
+        sleep(_STORAGE_RETRY_S)
+    return problem
+
+
+def _try_storage(storage: Storage, mark: str, config: RunConfig, world: World) -> StorageError | None:
     try:
         model = plugins.load("elastic.models", config.model.kind, key="model.kind")
         check_space(storage, estimate_checkpoint_bytes(model.num_params(config.model)))

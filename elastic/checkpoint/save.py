@@ -38,7 +38,7 @@ from elastic.checkpoint.state import get_live_state, get_mesh_shape, get_rng_nam
 from elastic.checkpoint.storage import explain
 from elastic.checkpoint.write import Written, build_index, write_shard
 from elastic.config import RunConfig
-from elastic.errors import SolventError
+from elastic.errors import SavesFailedError, SolventError, StaleEpochError, StorageError
 from elastic.ports import Progress
 from elastic.storage import Storage
 
@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
+_LONGEST_PAUSE_S = 30.0
 _SLOWEST_WRITE = 10
 """Ranks of one save may finish writing this many collective timeouts apart."""
 
@@ -154,6 +155,8 @@ class Checkpointer:
         self._save: _Save | None = None
         self._vote: tuple[torch.Tensor, dist.Work] | None = None
         self._save_s: list[float] = []
+        self._num_failed = 0
+        """Saves in a row; the same on all ranks."""
         self._committed: Progress | None = None
 
     @property
@@ -180,7 +183,7 @@ class Checkpointer:
             Whether a save was started: the same on all ranks.
 
         Raises:
-            StorageError, CheckpointError: the last save failed.
+            StorageError, CheckpointError: as `poll`.
         """
         assert progress.step > 0, "there is nothing to save before the first step"
         self.poll()
@@ -229,7 +232,8 @@ class Checkpointer:
         answer is there without waiting.
 
         Raises:
-            StorageError, CheckpointError: the save in flight failed; older checkpoints are unharmed.
+            SavesFailedError: too many saves in a row have failed; older checkpoints are unharmed.
+            StaleEpochError, CheckpointError: the save in flight failed, and the next one would.
         """
         if self._save is not None:
             if self._count_vote():
@@ -253,15 +257,28 @@ class Checkpointer:
 
     def save_now(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, *, progress: Progress, extra: Mapping[str, object]
-    ) -> None:
-        """Return when the state as it is now is committed.
+    ) -> bool:
+        """Save the state as it is now, and return whether it is committed: the same on all ranks.
 
         Raises:
-            StorageError, CheckpointError: it failed, or the save that was in flight did.
+            StorageError, CheckpointError: as `poll`.
         """
         if self.finish() != progress:
             self.start_save(model, optimizer, progress=progress, extra=extra)
             self.finish()
+        return self._committed == progress
+
+    def save_last(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, progress: Progress, extra: Mapping[str, object]
+    ) -> bool:
+        """Return when the state as it is now is committed; try again if a save fails, after longer and longer pauses.
+
+        Raises:
+            StorageError, CheckpointError: as `poll`.
+        """
+        while not self.save_now(model, optimizer, progress=progress, extra=extra):
+            time.sleep(min(2.0**self._num_failed, _LONGEST_PAUSE_S))
+        return True
 
     def close(self) -> None:
         """Give up what is in flight; after this nothing of this world reaches the storage. Works with dead peers."""
@@ -279,10 +296,32 @@ class Checkpointer:
 
     def _settle(self, save: _Save) -> None:
         self._save = None
-        self._save_s.append(save.committed_s.result())
+        try:
+            self._save_s.append(save.committed_s.result())
+        except StaleEpochError:
+            raise
+        except StorageError as error:
+            self._go_on_without(save, error)
+            return
+        self._num_failed = 0
         self._committed = save.progress
         if self._rank == 0:
             self._on_committed(save.progress)
+
+    def _go_on_without(self, save: _Save, error: StorageError) -> None:
+        """Say that a save failed; a disk may be full for a while, but training for nothing must end."""
+        self._num_failed += 1
+        most = self._config.checkpoint.max_failed_saves
+        if self._num_failed >= most:
+            raise SavesFailedError(
+                f"the last {most} saves failed (checkpoint.max_failed_saves={most}), so training on would only be "
+                f"lost; the run ends at step {save.progress.step}, resumable from its newest checkpoint. {error}"
+            ) from error
+        if self._rank == 0:
+            logger.warning(
+                "the save of step %d failed, training goes on (%d in a row; the run ends after %d): %s",
+                *(save.progress.step, self._num_failed, most, error),
+            )
 
     def _run(self, save: _Save) -> None:
         try:

@@ -120,8 +120,8 @@ def make_progress(step):
     return Progress(step=step, tokens=8 * step)
 
 
-def make_checkpointer(run_dir, **kwargs):
-    return Checkpointer(open_storage(run_dir), CONFIG, device=CPU, **{"epoch": 1, **kwargs})
+def make_checkpointer(run_dir, config=CONFIG, **kwargs):
+    return Checkpointer(open_storage(run_dir), config, device=CPU, **{"epoch": 1, **kwargs})
 
 
 def do_restore(run_dir, model, optimizer, config=CONFIG):

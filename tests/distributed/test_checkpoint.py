@@ -20,8 +20,9 @@ from elastic.checkpoint.layout import COMMITTED, MANIFEST, list_committed, read_
 from elastic.checkpoint.stage import Stager
 from elastic.checkpoint.state import get_live_state
 from elastic.config import TrainConfig
-from elastic.errors import CheckpointError, ConfigError, StorageError
+from elastic.errors import CheckpointError, ConfigError, SavesFailedError, StorageError
 from elastic.storage import LocalStorage, open_storage
+from elastic.storage.faults import FAULTS_VARIABLE, Fault, write_fault
 from tests.distributed._spawn_ckpt import (
     CONFIG,
     build,
@@ -293,10 +294,14 @@ def fill_storage(run_dir):
             file.write(bytes(2**20))
 
 
+def with_max_failed_saves(number):
+    return replace(CONFIG, checkpoint=replace(CONFIG.checkpoint, max_failed_saves=number))
+
+
 def save_on_failing_storage(run_dir, break_storage, wait):
     model, optimizer = build("fsdp2", make_model=Wide)
-    checkpointer = make_checkpointer(run_dir)
-    checkpointer.save_now(model, optimizer, progress=make_progress(1), extra={})
+    checkpointer = make_checkpointer(run_dir, config=with_max_failed_saves(1))
+    assert checkpointer.save_now(model, optimizer, progress=make_progress(1), extra={})
     break_storage(run_dir)
     assert checkpointer.start_save(model, optimizer, progress=make_progress(2), extra={})
     num_polls = 0
@@ -331,6 +336,59 @@ def test_a_full_disk_ends_the_save_and_the_older_checkpoint_still_loads(tmp_path
         assert run_ranks(restore_wide, 1, tmp_path) == [1]
     finally:
         os.system(f"umount {tmp_path}")
+
+
+def save_through_a_full_disk(run_dir):
+    """Six saves, of which the second to fourth fail; then, three that fail in a row are too many."""
+    control = Path(run_dir).with_suffix(".faults")
+    os.environ[FAULTS_VARIABLE] = str(control)
+    model, optimizer = build("fsdp2")
+    checkpointer = make_checkpointer(run_dir, config=with_max_failed_saves(3))
+    committed = []
+
+    def save(step, *, full):
+        dist.barrier()
+        if dist.get_rank() == 0 and full:
+            write_fault(control, Fault(kind="full"))
+        elif dist.get_rank() == 0:
+            control.unlink(missing_ok=True)
+        dist.barrier()
+        if checkpointer.save_now(model, optimizer, progress=make_progress(step), extra={}):
+            committed.append(step)
+
+    for step in range(1, 7):
+        save(step, full=step in (2, 3, 5))
+    with pytest.raises(SavesFailedError) as caught:
+        for step in range(7, 20):
+            save(step, full=True)
+    checkpointer.close()
+    return committed, step, str(caught.value)
+
+
+def test_training_goes_on_without_saves_that_fail_until_too_many_have_failed_in_a_row(tmp_path):
+    outcomes = run_ranks(save_through_a_full_disk, 2, tmp_path / "run")
+    assert outcomes[0] == outcomes[1]
+    committed, ended_at, message = outcomes[0]
+    assert (committed, ended_at) == ([1, 4, 6], 9)
+    assert "the last 3 saves failed (checkpoint.max_failed_saves=3)" in message
+    assert "No space left on device" in message
+    assert get_steps(tmp_path / "run") == [4, 6]  # keep_last=2
+
+
+def save_last_through_a_full_disk(run_dir):
+    control = Path(run_dir).with_suffix(".faults")
+    os.environ[FAULTS_VARIABLE] = str(control)
+    model, optimizer = build("fsdp2")
+    checkpointer = make_checkpointer(run_dir)
+    if dist.get_rank() == 0:
+        write_fault(control, Fault(kind="full", until_s=time.time() + 1))
+    dist.barrier()
+    return checkpointer.save_last(model, optimizer, progress=make_progress(1), extra={})
+
+
+def test_the_last_save_is_tried_again_until_it_is_committed(tmp_path):
+    assert run_ranks(save_last_through_a_full_disk, 2, tmp_path / "run") == [True, True]
+    assert get_steps(tmp_path / "run") == [1]
 
 
 class SlowStager(Stager):
