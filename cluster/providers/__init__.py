@@ -12,7 +12,16 @@ Polling, repetition, moved and withdrawn notices, faults and the drain are the n
 
 from typing import cast
 
-from cluster.providers._base import Evidence, Feed, Machine, NodeNotice, Provider, Response, SelfDrain
+from cluster.providers._base import (
+    Evidence,
+    Feed,
+    Machine,
+    NodeNotice,
+    Provider,
+    Response,
+    SelfDrain,
+    get_date_skew_s,
+)
 from cluster.providers._http import fetch
 from cluster.providers._sigterm import RAY_DEFAULT_S, RAY_SETTING
 from elastic import plugins
@@ -32,6 +41,7 @@ __all__ = [
     "choose",
     "detect_all",
     "fetch",
+    "get_date_skew_s",
     "load",
 ]
 

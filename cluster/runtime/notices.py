@@ -5,19 +5,16 @@ the coordinator owns: it ends with it, and nothing is left. While it lives it ke
 and has nothing left to do, so the coordinator lets go of the watches of nodes that it does not need any more.
 """
 
-import os
-import tempfile
 import threading
 import time
-from collections.abc import Callable
 from collections.abc import Set as AbstractSet
-from pathlib import Path
 from typing import Any
 
 from cluster.node_watch import News, NodeWatch
 from cluster.notices import Departure, Report, find_acknowledgeable
-from cluster.providers import Feed, Machine, choose, fetch, load
+from cluster.providers import Feed, choose, load
 from cluster.runtime import adapter
+from cluster.runtime.machine import build_machine
 from elastic.config import RunConfig
 from elastic.errors import SolventError
 
@@ -53,19 +50,6 @@ class WatchActor:
     def acknowledge(self, notice_id: str) -> None:
         """Let the provider go ahead with a notice."""
         self._watch.acknowledge(notice_id)
-
-
-def build_machine(node: str, *, grace_s: float, get_self_drain: Callable[[], Any] = lambda: None) -> Machine:
-    """Return the machine that this process runs on, as providers see it."""
-    return Machine(
-        node=node,
-        env=dict(os.environ),
-        fetch=fetch,
-        now_s=time.time,
-        folder=Path(tempfile.gettempdir()),
-        grace_s=grace_s,
-        get_self_drain=get_self_drain,
-    )
 
 
 class Watches:

@@ -10,7 +10,7 @@ from typing import Any
 
 from elastic.errors import SolventError
 
-_SUBREAPER = "RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper"
+SUBREAPER = "RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper"
 
 
 def get_host_folder(node: str, coordinator: str) -> Path:
@@ -26,9 +26,9 @@ def start_host(node: str, fields: dict[str, Any]) -> Path:
     Raises:
         SolventError: the raylet is set to adopt and kill what its workers leave behind; no daemon survives that.
     """
-    if os.environ.get(_SUBREAPER, "0").lower() in ("1", "true"):
+    if os.environ.get(SUBREAPER, "0").lower() in ("1", "true"):
         raise SolventError(
-            f"{_SUBREAPER} is set on this node: Ray would kill the host, which must outlive its workers. "
+            f"{SUBREAPER} is set on this node: Ray would kill the host, which must outlive its workers. "
             "Start Ray without that variable."
         )
     fields = dict(fields)

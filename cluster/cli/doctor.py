@@ -1,0 +1,34 @@
+"""Say what is wrong with this machine, and whose it is.
+
+Every line is ok, warn or fail; what is not ok says what to do. The exit code is 1 if something fails.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from cluster.cli._runs import RUNS, add_json, print_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Take the place that runs will need."""
+    parser.add_argument("--storage", default=str(RUNS), help="where runs would be written (default: %(default)s)")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a line per check, and return 1 if one fails."""
+    from cluster.doctor import examine
+    from cluster.runtime.machine import build_machine
+    from cluster.runtime.start_host import SUBREAPER
+
+    machine = build_machine("", grace_s=0.0)
+    checks = examine(machine, folder=Path(args.storage).absolute(), subreaper=SUBREAPER)
+    if args.json:
+        print_json({"checks": [dataclasses.asdict(check) for check in checks]})
+    else:
+        for check in checks:
+            print(f"{check.status:5} {check.name}: {check.text}")
+            if check.fix:
+                print(f"      -> {check.fix}")
+    return int(any(check.status == "fail" for check in checks))
