@@ -140,9 +140,9 @@ def _say_resumable(rank: int, reason: str) -> None:
 def _run(config: RunConfig, notices: SignalNotices) -> Outcome:
     run_dir = RunDir(Path(config.storage) / config.run)
     storage = open_storage(run_dir.root)
+    check_writable(storage)
     spec, store, leader = _find_world(storage, run_dir, timeout_s=config.fault.collective_timeout_s)
     with leader or nullcontext():
-        check_writable(storage)
         return _train(config, spec, store, notices=notices, leader=leader)
 
 
