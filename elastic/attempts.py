@@ -136,7 +136,7 @@ def close_torn_attempts(run_dir: RunDir) -> None:
             end_s=parse_utc(last["time_utc"]),
             end="lost",
             reason="killed before it could say why",
-            resumed_from="scratch" if first["step"] == 1 else None,
+            resumed_from="scratch" if first["step"] == 1 and not run_dir.origin.exists() else None,
             resumed_step=first["step"] - 1,
             last_step=last["step"],
             first_step_s=first_step_s,

@@ -14,6 +14,9 @@ from typing import Any
 
 from elastic.errors import StorageError
 
+ORIGIN = "hf"
+"""The folder of a run with what came with an imported model beside its weights."""
+
 
 @dataclass(frozen=True)
 class RunDir:
@@ -55,6 +58,11 @@ class RunDir:
     def checkpoints(self) -> Path:
         """One folder per checkpoint."""
         return self.root / "checkpoints"
+
+    @property
+    def origin(self) -> Path:
+        """`config.json` of the model that the run began with; only if it was imported."""
+        return self.root / ORIGIN / "config.json"
 
     @property
     def report(self) -> Path:

@@ -95,7 +95,7 @@ def test_a_model_of_others_trains_on_from_what_it_was_and_goes_back(model_type, 
     imported = solvent(capsys, "checkpoint", "import", tmp_path / "theirs", config, *where, "--json")
     assert imported["start"] == f"solvent train {run.config}"
     assert imported["num_params"] == sum(parameter.numel() for parameter in theirs.parameters())
-    assert load(run.config).model.max_positions == 96
+    assert load(run.config).model.max_positions == 96 and run.origin.exists()
 
     # before any training it comes back as it was, to the bit
     solvent(capsys, "checkpoint", "export", run.root, "--out", tmp_path / "same", "--dtype", "bf16", "--json")

@@ -110,3 +110,13 @@ def test_a_killed_attempt_is_known_to_come_from_scratch_only_if_it_did_the_first
     close_torn_attempts(run_dir)
     (row,) = read_rows(run_dir.attempts)
     assert row["resumed_from"] == ("scratch" if step == 1 else None)
+
+
+def test_a_killed_attempt_that_began_with_an_imported_model_did_not_come_from_scratch(tmp_path):
+    run_dir = RunDir(tmp_path)
+    run_dir.origin.parent.mkdir()
+    run_dir.origin.touch()
+    put_metrics(run_dir, 1, [1], from_s=0)
+    close_torn_attempts(run_dir)
+    (row,) = read_rows(run_dir.attempts)
+    assert row["resumed_from"] is None
