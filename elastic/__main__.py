@@ -140,7 +140,6 @@ def _say_resumable(rank: int, reason: str) -> None:
 def _run(config: RunConfig, notices: SignalNotices) -> Outcome:
     run_dir = RunDir(Path(config.storage) / config.run)
     storage = open_storage(run_dir.root)
-    check_writable(storage)
     spec, store, leader = _find_world(storage, run_dir, timeout_s=config.fault.collective_timeout_s)
     with leader or nullcontext():
         return _train(config, spec, store, notices=notices, leader=leader)
@@ -248,6 +247,7 @@ def _find_world(storage: Storage, run_dir: RunDir, *, timeout_s: float) -> tuple
     key = f"solvent-attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     if rank == 0:
         try:
+            check_writable(storage)  # a probe of its own, and the better message
             leader = lead(storage, who="python -m elastic", at_least=next_attempt(run_dir))
         except StorageError:
             store.set(key, "0")

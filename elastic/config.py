@@ -119,6 +119,16 @@ class ModelConfig:
         """Size of one attention head, as given or as it follows from `dim`."""
         return self.head_dim or self.dim // self.num_heads
 
+    @property
+    def num_matrix_params(self) -> int:
+        """Parameters that take part in a matrix product: every decoder of this shape has them.
+
+        Biases, gains and an embedding that is not tied to the head come on top; the family's file counts those.
+        """
+        query_dim, kv_dim = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
+        attention = 2 * self.dim * (query_dim + kv_dim)
+        return self.num_layers * (attention + 3 * self.dim * self.ffn_dim) + self.vocab_size * self.dim
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:

@@ -64,7 +64,7 @@ def check_before_paying(config: RunConfig) -> None:
     from cluster.providers import check_choice
     from elastic.checkpoint.fit import check_config
     from elastic.checkpoint.layout import list_committed, read_manifest
-    from elastic.checkpoint.storage import check_writable
+    from elastic.checkpoint.storage import check_space, check_writable, estimate_checkpoint_bytes
     from elastic.data.shards import check_fits, open_dataset
 
     load_prices(config.cost)
@@ -73,5 +73,6 @@ def check_before_paying(config: RunConfig) -> None:
     check_fits(open_dataset(config.data.path), config)
     storage = open_storage(join_url(config.storage, config.run))
     check_writable(storage)
+    check_space(storage, estimate_checkpoint_bytes(config.model.num_matrix_params))  # a trainer knows it to the byte
     for newest in list_committed(storage)[-1:]:
         check_config(config, read_manifest(storage, newest))

@@ -103,19 +103,12 @@ def build(config: ModelConfig) -> Llama:
     return Llama(config)
 
 
-def _num_matrix_params(config: ModelConfig) -> int:
-    """Count the parameters that take part in a matrix product (all but gains, biases and embedding look-ups)."""
-    query_dim, kv_dim = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
-    attention = 2 * config.dim * (query_dim + kv_dim)
-    return config.num_layers * (attention + 3 * config.dim * config.ffn_dim) + config.vocab_size * config.dim
-
-
 def num_params(config: ModelConfig) -> int:
     """Count the trainable parameters; pure arithmetic."""
     biases = (config.num_heads + 2 * config.num_kv_heads) * config.head_size if config.qkv_bias else 0
     gains = 2 * config.dim + (2 * config.head_size if config.qk_norm else 0)
     embedding = 0 if config.tied_head else config.vocab_size * config.dim
-    return _num_matrix_params(config) + config.num_layers * (gains + biases) + config.dim + embedding
+    return config.num_matrix_params + config.num_layers * (gains + biases) + config.dim + embedding
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
@@ -126,4 +119,4 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     B).
     """
     query_dim = config.num_heads * config.head_size
-    return 6.0 * _num_matrix_params(config) + 12.0 * config.num_layers * query_dim * seq_len
+    return 6.0 * config.num_matrix_params + 12.0 * config.num_layers * query_dim * seq_len

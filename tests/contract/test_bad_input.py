@@ -78,8 +78,14 @@ def no_ray(tmp_path):
 
 
 def read_tree(folder):
-    """Return the content of every file but `attempts.jsonl`, which may tell of the attempt that was refused."""
-    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "attempts.jsonl"}
+    """Return the content of every file but those that may tell of the attempt that was refused."""
+    files = {p.relative_to(folder): p for p in folder.rglob("*") if p.is_file()}
+    of_attempt = ("attempts.jsonl", "leader.json")
+    return {
+        path: file.read_bytes()
+        for path, file in files.items()
+        if path.name not in of_attempt and path.parent.name != "epochs"
+    }
 
 
 def assert_explained(result, *parts):
@@ -253,11 +259,12 @@ def fill(place, *, left_bytes):
         ballast.write(bytes(shutil.disk_usage(place).free - left_bytes))
 
 
-def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(saved, mount):
+@pytest.mark.parametrize("command", [[*SOLVENT, "train"], ELASTIC], ids=["solvent", "elastic"])
+def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(saved, mount, no_ray, command):
     place = mount("-t", "tmpfs", "-o", "size=2m", "tmpfs")
     fill(place, left_bytes=32 << 10)
     before = read_tree(place)
-    result = call(ELASTIC, saved.config, f"storage={place}", f"data.path={saved.data}", "train.steps=4")
+    result = call(command, saved.config, f"storage={place}", f"data.path={saved.data}", "train.steps=4", **no_ray)
     assert_explained(result, f"storage: {place / 'saved'} has", "GiB free", "Free some space")
     assert read_tree(place) == before
 
