@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,6 +168,7 @@ def test_whoever_else_trains_a_run_is_refused_and_harms_nothing(run, nodes, tmp_
             output
         )
 
+    shutil.rmtree(nodes.folder / "ray")  # of the cluster elsewhere
     assert look(run) == before
     assert run.driver.poll() is None
     assert find_trainers(nodes.folder) == trainers
