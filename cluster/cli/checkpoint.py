@@ -2,9 +2,14 @@
 
 import argparse
 
-from cluster.cli import _checkpoint_export, _checkpoint_import
+from cluster.cli import _checkpoint_export, _checkpoint_import, _checkpoint_ls, _checkpoint_verify
 
-_ACTIONS = {"export": _checkpoint_export, "import": _checkpoint_import}
+_ACTIONS = {
+    "ls": _checkpoint_ls,
+    "verify": _checkpoint_verify,
+    "export": _checkpoint_export,
+    "import": _checkpoint_import,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -151,7 +151,7 @@ class Provider(Protocol):
 
 
 def get_date_skew_s(response: Response) -> float | None:
-    """Return how far the `Date` header is ahead of our clock, give or take half a second; None if it is not readable."""
+    """Return how far the `Date` header is ahead of our clock, give or take half a second; None if it says nothing."""
     try:
         date_s = email.utils.parsedate_to_datetime(response.headers["date"]).timestamp()
         return date_s + 0.5 - response.received_s  # its fraction of a second was cut off

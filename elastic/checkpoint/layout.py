@@ -95,6 +95,8 @@ class Manifest:
     files: Mapping[str, FileRecord]
     extra: Mapping[str, Any]
     """The caller's own JSON values, such as a gradient scaler's state."""
+    saved_utc: str = ""
+    """When it was committed."""
 
 
 @dataclass(frozen=True, kw_only=True)

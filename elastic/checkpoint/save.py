@@ -40,6 +40,7 @@ from elastic.checkpoint.write import Written, build_index, write_shard
 from elastic.config import RunConfig
 from elastic.errors import SavesFailedError, SolventError, StaleEpochError, StorageError
 from elastic.ports import Progress
+from elastic.rundir import format_utc
 from elastic.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -213,6 +214,7 @@ class Checkpointer:
                 tensors={name: record for name, record in index.items() if name in state},
                 generators={name: record for name, record in index.items() if name not in state},
                 files=files,
+                saved_utc=format_utc(time.time()),
             ),
             committed_s=Future(),
         )

@@ -32,6 +32,14 @@ def explain(error: OSError, where: str) -> StorageError:
     )
 
 
+def explain_unreadable(error: OSError, where: str) -> StorageError:
+    """Return what an error means for who only looks."""
+    return StorageError(
+        f"storage: {error.filename or where} cannot be read ({error.strerror or error}). Check that it is mounted or "
+        "reachable, and that this user may read it."
+    )
+
+
 def check_writable(storage: Storage) -> None:
     """Write a small file and remove it, before anything slow or paid starts.
 

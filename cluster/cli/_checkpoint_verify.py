@@ -1,0 +1,42 @@
+"""Read every byte of a run's checkpoints and compare it with its checksum; exit code 0 if the newest is whole."""
+
+import argparse
+from typing import Any
+
+from cluster.cli._checkpoint_ls import describe, find, print_table
+from cluster.cli._runs import add_json, add_run, open_run, print_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Take the run."""
+    add_run(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what is damaged, by file and tensor.
+
+    Raises:
+        StorageError: the storage cannot be read.
+    """
+    from elastic.checkpoint.storage import explain_unreadable
+    from elastic.checkpoint.verify import find_all_damage
+
+    storage = open_run(args.run_name)
+    rows: list[dict[str, Any]] = []
+    try:
+        for found in find(storage):
+            damage = list(find_all_damage(storage, found))
+            row = describe(found)
+            rows.append({**row, "state": "damaged", "notes": damage} if damage else row)
+    except OSError as error:
+        raise explain_unreadable(error, storage.url) from error
+    # what attempts left unfinished never counted
+    committed = [row for row in rows if row["state"] in ("whole", "damaged")]
+    is_whole = bool(committed) and committed[-1]["state"] == "whole"
+    if args.json:
+        print_json({"run": storage.url, "newest_is_whole": is_whole, "checkpoints": rows})
+    else:
+        print_table(storage.url, rows)
+        print("the newest is whole" if is_whole else "the newest is not whole" if committed else "none is committed")
+    return 0 if is_whole else 1
