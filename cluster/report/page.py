@@ -78,7 +78,8 @@ def _render_cards(story: Story) -> str:
         (
             "steps",
             _count(last.get("step", 0)),
-            f"of {_count(story.total_steps or last.get('step', 0))}, {_count(lost_steps)} done again",
+            f"of {_count(story.total_steps or last.get('step', 0))}, {_count(lost_steps)} done again"
+            + (f", {_count(len(story.bad_steps))} not applied" if story.bad_steps else ""),
         ),
         ("tokens", _compact(tokens), f"{_compact(last.get('tokens_per_s'))} per second at the end"),
         ("loss", _number(last.get("loss"), 4), f"validation {_number(val_loss, 4)}"),

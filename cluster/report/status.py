@@ -36,6 +36,7 @@ def get_status(run_dir: RunDir, *, now_s: float) -> dict[str, object]:
         "world_size": last.get("world_size"),
         "attempt": max([row["attempt"] for row in [*story.all_rows[-1:], *story.attempts[-1:]]], default=0),
         "incidents": len(story.incidents),
+        "bad_steps": len(story.bad_steps),
         "failures_without_progress": failures.without_progress,
         "failures_left": None if budget is None else max(0, budget - failures.without_progress),
         "denied_nodes": sorted(failures.denied),

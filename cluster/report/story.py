@@ -50,6 +50,11 @@ class Story:
         """Usual time of one of the newest steps."""
         return median(row["step_s"] for row in self.rows[-50:]) if self.rows else None
 
+    @property
+    def bad_steps(self) -> Sequence[int]:
+        """Steps that were not applied, because their loss was not finite or a spike."""
+        return [row["step"] for row in self.rows if "bad_step" in row]
+
     def get_last(self, column: str) -> Any:
         """Return the newest value of a column that not every row has; None if no row has it."""
         return next((row[column] for row in reversed(self.rows) if row.get(column) is not None), None)

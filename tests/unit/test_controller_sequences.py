@@ -24,6 +24,7 @@ from cluster.types import (
     Kill,
     Park,
     Slot,
+    Stalled,
     Stepped,
     Stop,
     Tick,
@@ -43,7 +44,7 @@ BATCH, NUM_SAMPLES = 6, 100
 class Trainer:
     attempt: int
     stage: str = "waiting"
-    """waiting (for its world), training or parking"""
+    """waiting (for its world), training, parking or frozen"""
 
 
 @dataclass
@@ -107,7 +108,7 @@ class SlowCluster:
                     self.trainers[slot].stage = "training"
                     self.worlds[attempt] = self.started[-1].members
             case Park(slot=slot):
-                if slot in self.trainers:
+                if slot in self.trainers and self.trainers[slot].stage != "frozen":
                     self.trainers[slot].stage = "parking"
             case Kill(slot=slot, attempt=attempt):
                 assert attempt == self.started[-1].attempt
@@ -174,10 +175,11 @@ class SlowCluster:
             return
         if set(mine) != set(members):
             for slot, trainer in mine.items():
-                if trainer.stage != "waiting":
+                if trainer.stage not in ("waiting", "frozen"):
                     self.end(slot, "lost")
                     return
-        if any(trainer.stage == "waiting" for trainer in mine.values()):
+        if any(trainer.stage in ("waiting", "frozen") for trainer in mine.values()):
+            self.complain_of_frozen()
             return
         for _ in range(num_steps):
             if self.step < MAX_STEPS:  # else it has come back after its last step and has nothing left to do
@@ -192,6 +194,15 @@ class SlowCluster:
                 for slot in members:
                     self.end(slot, "finished" if is_last else "interrupted")
                 return
+
+    def complain(self, slot, where):
+        attempt = self.trainers[slot].attempt
+        self.send(slot.node, Stalled(slot=slot, attempt=attempt, step=self.step, where=where))
+
+    def complain_of_frozen(self):
+        for slot, trainer in self.trainers.items():
+            if trainer.stage == "frozen":
+                self.complain(slot, "silent")
 
     def settle(self):
         """Let everything arrive and enough time pass."""
@@ -210,6 +221,7 @@ EVENTS = st.lists(
         st.sampled_from(
             ["deliver"] * 8 + ["train"] * 6 + ["tick"] * 3 + ["drain", "join"]
             + ["lose", "crash", "drain", "move", "undrain", "join", "regroup", "expire", "late", "hang"]
+            + ["freeze", "complain"]
         ),
         st.integers(0, 5),
         st.sampled_from([0.0, 0.1, 0.5, 2.0, 15.0, 70.0]),
@@ -223,6 +235,8 @@ def play(sizes, events) -> SlowCluster:  # noqa: PLR0912 (a case per event)
     cluster = SlowCluster(State(policy=policy))
     for _ in range(3):
         cluster.join()
+    if len(events) % 2:  # half of the runs begin with a world at work: few sequences come as far by themselves
+        cluster.deliver_all()
     for kind, number, seconds in events:
         cluster.now_s += seconds
         nodes = sorted(cluster.nodes | {node for node, left in cluster.under_way.items() if left})
@@ -250,6 +264,11 @@ def play(sizes, events) -> SlowCluster:  # noqa: PLR0912 (a case per event)
                 cluster.send(node, Undrained(node=node))
             case "expire" if living:
                 cluster.expire(node)
+            case "freeze" if (slot := Slot(node, "cpu0")) in cluster.trainers:
+                if cluster.trainers[slot].stage != "waiting":
+                    cluster.trainers[slot].stage = "frozen"
+            case "complain" if (slot := Slot(node, "cpu0")) in cluster.trainers:
+                cluster.complain(slot, ("in a collective", "loading data")[number % 2])
             case "hang":  # its trainer never says that it is ready
                 left = cluster.under_way.get(node, deque())
                 cluster.under_way[node] = deque(event for event in left if not isinstance(event, TrainerReady))

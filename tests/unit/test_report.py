@@ -13,7 +13,7 @@ from cluster.report.curves import build_curves
 from cluster.report.page import build_report
 from cluster.report.status import get_status
 from cluster.report.story import read_story
-from elastic.rundir import RunDir, append_row, format_utc
+from elastic.rundir import RunDir, append_row, format_utc, read_rows
 
 TRAIN, SAVE = STATES.index("train"), STATES.index("save")
 
@@ -45,6 +45,15 @@ def run_dir(tmp_path):
     run_dir.root.mkdir()
     run_dir.config.write_text("train: {steps: 50}\n")
     return run_dir
+
+
+def test_steps_that_were_not_applied_are_counted_once_and_shown(run_dir):
+    put_steps(run_dir, range(1, 5))
+    bad = {**list(read_rows(run_dir.metrics))[-1], "loss": math.nan, "bad_step": "not_finite"}
+    for attempt in (1, 2):  # the second attempt met it again
+        append_row(run_dir.metrics, {**bad, "step": 5, "attempt": attempt})
+    assert get_status(run_dir, now_s=1101.0)["bad_steps"] == 1
+    assert ", 1 not applied" in build_report(run_dir).read_text()
 
 
 def test_a_running_run_tells_its_pace_and_its_price(run_dir):
