@@ -29,13 +29,14 @@ from elastic.checkpoint.shards import ITEM_BYTES, Box, build_layout
 from elastic.config import RunConfig
 from elastic.errors import StorageError
 from elastic.ports import Progress
+from elastic.rundir import ORIGIN
 from elastic.storage import Storage
 
 _PIECE_BYTES = 16 * BLOCK_BYTES
 """Of the numbers as they are written: whole blocks, so that each has a checksum of its own."""
 _FILE_BYTES = 4 * 2**30
 
-KEPT = "hf/"
+KEPT = f"{ORIGIN}/"
 """Below this key a run keeps what an export gives back unchanged: the tokenizer, and the ids of special tokens."""
 _KEPT_FILES = (
     *("config.json", "generation_config.json"),
