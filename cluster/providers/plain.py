@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from cluster.providers._base import Evidence, Feed, Machine, NodeNotice, parse_time
-from cluster.providers._sigterm import RAY_DEFAULT_S, open_sigterm_feed
+from cluster.providers._sigterm import open_sigterm_feed
 from elastic.errors import NoticeError
 
 _STALE_S = 60.0
@@ -41,7 +41,8 @@ def detect(machine: Machine) -> Evidence:  # noqa: ARG001 (every provider's sign
 
 def open_feeds(machine: Machine) -> list[Feed]:
     """Read the signal, the files and the hook."""
-    feeds = [open_sigterm_feed(machine, get_grace_s=lambda: machine.grace_s or RAY_DEFAULT_S)]
+    # Nobody knows better than Ray's setting here; a provider that does is read beside this, and the earlier end counts.
+    feeds = [open_sigterm_feed(machine, get_grace_s=lambda: machine.grace_s or math.inf)]
     feeds += [_open_file(machine, path) for path in get_notice_files(machine)]
     if hook := machine.env.get("SOLVENT_NOTICE_HOOK"):
         feeds.append(_open_hook(machine, hook))

@@ -173,13 +173,18 @@ class SelfDrainLog:
         self._raylet_pid = int(os.environ["RAY_RAYLET_PID"])
         self._position = 0
         self._found: SelfDrain | None = None
+        self._lock = threading.Lock()
 
     def read(self) -> SelfDrain | None:
-        """Return Ray's drain of its own node, once there is one.
+        """Return Ray's drain of its own node, once there is one. Several threads may ask.
 
         Raises:
             NoticeError: the raylet writes no log file.
         """
+        with self._lock:
+            return self._read()
+
+    def _read(self) -> SelfDrain | None:
         log = Path(f"/proc/{self._raylet_pid}/fd/1")
         if self._found or not log.exists():
             return self._found

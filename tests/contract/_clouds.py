@@ -153,14 +153,16 @@ class Gcp(Server):
 
 
 class Azure(Server):
-    """Scheduled events of a scale set."""
+    """Scheduled events of a scale set. Who asks for its name gets the next of the names; the last one is for all."""
 
     name = "trainers_3"
 
-    def __init__(self) -> None:
+    def __init__(self, *names: str) -> None:
+        self.names = [*names, self.name]
         self.events: list[dict] = []
         self.incarnation = 1
         self.started: list[str] = []
+        self.started_s: list[float] = []
         super().__init__()
 
     def get_env(self) -> dict[str, str]:
@@ -196,11 +198,13 @@ class Azure(Server):
         if headers.get("metadata") != "true":
             return 400, '{"error": "Bad request. Required metadata header not specified"}', {}
         if path == "/metadata/instance/compute/name" and query.get("format") == "text":
-            return 200, self.name, {}
+            with self.lock:
+                return 200, self.names.pop(0) if len(self.names) > 1 else self.name, {}
         if path != "/metadata/scheduledevents" or query.get("api-version") != "2020-07-01":
             return 404, "", {}
         if method == "POST":
             self.started += [request["EventId"] for request in json.loads(body)["StartRequests"]]
+            self.started_s.append(time.time())
             self.put(*[{**e, "EventStatus": "Started", "NotBefore": ""} for e in self.events])
             return 200, "", {}
         return 200, json.dumps({"DocumentIncarnation": self.incarnation, "Events": self.events}), {}

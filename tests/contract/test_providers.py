@@ -1,6 +1,7 @@
 """What every file of `cluster/providers` must keep to, and how notices come through against servers over HTTP."""
 
 import json
+import os
 import socket
 import time
 import urllib.error
@@ -371,6 +372,13 @@ def test_a_waiting_request_returns_as_soon_as_the_value_changes(watch):
     server.close()
 
 
+def test_a_true_that_is_not_googles_moves_nobody(watch):
+    answer = Response(status=200, headers={"etag": "1"}, body=b"TRUE", received_s=time.time())
+    watched = watch("gcp", fetch=lambda *args, **kwargs: answer)
+    watched.wait_for_line("not by Google's server")
+    assert not watched.drains
+
+
 def test_the_configured_lead_time_replaces_googles_usual_one(watch):
     server = Gcp()
     watched = watch("gcp", server.get_env(), grace_s=120.0)
@@ -453,6 +461,7 @@ def test_the_signal_means_the_pods_own_grace_period_or_rays_if_that_is_shorter(w
         ("kubernetes", {}, 60.0, 30.0),
         ("kubernetes", {"env": {"SOLVENT_GRACE_S": "15"}}, 30.0, 15.0),
         ("plain", {}, 30.0, 30.0),
+        ("plain", {}, 110.0, 110.0),
         ("plain", {"grace_s": 12.0}, 30.0, 12.0),
         ("plain", {"grace_s": 120.0}, 30.0, 30.0),  # Ray itself ends then
     ],
@@ -515,6 +524,17 @@ def test_a_notice_file_that_makes_no_sense_is_said(watch, tmp_path, text, proble
     (tmp_path / "notice").write_text(text)
     watched = watch("plain", {"SOLVENT_NOTICE_FILE": str(tmp_path / "notice")})
     watched.wait_for_line(problem)
+    assert not watched.drains
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file away")
+def test_a_notice_file_of_another_user_is_not_believed(watch, tmp_path):
+    path = tmp_path / "notice"
+    path.touch()
+    os.chown(path, 12345, 12345)
+    path.write_text("25")
+    watched = watch("plain", {"SOLVENT_NOTICE_FILE": str(path)})
+    watched.wait_for_line("belongs to user 12345")
     assert not watched.drains
 
 

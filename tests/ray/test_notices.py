@@ -17,8 +17,10 @@ import ray
 from cluster.runtime import adapter
 from cluster.runtime.notices import WatchActor
 from elastic.config import ClusterConfig
+from elastic.rundir import parse_utc, read_rows
 from tests.contract._clouds import Aws, Azure, Gcp
 from tests.ray._nodes import Nodes, get_env
+from tests.ray._runs import Run
 from tests.ray._traces import assert_nothing_left, find_processes, wait_until
 
 LEAN = ["--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats"]
@@ -27,7 +29,7 @@ TOKEN = "not-a-secret"
 
 @pytest.fixture(scope="module")
 def clouds():
-    servers = {"aws": Aws(), "gcp": Gcp(), "azure": Azure()}
+    servers = {"aws": Aws(), "gcp": Gcp(), "azure": Azure("trainers_1", "trainers_2")}
     yield servers
     for server in servers.values():
         server.close()
@@ -105,6 +107,33 @@ def wait_for_deadline(node, deadline_s, *, within_s):
 def get_notices(listener):
     news = ray.get(listener.get_news.remote())
     return {(n.departure.provider, n.departure.reason): n.departure.deadline_s for _, n in news if n.departure}
+
+
+def test_the_leader_acknowledges_an_event_once_others_train_on_without_its_machine(cluster, clouds, data, tmp_path):
+    azure = clouds["azure"]
+    overrides = {"train.steps": 100_000, "cluster.notices": "azure", "checkpoint.every_steps": 1000}
+    run = Run(cluster, data, tmp_path, **overrides)
+    run.start()
+    run.wait_for_step(10, world_size=2, timeout_s=120)
+    wait_until(lambda: azure.names == [azure.name], timeout_s=20, what="both watches know their names")
+    deadline_s = time.time() + 300
+    azure.put(
+        azure.build_event(deadline_s, EventId="ours", Resources=["trainers_1"]),
+        azure.build_event(deadline_s, EventId="shared", Resources=["trainers_1", "a-stranger"]),
+        azure.build_event(deadline_s, EventId="theirs", Resources=["a-stranger"]),
+    )
+    run.wait_for(lambda: azure.started, what="an acknowledgement")
+    time.sleep(3)  # for acknowledgements that must not come
+    assert azure.started == ["ours"]
+    alone = [row for row in run.rows() if row["world_size"] == 1]
+    assert parse_utc(alone[0]["time_utc"]) < azure.started_s[0] < deadline_s - 200
+    assert next(read_rows(run.dir.attempts))["reason"] == "azure: scheduled event Preempt"
+    azure.withdraw()
+    run.driver.send_signal(signal.SIGINT)
+    assert run.wait() == 3, run.get_output()
+    wait_until(lambda: not adapter.get_draining_nodes(), timeout_s=20, what="Ray ends the node that nobody needs")
+    cluster.ids = [node.id for node in adapter.get_worker_nodes(ClusterConfig())]
+    cluster.add()
 
 
 def test_every_server_is_heard_and_ray_drains_with_the_deadline_of_the_notice(cluster, clouds, listener, hook_port):
