@@ -1,7 +1,9 @@
 """Folders that cannot be imported say why, before a number of them is read; what is exported is cut as asked."""
 
 import json
+import math
 import struct
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -12,10 +14,11 @@ from hypothesis import strategies as st
 
 from elastic.checkpoint.hf.exporting import plan_shards
 from elastic.checkpoint.hf.families._base import Pair
-from elastic.checkpoint.hf.folder import find_family, open_folder
+from elastic.checkpoint.hf.folder import find_family, get_families, open_folder
 from elastic.checkpoint.hf.numbers import from_fp32, to_fp32
 from elastic.checkpoint.shards import ITEM_BYTES
 from elastic.errors import ModelFolderError
+from elastic.models import llama
 from elastic.storage import open_storage
 from tests.contract._hf import MODEL, write_hf_folder
 
@@ -72,7 +75,8 @@ def refuse(path):
         ({"partial_rotary_factor": 0.5}, ("partial_rotary_factor=0.5",)),
         ({"hidden_size": ...}, ("config.json has no hidden_size",)),
         ({"num_key_value_heads": 3}, ("cannot be built here", "model.num_kv_heads=3")),
-        ({"hidden_size": "8"}, ("cannot be built here",)),
+        ({"hidden_size": "8"}, ("hidden_size='8' should be of type int",)),
+        ({"rope_parameters": {"factor": True}}, ("factor=True should be of type float",)),
         ({"intermediate_size": 13}, ("mlp.gate_proj.weight has the shape [12, 8]", "makes it [13, 8]")),
         ({"num_hidden_layers": 3}, ("lacks 9 of 30 tensors", "model.layers.2.input_layernorm.weight first")),
         ({"num_hidden_layers": 1}, ("9 tensors, model.layers.1.input_layernorm.weight first, would be left unused",)),
@@ -88,6 +92,54 @@ def test_layers_without_positions_must_follow_an_interval(tmp_path):
     folder = write(tmp_path / "m", replace(MODEL, no_rope_layer_interval=2))
     edit_json(folder / "config.json", no_rope_layers=[0, 1])
     assert "no_rope_layers=[0, 1] follows no interval" in refuse(folder)
+
+
+LLAMA_3 = {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
+PUBLISHED = {
+    ("llama", "SmolLM2-135M", 134_515_008): (576, 1536, 30, 9, 3, 49_152, {"tie_word_embeddings": True}),
+    ("llama", "Llama-3.1-8B", 8_030_261_248): (4096, 14_336, 32, 32, 8, 128_256, {"rope_theta": 5e5}),
+    ("llama", "Llama-3.2-1B", 1_235_814_400): (
+        *(2048, 8192, 16, 32, 8, 128_256),
+        {"tie_word_embeddings": True, "head_dim": 64, "rope_scaling": {**LLAMA_3, "rope_type": "llama3"}},
+    ),
+    ("qwen2", "Qwen2.5-0.5B", 494_032_768): (896, 4864, 24, 14, 2, 151_936, {"tie_word_embeddings": True}),
+    ("qwen3", "Qwen3-0.6B", 596_049_920): (1024, 3072, 28, 16, 8, 151_936, {"tie_word_embeddings": True}),
+    ("smollm3", "SmolLM3-3B", 3_075_098_624): (2048, 11_008, 36, 16, 4, 128_256, {}),
+}
+
+
+@pytest.mark.parametrize(("published", "shape"), PUBLISHED.items(), ids=lambda value: value[1])
+def test_published_models_have_as_many_parameters_as_their_hub_counts(published, shape):
+    model_type, _, num_params = published
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    family = get_families()[model_type]
+    model = family.read_config({**dict(zip((*keys, "vocab_size"), shape, strict=False)), **shape[-1]})
+    assert llama.num_params(model) == num_params
+    assert sum(math.prod(pair.shape) for pair in family.get_pairs(model)) == num_params
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 70) | st.floats() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3) | st.just("rope_type"), inner, max_size=3)
+    ),
+    max_leaves=4,
+)
+
+
+@given(data=st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300, deadline=None)
+def test_no_value_of_any_key_of_a_configuration_does_more_than_be_refused(tmp_path, data):
+    folder = tmp_path / "m"
+    if not folder.exists():
+        write(folder, replace(MODEL, rope_scaling_factor=8.0, no_rope_layer_interval=2))
+        (folder / "config.json").rename(tmp_path / "config.json")
+    raw = json.loads((tmp_path / "config.json").read_text())
+    for key in data.draw(st.sets(st.sampled_from(sorted(raw)), min_size=1, max_size=2)):
+        raw[key] = data.draw(JSON)
+    (folder / "config.json").write_text(json.dumps(raw))
+    with suppress(ModelFolderError):
+        open_folder(open_storage(folder))
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", ".x.safetensors", "x.bin"])
@@ -121,6 +173,7 @@ def test_damage_is_found_in_the_headers(tmp_path):
     assert "of type F8_E4M3" in refuse_after(set_embedding(dtype="F8_E4M3"))
     assert "cannot lie at bytes 0 to 511" in refuse_after(set_embedding(data_offsets=[0, 511]))
     assert "cannot lie at bytes -1 to 511" in refuse_after(set_embedding(data_offsets=[-1, 511]))
+    assert "its header cannot be read (OverflowError" in refuse_after(set_embedding(shape=[float("inf")]))
     assert "of shape [-16, -8] cannot" in refuse_after(set_embedding(shape=[-16, -8]))
     assert "has the shape [8, 16]" in refuse_after(set_embedding(shape=[8, 16]))
     assert "lacks 1 of 21 tensors" in refuse_after(lambda h: h.update(x=h.pop("model.embed_tokens.weight")))

@@ -223,7 +223,7 @@ def _read_header(storage: Storage, key: str) -> Iterator[tuple[str, StoredTensor
             for name, entry in header.items()
             if name != "__metadata__"
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
         raise fail(f"its header cannot be read ({type(error).__name__}: {error})") from None
     end_before = 0
     for name, dtype, shape, start, end in sorted(entries, key=lambda entry: entry[3:]):

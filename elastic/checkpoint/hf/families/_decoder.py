@@ -22,6 +22,18 @@ _MUST_BE: Mapping[str, object] = {
 }
 """Keys whose other values would be computed differently; left out, they have these."""
 
+_NUMBERS = ("rope_theta", "rms_norm_eps", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor")
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"), (int,)),
+    **dict.fromkeys(("intermediate_size", "vocab_size", "head_dim", "max_position_embeddings"), (int,)),
+    **dict.fromkeys(("no_rope_layer_interval", "original_max_position_embeddings"), (int,)),
+    **dict.fromkeys(_NUMBERS, (int, float)),
+    **dict.fromkeys(("architectures", "layer_types", "no_rope_layers"), (list,)),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), (dict,)),
+    "tie_word_embeddings": (bool,),
+}
+"""Of the keys that are read, here or in the rotary parameters."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderFamily:
@@ -40,7 +52,7 @@ class DecoderFamily:
 
     def read_config(self, raw: Mapping[str, Any]) -> ModelConfig:
         """See `Family`."""
-        given = {key: value for key, value in raw.items() if value is not None}
+        given = _take(raw)
         self._check_computed(given)
         try:
             dim, num_heads = given["hidden_size"], given["num_attention_heads"]
@@ -67,7 +79,7 @@ class DecoderFamily:
                 f"config.json has no {error.args[0]}, without which the shape of the model is unknown. Take the "
                 "config.json that the model was published with."
             ) from None
-        except (ConfigError, TypeError) as error:
+        except ConfigError as error:
             raise ModelFolderError(
                 f"config.json describes a model that cannot be built here: {error} Import another model."
             ) from error
@@ -179,7 +191,7 @@ class DecoderFamily:
 
     def _read_rope(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the rotary keys of `ModelConfig`; transformers 4 wrote `rope_scaling`, 5 writes `rope_parameters`."""
-        rope: dict[str, Any] = {**given.get("rope_scaling", {}), **given.get("rope_parameters", {})}
+        rope = {**_take(given.get("rope_scaling", {})), **_take(given.get("rope_parameters", {}))}
         kind = rope.get("rope_type", rope.get("type", "default"))
         theta = {"rope_theta": rope.get("rope_theta", given.get("rope_theta", self.rope_theta))}
         if rope.get("partial_rotary_factor", 1.0) != 1.0 or kind not in ("default", "llama3"):
@@ -211,3 +223,15 @@ class DecoderFamily:
                     "layer is without positions. Import a model of which that is true."
                 )
         return interval
+
+
+def _take(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys that have a value, once those that are read have one of the right type."""
+    given = {key: value for key, value in raw.items() if value is not None}
+    for key, types in _TYPES.items():
+        if key in given and type(given[key]) not in types:
+            raise ModelFolderError(
+                f"config.json: {key}={given[key]!r} should be of type {types[-1].__name__}. Take the config.json "
+                "that the model was published with."
+            )
+    return given
