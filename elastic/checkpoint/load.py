@@ -30,7 +30,7 @@ from elastic.checkpoint.state import (
     get_spread,
     set_rng_state,
 )
-from elastic.checkpoint.storage import explain
+from elastic.checkpoint.storage import explain_unreadable
 from elastic.config import RunConfig
 from elastic.errors import CheckpointError, SolventError
 from elastic.ports import Progress
@@ -140,7 +140,7 @@ def load_state(
     try:
         damage = f"{', '.join(gaps)}: a part is in no file" if gaps else _fill(targets, reads, sources)
     except OSError as error:
-        damage = explain(error, sources[-1].name)
+        damage = explain_unreadable(error, sources[-1].name)
     outcomes: list[Any] = [None] * world_size
     dist.all_gather_object(outcomes, damage, group=group)
     for outcome in outcomes:
@@ -158,7 +158,7 @@ def _find_candidates(storage: Storage) -> list[CommittedCheckpoint] | SolventErr
     try:
         return list_committed(storage)[::-1]
     except OSError as error:
-        return explain(error, storage.url)
+        return explain_unreadable(error, storage.url)
 
 
 def _inspect(
@@ -171,7 +171,7 @@ def _inspect(
         check_tensors({name: tuple(tensor.shape) for name, tensor in live.items()}, manifest)
         damage = find_damage(storage, checkpoint, manifest)
     except OSError as error:
-        return explain(error, storage.url)
+        return explain_unreadable(error, storage.url)
     except SolventError as error:
         return error
     if changed:

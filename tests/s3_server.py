@@ -1,13 +1,13 @@
 """A real S3 server (moto) on this machine, and a bucket in it."""
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 
 @pytest.fixture(scope="session")
 def s3_endpoint():
     """Return ``http://host:port`` of the server."""
+    from moto.server import ThreadedMotoServer
+
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -31,6 +31,8 @@ def s3_environment(s3_endpoint, monkeypatch):
 @pytest.fixture
 def s3_url(s3_environment, request):
     """Return a URL of a bucket of this test's own."""
+    import boto3
+
     name = f"bucket-{abs(hash(request.node.nodeid)):x}"
     client = boto3.client("s3", endpoint_url=s3_environment, region_name="us-east-1")
     client.create_bucket(Bucket=name)
