@@ -11,7 +11,6 @@ from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from time import time
 from types import FrameType
 from typing import NoReturn
@@ -41,7 +40,7 @@ from elastic.ports import (
 from elastic.run import train
 from elastic.rundir import RunDir, append_row
 from elastic.sinks import console, jsonl
-from elastic.storage import Storage, open_storage
+from elastic.spool import OpenRun, open_run
 from elastic.world import open_store
 
 INTERRUPTED_EXIT_CODE = 3
@@ -138,18 +137,28 @@ def _say_resumable(rank: int, reason: str) -> None:
 
 
 def _run(config: RunConfig, notices: SignalNotices) -> Outcome:
-    run_dir = RunDir(Path(config.storage) / config.run)
-    storage = open_storage(run_dir.root)
-    spec, store, leader = _find_world(storage, run_dir, timeout_s=config.fault.collective_timeout_s)
-    with leader or nullcontext():
-        return _train(config, spec, store, notices=notices, leader=leader)
+    with open_run(config.storage, config.run) as run:
+        spec, store, leader = _find_world(run, timeout_s=config.fault.collective_timeout_s)
+        if leader:
+            run.fence(leader.check)
+        with leader or nullcontext():
+            outcome = _train(config, run, spec, store, notices=notices, leader=leader)
+            with suppress(OSError, StaleEpochError):  # closing the run tries again, and tells
+                run.push()  # while we still lead
+            return outcome
 
 
 def _train(
-    config: RunConfig, spec: WorldSpec, store: Store, *, notices: SignalNotices, leader: Leadership | None
+    config: RunConfig,
+    run: OpenRun,
+    spec: WorldSpec,
+    store: Store,
+    *,
+    notices: SignalNotices,
+    leader: Leadership | None,
 ) -> Outcome:
     """Train one rank; rank 0, which leads, keeps the books."""
-    run_dir = RunDir(Path(config.storage) / config.run)
+    run_dir = run.dir
     history, sinks, start_s = read_history(run_dir), ExitStack(), time()
 
     def write_row(end: End, reason: str) -> None:
@@ -175,6 +184,8 @@ def _train(
     def give_up(reason: str) -> NoReturn:
         _say_resumable(spec.rank, reason)
         write_row("lost", reason)
+        with suppress(OSError, StaleEpochError):
+            run.push()
         os._exit(INTERRUPTED_EXIT_CODE)  # the main thread hangs, so nothing can be closed in order
 
     observer = AttemptObserver(
@@ -192,6 +203,7 @@ def _train(
             observer=observer,
             open_sinks=partial(_open_sinks, config, run_dir, sinks),
             store=store,
+            run=run,
         )
         end, reason = _get_end(outcome)
     except BaseException as error:
@@ -230,7 +242,7 @@ def _get_end(outcome: Outcome) -> tuple[End, str]:
             return "lost", reason
 
 
-def _find_world(storage: Storage, run_dir: RunDir, *, timeout_s: float) -> tuple[WorldSpec, Store, Leadership | None]:
+def _find_world(run: OpenRun, *, timeout_s: float) -> tuple[WorldSpec, Store, Leadership | None]:
     """Return this process's place: the one that torchrun's environment names, or a world of its own.
 
     Rank 0 takes the lead of the run and tells the others the attempt's number; nothing of the run is touched before.
@@ -247,16 +259,16 @@ def _find_world(storage: Storage, run_dir: RunDir, *, timeout_s: float) -> tuple
     key = f"solvent-attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     if rank == 0:
         try:
-            check_writable(storage)  # a probe of its own, and the better message
-            leader = lead(storage, who="python -m elastic", at_least=next_attempt(run_dir))
+            check_writable(run.storage)  # a probe of its own, and the better message
+            leader = lead(run.storage, who="python -m elastic", at_least=next_attempt(run.dir))
         except StorageError:
             store.set(key, "0")
             raise
-        close_torn_attempts(run_dir)
+        close_torn_attempts(run.dir)
         store.set(key, str(leader.epoch))
     attempt = int(store.get(key))
     if not attempt:
-        raise StorageError(f"storage={str(run_dir.root.parent)!r} cannot be used; rank 0 says why.")
+        raise StorageError(f"storage: {run.storage.url} cannot be used; rank 0 says why.")
     spec = WorldSpec(
         rank=rank,
         world_size=world_size,

@@ -4,10 +4,9 @@ import importlib
 import importlib.util
 import re
 from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from time import monotonic, sleep, time
 from typing import TypedDict
 
@@ -30,8 +29,9 @@ from elastic.metrics import get_peak_flops
 from elastic.ports import Lost, MetricSink, NoticeSource, Observer, Outcome, Progress, WorldSpec
 from elastic.rundir import RunDir, append_row
 from elastic.spikes import Recent
+from elastic.spool import OpenRun, open_run
 from elastic.step import build_trainable, train_step
-from elastic.storage import Storage, join_url, open_storage
+from elastic.storage import Storage
 from elastic.timeline import Timeline
 from elastic.watchdog import Watchdog
 from elastic.world import World, close_world, open_world
@@ -48,6 +48,7 @@ def train(
     observer: Observer,
     open_sinks: Callable[[], Sequence[MetricSink]],
     store: Store | None = None,
+    run: OpenRun | None = None,
 ) -> Outcome:
     """Train one rank of one world: from the newest committed checkpoint until finished, interrupted or lost.
 
@@ -55,22 +56,24 @@ def train(
         open_sinks: where rank 0's rows go; called there once data, storage and checkpoints were found good. The
             caller closes what it opened.
         store: the rendezvous store, if this process holds it; else that of `spec` is used.
+        run: the run's storage and directory, if the caller has opened them.
 
     Raises:
         UserError: configuration, data or storage cannot work; all ranks raise it or are ended by the one that does.
         StepError, CheckpointError: training cannot go on; all ranks raise it.
     """
     timeline = Timeline(observer, phase="load", start_s=time())
-    run_dir = RunDir(Path(config.storage) / config.run)
-    storage = open_storage(join_url(config.storage, config.run))
     progress = Progress()
-    with Watchdog(timeline, observer, fault=config.fault):
+    with (
+        nullcontext(run) if run else open_run(config.storage, config.run) as opened,
+        Watchdog(timeline, observer, fault=config.fault),
+    ):
         world = open_world(spec, device=config.device, timeout_s=config.fault.collective_timeout_s, store=store)
         sinks_of_rank = open_sinks if world.rank == 0 else list[MetricSink]
         watchers = _Watchers(notices=notices, observer=observer, open_sinks=sinks_of_rank)
         try:
-            _check_storage(storage, config, world)
-            with _build_parts(config, storage, run_dir, world, watchers) as (parts, progress, recent):
+            _check_storage(opened.storage, config, world)
+            with _build_parts(config, opened, world, watchers) as (parts, progress, recent):
                 outcome = run_loop(parts, progress, recent, timeline)
         except RuntimeError as error:
             if not is_peer_loss(error):
@@ -97,13 +100,13 @@ class _Place(TypedDict):
 
 @contextmanager
 def _build_parts(
-    config: RunConfig, storage: Storage, run_dir: RunDir, world: World, watchers: _Watchers
+    config: RunConfig, run: OpenRun, world: World, watchers: _Watchers
 ) -> Generator[tuple[Parts, Progress, Recent]]:
     """Build data, model and checkpointer, restore the newest state, and take it all down again."""
     dataset = open_dataset(config.data.path)
     check_fits(dataset, config)
     trainable = build_trainable(config, world)
-    restored = restore(storage, trainable.model, trainable.optimizer, config=config, device=world.device)
+    restored = restore(run.storage, trainable.model, trainable.optimizer, config=config, device=world.device)
     progress, recent = Progress(), Recent()
     if restored:
         progress, recent = restored.progress, Recent(**restored.extra.get("recent", {}))
@@ -113,13 +116,14 @@ def _build_parts(
 
     place = _Place(rank=world.rank, world_size=world.world_size, device=world.device)
     model_file = plugins.load("elastic.models", config.model.kind, key="model.kind")
-    guard = EpochGuard(partial(check_epoch, storage, world.attempt))
+    guard = EpochGuard(partial(check_epoch, run.storage, world.attempt))
     checkpointer = Checkpointer(
-        storage,
+        run.storage,
         config,
         device=world.device,
         epoch=world.attempt,
         check_epoch=guard.check,
+        before_commit=run.push,
         on_committed=watchers.observer.committed,
     )
     with ExitStack() as stack:
@@ -138,8 +142,8 @@ def _build_parts(
                 sinks=[FencedSink(sink, guard) for sink in watchers.open_sinks()],
                 notices=watchers.notices,
                 observer=watchers.observer,
-                record_samples=_build_recorder(run_dir, config, world),
-                record_bad_step=partial(append_row, run_dir.bad_steps),
+                record_samples=_build_recorder(run.dir, config, world),
+                record_bad_step=partial(append_row, run.dir.bad_steps),
             ),
             progress,
             recent,

@@ -10,9 +10,10 @@ from pathlib import Path
 from cluster.cli._runs import add_json, print_json
 from cluster.cost import load_prices
 from elastic.config import RunConfig
+from elastic.errors import ConfigError
 from elastic.ports import MetricSink
 from elastic.rundir import RunDir
-from elastic.storage import join_url, open_storage
+from elastic.storage import is_url, join_url, open_storage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,6 +72,11 @@ def check_before_paying(config: RunConfig) -> None:
     check_choice(config.cluster.notices)
     config.get_world_sizes()
     check_fits(open_dataset(config.data.path), config)
+    if is_url(config.storage):
+        raise ConfigError(
+            f"storage={config.storage}: the books of a cluster (ledger, incidents) are appended to on a path that all "
+            "nodes see. Set storage to such a path, or train with python -m elastic (torchrun), which takes URLs."
+        )
     storage = open_storage(join_url(config.storage, config.run))
     check_writable(storage)
     check_space(storage, estimate_checkpoint_bytes(config.model.num_matrix_params))  # a trainer knows it to the byte
