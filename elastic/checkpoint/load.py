@@ -188,12 +188,10 @@ def _fill(targets: Mapping[str, Tensor], reads: Sequence[Read], sources: Sequenc
         flat[name] = tensor.detach().view(-1)
     buffers: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
     for _ in range(NUM_READERS):
-        buffers.put(bytearray())
+        buffers.put(bytearray(max((read.num_bytes for read in reads), default=0)))
 
     def fill(read: Read) -> str | None:
         buffer = buffers.get()
-        if len(buffer) < read.num_bytes:
-            buffer = bytearray(read.num_bytes)
         try:
             read_verified(read, sources, memoryview(buffer)[: read.num_bytes])
             for piece in read.pieces:
