@@ -88,9 +88,10 @@ class TrainerReady:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerEnded:
-    """A trainer process is gone.
+    """A trainer is in the world no more.
 
-    `kind` is what it said before (`lost`: it saw a peer go), `crashed` if it said nothing, `killed` if we asked for it.
+    `kind` is what it said: of `lost` (a peer went, or we asked it to leave) and `interrupted` ones the process stays
+    and can join the next world. `crashed` if it said nothing, `killed` if we asked for that.
     """
 
     slot: Slot
@@ -141,8 +142,8 @@ Event = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fork:
-    """Start a trainer in a slot."""
+class Join:
+    """Have a slot's trainer get ready for the next world."""
 
     slot: Slot
     attempt: int
@@ -170,6 +171,16 @@ class Park:
     attempt: int
     reason: str
     deadline_s: float | None
+    keep_in: Literal["memory", "storage"]
+    """Where the state must be: in the memory of the nodes if others go on from there at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leave:
+    """Have a trainer drop its world as it is, and wait for the next one."""
+
+    slot: Slot
+    attempt: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +228,7 @@ class Done:
     exit_code: int
 
 
-Action = Fork | Go | Park | Kill | AttemptStarted | AttemptEnded | Done
+Action = Join | Go | Park | Leave | Kill | AttemptStarted | AttemptEnded | Done
 
 
 # ---- views

@@ -97,6 +97,9 @@ class AttemptObserver:
         self.last_step = progress.step
         self.first_step_s = self.first_step_s or time()
 
+    def kept(self, progress: Progress) -> None:
+        """Say nothing: without a cluster there is no memory that outlives this process."""
+
     def committed(self, progress: Progress) -> None:
         """Say so."""
         print(f"checkpoint of step {progress.step} committed", flush=True)  # noqa: T201

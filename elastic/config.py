@@ -222,20 +222,27 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When state becomes durable, and how much of it is kept."""
+    """When state is put where a loss does not reach it, and how much of it is kept."""
 
     every_steps: int = 50
+    """Optimizer steps between two durable checkpoints. 0: planned from what a save was measured to cost and from the
+    losses so far (Young, Daly)."""
+    longest_s: float = 1800.0
+    """A planned interval is never longer."""
     keep_last: int = 3
+    memory: Literal["peer", "node", "off"] = "peer"
+    """Under `solvent train`, snapshots are also kept in host memory, where they outlive the trainer: on its node, and
+    as a copy on another one (peer). Each node then holds at most four shards of a worker per worker."""
+    memory_every_steps: int = 0
+    """Optimizer steps between two snapshots. 0: planned, as above; at every step if they cost nothing."""
     max_failed_saves: int = 5
     """Training goes on without a save that failed; after so many in a row the run ends, resumable."""
 
     def __post_init__(self) -> None:
         _require_positive(
-            "checkpoint",
-            every_steps=self.every_steps,
-            keep_last=self.keep_last,
-            max_failed_saves=self.max_failed_saves,
+            "checkpoint", longest_s=self.longest_s, keep_last=self.keep_last, max_failed_saves=self.max_failed_saves
         )
+        _require_not_negative("checkpoint", every_steps=self.every_steps, memory_every_steps=self.memory_every_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,6 +290,9 @@ class FaultConfig:
     """The run ends as failed once the same step has failed in so many attempts in a row, over all submissions."""
     max_node_failures: int = 3
     """A node is left out for the rest of the run once so many attempts in a row fell to trainers of its own."""
+    mean_hours_between_losses: float = 1.0
+    """How often a run of all nodes is taken to lose one without notice, until more is known; planned intervals of
+    snapshots and checkpoints follow from it."""
     save_margin: float = 2.0
     """With notice we leave at once, without a save, when less than this times the usual save is left."""
     term_grace_s: float = 0.0
@@ -334,6 +344,7 @@ class FaultConfig:
             lease_s=self.lease_s,
             max_failures_without_progress=self.max_failures_without_progress,
             max_node_failures=self.max_node_failures,
+            mean_hours_between_losses=self.mean_hours_between_losses,
             save_margin=self.save_margin,
             leave_before_s=self.leave_before_s,
         )

@@ -15,7 +15,7 @@ from elastic.config import RunConfig
 from elastic.data.loader import Loader
 from elastic.errors import StepError
 from elastic.optim import learning_rate
-from elastic.ports import Finished, Interrupted, MetricSink, NoticeSource, Observer, Outcome, Progress
+from elastic.ports import Finished, Interrupted, MetricSink, NoticeSource, Observer, Outcome, Progress, Source
 from elastic.rundir import format_utc
 from elastic.step import Abandoned, StepResult, Trainable, eval_loss, train_step
 from elastic.timeline import Timeline
@@ -42,6 +42,7 @@ class Parts:
     loader: Loader
     eval_microbatches: Sequence[tuple[Tensor, Tensor]]
     checkpointer: Checkpointer
+    restored_from: Source
     flops_per_token: float
     peak_flops_per_gpu: float | None
     sinks: Sequence[MetricSink]
@@ -80,10 +81,12 @@ def run_loop(parts: Parts, progress: Progress, recent: spikes.Recent, timeline: 
             before_update=checkpointer.wait_staged,
         )
         if isinstance(result, Abandoned):
-            if result.decision == "save_now" and progress != restored:
+            if result.decision == "leave_now":
+                return leave(parts, progress, "no time to save")
+            if progress != restored or is_only_in_memory(parts.restored_from, result.decision):
                 timeline.begin("save")
-                save(parts, progress, recent, how="now")
-            return leave(parts, progress, f"no time to {'finish a step' if result.decision == 'save_now' else 'save'}")
+                save(parts, progress, recent, how=get_way_out(result.decision))
+            return leave(parts, progress, "no time to finish a step")
 
         is_bad = result.verdict in ("not_finite", "spike")
         progress = Progress(step=step + 1, tokens=progress.tokens + (0 if is_bad else result.target_tokens))
@@ -101,9 +104,10 @@ def run_loop(parts: Parts, progress: Progress, recent: spikes.Recent, timeline: 
 
         if result.decision == "leave_now":
             return leave(parts, progress, "no time to save")
-        if is_last or is_leaving or is_due(progress.step, config.checkpoint.every_steps):
+        due = "last" if is_last else get_way_out(result.decision) if is_leaving else checkpointer.get_due(progress.step)
+        if due:
             timeline.begin("save")
-            is_saved = save(parts, progress, recent, how="last" if is_last else "now" if is_leaving else "start")
+            is_saved = save(parts, progress, recent, how=due)
             timeline.begin("data")
         else:
             is_saved = False
@@ -191,9 +195,20 @@ def get_wish(parts: Parts, timeline: Timeline, when: Literal["start", "end"]) ->
     return interrupt.decide(
         seconds_left=float("inf") if notice.deadline_s is None else notice.deadline_s - time.time(),
         rest_of_step_s=0.0 if when == "end" else float("inf") if usual_step_s is None else usual_step_s,
-        usual_save_s=parts.checkpointer.usual_save_s or 0.0,
+        usual_save_s=parts.checkpointer.get_usual_s(notice.keep_in) or 0.0,
         margin=parts.config.fault.save_margin,
+        keep_in=notice.keep_in,
     )
+
+
+def get_way_out(decision: interrupt.Decision) -> Literal["hand_over", "now"]:
+    """Return how the state is saved when all ranks leave."""
+    return "hand_over" if decision in ("finish_and_hand_over", "hand_over_now") else "now"
+
+
+def is_only_in_memory(source: Source, decision: interrupt.Decision) -> bool:
+    """Tell whether a state as it was restored is not yet where a decision wants it."""
+    return source in ("memory", "peer") and get_way_out(decision) == "now"
 
 
 def leave(parts: Parts, progress: Progress, how: str = "") -> Interrupted:
@@ -203,13 +218,25 @@ def leave(parts: Parts, progress: Progress, how: str = "") -> Interrupted:
     return Interrupted(progress=progress, reason=f"{who}: {how}" if how else who)
 
 
-def save(parts: Parts, progress: Progress, recent: spikes.Recent, *, how: Literal["start", "now", "last"]) -> bool:
-    """Save the state as it is now: in the background, or now, or again and again until it is committed.
+def save(
+    parts: Parts,
+    progress: Progress,
+    recent: spikes.Recent,
+    *,
+    how: Literal["memory", "storage", "hand_over", "now", "last"],
+) -> bool:
+    """Save the state as it is now: in the background, or for the next world, or now, or until it is committed.
 
     Returns:
-        Whether a save was started (`start`) or committed.
+        Whether a save was started (in the background) or the state is safe.
     """
     extra = {"scaler": parts.trainable.scaler.state_dict(), "recent": asdict(recent)}
     checkpointer = parts.checkpointer
-    begin = {"start": checkpointer.start_save, "now": checkpointer.save_now, "last": checkpointer.save_last}[how]
+    begin = {
+        "memory": partial(checkpointer.start_save, tier="memory"),
+        "storage": partial(checkpointer.start_save, tier="storage"),
+        "hand_over": checkpointer.hand_over,
+        "now": checkpointer.save_now,
+        "last": checkpointer.save_last,
+    }[how]
     return begin(parts.trainable.model, parts.trainable.optimizer, progress=progress, extra=extra)

@@ -5,7 +5,7 @@ warns of a preemption and who watches the progress is hidden behind the Protocol
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 Phase = Literal["start", "train", "redo", "save", "load", "reconfigure", "wait", "data", "eval", "idle"]
@@ -27,6 +27,10 @@ Where = Literal[
 ]
 """What a trainer without progress does. `waiting`: for its device or its backward, and so maybe for a peer.
 `silent`: not even its threads run, so others say it."""
+
+
+Address = tuple[str, int]
+"""Host and port."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +67,12 @@ class WorldSpec:
     store_host: str
     store_port: int
     node: str = "local"
+    keepers: Mapping[str, Address] = field(default_factory=dict[str, Address])
+    """Where the memory of each living node is served, by node; the last world's members among them."""
+    peer: Address | None = None
+    """The keeper that shall have copies of this node's snapshots."""
+    mean_s_between_losses: float = 3600.0
+    """Expected seconds until the next loss, for intervals that are planned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +82,8 @@ class Notice:
     source: str
     deadline_s: float | None = None
     """Unix time at which the node is gone."""
+    keep_in: Literal["memory", "storage"] = "storage"
+    """Where the state must be safe before the ranks leave: others go on at once from their memory, or nobody does."""
 
 
 class Clock(Protocol):
@@ -119,6 +131,10 @@ class Observer(Protocol):
 
     def committed(self, progress: Progress) -> None:
         """Take a checkpoint that became visible (rank 0 only)."""
+        ...
+
+    def kept(self, progress: Progress) -> None:
+        """Take a state that is in the memory of the nodes, and copied (rank 0 only)."""
         ...
 
     def alive(self) -> None:

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic, sleep, time
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch.distributed.distributed_c10d import Store
 from elastic import plugins
 from elastic.checkpoint.keep import remove_orphans
 from elastic.checkpoint.load import restore
+from elastic.checkpoint.memory import Memory
 from elastic.checkpoint.save import Checkpointer
 from elastic.checkpoint.storage import check_space, estimate_checkpoint_bytes, explain
 from elastic.config import DataConfig, ModelConfig, RunConfig, TrainConfig
@@ -26,7 +27,8 @@ from elastic.epochs import EpochGuard, FencedSink, check_epoch
 from elastic.errors import StorageError
 from elastic.loop import Parts, SampleRecorder, run_loop
 from elastic.metrics import get_peak_flops
-from elastic.ports import Lost, MetricSink, NoticeSource, Observer, Outcome, Progress, WorldSpec
+from elastic.nn import init_weights
+from elastic.ports import Lost, MetricSink, NoticeSource, Observer, Outcome, Progress, Source, WorldSpec
 from elastic.rundir import RunDir, append_row
 from elastic.spikes import Recent
 from elastic.spool import OpenRun, open_run
@@ -34,7 +36,7 @@ from elastic.step import build_trainable, train_step
 from elastic.storage import Storage
 from elastic.timeline import Timeline
 from elastic.watchdog import Watchdog
-from elastic.world import World, close_world, open_world
+from elastic.world import Breaker, World, close_world, get_device, open_world
 
 _STORAGE_PATIENCE_S = 30.0
 _STORAGE_RETRY_S = 0.5
@@ -49,37 +51,46 @@ def train(
     open_sinks: Callable[[], Sequence[MetricSink]],
     store: Store | None = None,
     run: OpenRun | None = None,
+    memory: Memory | None = None,
+    breaker: Breaker | None = None,
 ) -> Outcome:
-    """Train one rank of one world: from the newest committed checkpoint until finished, interrupted or lost.
+    """Train one rank of one world: from the newest state there is until finished, interrupted or lost.
 
     Args:
         open_sinks: where rank 0's rows go; called there once data, storage and checkpoints were found good. The
             caller closes what it opened.
         store: the rendezvous store, if this process holds it; else that of `spec` is used.
         run: the run's storage and directory, if the caller has opened them.
+        memory: where snapshots are kept beyond the life of this process.
+        breaker: with it another thread may end the world; that is `Lost`, like the loss of a peer.
 
     Raises:
         UserError: configuration, data or storage cannot work; all ranks raise it or are ended by the one that does.
         StepError, CheckpointError: training cannot go on; all ranks raise it.
     """
     timeline = Timeline(observer, phase="load", start_s=time())
-    progress = Progress()
+    progress, breaker = Progress(), breaker or Breaker()
     with (
         nullcontext(run) if run else open_run(config.storage, config.run) as opened,
         Watchdog(timeline, observer, fault=config.fault),
     ):
-        world = open_world(spec, device=config.device, timeout_s=config.fault.collective_timeout_s, store=store)
-        sinks_of_rank = open_sinks if world.rank == 0 else list[MetricSink]
-        watchers = _Watchers(notices=notices, observer=observer, open_sinks=sinks_of_rank)
+        world = None
         try:
+            breaker.arm(get_device(config.device, local_rank=spec.local_rank))
+            world = open_world(spec, device=config.device, timeout_s=config.fault.collective_timeout_s, store=store)
+            sinks_of_rank = open_sinks if world.rank == 0 else list[MetricSink]
+            watchers = _Watchers(notices=notices, observer=observer, open_sinks=sinks_of_rank)
             _check_storage(opened.storage, config, world)
-            with _build_parts(config, opened, world, watchers) as (parts, progress, recent):
+            with _build_parts(config, opened, world, watchers, memory=memory, spec=spec) as (parts, progress, recent):
                 outcome = run_loop(parts, progress, recent, timeline)
-        except RuntimeError as error:
-            if not is_peer_loss(error):
+        except Exception as error:
+            if not breaker.is_broken and not (isinstance(error, RuntimeError) and is_peer_loss(error)):
                 raise
             outcome = Lost(progress=progress, reason=explain_peer_loss(error))
-        close_world(world, peers="lost" if isinstance(outcome, Lost) else "alive")
+        finally:
+            breaker.disarm()
+        if world is not None:
+            close_world(world, peers="lost" if isinstance(outcome, Lost) else "alive")
     return outcome
 
 
@@ -100,19 +111,34 @@ class _Place(TypedDict):
 
 @contextmanager
 def _build_parts(
-    config: RunConfig, run: OpenRun, world: World, watchers: _Watchers
+    config: RunConfig, run: OpenRun, world: World, watchers: _Watchers, *, memory: Memory | None, spec: WorldSpec
 ) -> Generator[tuple[Parts, Progress, Recent]]:
     """Build data, model and checkpointer, restore the newest state, and take it all down again."""
     dataset = open_dataset(config.data.path)
     check_fits(dataset, config)
-    trainable = build_trainable(config, world)
-    restored = restore(run.storage, trainable.model, trainable.optimizer, config=config, device=world.device)
-    progress, recent = Progress(), Recent()
-    if restored:
+    trainable = build_trainable(config, world, first_weights="undefined")
+    restored = restore(
+        run.storage,
+        trainable.model,
+        trainable.optimizer,
+        config=config,
+        device=world.device,
+        memory=memory,
+        keepers=spec.keepers,
+    )
+    progress, recent, source = Progress(), Recent(), cast(Source, "scratch")
+    if restored is None:
+        init_weights(trainable.model, seed=config.train.seed, std=config.model.init_std)
+    else:
         progress, recent = restored.progress, Recent(**restored.extra.get("recent", {}))
         if scaler_state := restored.extra.get("scaler"):  # without one: imported, or not in fp16 until now
             trainable.scaler.load_state_dict(scaler_state)
-    watchers.observer.restored(progress, "disk" if restored else "scratch")
+        source = restored.source
+    restored_index = None
+    if memory and restored:
+        memory.retire(before_epoch=world.attempt, keep_step=progress.step)
+        restored_index = memory.find_index(epoch=restored.epoch, step=progress.step)
+    watchers.observer.restored(progress, source)
 
     place = _Place(rank=world.rank, world_size=world.world_size, device=world.device)
     model_file = plugins.load("elastic.models", config.model.kind, key="model.kind")
@@ -122,12 +148,20 @@ def _build_parts(
         config,
         device=world.device,
         epoch=world.attempt,
+        start=progress,
         check_epoch=guard.check,
         before_commit=run.push,
         on_committed=watchers.observer.committed,
+        on_kept=watchers.observer.kept,
+        memory=memory,
+        peer=spec.peer,
+        restored_index=restored_index,
+        mean_s_between_losses=spec.mean_s_between_losses,
     )
     with ExitStack() as stack:
         stack.callback(checkpointer.close)
+        if restored:
+            checkpointer.prepare(trainable.model, trainable.optimizer)
         loader = stack.enter_context(Loader(dataset, config=config, start_step=progress.step, **place))
         yield (
             Parts(
@@ -137,6 +171,7 @@ def _build_parts(
                 loader=loader,
                 eval_microbatches=[m for b in eval_batches(dataset, config=config, **place) for m in b.microbatches],
                 checkpointer=checkpointer,
+                restored_from=source,
                 flops_per_token=model_file.flops_per_token(config.model, config.data.seq_len),
                 peak_flops_per_gpu=_get_peak_flops(world.device),
                 sinks=[FencedSink(sink, guard) for sink in watchers.open_sinks()],
@@ -225,9 +260,9 @@ def is_peer_loss(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or bool(_LOST_PEER.search(str(error)))
 
 
-def explain_peer_loss(error: RuntimeError) -> str:
+def explain_peer_loss(error: Exception) -> str:
     """Return one line for people: what it means, then the library's words without its own source lines."""
-    words = _SOURCE_LINE.sub("", str(error).splitlines()[0])
+    words = _SOURCE_LINE.sub("", (str(error).splitlines() or [type(error).__name__])[0])
     what = "a peer did not answer" if "timed out" in words.lower() else "a peer went away"
     return f"{what} ({words[:200]})"
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from elastic import plugins
 from elastic.config import RunConfig
-from elastic.interrupt import URGENCY, Decision, agree
+from elastic.interrupt import GIVE_UP, URGENCY, Decision, agree
 from elastic.loss import IGNORE, sum_cross_entropy
 from elastic.nn import init_weights
 from elastic.optim import build_optimizer
@@ -54,14 +54,15 @@ class StepResult:
     verdict: Verdict
     """The update was made only if this is `good`."""
     decision: Decision
-    """What all ranks do after this step; `save_now` is out of date by then."""
+    """What all ranks do after this step; of those in `GIVE_UP` only `leave_now` still counts by then."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Abandoned:
     """A step that all ranks gave up before its update, because a node has no time to finish it."""
 
-    decision: Literal["save_now", "leave_now"]
+    decision: Decision
+    """One of `GIVE_UP`."""
 
 
 def is_finite(loss: float, grad_norm: float) -> Verdict:
@@ -74,8 +75,13 @@ def want_nothing(when: Literal["start", "end"]) -> Decision:  # noqa: ARG001 (th
     return "continue"
 
 
-def build_trainable(config: RunConfig, world: World) -> Trainable:
-    """Build model and optimizer on this rank's device, with the same first weights for any world.
+def build_trainable(
+    config: RunConfig, world: World, *, first_weights: Literal["random", "undefined"] = "random"
+) -> Trainable:
+    """Build model and optimizer on this rank's device.
+
+    Args:
+        first_weights: random ones are the same for any world; undefined ones are to be overwritten.
 
     Raises:
         ConfigError: the device cannot do the precision, or the strategy cannot use the world.
@@ -89,7 +95,8 @@ def build_trainable(config: RunConfig, world: World) -> Trainable:
             set_compile(block)
     strategy: Strategy = plugins.load("elastic.strategies", config.strategy, key="strategy")  # pyright: ignore[reportAssignmentType] # a module
     spread = strategy.spread(model, world=world, config=config)
-    init_weights(model, seed=config.train.seed, std=config.model.init_std)
+    if first_weights == "random":
+        init_weights(model, seed=config.train.seed, std=config.model.init_std)
     return Trainable(
         model=model,
         spread=spread,
@@ -141,7 +148,7 @@ def train_step(
         trainable.spread.set_last_microbatch(index == len(microbatches))
         with trainable.spread.cast():
             logits_BSV = trainable.spread.module(tokens_BS)
-        if index == 1 and (decision := agree(read_votes())) in ("save_now", "leave_now"):
+        if index == 1 and (decision := agree(read_votes())) in GIVE_UP:
             _free_root(trainable.model)
             return Abandoned(decision=decision)
         nats = trainable.loss(logits_BSV, labels_BS)

@@ -5,7 +5,10 @@ The store belongs to whoever formed the world: torchrun, or the trainer that Sol
 """
 
 import gc
+import os
 import socket
+import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Literal
@@ -52,6 +55,76 @@ class World:
         if self.world_size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MIN)
         return tensor
+
+
+class Breaker:
+    """Lets another thread end one world at once: what waits for a peer, dead or not, fails within milliseconds.
+
+    Without it a collective with a peer that sends no FIN lasts until its time-out. gloo has no call for this (abort and
+    destroy leave a collective under way alone), so the connections that this process opened for the world are shut
+    down beneath it; NCCL has one.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._before: frozenset[tuple[int, int]] | None = None
+        self._has_nccl = False
+        self.is_broken = False
+        """The world was ended; whatever fails in it failed for that reason."""
+
+    def arm(self, device: torch.device) -> None:
+        """Begin the world: connections that are open already belong to something else.
+
+        Raises:
+            DistError: it was ended before it began.
+        """
+        with self._lock:
+            if self.is_broken:
+                raise dist.DistError("the world was given up before it began")
+            self._before = frozenset(_list_sockets())
+            self._has_nccl = device.type == "cuda"
+
+    def disarm(self) -> None:
+        """Leave the world; nothing is left to break."""
+        with self._lock:
+            self._before = None
+
+    def break_world(self) -> None:
+        """End the world, or do not let it begin; from any thread."""
+        with self._lock:
+            self.is_broken = True
+            if self._before is None:
+                return
+            for descriptor, inode in _list_sockets():
+                if (descriptor, inode) not in self._before:
+                    _shut_down(descriptor, inode)
+            if self._has_nccl and dist.is_initialized():
+                _abort_all()
+
+
+def _list_sockets() -> list[tuple[int, int]]:
+    """Return descriptor and inode of each socket of this process."""
+    found: list[tuple[int, int]] = []
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 (names are all we want)
+        with suppress(OSError):  # closed meanwhile
+            target = os.readlink(f"/proc/self/fd/{name}")  # noqa: PTH115 (it points to no path)
+            if target.startswith("socket:["):
+                found.append((int(name), int(target[8:-1])))
+    return found
+
+
+def _shut_down(descriptor: int, inode: int) -> None:
+    """Shut a connection down; a listening socket is left alone, since gloo aborts the process if its own fails."""
+    with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+        is_same = os.fstat(connection.fileno()).st_ino == inode  # else closed meanwhile, and the number used again
+        is_internet = connection.family in (socket.AF_INET, socket.AF_INET6)
+        if is_same and is_internet and not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            connection.shutdown(socket.SHUT_RDWR)
+
+
+def _abort_all() -> None:
+    # Private, but the only call that aborts all communicators in one NCCL group (pytorch issue 119797).
+    dist.distributed_c10d._abort_process_group()  # pyright: ignore[reportPrivateUsage] # no public equivalent
 
 
 def open_store(ip: str, *, timeout_s: float) -> dist.TCPStore:
@@ -141,7 +214,6 @@ def close_world(world: World, *, peers: Literal["alive", "lost"] = "alive") -> N
         getattr(mesh, "_pg_registry", {}).clear()  # private; absent before a mesh held groups itself
     world.meshes.clear()
     if world.device.type == "cuda" and peers == "lost":
-        # Private, but the only call that aborts all communicators in one NCCL group (pytorch issue 119797).
-        dist.distributed_c10d._abort_process_group()  # pyright: ignore[reportPrivateUsage] # no public equivalent
+        _abort_all()
     else:
         dist.destroy_process_group()

@@ -1,8 +1,8 @@
 """The stages of an attempt, and what each event means in them.
 
-The policy is the simplest that is correct: whatever changes, the trainers of the old world end (parked behind a
-checkpoint if there is time, killed if a member is gone) and those of the new one start from the newest committed
-checkpoint. An attempt goes through
+Whatever changes, the trainers of the old world leave it (parked behind a snapshot or a checkpoint if there is time, at
+once if a member is gone), and those of the new one start from the newest state there is. Processes stay; one that does
+not leave in time is killed, and its host has another one ready. An attempt goes through
 
     waiting -> forming -> running -> parking -> clearing -> waiting
                   |          `----------------> clearing      (a member was lost)
@@ -10,7 +10,7 @@ checkpoint. An attempt goes through
     waiting -> done                                            (finished, failed or stopped)
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from cluster.controller.failures import count_failure, deny_suspect
@@ -36,10 +36,11 @@ from cluster.types import (
     Draining,
     Event,
     Expired,
-    Fork,
     Go,
     HostGone,
+    Join,
     Kill,
+    Leave,
     Park,
     Slot,
     Stalled,
@@ -135,7 +136,7 @@ def _take_stall(state: State, event: Stalled, now_s: float) -> list[Action]:
     reason = describe(state.stalls, state.members, culprits)
     node = nodes.pop() if len(nodes) == 1 else None
     _suspect(state, node, Blame.TRAINER, reason, now_s, change="trainer_stalled")
-    return _clear(state, now_s)
+    return _clear(state, now_s, kill=culprits)
 
 
 def _end_trainer(state: State, event: TrainerEnded, now_s: float) -> list[Action]:
@@ -164,7 +165,7 @@ def _end_trainer(state: State, event: TrainerEnded, now_s: float) -> list[Action
 
 
 def _lose(state: State, slots: Sequence[Slot], blame: Blame, reason: str, now_s: float) -> list[Action]:
-    """Take dead members out; the first death kills the rest of a world that can only hang without them."""
+    """Take dead members out; with the first, the rest leave a world that can only hang without it."""
     dead = state.alive.intersection(slots)
     state.alive -= dead
     if set(slots) & set(state.members):
@@ -201,9 +202,13 @@ def _ended(state: State, change: Change, reason: str, cause: str | None, noticed
     )
 
 
-def _clear(state: State, now_s: float) -> list[Action]:
-    state.stage, state.stage_until_s = "clearing", now_s + state.policy.form_s
-    return [Kill(slot=slot, attempt=state.attempt) for slot in sorted(state.alive)]
+def _clear(state: State, now_s: float, *, kill: Collection[Slot] = ()) -> list[Action]:
+    """Have all members leave their world; those that cannot, or did not when they were asked, are killed."""
+    state.stage, state.stage_until_s = "clearing", now_s + state.policy.leave_s
+    return [
+        Kill(slot=slot, attempt=state.attempt) if slot in kill else Leave(slot=slot, attempt=state.attempt)
+        for slot in sorted(state.alive)
+    ]
 
 
 def _advance(state: State, now_s: float) -> list[Action]:
@@ -264,7 +269,7 @@ def _give_up(state: State, now_s: float) -> list[Action]:
             state.ending = replace(state.ending, reason=reason)
         case _:
             pass
-    return _clear(state, now_s)
+    return _clear(state, now_s, kill=state.alive)
 
 
 def _change_if_due(state: State, now_s: float) -> list[Action]:
@@ -291,8 +296,9 @@ def _park(state: State) -> list[Action]:
     deadline_s = get_deadline_s(get_member_notices(state).values())
     limits_s = [state.parking_since_s + state.policy.park_s, *([] if deadline_s is None else [deadline_s])]
     state.park_deadline_s, state.stage_until_s = deadline_s, min(limits_s)
+    keep_in = "memory" if state.stop is None and get_wanted(state) else "storage"
     return [
-        Park(slot=slot, attempt=state.attempt, reason=state.ending.reason, deadline_s=deadline_s)
+        Park(slot=slot, attempt=state.attempt, reason=state.ending.reason, deadline_s=deadline_s, keep_in=keep_in)
         for slot in state.members
         if slot in state.alive
     ]
@@ -354,4 +360,4 @@ def _start_if_possible(state: State, now_s: float) -> list[Action]:
     state.members, state.alive = wanted, set(wanted)
     state.stage, state.started_s, state.stage_until_s = "forming", now_s, now_s + state.policy.form_s
     started = AttemptStarted(attempt=state.attempt, members=wanted)
-    return [started, *(Fork(slot=slot, attempt=state.attempt) for slot in wanted)]
+    return [started, *(Join(slot=slot, attempt=state.attempt) for slot in wanted)]

@@ -25,6 +25,8 @@ class Policy:
     """A world that has not formed within this is given up."""
     park_s: float = 120.0
     """A world that has not parked within this is killed; a nearer deadline of the notice wins."""
+    leave_s: float = 2.0
+    """A trainer that was asked to leave its world, and has not after this, is killed."""
     notice_window_s: float = 1.0
     """A notice waits so long for others: one provider takes nodes in batches, and one park can serve all of them."""
     leave_reserve_s: float = 10.0

@@ -74,6 +74,10 @@ class WorkerNode:
     num_workers: int
     offer: str
     """The node's `solvent-offer` label: what was rented; empty if unknown."""
+    zone: str = ""
+    """Ray's own label; empty if unknown, like the next."""
+    capacity: str = ""
+    """Spot or on-demand."""
 
 
 def connect(address: str | None, cluster: ClusterConfig) -> None:
@@ -116,10 +120,13 @@ def get_worker_nodes(cluster: ClusterConfig) -> list[WorkerNode]:
         WorkerNode(
             id=node["NodeID"],
             num_workers=int(min(most, *(node["Resources"].get(name, 0.0) // amount for name, amount in need.items()))),
-            offer=node.get("Labels", {}).get("solvent-offer", ""),
+            offer=labels.get("solvent-offer", ""),
+            zone=labels.get("ray.io/availability-zone", ""),
+            capacity=labels.get("ray.io/market-type", ""),
         )
         for node in ray.nodes()
         if node["Alive"]
+        for labels in [node.get("Labels", {})]
     ]
     return [node for node in nodes if node.num_workers]
 

@@ -17,10 +17,11 @@ from cluster.ledger import Ledger, read_ledger
 from cluster.runtime.adapter import WorkerNode
 from cluster.types import AttemptEnded, AttemptStarted, Slot
 from elastic.attempts import AttemptRow, History, build_row, close_torn_attempts, read_history
+from elastic.checkpoint.interval import estimate_mean_s_between_losses
 from elastic.config import RunConfig
 from elastic.config_load import dump
 from elastic.ports import Phase, Progress, Source
-from elastic.rundir import RunDir, append_row, end_torn_line, read_rows
+from elastic.rundir import RunDir, append_row, end_torn_line, parse_utc, read_rows
 
 FLUSH_EVERY_S = 2.0
 _FLUSH_BEHIND_S = 5.0
@@ -48,6 +49,9 @@ class _Attempt:
     before: History
     resumed_step: int = 0
     resumed_from: Source | None = None
+    go_s: float | None = None
+    """When all its trainers were ready and were told their places."""
+    restored_s: float | None = None
     first_step_s: float | None = None
     last_step: int = 0
 
@@ -72,6 +76,12 @@ class Books:
     _attempt: _Attempt | None = None
     _ended: AttemptEnded | None = None
     """The change that led to the current attempt, until its first step shows what it cost."""
+    _left_s: float = 0.0
+    """When the last trainer of the attempt before was out of it."""
+    num_losses: int = 0
+    """Worlds that were lost without notice, over the life of the run."""
+    observed_s: float = 0.0
+    """Seconds in which that could have happened."""
     _flushed_s: float = 0.0
 
     # ---- nodes
@@ -109,6 +119,8 @@ class Books:
             "clearing": "reconfigure",
             "done": "idle",
         }[state.stage]  # pyright: ignore[reportAssignmentType] # every value is a Phase
+        if state.stage == "running" and self._attempt:
+            self._attempt.go_s = now_s
         members = {slot.node for slot in state.members}
         for node in self._nodes.keys() & {slot.node for slot in state.claims}:
             is_out = node in state.draining and state.stage not in ("running", "parking")
@@ -124,12 +136,12 @@ class Books:
         self._attempt = _Attempt(started=action, start_s=now_s, before=self.history)
 
     @_locked
-    def restored(self, slot: Slot, progress: Progress, source: Source) -> None:
+    def restored(self, slot: Slot, progress: Progress, source: Source, now_s: float) -> None:
         """Book where the attempt starts from."""
         attempt = self._attempt
         if attempt is None or slot != attempt.started.members[0]:
             return
-        attempt.resumed_step, attempt.resumed_from = progress.step, source
+        attempt.resumed_step, attempt.resumed_from, attempt.restored_s = progress.step, source, now_s
         attempt.last_step = progress.step
 
     @_locked
@@ -170,8 +182,10 @@ class Books:
     @_locked
     def attempt_ended(self, action: AttemptEnded, now_s: float) -> None:
         """Write the row of an attempt."""
-        attempt, self._attempt, self._ended = self._attempt, None, action
+        attempt, self._attempt, self._ended, self._left_s = self._attempt, None, action, now_s
         assert attempt is not None
+        self.observed_s += now_s - attempt.start_s
+        self.num_losses += action.kind == "lost"
         self._append(self.run_dir.attempts, asdict(_build_row(attempt, action, now_s)))
 
     def _book_incident(self, attempt: _Attempt) -> None:
@@ -190,9 +204,39 @@ class Books:
             "resumed_from": row.resumed_from,
             "world": f"{len(ended.members)} -> {len(attempt.started.members)}",
             "step": row.first_step,
+            "phases_s": self._split_outage(attempt, ended),
         }
         self.incidents.append(incident)
         self._append(self.run_dir.incidents, incident)
+
+    def _split_outage(self, attempt: _Attempt, ended: AttemptEnded) -> dict[str, float]:
+        """Return what the seconds between the last step before and the first step after went into; they add up.
+
+        `detect` ends when the change is known, `leave` when the last trainer is out of the old world, `gather` when
+        there are enough workers for the next, `form` when all of them have a store and know their places, `load` when
+        the state is there.
+        """
+        ends_s = {
+            "detect": ended.noticed_s,
+            "leave": self._left_s,
+            "gather": attempt.start_s,
+            "form": attempt.go_s,
+            "load": attempt.restored_s,
+            "first_step": attempt.first_step_s,
+        }
+        at_s = attempt.before.last_step_s or self._left_s
+        split: dict[str, float] = {}
+        for phase, end_s in ends_s.items():
+            until_s = max(at_s, end_s or at_s)
+            split[phase], at_s = round(until_s - at_s, 3), until_s
+        return split
+
+    @_locked
+    def estimate_mean_s_between_losses(self, assumed_s: float) -> float:
+        """Return the expected seconds between two losses without notice, from an assumption and what was seen."""
+        return estimate_mean_s_between_losses(
+            assumed_s=assumed_s, observed_s=self.observed_s, num_losses=self.num_losses
+        )
 
     # ---- money
 
@@ -268,7 +312,8 @@ def open_books(run_root: str, config: RunConfig, *, check_lead: Callable[[], Non
     for path in (run_dir.ledger, run_dir.incidents):
         end_torn_line(path)
     history = read_history(run_dir)
-    failures = read_failures(read_rows(run_dir.attempts))
+    attempts = list(read_rows(run_dir.attempts))
+    failures = read_failures(attempts)
     return Books(
         run_dir=run_dir,
         config=config,
@@ -276,5 +321,7 @@ def open_books(run_root: str, config: RunConfig, *, check_lead: Callable[[], Non
         history=history,
         check_lead=check_lead,
         failures=replace(failures, best_step=max(failures.best_step, history.step)),
+        num_losses=sum(row["end"] == "lost" for row in attempts),
+        observed_s=sum(parse_utc(row["end_utc"]) - parse_utc(row["start_utc"]) for row in attempts),
         tokens=max((row["tokens"] for row in read_rows(run_dir.metrics)), default=0),
     )

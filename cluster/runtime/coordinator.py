@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,11 @@ from cluster.types import (
     Draining,
     Event,
     Expired,
-    Fork,
     Go,
     HostGone,
+    Join,
     Kill,
+    Leave,
     Park,
     Scene,
     Slot,
@@ -53,9 +54,10 @@ from cluster.types import (
 )
 from elastic import config as configs
 from elastic.attempts import next_attempt
+from elastic.checkpoint.placement import NodeLabels, plan_peers
 from elastic.errors import SolventError
 from elastic.leader import lead
-from elastic.ports import Progress
+from elastic.ports import Address, Progress
 from elastic.rundir import RunDir
 from elastic.storage import open_storage
 
@@ -71,6 +73,8 @@ class _Host:
     node: str
     pid: int
     link: Link
+    keeper: Address | None
+    """Where the memory of the node is served."""
     heard_s: float
     """On the monotonic clock, as the clock may be set."""
 
@@ -142,7 +146,8 @@ class Coordinator:
         self._out = _Published()
         self._watches = Watches(adapter.get_own_actor(), self._config)
         self._told_by_watch: set[str] = set()
-        self._resumed_step = self._durable_step = 0
+        self._resumed_step = self._safe_step = 0
+        self._labels: dict[str, NodeLabels] = {}
         self._groups: dict[str, int] = {}
         self._pids: dict[Slot, int] = {}
         """Of the trainers of the current attempt that are ready."""
@@ -219,6 +224,7 @@ class Coordinator:
             "coordinator_port": self._listener.getsockname()[1],
             "secret": self._secret,
             "lease_s": self._config.fault.lease_s,
+            "config": self._config_fields,
         }
 
     def relay(self, lines: list[str]) -> None:
@@ -312,7 +318,13 @@ class Coordinator:
         if hello.get("kind") != "host" or not secrets.compare_digest(str(hello.get("secret")), self._secret):
             link.close()
             return
-        host = _Host(node=hello["node"], pid=hello["pid"], link=link, heard_s=time.monotonic())
+        host = _Host(
+            node=hello["node"],
+            pid=hello["pid"],
+            link=link,
+            keeper=_to_address(hello["keeper"]),
+            heard_s=time.monotonic(),
+        )
         if previous := self._hosts.get(host.node):
             self._drop(previous, "a new host took its place")
         self._hosts[host.node] = host
@@ -331,7 +343,9 @@ class Coordinator:
 
     def _hear_all(self, host: _Host, messages: list[Message]) -> None:
         for message in messages:
-            if message["kind"] == "trainer":
+            if message["kind"] == "keeper":
+                host.keeper = _to_address(message["address"])
+            elif message["kind"] == "trainer":
                 self._hear_trainer(Slot(host.node, message["slot"]), message["attempt"], message["message"])
             elif event := _to_event(host.node, message):
                 if isinstance(event, Claimed):
@@ -362,11 +376,13 @@ class Coordinator:
             case "restored":
                 progress = Progress(**message["progress"])
                 self._resumed_step = progress.step
-                if message["source"] not in ("device", "memory", "peer"):
-                    self._durable_step = max(self._durable_step, progress.step)
-                self._books.restored(slot, progress, message["source"])
+                if message["source"] in ("disk", "remote"):
+                    self._safe_step = max(self._safe_step, progress.step)
+                self._books.restored(slot, progress, message["source"], now_s)
             case "phases":
                 self._books.phases(slot, message["phases"])
+            case "kept":
+                self._safe_step = max(self._safe_step, message["progress"]["step"])
             case "stalled":
                 if slot not in self._state.stalls:
                     rank = self._state.members.index(slot)
@@ -374,7 +390,7 @@ class Coordinator:
                     self._say(f"rank {rank} makes no progress for {message['waited_s']:.0f} s: {where}")
                 self._decide(Stalled(slot=slot, attempt=attempt, step=message["step"], where=message["where"]))
             case "committed":
-                self._durable_step = max(self._durable_step, message["progress"]["step"])
+                self._safe_step = max(self._safe_step, message["progress"]["step"])
                 self._say(f"checkpoint of step {message['progress']['step']} committed")
             case _:
                 raise ValueError(f"unknown message from a trainer: {message}")
@@ -411,18 +427,10 @@ class Coordinator:
 
     def _carry_out(self, action: Action, now_s: float) -> None:
         match action:
-            case Fork():
-                self._tell(action.slot, "fork", attempt=action.attempt, config=self._config_fields)
-            case Go():
-                fields = asdict(action)
+            case Join() | Go() | Park() | Leave() | Kill():
+                fields = asdict(action) | (self._find_memories(action.slot) if isinstance(action, Go) else {})
                 del fields["slot"]
-                self._tell(action.slot, "go", **fields)
-            case Park():
-                self._tell(
-                    action.slot, "park", attempt=action.attempt, reason=action.reason, deadline_s=action.deadline_s
-                )
-            case Kill():
-                self._tell(action.slot, "kill", attempt=action.attempt)
+                self._tell(action.slot, type(action).__name__.lower(), **fields)
             case AttemptStarted():
                 self._leader.take(action.attempt)
                 self._pids, self._attempt_step = {}, 0
@@ -438,6 +446,20 @@ class Coordinator:
             case Done():
                 with self._out.lock:
                     self._out.done = action
+
+    def _find_memories(self, slot: Slot) -> dict[str, Any]:
+        """Return what a trainer must know of the memory tier: who serves what, and who gets its copies."""
+        keepers = {node: host.keeper for node, host in self._hosts.items() if host.keeper}
+        members = {slot.node for slot in self._state.members} & keepers.keys()
+        labels = {node: self._labels.get(node, NodeLabels()) for node in members}
+        has_peer = self._config.checkpoint.memory == "peer"
+        peer = plan_peers(labels).get(slot.node) if has_peer else None
+        assumed_s = 3600 * self._config.fault.mean_hours_between_losses
+        return {
+            "keepers": keepers,
+            "peer": keepers[peer] if peer else None,
+            "mean_s_between_losses": self._books.estimate_mean_s_between_losses(assumed_s),
+        }
 
     def _tell(self, slot: Slot, kind: str, **fields: Any) -> None:
         if host := self._hosts.get(slot.node):
@@ -457,6 +479,7 @@ class Coordinator:
             now_s = time.time()
             nodes = {node.id: node for node in adapter.get_worker_nodes(self._config.cluster)}
             self._books.follow_nodes(nodes, now_s)
+            self._labels = {node.id: NodeLabels(zone=node.zone, capacity=node.capacity) for node in nodes.values()}
             for node_id in nodes.keys() - self._hosts.keys():
                 if now_s - started.get(node_id, 0.0) > self._config.fault.lease_s:
                     started[node_id] = now_s
@@ -474,11 +497,11 @@ class Coordinator:
     def _find_clear(self, leaving: Set[str]) -> set[str]:
         """Return which nodes that leave are not needed any more.
 
-        Others have trained on without them, from a state that is on the storage by now.
+        Others have trained on without them, from a state that is on the storage by now, or in memories of their own.
         """
         state = self._state  # written by the serving thread; each field is read once, and read again in half a second
         members, is_safe = state.members, state.stage == "running" and state.progressed
-        if not is_safe or self._durable_step < self._resumed_step:
+        if not is_safe or self._safe_step < self._resumed_step:
             return set()
         return set(leaving) - {slot.node for slot in members}
 
@@ -503,6 +526,10 @@ class Coordinator:
         except BaseException:
             traceback.print_exc()
             os._exit(1)
+
+
+def _to_address(value: Sequence[Any] | None) -> Address | None:
+    return (value[0], value[1]) if value else None
 
 
 def _to_event(node: str, message: Message) -> Event | None:

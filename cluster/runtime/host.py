@@ -5,10 +5,12 @@ It leaves that process behind (double fork and a session of its own: all that Ra
 
 - single-threaded, because only such a process may fork safely: one selector loop, no torch call that starts a thread;
 - warm: torch, the model code and FSDP have been imported and used once, with a fake process group;
-- a parent: its trainers die with it (PR_SET_PDEATHSIG), and their end is known at once (pidfd);
+- a parent: its trainers die with it (PR_SET_PDEATHSIG), and their end is known at once (pidfd); the keeper of its
+  snapshots, which outlives them, dies with it too;
 - a tenant: it ends with its raylet, with its coordinator, or when no agent has claimed a slot for `lease_s`.
 
-Agents claim slots; the coordinator, over TCP, decides what runs in them. Ray is never imported here.
+Agents claim slots, and each claimed slot has a trainer that is warm and waits; the coordinator, over TCP, decides which
+of them join a world. A trainer outlives its worlds; where one has died, the next is forked. Ray is never imported here.
 """
 
 import contextlib
@@ -25,9 +27,10 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from cluster.runtime.link import Link, Message
+from elastic.checkpoint.keeping import KeeperProcess, start_keeper
 
 BEAT_S = 1.0
 _PR_SET_PDEATHSIG = 1
@@ -46,6 +49,8 @@ class HostSpec:
     coordinator_port: int
     secret: str
     lease_s: float
+    config: dict[str, Any]
+    """What its trainers train, as `dataclasses.asdict` made it."""
 
 
 @dataclass(kw_only=True)
@@ -55,16 +60,17 @@ class Trainer:
     pid: int
     pidfd: int
     link: Link
-    attempt: int
-    silent_s: float
-    """It is frozen if it says nothing for so long, once it has begun to give signs of life."""
+    attempt: int | None = None
+    """Whose world it is in; None: it waits for one."""
+    is_warm: bool = False
+    """It has opened its device and could join a world."""
     heard_s: float | None = None
     step: int = 0
     """The last one it told."""
     is_talking: bool = True
     """Its end of the link is open; what it sent may still lie there after its death."""
     said: Message | None = None
-    """Its last word about how it ended."""
+    """Its last word about how it ended, if it ends with its world."""
     killed: bool = False
 
 
@@ -78,6 +84,8 @@ class Place:
     agent: Link | None
     unclaimed_since_s: float = 0.0
     trainer: Trainer | None = None
+    news: Message | None = None
+    """What the coordinator is told of the newest claim, once the trainer is warm."""
 
 
 @dataclass(kw_only=True)
@@ -88,6 +96,8 @@ class Host:
     raylet_pidfd: int
     coordinator: Link
     listener: socket.socket
+    keeper: KeeperProcess | None
+    """None: snapshots are not kept in memory."""
     places: dict[str, Place] = field(default_factory=dict[str, Place])
     selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
     unclaimed_since_s: float = field(default_factory=time.monotonic)
@@ -159,7 +169,16 @@ class Host:
         place.group, place.agent, place.env = group, agent, message["env"]
         trainer_pid = place.trainer.pid if place.trainer else None
         agent.send("claimed", slot=name, trainer_pid=trainer_pid, log=str(self._get_log(name)))
-        self.coordinator.send("claimed", slot=name, group=group, group_size=message["group_size"], pid=message["pid"])
+        place.news = {"slot": name, "group": group, "group_size": message["group_size"], "pid": message["pid"]}
+        if place.trainer is None:
+            self._fork(place)
+        elif place.trainer.is_warm:
+            self._tell_claim(place)
+
+    def _tell_claim(self, place: Place) -> None:
+        if place.news:
+            self.coordinator.send("claimed", **place.news)
+            place.news = None
 
     def _pick_slot(self, group: int) -> str:
         """Return the first slot that no agent of this group holds (without GPUs, one slot is as good as another)."""
@@ -179,9 +198,7 @@ class Host:
         ]
         for place in expired:
             self.coordinator.send("expired", slot=place.name)
-            if place.trainer:
-                self._kill(place.trainer)
-                self._reap(place)
+            self._end_trainer(place)
             del self.places[place.name]
         if not self.places and now_s - self.unclaimed_since_s > self.spec.lease_s:
             self.end(f"no agent for {self.spec.lease_s:g} s")
@@ -197,42 +214,54 @@ class Host:
                 self.end(message["reason"])
             place = self.places.get(message["slot"])
             trainer = place.trainer if place else None
-            if message["kind"] == "fork":
+            if message["kind"] == "join":
                 if place is None:  # its lease ran out while the message was on its way
                     self._tell_ended(message["slot"], message["attempt"], "crashed", "its slot is gone")
                 else:
-                    self._fork(place, message)
+                    self._join(place, message["attempt"])
             elif trainer and trainer.attempt == message["attempt"]:
                 if message["kind"] == "kill":
                     self._kill(trainer)
-                else:  # go, park
+                else:  # go, park, leave
                     trainer.link.send(**message)
 
     # ---- trainers
 
-    def _fork(self, place: Place, message: Message) -> None:
-        if place.trainer:  # the coordinator lost track of it; two trainers must never share a slot
-            self._kill(place.trainer)
-            self._reap(place)
+    def _join(self, place: Place, attempt: int) -> None:
+        """Let the slot's trainer take part in the next world, or one in its place."""
+        is_lost_track_of = place.trainer is not None and place.trainer.attempt is not None
+        if self.keeper is not None and self.keeper.process.poll() is not None:  # its trainers hold on to the dead one
+            _log("the keeper is gone; its snapshots with it")
+            self.keeper = self._start_keeper()
+            self.coordinator.send("keeper", address=(self.spec.node_ip, self.keeper.port))
+            for other in self.places.values():
+                if other.trainer and other.trainer.attempt is None:
+                    self._end_trainer(other)
+        if is_lost_track_of:  # two trainers must never share a slot
+            self._end_trainer(place)
+        if place.trainer is None:
+            self._fork(place)
+        trainer = place.trainer
+        assert trainer is not None
+        trainer.attempt, trainer.step = attempt, 0
+        trainer.link.send("join", attempt=attempt)
+
+    def _fork(self, place: Place) -> None:
         ours, theirs = socket.socketpair()
+        memory = self.keeper.open_connection() if self.keeper else None
         parent_pid = os.getpid()
         pid = os.fork()
         if pid == 0:
             ours.close()
-            self._become_trainer(place, Link(theirs), message, parent_pid)
+            self._become_trainer(place, Link(theirs), memory, parent_pid)
         theirs.close()
-        trainer = Trainer(
-            pid=pid,
-            pidfd=os.pidfd_open(pid),
-            link=Link(ours),
-            attempt=message["attempt"],
-            silent_s=message["config"]["fault"]["silent_s"],
-        )
-        place.trainer = trainer
+        if memory:
+            memory.close()
+        trainer = place.trainer = Trainer(pid=pid, pidfd=os.pidfd_open(pid), link=Link(ours))
         self._watch(trainer.link, lambda: self._hear_trainer(place, trainer))
         self._watch(trainer.pidfd, lambda: self._reap(place))
 
-    def _become_trainer(self, place: Place, link: Link, message: Message, parent_pid: int) -> NoReturn:
+    def _become_trainer(self, place: Place, link: Link, memory: socket.socket | None, parent_pid: int) -> NoReturn:
         """Turn the forked child into a trainer: nothing of the host's is left open, and it dies with the host."""
         from cluster.runtime import trainer  # noqa: PLC0415 (loaded by warm_up; torch stays out of host start-up errors)
 
@@ -245,11 +274,14 @@ class Host:
                 with contextlib.suppress(OSError):
                     os.close(key.fd)
             self.selector.close()
+            if self.keeper:
+                self.keeper.channel.forget()
             log = os.open(self._get_log(place.name), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             os.dup2(log, 1)
             os.dup2(log, 2)
             os.environ.update(place.env)
-            trainer.run(link, message, node=self.spec.node, node_ip=self.spec.node_ip)
+            spec = self.spec
+            trainer.run(link, spec.config, node=spec.node, node_ip=spec.node_ip, keeper=memory, secret=spec.secret)
             code = 0
         except BaseException:
             import traceback  # noqa: PLC0415
@@ -270,29 +302,46 @@ class Host:
             trainer.heard_s = self.awake_s if message["kind"] == "alive" else trainer.heard_s
             if message["kind"] in ("restored", "stepped"):
                 trainer.step = message["progress"]["step"]
-            if message["kind"] == "outcome":
-                trainer.said = message
-            elif message["kind"] != "alive":
-                self.coordinator.send("trainer", slot=place.name, attempt=trainer.attempt, message=message)
+            match message["kind"]:
+                case "warm":
+                    trainer.is_warm = True
+                    self._tell_claim(place)
+                case "outcome" if message["stays"]:
+                    attempt, trainer.attempt, trainer.heard_s = trainer.attempt, None, None
+                    assert attempt is not None
+                    self._tell_ended(place.name, attempt, message["outcome"], message["reason"], message["exit_code"])
+                case "outcome":
+                    trainer.said = message
+                case "alive":
+                    pass
+                case _:
+                    self.coordinator.send("trainer", slot=place.name, attempt=trainer.attempt, message=message)
 
     def _tell_silent(self) -> None:
         """Complain in the name of trainers that cannot."""
+        silent_s: float = self.spec.config["fault"]["silent_s"]
         for place in self.places.values():
             trainer = place.trainer
             if trainer is None or trainer.heard_s is None or trainer.said:
                 continue
-            if self.awake_s - trainer.heard_s > trainer.silent_s:
+            if self.awake_s - trainer.heard_s > silent_s:
                 trainer.heard_s = self.awake_s  # the next complaint waits as long
-                _log(f"the trainer of {place.name} is frozen: no sign of life for {trainer.silent_s:g} s")
-                stall = {"kind": "stalled", "step": trainer.step, "where": "silent", "waited_s": trainer.silent_s}
+                _log(f"the trainer of {place.name} is frozen: no sign of life for {silent_s:g} s")
+                stall = {"kind": "stalled", "step": trainer.step, "where": "silent", "waited_s": silent_s}
                 self.coordinator.send("trainer", slot=place.name, attempt=trainer.attempt, message=stall)
 
     def _kill(self, trainer: Trainer) -> None:
         trainer.killed = True
         os.kill(trainer.pid, signal.SIGKILL)
 
-    def _reap(self, place: Place) -> None:
-        """Book a trainer's end, after all that it has still said."""
+    def _end_trainer(self, place: Place) -> None:
+        """End a slot's trainer, if it has one; none takes its place."""
+        if place.trainer:
+            self._kill(place.trainer)
+            self._reap(place, then="nothing")
+
+    def _reap(self, place: Place, *, then: Literal["replace", "nothing"] = "replace") -> None:
+        """Book a trainer's end, after all that it has still said; one that had a world is replaced at once."""
         trainer = place.trainer
         assert trainer is not None
         while trainer.is_talking:
@@ -301,22 +350,30 @@ class Host:
         self._unwatch(trainer.pidfd)
         place.trainer = None
         code = os.waitstatus_to_exitcode(status)
+        attempt, said = trainer.attempt, trainer.said
         if place.agent:
-            place.agent.send("exited", pid=trainer.pid, code=code, attempt=trainer.attempt)
-        said = trainer.said
+            place.agent.send("exited", pid=trainer.pid, code=code, attempt=attempt)
+        if attempt is None:
+            _log(f"the trainer of {place.name} ended with {code} while it waited for a world")
+            self._tell_claim(place)  # the next one is forked when it is needed, and what ends that one is told
+            return
         if said:
-            reason, exit_code = said["reason"], said["exit_code"]
-            self._tell_ended(place.name, trainer.attempt, said["outcome"], reason, exit_code)
+            self._tell_ended(place.name, attempt, said["outcome"], said["reason"], said["exit_code"])
         elif trainer.killed:
-            self._tell_ended(place.name, trainer.attempt, "killed", "ended by its coordinator")
+            self._tell_ended(place.name, attempt, "killed", "ended by its coordinator")
         else:
             how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
-            self._tell_ended(place.name, trainer.attempt, "crashed", f"trainer ended with {how}")
+            self._tell_ended(place.name, attempt, "crashed", f"trainer ended with {how}")
+        if then == "replace" and not said:
+            self._fork(place)
 
     def _tell_ended(self, slot: str, attempt: int, outcome: str, reason: str, exit_code: int = 1) -> None:
         self.coordinator.send("ended", slot=slot, attempt=attempt, outcome=outcome, reason=reason, exit_code=exit_code)
 
     # ---- plumbing
+
+    def _start_keeper(self) -> KeeperProcess:
+        return start_keeper(node=self.spec.node, ip=self.spec.node_ip, secret=self.spec.secret)
 
     def _get_log(self, slot: str) -> Path:
         return Path(self.spec.folder) / f"{slot}.log"
@@ -379,13 +436,16 @@ def _start(spec: HostSpec, folder: Path) -> Host:
     _log(f"warm after {time.monotonic() - started_s:.1f} s with {num_threads} thread(s)")
     connection = socket.create_connection((spec.coordinator_host, spec.coordinator_port), timeout=10)
     coordinator = Link(connection)
-    coordinator.send("host", node=spec.node, secret=spec.secret, pid=os.getpid())
+    is_keeping = spec.config["checkpoint"]["memory"] != "off"
+    keeper = start_keeper(node=spec.node, ip=spec.node_ip, secret=spec.secret) if is_keeping else None
+    address = (spec.node_ip, keeper.port) if keeper else None
+    coordinator.send("host", node=spec.node, secret=spec.secret, pid=os.getpid(), keeper=address)
     listener = socket.socket(socket.AF_UNIX)
     with contextlib.suppress(FileNotFoundError):
         (folder / "socket").unlink()
     listener.bind(str(folder / "socket"))
     listener.listen()
-    return Host(spec=spec, raylet_pidfd=raylet_pidfd, coordinator=coordinator, listener=listener)
+    return Host(spec=spec, raylet_pidfd=raylet_pidfd, coordinator=coordinator, listener=listener, keeper=keeper)
 
 
 if __name__ == "__main__":

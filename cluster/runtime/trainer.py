@@ -1,43 +1,76 @@
-"""A trainer under Solvent's cluster: `elastic.run` at the end of a link to its host. Forked from the warm host."""
+"""A trainer under Solvent's cluster: `elastic.run` at the end of a link to its host. Forked from the warm host.
+
+The process outlives its worlds: when a peer is lost or a change is due it leaves the world, keeps its device, its
+compiled code and its snapshots, and waits to join the next.
+"""
 
 import os
 import queue
+import socket
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.distributed.distributed_c10d import Store
 
 from cluster.runtime.link import Link, Message
 from elastic import config as configs
 from elastic import run as elastic_run
+from elastic.checkpoint.memory import Memory
+from elastic.config import RunConfig
 from elastic.errors import SolventError
-from elastic.ports import Finished, Interrupted, Lost, Notice, Phase, Progress, Source, Stall, WorldSpec
+from elastic.ports import Finished, Interrupted, Lost, MetricSink, Notice, Phase, Progress, Source, Stall, WorldSpec
 from elastic.rundir import RunDir
 from elastic.sinks import jsonl
-from elastic.world import open_store
+from elastic.world import Breaker, open_store
 
 
-class LinkNotices:
-    """Notices that the coordinator sends; a thread of the trainer's reads them, the training loop only looks."""
+class WorldOrders:
+    """What the coordinator says about one world: go, park, leave."""
 
-    def __init__(self, link: Link) -> None:
-        self.go: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    def __init__(self, attempt: int) -> None:
+        self.attempt = attempt
+        self.breaker = Breaker()
+        self.go: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        """The rank's place; None if the world was given up."""
         self._notice: Notice | None = None
-        threading.Thread(target=self._listen, args=(link,), name="link", daemon=True).start()
 
     def get_notice(self) -> Notice | None:
         """Return the pending notice at once."""
         return self._notice
 
+    def take(self, message: Message) -> None:
+        """Take one order."""
+        match message["kind"]:
+            case "go":
+                self.go.put(message)
+            case "park":
+                deadline_s, keep_in = message["deadline_s"], message["keep_in"]
+                self._notice = Notice(source=message["reason"], deadline_s=deadline_s, keep_in=keep_in)
+            case _:  # leave
+                self.breaker.break_world()
+                self.go.put(None)
+
+
+class Orders:
+    """Reads what the coordinator says, on a thread of its own; the training loop only looks."""
+
+    def __init__(self, link: Link) -> None:
+        self.worlds: queue.SimpleQueue[WorldOrders] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, args=(link,), name="link", daemon=True).start()
+
     def _listen(self, link: Link) -> None:
+        world = WorldOrders(0)
         while (messages := link.receive()) is not None:
             for message in messages:
-                if message["kind"] == "go":
-                    self.go.put(message)
-                elif message["kind"] == "park":
-                    self._notice = Notice(source=message["reason"], deadline_s=message["deadline_s"])
+                if message["kind"] == "join":
+                    world = WorldOrders(message["attempt"])
+                    self.worlds.put(world)
+                elif message["attempt"] == world.attempt:
+                    world.take(message)
 
 
 class LinkObserver:
@@ -68,6 +101,10 @@ class LinkObserver:
         """Tell a checkpoint that became visible."""
         self._link.send("committed", progress=asdict(progress))
 
+    def kept(self, progress: Progress) -> None:
+        """Tell a snapshot that is in memory on all ranks."""
+        self._link.send("kept", progress=asdict(progress))
+
     def alive(self) -> None:
         """Let the host know that this process is not frozen."""
         self._link.send("alive")
@@ -86,14 +123,49 @@ def warm_up() -> None:
     elastic_run.warm_up()
 
 
-def run(link: Link, fork: Message, *, node: str, node_ip: str) -> None:
-    """Open a store, wait for the world, train, and say how it ended."""
-    config = configs.from_dict(fork["config"])
+def run(
+    link: Link,
+    config_fields: Mapping[str, Any],
+    *,
+    node: str,
+    node_ip: str,
+    keeper: socket.socket | None,
+    secret: str,
+) -> None:
+    """Open device and store, then train in one world after the other until one ends for good.
+
+    Args:
+        keeper: connection to the node's keeper; None: snapshots are not kept in memory.
+        secret: opens the keepers of the other nodes.
+    """
+    config = configs.from_dict(config_fields)
     torch.set_num_threads(config.cluster.threads_per_worker)
+    _open_device(config)
     store = open_store(node_ip, timeout_s=config.fault.collective_timeout_s)
-    notices = LinkNotices(link)
-    link.send("ready", store_host=store.host, store_port=store.port, pid=os.getpid())
-    go = notices.go.get()
+    memory = Memory(keeper, node=node, secret=secret) if keeper else None
+    orders = Orders(link)
+    link.send("warm")
+    stays = True
+    while stays:
+        world = orders.worlds.get()
+        link.send("ready", store_host=store.host, store_port=store.port, pid=os.getpid())
+        stays = _train_in(world, link, config, node=node, store=store, memory=memory)
+
+
+def _open_device(config: RunConfig) -> None:
+    """Make the CUDA context now, which takes a third of a second, and not when a world waits for it."""
+    if config.device != "cpu" and torch.cuda.is_available():
+        torch.zeros(1, device="cuda")
+
+
+def _train_in(
+    world: WorldOrders, link: Link, config: RunConfig, *, node: str, store: Store, memory: Memory | None
+) -> bool:
+    """Train in one world and say how it ended; return whether this process is good for another one."""
+    go = world.go.get()
+    if go is None:
+        link.send("outcome", outcome="lost", reason="the world was given up", exit_code=3, stays=True)
+        return True
     spec = WorldSpec(
         rank=go["rank"],
         world_size=go["world_size"],
@@ -103,26 +175,43 @@ def run(link: Link, fork: Message, *, node: str, node_ip: str) -> None:
         store_host=go["store_host"],
         store_port=go["store_port"],
         node=node,
+        keepers={name: (host, port) for name, (host, port) in go["keepers"].items()},
+        peer=tuple(go["peer"]) if go["peer"] else None,
+        mean_s_between_losses=go["mean_s_between_losses"],
     )
+    sinks: list[MetricSink] = []
+
+    def open_sinks() -> list[MetricSink]:
+        sinks.append(jsonl.build(config, RunDir(Path(config.storage) / config.run)))
+        return sinks
+
     try:
         outcome = elastic_run.train(
             config,
             spec,
-            notices=notices,
+            notices=world,
             observer=LinkObserver(link),
-            open_sinks=lambda: [jsonl.build(config, RunDir(Path(config.storage) / config.run))],
+            open_sinks=open_sinks,
             store=store if spec.rank == 0 else None,
+            memory=memory,
+            breaker=world.breaker,
         )
     except SolventError as error:
-        link.send("outcome", outcome="failed", reason=str(error), exit_code=error.exit_code)
+        link.send("outcome", outcome="failed", reason=str(error), exit_code=error.exit_code, stays=False)
+        return False
     except Exception as error:
-        link.send("outcome", outcome="crashed", reason=f"{type(error).__name__}: {error}", exit_code=1)
+        reason = f"{type(error).__name__}: {error}"
+        link.send("outcome", outcome="crashed", reason=reason, exit_code=1, stays=False)
         raise
-    else:
-        match outcome:
-            case Finished():
-                link.send("outcome", outcome="finished", reason="all steps done", exit_code=0)
-            case Interrupted(reason=reason):
-                link.send("outcome", outcome="interrupted", reason=reason, exit_code=3)
-            case Lost(reason=reason):
-                link.send("outcome", outcome="lost", reason=reason, exit_code=3)
+    finally:
+        for sink in sinks:
+            sink.close()
+    match outcome:
+        case Finished():
+            link.send("outcome", outcome="finished", reason="all steps done", exit_code=0, stays=False)
+            return False
+        case Interrupted(reason=reason):
+            link.send("outcome", outcome="interrupted", reason=reason, exit_code=3, stays=True)
+        case Lost(reason=reason):
+            link.send("outcome", outcome="lost", reason=reason, exit_code=3, stays=True)
+    return True

@@ -1,8 +1,8 @@
 """The keeper: one process per node that holds snapshots in host memory while the trainers that made them come and go.
 
-A trainer fills an arena and hands it over; the keeper checksums it, sends a copy to the keeper of another node, writes
-it to the storage when asked, and serves it at the next recovery. None of that takes the trainer's interpreter lock or
-the time of its training thread. It imports no torch, so it starts at once and is small.
+A trainer fills an arena and hands it over; the keeper checksums it, sends a copy to the keeper of another node, and
+serves it at the next recovery. None of that takes the trainer's interpreter lock or the time of its training thread. It
+imports no torch, so it starts at once and is small.
 
 It is led over the socket that is its standard input: `adopt` brings the connection of one more trainer. It ends with
 its owner (PR_SET_PDEATHSIG, and the end of that socket), and all it holds is anonymous memory that ends with it. Other
@@ -26,12 +26,10 @@ from typing import Any, NoReturn
 from elastic.checkpoint.arena import GIB, Arena, allocate_arena
 from elastic.checkpoint.wire import PIECE_BYTES, Channel, Header, WireError, authenticate, connect
 from elastic.errors import CheckpointError
-from elastic.storage import open_storage
 
 _PR_SET_PDEATHSIG = 1
 _NICENESS = 10  # on a machine without a core to spare, training goes first
 _CHECKSUM_THREADS = max(1, min(4, (os.cpu_count() or 1) // 4))
-_WRITE_BYTES = 16 * 2**20
 _PEER_TIMEOUT_S = 30.0
 """A lost machine sends no FIN; a living one takes its bytes and checks a copy sooner than this."""
 
@@ -64,9 +62,10 @@ class Holding:
     origin: str
     """The trainer that fills it."""
     index: int
-    epoch: int
     arena: Arena
     is_copy: bool
+    epoch: int = 0
+    """Of the attempt that filled it last, or began to."""
     snapshot: Snapshot | None = None
     """None while it is being filled."""
     num_bytes: int = 0
@@ -87,9 +86,7 @@ class _Trainer:
 
     channel: Channel
     origin: str = ""
-    is_gone: bool = False
     copies: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "copy"))
-    writes: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "write"))
     peer: Channel | None = None
     peer_address: tuple[str, int] | None = None
 
@@ -106,6 +103,8 @@ class Keeper:
         self._owner = owner
         self._lock = threading.Lock()
         self._holdings: dict[tuple[str, int], Holding] = {}
+        self._origins: set[str] = set()
+        """The trainers of this node that are connected: their arenas are theirs to fill again."""
         self._checksummers = ThreadPoolExecutor(_CHECKSUM_THREADS, "checksum")
 
     def serve(self, listener: socket.socket | None) -> None:
@@ -126,44 +125,42 @@ class Keeper:
         except (WireError, KeyError, TypeError, ValueError) as error:
             _log(f"a trainer's connection broke: {error!r}")
         finally:
-            trainer.is_gone = True
             with self._lock:
+                self._origins.discard(trainer.origin)
                 own = [h for h in self._holdings.values() if h.origin == trainer.origin and not h.is_copy]
                 for holding in own:
                     if holding.snapshot is None:
                         self._drop(holding)
             trainer.copies.submit(_forget_peer, trainer)
             trainer.copies.shutdown(wait=False)  # a copy under way is worth finishing
-            trainer.writes.shutdown(wait=False, cancel_futures=True)
 
     def _obey_trainer(self, trainer: _Trainer, message: Header) -> None:
         match message["kind"]:
             case "hold":
                 trainer.origin = message["origin"]
                 arena = Arena(trainer.channel.take_descriptor(), message["num_bytes"])
-                holding = Holding(
-                    origin=trainer.origin, index=message["index"], epoch=message["epoch"], arena=arena, is_copy=False
-                )
+                holding = Holding(origin=trainer.origin, index=message["index"], arena=arena, is_copy=False)
                 with self._lock:
+                    self._origins.add(trainer.origin)
                     self._holdings[trainer.origin, holding.index] = holding
+            case "release":
+                with self._lock:
+                    self._drop(self._holdings[trainer.origin, message["index"]])
             case "begin":
-                self._begin(self._holdings[trainer.origin, message["index"]])
+                self._begin(self._holdings[trainer.origin, message["index"]], message["epoch"])
             case "fill":
                 holding = self._holdings[trainer.origin, message["index"]]
                 self._fill(holding, message)
                 generation = holding.generation
                 trainer.copies.submit(self._finish, trainer, holding, generation, message)
-            case "write":
-                holding = self._holdings[trainer.origin, message["index"]]
-                trainer.writes.submit(self._write, trainer, holding, holding.generation, message)
             case "map":
                 self._give_memory(trainer.channel, message)
             case _:
                 self._obey_anyone(trainer.channel, message)
 
-    def _begin(self, holding: Holding) -> None:
+    def _begin(self, holding: Holding, epoch: int) -> None:
         with self._lock:
-            holding.snapshot = None
+            holding.snapshot, holding.epoch = None, epoch
             holding.generation += 1
             holding.checked.set()
             holding.checked = threading.Event()
@@ -208,27 +205,13 @@ class Keeper:
             with self._lock:
                 _check_current(holding, generation)
                 header = {"kind": "push", **_describe(holding, self._spec.node), "capacity": holding.arena.num_bytes}
-            trainer.peer.send(header, _cut(holding, generation, PIECE_BYTES), num_bytes=holding.num_bytes)
+            trainer.peer.send(header, _cut(holding, generation), num_bytes=holding.num_bytes)
             answer = trainer.peer.receive()
             if answer is None or answer["kind"] != "pushed":
                 raise WireError(f"the copy was refused: {(answer or {}).get('problem', 'the peer is gone')}")
         except (OSError, _SupersededError):
             _forget_peer(trainer)
             raise
-
-    def _write(self, trainer: _Trainer, holding: Holding, generation: int, message: Header) -> None:
-        """Write a filled arena to the storage, straight from the shared memory."""
-        try:
-            pieces = _Pieces(lambda: _cut(holding, generation, _WRITE_BYTES, is_wanted=lambda: not trainer.is_gone))
-            num_bytes = open_storage(message["url"]).write(message["key"], pieces)  # pyright: ignore[reportArgumentType] # iterable again and again
-            holding.checked.wait()
-            _check_current(holding, generation)
-            _reply(trainer, message, kind="written", written_bytes=num_bytes, checksums=holding.checksums)
-        except _SupersededError:
-            _reply(trainer, message, kind="unwritten", errno=None, strerror="superseded", filename=None)
-        except OSError as error:
-            text = error.strerror or str(error)
-            _reply(trainer, message, kind="unwritten", errno=error.errno, strerror=text, filename=error.filename)
 
     def _give_memory(self, channel: Channel, message: Header) -> None:
         """Answer with the descriptor of an arena, which its new trainer maps instead of copying it."""
@@ -294,7 +277,7 @@ class Keeper:
             try:
                 _check_memory(capacity)
                 arena = allocate_arena(capacity, name="copy")
-                holding = Holding(origin=key[0], index=key[1], epoch=message["epoch"], arena=arena, is_copy=True)
+                holding = Holding(origin=key[0], index=key[1], arena=arena, is_copy=True)
                 with self._lock:
                     self._holdings[key] = holding
             except CheckpointError as error:
@@ -302,13 +285,13 @@ class Keeper:
         if holding is None:
             _swallow(channel, num_bytes)
         else:
-            self._begin(holding)
+            self._begin(holding, message["snapshot"]["epoch"])
             generation = holding.generation
             channel.receive_into(holding.arena.view[:num_bytes])
             self._fill(holding, {**message, "num_bytes": num_bytes})
             self._checksum(holding, generation)
             if holding.checksums != message["checksums"]:
-                self._begin(holding)
+                self._begin(holding, message["snapshot"]["epoch"])
                 problem = "the copy has other bytes than the original"
         channel.send({"kind": "refused" if problem else "pushed", "problem": problem})
 
@@ -325,11 +308,15 @@ class Keeper:
         channel.send({"kind": "data", "id": message.get("id")}, pieces, num_bytes=size)
 
     def _retire(self, before_epoch: int, keep_step: int | None) -> None:
-        """Free what a newer attempt has made worthless; `keep_step`, what it started from, stays."""
+        """Free what a newer attempt has made worthless; `keep_step`, what it started from, stays.
+
+        Arenas of a connected trainer stay: it fills them again.
+        """
         with self._lock:
             for holding in list(self._holdings.values()):
                 step = holding.snapshot.step if holding.snapshot else None
-                if holding.epoch < before_epoch and (step is None or step != keep_step):
+                is_in_use = not holding.is_copy and holding.origin in self._origins
+                if holding.epoch < before_epoch and not is_in_use and (step is None or step != keep_step):
                     self._drop(holding)
 
     def _find(self, message: Header) -> Holding | None:
@@ -352,25 +339,11 @@ def _forget_peer(trainer: _Trainer) -> None:
         trainer.peer = None
 
 
-class _Pieces:
-    """An iterable that starts anew each time, as a storage that tries again needs it."""
-
-    def __init__(self, iterate: Callable[[], Iterator[memoryview]]) -> None:
-        self._iterate = iterate
-
-    def __iter__(self) -> Iterator[memoryview]:
-        return self._iterate()
-
-
-def _cut(
-    holding: Holding, generation: int, piece_bytes: int, *, is_wanted: Callable[[], bool] = lambda: True
-) -> Iterator[memoryview]:
+def _cut(holding: Holding, generation: int) -> Iterator[memoryview]:
     view = holding.arena.view[: holding.num_bytes]
-    for start in range(0, holding.num_bytes, piece_bytes):
+    for start in range(0, holding.num_bytes, PIECE_BYTES):
         _check_current(holding, generation)
-        if not is_wanted():
-            raise _SupersededError
-        yield view[start : start + piece_bytes]
+        yield view[start : start + PIECE_BYTES]
     _check_current(holding, generation)
 
 
@@ -385,7 +358,6 @@ def _describe(holding: Holding, node: str) -> dict[str, Any]:
     return {
         "origin": holding.origin,
         "index": holding.index,
-        "epoch": holding.epoch,
         "snapshot": asdict(holding.snapshot),
         "num_bytes": holding.num_bytes,
         "chunks": holding.chunks,

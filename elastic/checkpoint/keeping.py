@@ -99,9 +99,9 @@ class KeeperClient:
         origin: names this trainer, unlike any other of the run.
     """
 
-    def __init__(self, connection: socket.socket, *, origin: str, epoch: int) -> None:
+    def __init__(self, connection: socket.socket, *, origin: str) -> None:
         self._channel = Channel(connection)
-        self._origin, self._epoch = origin, epoch
+        self._origin = origin
         self._lock = threading.Lock()
         self._answers: dict[int, Future[Any]] = {}
         self._num_asked = 0
@@ -114,12 +114,16 @@ class KeeperClient:
         Raises:
             WireError: the keeper is gone; so for all methods.
         """
-        header = {"kind": "hold", "origin": self._origin, "epoch": self._epoch, "index": index}
+        header = {"kind": "hold", "origin": self._origin, "index": index}
         self._channel.send({**header, "num_bytes": arena.num_bytes}, descriptor=arena.descriptor)
 
-    def begin(self, index: int) -> None:
+    def release(self, index: int) -> None:
+        """Have the keeper let go of an arena that will not be filled again."""
+        self._channel.send({"kind": "release", "index": index})
+
+    def begin(self, index: int, *, epoch: int) -> None:
         """Say that an arena is about to be filled; what it held is void from now on."""
-        self._channel.send({"kind": "begin", "index": index})
+        self._channel.send({"kind": "begin", "index": index, "epoch": epoch})
 
     def fill(
         self,
@@ -144,14 +148,6 @@ class KeeperClient:
         """
         fields = {"snapshot": asdict(snapshot), "num_bytes": num_bytes, "chunks": chunks, "record": record}
         return self._ask({"kind": "fill", "index": index, "peer": peer, **fields})
-
-    def write(self, index: int, *, url: str, key: str) -> "Future[tuple[int, list[int]]]":
-        """Have a filled arena written to a storage; it must not be filled again before.
-
-        Returns:
-            Once it is durable: its bytes, and the CRC-32 of each chunk. The future raises the storage's `OSError`.
-        """
-        return self._ask({"kind": "write", "index": index, "url": url, "key": key})
 
     def fetch_list(self) -> list[Held]:
         """Return what the keeper has in memory."""
@@ -202,10 +198,6 @@ class KeeperClient:
         match message["kind"]:
             case "kept":
                 answer.set_result(message["problem"])
-            case "written":
-                answer.set_result((message["written_bytes"], message["checksums"]))
-            case "unwritten":
-                answer.set_exception(OSError(message["errno"], message["strerror"], message["filename"]))
             case "list":
                 answer.set_result(message["held"])
             case "measured":

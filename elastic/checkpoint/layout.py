@@ -201,14 +201,15 @@ def read_manifest(storage: Storage, checkpoint: CommittedCheckpoint) -> Manifest
     return Manifest(
         progress=progress,
         mesh=tuple(content.pop("mesh")),
-        tensors={name: _parse_tensor(record) for name, record in content.pop("tensors").items()},
-        generators={name: _parse_tensor(record) for name, record in content.pop("generators").items()},
+        tensors={name: parse_tensor(record) for name, record in content.pop("tensors").items()},
+        generators={name: parse_tensor(record) for name, record in content.pop("generators").items()},
         files={name: FileRecord(**record) for name, record in content.pop("files").items()},
         **content,
     )
 
 
-def _parse_tensor(record: Mapping[str, Any]) -> TensorRecord:
+def parse_tensor(record: Mapping[str, Any]) -> TensorRecord:
+    """Return a record from what JSON made of it."""
     return TensorRecord(
         dtype=record["dtype"],
         shape=tuple(record["shape"]),

@@ -1,15 +1,17 @@
-"""Restore a run from its newest committed checkpoint, over any number of ranks and any strategy.
+"""Restore a run from the newest state there is, over any number of ranks and any strategy.
 
-Each rank reads the bytes that its own part of the state needs, and no others, through a few small buffers: no rank
-ever holds more of the state on the host than these. Every block is verified before it reaches the live tensors. A
-damaged block ends the attempt on all ranks; the older checkpoint that is tried next overwrites all of the state, and
-if none is whole the run ends: half a state is never trained on.
+That is a snapshot in the memories of the living nodes, or a committed checkpoint in the storage. Each rank reads the
+bytes that its own part of the state needs, and no others, through a few small buffers: no rank ever holds more of the
+state on the host than these. Every block is verified before it reaches the live tensors. A damaged block ends the
+attempt on all ranks; the older state that is tried next overwrites all of the state, and if none is whole the run ends:
+half a state is never trained on.
 """
 
 import logging
 import queue
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +20,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from elastic.checkpoint.fit import check_config, check_tensors, get_unsaved
+from elastic.checkpoint.keeping import Held
 from elastic.checkpoint.layout import CommittedCheckpoint, Manifest, find_damage, list_committed, read_manifest
+from elastic.checkpoint.memory import Memory
 from elastic.checkpoint.reads import Read, plan_checks, plan_reads
 from elastic.checkpoint.shards import get_box
+from elastic.checkpoint.snapshots import WholeSnapshot, assemble
 from elastic.checkpoint.sources import DamageError, ShardSource, StorageSource, read_verified
 from elastic.checkpoint.state import (
     DTYPES,
@@ -33,8 +38,8 @@ from elastic.checkpoint.state import (
 from elastic.checkpoint.storage import explain_unreadable
 from elastic.config import RunConfig
 from elastic.errors import CheckpointError, SolventError
-from elastic.ports import Progress
-from elastic.storage import Storage
+from elastic.ports import Address, Progress, Source
+from elastic.storage import Storage, is_url
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +49,18 @@ NUM_READERS = 4
 """Reads side by side on each rank, each with a buffer: one stream of an object store gives 50 to 100 MB/s."""
 
 
+_Candidate = CommittedCheckpoint | WholeSnapshot
+
+
 @dataclass(frozen=True, kw_only=True)
 class Restored:
     """What was restored beside the state itself; `extra` is what the caller gave when it was saved."""
 
     progress: Progress
     extra: Mapping[str, Any]
-    directory: str
+    epoch: int
+    """Number of the attempt that saved it."""
+    source: Source
 
 
 def restore(
@@ -60,15 +70,19 @@ def restore(
     *,
     config: RunConfig,
     device: torch.device,
+    memory: Memory | None = None,
+    keepers: Mapping[str, Address] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Restored | None:
-    """Write the newest committed state into model and optimizer, in place; None when nothing is committed.
+    """Write the newest state into model and optimizer, in place; None when there is none.
 
-    Rank 0 chooses and all ranks load the same. A damaged checkpoint is passed over with a warning. The learning rate
-    and other hyperparameters of the optimizer stay what the configuration made them.
+    Rank 0 chooses and all ranks load the same. What is damaged is passed over with a warning. The learning rate and
+    other hyperparameters of the optimizer stay what the configuration made them.
 
     Args:
         device: where the state lies.
+        memory: this process' part of the memory tier.
+        keepers: where the memories of the living nodes are served.
         group: all ranks, unused by anyone else meanwhile; the default group if None.
 
     Raises:
@@ -77,28 +91,63 @@ def restore(
         StorageError: the storage cannot be read.
     """
     rank = dist.get_rank(group)
-    candidates = _from_rank_0(_find_candidates(storage) if rank == 0 else [], group)
+    held = memory.fetch_all(keepers or {}) if memory and rank == 0 else []
+    candidates = _from_rank_0(_find_candidates(storage, held) if rank == 0 else [], group)
     if isinstance(candidates, SolventError):
         raise candidates
     live = get_live_state(model, optimizer) if candidates else {}
-    for checkpoint in candidates:
-        found = _from_rank_0(_inspect(storage, checkpoint, config, live) if rank == 0 else None, group)
+    for candidate in candidates:
+        found = _from_rank_0(_inspect(storage, candidate, config, live) if rank == 0 else None, group)
         if isinstance(found, SolventError):
             raise found
         if isinstance(found, Manifest):
-            sources = [StorageSource(storage, checkpoint.directory)]
-            found = load_state(live, found, sources, device=device, group=group) or found
+            with _open_sources(storage, candidate, memory, keepers or {}) as sources:
+                found = load_state(live, found, sources, device=device, group=group) or found
         if isinstance(found, Manifest):
-            return Restored(progress=found.progress, extra=found.extra, directory=checkpoint.directory)
+            source = _get_source(candidate, storage)
+            return Restored(progress=found.progress, extra=found.extra, epoch=found.epoch, source=source)
         if rank == 0:
-            where = f"{storage.url}/{checkpoint.directory}"
-            logger.warning("%s is damaged (%s); falling back to the one before", where, found)
-    if candidates:
+            logger.warning("%s is damaged (%s); falling back to the one before", _describe(candidate, storage), found)
+    if any(isinstance(candidate, CommittedCheckpoint) for candidate in candidates):
         raise CheckpointError(
             f"none of the {len(candidates)} committed checkpoints in {storage.url} is whole, so resuming would "
             "silently train from scratch. Bring back their files from a copy, or start another run with run=<new name>."
         )
     return None
+
+
+def _find_candidates(storage: Storage, held: Sequence[Held]) -> list[_Candidate] | SolventError:
+    """Return the states to try, the best first: of two of one step that in memory, which is faster to read."""
+    try:
+        committed = list_committed(storage)
+    except OSError as error:
+        return explain_unreadable(error, storage.url)
+    found: list[_Candidate] = [*assemble(held), *reversed(committed)]
+    return sorted(found, key=lambda candidate: -candidate.step)
+
+
+@contextmanager
+def _open_sources(
+    storage: Storage, candidate: _Candidate, memory: Memory | None, keepers: Mapping[str, Address]
+) -> Generator[Sequence[ShardSource]]:
+    if isinstance(candidate, CommittedCheckpoint):
+        yield [StorageSource(storage, candidate.directory)]
+    else:
+        assert memory is not None, "whoever lists snapshots can read them"
+        with memory.open_sources(candidate, keepers) as sources:
+            yield sources
+
+
+def _get_source(candidate: _Candidate, storage: Storage) -> Source:
+    if isinstance(candidate, CommittedCheckpoint):
+        return "remote" if is_url(storage.url) else "disk"
+    return "peer" if candidate.needs_copies else "memory"
+
+
+def _describe(candidate: _Candidate, storage: Storage) -> str:
+    if isinstance(candidate, CommittedCheckpoint):
+        return f"{storage.url}/{candidate.directory}"
+    return f"the snapshot of step {candidate.step} in memory"
 
 
 def load_state(
@@ -154,22 +203,16 @@ def load_state(
     return "; ".join(found) or None
 
 
-def _find_candidates(storage: Storage) -> list[CommittedCheckpoint] | SolventError:
-    try:
-        return list_committed(storage)[::-1]
-    except OSError as error:
-        return explain_unreadable(error, storage.url)
-
-
 def _inspect(
-    storage: Storage, checkpoint: CommittedCheckpoint, config: RunConfig, live: Mapping[str, Tensor]
+    storage: Storage, candidate: _Candidate, config: RunConfig, live: Mapping[str, Tensor]
 ) -> Manifest | SolventError | str:
-    """Return the manifest of a checkpoint to load, why the run cannot go on from it, or what is damaged."""
+    """Return the manifest of a state to load, why the run cannot go on from it, or what is damaged."""
+    is_stored = isinstance(candidate, CommittedCheckpoint)
     try:
-        manifest = read_manifest(storage, checkpoint)
+        manifest = read_manifest(storage, candidate) if is_stored else candidate.manifest
         changed = check_config(config, manifest)
         check_tensors({name: tuple(tensor.shape) for name, tensor in live.items()}, manifest)
-        damage = find_damage(storage, checkpoint, manifest)
+        damage = find_damage(storage, candidate, manifest) if is_stored else None
     except OSError as error:
         return explain_unreadable(error, storage.url)
     except SolventError as error:

@@ -1,115 +1,75 @@
-"""Save the state of all ranks in the background, and commit it once all of it is durable.
+"""Save the state of all ranks in the background: to the memory of the nodes often, to the storage now and then.
 
-The training thread only starts the copy to host memory; one thread per rank does the rest, over a gloo group of its
-own (on the training group it hung). Nothing is decided by one rank alone: what fails on one fails on all, at the
-same step.
+The training thread only starts the copy to host memory; threads and the node's keeper do the rest. Nothing is decided
+by one rank alone: what fails on one fails on all, at the same step.
 """
 
 import logging
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
-from types import TracebackType
-from typing import TypeVar, cast
+from typing import Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from elastic.checkpoint import keep
+from elastic.checkpoint.durable import BuildManifest, DurableWriter, new_group
 from elastic.checkpoint.fit import get_computing_config, get_config_hash
-from elastic.checkpoint.layout import (
-    CHECKPOINTS,
-    FileRecord,
-    Manifest,
-    TensorRecord,
-    commit,
-    get_directory,
-    get_shard_name,
-)
-from elastic.checkpoint.shards import Box, ShardLayout, Spread, build_layout, get_box, plan_chunks
-from elastic.checkpoint.stage import Allocate, Staged, Stager
+from elastic.checkpoint.interval import SaveCost
+from elastic.checkpoint.keeper import Snapshot
+from elastic.checkpoint.layout import FileRecord, Manifest, TensorRecord
+from elastic.checkpoint.memory import Memory
+from elastic.checkpoint.pace import Pace
+from elastic.checkpoint.plan import SavePlan, build_plan
+from elastic.checkpoint.shards import Spread
+from elastic.checkpoint.stage import HostArenas, Staged, Stager
 from elastic.checkpoint.state import get_live_state, get_mesh_shape, get_rng_name, get_rng_state, get_spread
-from elastic.checkpoint.storage import explain
-from elastic.checkpoint.write import Written, build_index, write_shard
 from elastic.config import RunConfig
-from elastic.errors import SavesFailedError, SolventError, StaleEpochError, StorageError
-from elastic.ports import Progress
+from elastic.errors import SavesFailedError, StaleEpochError, StorageError
+from elastic.ports import Address, Progress
 from elastic.rundir import format_utc
 from elastic.storage import Storage
 
 logger = logging.getLogger(__name__)
 
-_T = TypeVar("_T")
+Tier = Literal["memory", "storage"]
 
 _LONGEST_PAUSE_S = 30.0
-_SLOWEST_WRITE = 10
-"""Ranks of one save may finish writing this many collective timeouts apart."""
+_FIRST_COST = SaveCost(stall_s=1.0, busy_s=1.0)
+"""What a durable save is taken to cost until one was measured."""
+_RECENT_STEPS = 20
 
 
-class AbandonedError(Exception):
-    """The save was given up; nothing more of it may become visible."""
-
-
-class Fence:
-    """Lets one thread at a time change the run's directory, and none after `shut` has returned.
-
-    A thread that still waits for a peer of a dead world must never touch what the next world writes.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._is_shut = False
-
-    def shut(self) -> None:
-        """Wait for the action under way, then refuse all others."""
-        with self._lock:
-            self._is_shut = True
-
-    def check(self) -> None:
-        """Raise AbandonedError once the fence is shut; for shards, whose names no other world uses."""
-        if self._is_shut:
-            raise AbandonedError
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        if self._is_shut:
-            self._lock.release()
-            raise AbandonedError
-
-    def __exit__(self, _t: type[BaseException] | None, _e: BaseException | None, _tb: TracebackType | None) -> None:
-        self._lock.release()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """Who writes what; the same on all ranks, and the same for every save while the state has the same spreads."""
-
-    spreads: Mapping[str, Spread]
-    layouts: Mapping[str, ShardLayout]
-    """Of each file, in the order of the ranks."""
-    held: Mapping[str, Box]
-    """What this rank holds, all of it or a part of which it writes."""
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Save:
+    """One state on its way."""
+
+    tier: Tier
+    """How far it goes; what goes to the storage is kept in memory as well."""
     progress: Progress
     start_s: float
+    stall_s: float = 0.0
+    """What the call that started it cost the training thread."""
     staged: Staged
-    plan: _Plan
-    manifest: Callable[[Mapping[str, TensorRecord], Mapping[str, FileRecord]], Manifest]
-    committed_s: Future[float]
+    plan: SavePlan
+    build_manifest: BuildManifest
+    kept: Future[str] = field(default_factory=Future[str])
+    """Once it is in memory, and copied: what went wrong with that, or nothing."""
+    kept_s: float = 0.0
+    """Seconds from the start until then."""
+    committed_s: Future[float] = field(default_factory=Future[float])
     """Seconds from start to commit, as rank 0 measured them; or why there was no commit."""
 
 
 class Checkpointer:
-    """Saves one run from one rank of one world, one save at a time.
+    """Saves one run from one rank of one world: one save to the storage at a time, and one to memory beside it.
 
     All methods but `wait_staged` and `close` are called by all ranks at the same step. Create it once the default
     process group exists; `close` it before that group goes.
@@ -118,12 +78,14 @@ class Checkpointer:
         storage: the run's.
         device: where the state lies.
         epoch: number of the attempt; names this world's files.
-        check_epoch: called by rank 0 before it changes anything that other epochs see; raises a SolventError if a newer
-            epoch exists.
-        before_commit: called by each rank, on the writing thread, once its shard is durable: what must not be older
-            than the checkpoint (rows, samples) becomes durable here.
+        start: where this world begins.
+        check_epoch, before_commit: see `DurableWriter`.
         on_committed: called by rank 0, on the training thread, for each checkpoint that became visible.
-        allocate: gives the host memory that shards are staged in.
+        on_kept: likewise for each state that is in memory, and copied, on all ranks.
+        memory: where snapshots are kept; None: states go to the storage only.
+        peer: the keeper that shall have copies of this node's snapshots.
+        restored_index: of this process' arena that holds the state that was restored; it is filled again last.
+        mean_s_between_losses: what planned intervals are made for.
     """
 
     def __init__(
@@ -133,37 +95,92 @@ class Checkpointer:
         *,
         device: torch.device,
         epoch: int,
+        start: Progress = Progress(),  # noqa: B008 (frozen)
         check_epoch: Callable[[], None] = lambda: None,
         before_commit: Callable[[], None] = lambda: None,
         on_committed: Callable[[Progress], None] = lambda _: None,
-        allocate: Allocate | None = None,
+        on_kept: Callable[[Progress], None] = lambda _: None,
+        memory: Memory | None = None,
+        peer: Address | None = None,
+        restored_index: int | None = None,
+        mean_s_between_losses: float = 3600.0,
     ) -> None:
-        self._storage = storage
         self._config = config
         self._device = device
         self._epoch = epoch
-        self._check_epoch = check_epoch
-        self._before_commit = before_commit
-        self._on_committed = on_committed
+        self._on_committed, self._on_kept = on_committed, on_kept
+        self._memory, self._peer = memory, peer
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         timeout = timedelta(seconds=config.fault.collective_timeout_s)
-        self._votes = _new_group(timeout)
-        self._writers = _new_group(_SLOWEST_WRITE * timeout)
-        self._stager = Stager(device, allocate=allocate)
-        self._plan: _Plan | None = None
+        self._votes = new_group(timeout)
+        self._writer = DurableWriter(
+            storage,
+            epoch=epoch,
+            keep_last=config.checkpoint.keep_last,
+            timeout=timeout,
+            check_epoch=check_epoch,
+            before_commit=before_commit,
+        )
+        self._arenas = memory.get_arenas(device) if memory else HostArenas(device, count=1)
+        self._stager = Stager(self._arenas, device)
+        paced = partial(
+            Pace,
+            start_step=start.step,
+            mean_s_between_losses=mean_s_between_losses,
+            longest_s=config.checkpoint.longest_s,
+        )
+        self._paces: dict[Tier, Pace] = {
+            "memory": paced(
+                every_steps=config.checkpoint.memory_every_steps,
+                at_first=True,
+                first_cost=SaveCost(stall_s=0, busy_s=0),
+            ),
+            "storage": paced(every_steps=config.checkpoint.every_steps, at_first=False, first_cost=_FIRST_COST),
+        }
+        self._plan: SavePlan | None = None
         self._planned: dict[str, Spread] = {}
-        self._fence = Fence()
-        self._save: _Save | None = None
-        self._vote: tuple[torch.Tensor, dist.Work] | None = None
+        self._saves: dict[Tier, _Save] = {}
+        self._newest_index = restored_index
+        self._is_ready = device.type == "cpu"
+        """The arenas of all ranks are."""
+        self._is_preparing = False
+        self._has_plans = memory is None and config.checkpoint.every_steps > 0
+        """The ranks have agreed on intervals, or need none."""
+        self._vote: tuple[Tensor, dist.Work, frozenset[Tier]] | None = None
         self._save_s: list[float] = []
+        self._kept_s: list[float] = []
+        self._step_s: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._called_s: float | None = None
         self._num_failed = 0
-        """Saves in a row; the same on all ranks."""
+        """Saves to the storage in a row; the same on all ranks."""
         self._committed: Progress | None = None
+        self._kept: Progress | None = None
+        self._problem = ""
 
-    @property
-    def usual_save_s(self) -> float | None:
-        """Median seconds from `start_save` to commit, the same on all ranks; None before the first."""
-        return statistics.median(self._save_s) if self._save_s else None
+    def get_usual_s(self, tier: Tier) -> float | None:
+        """Return the median seconds until a state was safe in a tier; None before the first.
+
+        For the storage all ranks answer the same.
+        """
+        took_s = self._save_s if tier == "storage" or self._memory is None else self._kept_s
+        return statistics.median(took_s) if took_s else None
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Get host memory for the copies; on CUDA it is page-locked while the next steps run.
+
+        The optimizer has its state already: made here, it would count one step too many.
+
+        Raises:
+            CheckpointError: the memory is refused.
+        """
+        assert optimizer.state, "the first save does it"
+        self._prepare(self._get_plan(get_live_state(model, optimizer)))
+
+    def get_due(self, step: int) -> Tier | None:
+        """Return where the state after this step shall go, if anywhere; the same on all ranks."""
+        if self._paces["storage"].is_due(step):
+            return "storage"
+        return "memory" if self._memory and self._paces["memory"].is_due(step) else None
 
     def start_save(
         self,
@@ -172,8 +189,9 @@ class Checkpointer:
         *,
         progress: Progress,
         extra: Mapping[str, object],
+        tier: Tier = "storage",
     ) -> bool:
-        """Start to save the state as it is now, unless the last save is still under way.
+        """Start to save the state as it is now, unless the last save of its kind is still under way.
 
         The state must not change before `wait_staged`.
 
@@ -188,73 +206,75 @@ class Checkpointer:
         """
         assert progress.step > 0, "there is nothing to save before the first step"
         self.poll()
-        if self._save is not None:
+        if tier in self._saves:
             return False
+        start_s = time.monotonic()
         state = get_live_state(model, optimizer)
         plan = self._get_plan(state)
-        manifest = partial(
-            Manifest,
+        self._prepare(plan)
+        if not self._is_ready:
+            return False
+        self._arenas.wait_ready()
+        index = self._choose_arena()
+        if index is None:
+            return False
+        if self._memory:
+            self._memory.begin(index, epoch=self._epoch)
+        live = {**state, get_rng_name(self._device, self._rank): get_rng_state(self._device)}
+        save = _Save(
+            tier=tier,
             progress=progress,
-            epoch=self._epoch,
-            world_size=self._world_size,
-            device=self._device.type,
-            mesh=get_mesh_shape(state, self._world_size),
-            config=(computing := get_computing_config(self._config)),
-            config_hash=get_config_hash(computing),
-            extra=dict(extra),
-        )
-        own_rng = get_rng_name(self._device, self._rank)
-        live = {**state, own_rng: get_rng_state(self._device)}
-        self._save = _Save(
-            progress=progress,
-            start_s=time.monotonic(),
-            staged=self._stager.stage(live, plan.layouts[self._get_shard_name(self._rank)], plan.held),
+            start_s=start_s,
+            staged=self._stager.stage(live, plan.own, plan.held, index=index),
             plan=plan,
-            manifest=lambda index, files: manifest(
-                tensors={name: record for name, record in index.items() if name in state},
-                generators={name: record for name, record in index.items() if name not in state},
-                files=files,
-                saved_utc=format_utc(time.time()),
-            ),
-            committed_s=Future(),
+            build_manifest=self._describe(state, progress, extra),
         )
+        save.stall_s = time.monotonic() - start_s
+        self._saves[tier], self._newest_index = save, index
+        for kind in ("memory", "storage") if tier == "storage" else ("memory",):
+            self._paces[kind].started(progress.step)
         # a daemon: a thread that waits for a frozen peer must not keep the process from leaving
-        threading.Thread(target=self._run, args=(self._save,), name="checkpoint", daemon=True).start()
+        threading.Thread(target=self._run, args=(save,), name=f"save-{tier}", daemon=True).start()
         return True
 
     def wait_staged(self) -> None:
-        """Let no later change of the state reach the save in flight; call it right before `optimizer.step`."""
-        if self._save is not None:
-            self._save.staged.wait_on_device()
+        """Let no later change of the state reach the saves in flight; call it right before `optimizer.step`."""
+        for save in self._saves.values():
+            save.staged.wait_on_device()
 
     def poll(self) -> Progress | None:
-        """Return the newest progress that this checkpointer committed; call it once a step.
+        """Return the newest progress that this checkpointer committed; call it (or `start_save`) once a step.
 
-        The ranks vote on whether all are done. A poll counts the vote that the poll before it opened, so that the
-        answer is there without waiting.
+        The ranks vote on what is done. A poll counts the vote that the poll before it opened, so that the answer is
+        there without waiting.
 
         Raises:
             SavesFailedError: too many saves in a row have failed; older checkpoints are unharmed.
             StaleEpochError, CheckpointError: the save in flight failed, and the next one would.
         """
-        if self._save is not None:
-            if self._count_vote():
-                self._settle(self._save)
-            else:
-                is_done = torch.tensor([self._save.committed_s.done()], dtype=torch.int32)
-                work = dist.all_reduce(is_done, dist.ReduceOp.MIN, self._votes, async_op=True)
-                self._vote = is_done, cast(dist.Work, work)
+        now_s = time.monotonic()
+        if self._called_s is not None:
+            self._step_s.append(now_s - self._called_s)
+        self._called_s = now_s
+        self._count_vote()
+        if self._saves or self._is_preparing or not self._has_plans:
+            self._open_vote()
         return self._committed
 
-    def finish(self) -> Progress | None:
-        """Wait until nothing is in flight and return the newest progress committed.
+    def finish(self, tier: Tier = "storage") -> Progress | None:
+        """Wait until nothing of a kind is in flight and return the newest progress committed.
 
         Raises:
             StorageError, CheckpointError: as `poll`.
         """
-        if self._save is not None:
-            self._count_vote()
-            self._settle(self._save)
+        self._count_vote()
+        if save := self._saves.get(tier):
+            if tier == "storage":
+                self._settle(save)
+            else:
+                is_kept = torch.tensor(float(not save.kept.result()))
+                dist.all_reduce(is_kept, dist.ReduceOp.MIN, self._votes)
+                self._settle_kept(save, is_kept=bool(is_kept))
         return self._committed
 
     def save_now(
@@ -266,9 +286,31 @@ class Checkpointer:
             StorageError, CheckpointError: as `poll`.
         """
         if self.finish() != progress:
+            self.finish("memory")
+            self._is_ready = True  # it waits for them
             self.start_save(model, optimizer, progress=progress, extra=extra)
             self.finish()
         return self._committed == progress
+
+    def hand_over(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, progress: Progress, extra: Mapping[str, object]
+    ) -> bool:
+        """Put the state as it is now where the next world finds it soonest, and return whether it is safe there.
+
+        That is the memory of the nodes; the storage, if that does not work on some rank.
+
+        Raises:
+            StorageError, CheckpointError: as `poll`.
+        """
+        if self._memory:
+            self.finish("memory")
+            if self._kept != progress:
+                self._is_ready = True
+                self.start_save(model, optimizer, progress=progress, extra=extra, tier="memory")
+                self.finish("memory")
+            if self._kept == progress:
+                return True
+        return self.save_now(model, optimizer, progress=progress, extra=extra)
 
     def save_last(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, *, progress: Progress, extra: Mapping[str, object]
@@ -284,20 +326,69 @@ class Checkpointer:
 
     def close(self) -> None:
         """Give up what is in flight; after this nothing of this world reaches the storage. Works with dead peers."""
-        self._fence.shut()
-        self._save = self._vote = None
-        for group in (self._votes, self._writers):
-            dist.destroy_process_group(group)
+        self._writer.close()
+        self._saves.clear()
+        self._vote = None
+        dist.destroy_process_group(self._votes)
 
-    def _count_vote(self) -> bool:
+    # ---- the votes
+
+    def _open_vote(self) -> None:
+        """Ask all ranks what is done; each entry counts as the least of what the ranks say."""
+        kept = [save.kept for save in self._saves.values() if save.tier == "memory"]
+        committed = [save.committed_s for save in self._saves.values() if save.tier == "storage"]
+        step_s = max(statistics.median(self._step_s), 1e-4) if self._step_s else 1.0
+        ballot = torch.tensor(
+            [
+                self._arenas.is_ready(),
+                all(future.done() for future in kept),
+                all(future.done() and not future.result() for future in kept),
+                all(future.done() for future in committed),
+                *(-self._paces[tier].plan(step_s) for tier in ("memory", "storage")),
+            ],
+            dtype=torch.float64,
+        )
+        work = dist.all_reduce(ballot, dist.ReduceOp.MIN, self._votes, async_op=True)
+        self._vote = ballot, cast(dist.Work, work), frozenset(self._saves)
+
+    def _count_vote(self) -> None:
         if self._vote is None:
-            return False
-        (is_done, work), self._vote = self._vote, None
+            return
+        (ballot, work, tiers), self._vote = self._vote, None
         work.wait()
-        return bool(is_done.item())
+        is_ready, is_over, is_kept, is_written, *plans = ballot.tolist()
+        self._is_ready, self._has_plans = self._is_ready or bool(is_ready), True
+        self._is_preparing = self._is_preparing and not self._is_ready
+        for tier, negative_steps in zip(("memory", "storage"), plans, strict=True):
+            self._paces[tier].agree(int(-negative_steps))
+        if is_over and "memory" in tiers:
+            self._settle_kept(self._saves["memory"], is_kept=bool(is_kept))
+        if is_written and "storage" in tiers:
+            self._settle(self._saves["storage"])
+
+    def _settle_kept(self, save: _Save, *, is_kept: bool) -> None:
+        """Take the end of a snapshot."""
+        del self._saves["memory"]
+        self._paces["memory"].measured(SaveCost(stall_s=save.stall_s, busy_s=save.kept_s))
+        if is_kept:
+            self._take_kept(save)
+            return
+        problem = save.kept.result()
+        if problem and problem != self._problem:
+            self._problem = problem
+            logger.warning("step %d is not safe in memory, training goes on: %s", save.progress.step, problem)
+
+    def _take_kept(self, save: _Save) -> None:
+        assert self._memory is not None
+        if self._kept is None:  # from now on nothing falls back on what earlier attempts have left
+            self._memory.retire(before_epoch=self._epoch, keep_step=None)
+        self._kept_s.append(save.kept_s)
+        self._kept = save.progress
+        if self._rank == 0:
+            self._on_kept(save.progress)
 
     def _settle(self, save: _Save) -> None:
-        self._save = None
+        del self._saves["storage"]
         try:
             self._save_s.append(save.committed_s.result())
         except StaleEpochError:
@@ -305,6 +396,7 @@ class Checkpointer:
         except StorageError as error:
             self._go_on_without(save, error)
             return
+        self._paces["storage"].measured(SaveCost(stall_s=save.stall_s, busy_s=self._save_s[-1]))
         self._num_failed = 0
         self._committed = save.progress
         if self._rank == 0:
@@ -325,113 +417,84 @@ class Checkpointer:
                 *(save.progress.step, self._num_failed, most, error),
             )
 
+    # ---- one save
+
+    def _prepare(self, plan: SavePlan) -> None:
+        self._arenas.start_preparing(plan.own.num_bytes)
+        self._is_preparing = not self._is_ready
+
+    def _choose_arena(self) -> int | None:
+        """Return the arena for the next save; None, on all ranks, if it must wait.
+
+        One that is being written, or copied, is in use. Of two that are free the older is filled: while that is under
+        way, the newer one is the state to fall back on.
+        """
+        in_use = {save.staged.index for save in self._saves.values()}
+        free = [index for index in self._arenas.indices if index not in in_use]
+        return next((index for index in free if index != self._newest_index), free[0] if free else None)
+
     def _run(self, save: _Save) -> None:
+        """Bring a staged state where it shall go; on a thread of its own."""
         try:
-            save.committed_s.set_result(self._write(save))
+            save.staged.wait_on_host()
+            self._keep(save)
+            if save.tier == "storage":
+                step, arena = save.progress.step, save.staged.arena
+                save.committed_s.set_result(
+                    self._writer.write(step, arena, save.plan, save.build_manifest, start_s=save.start_s)
+                )
         except BaseException as error:  # whatever it is, the training thread raises it
+            if not save.kept.done():
+                save.kept.set_result(f"{type(error).__name__}: {error}")
             save.committed_s.set_exception(error)
 
-    def _get_shard_name(self, rank: int) -> str:
-        return get_shard_name(epoch=self._epoch, rank=rank)
+    def _keep(self, save: _Save) -> None:
+        if self._memory is None:
+            save.kept.set_result("there is no memory tier")
+            return
+        shapes = save.plan.get_shapes()
+        snapshot = Snapshot(epoch=self._epoch, step=save.progress.step, world_size=self._world_size, rank=self._rank)
+        manifest = save.build_manifest(shapes, {})
+        kept = self._memory.fill(save.staged.index, snapshot, save.plan, manifest, peer=self._peer)
 
-    def _get_plan(self, state: Mapping[str, Tensor]) -> _Plan:
+        def take(answer: Future[str]) -> None:
+            save.kept_s = time.monotonic() - save.start_s
+            problem = answer.exception()
+            save.kept.set_result(str(problem) if problem else answer.result())
+
+        kept.add_done_callback(take)
+
+    def _describe(self, state: Mapping[str, Tensor], progress: Progress, extra: Mapping[str, object]) -> BuildManifest:
+        manifest = Manifest(
+            progress=progress,
+            epoch=self._epoch,
+            world_size=self._world_size,
+            device=self._device.type,
+            mesh=get_mesh_shape(state, self._world_size),
+            config=(computing := get_computing_config(self._config)),
+            config_hash=get_config_hash(computing),
+            tensors={},
+            generators={},
+            files={},
+            extra=dict(extra),
+        )
+
+        def build(index: Mapping[str, TensorRecord], files: Mapping[str, FileRecord]) -> Manifest:
+            return replace(
+                manifest,
+                tensors={name: record for name, record in index.items() if name in state},
+                generators={name: record for name, record in index.items() if name not in state},
+                files=files,
+                saved_utc=format_utc(time.time()),
+            )
+
+        return build
+
+    def _get_plan(self, state: Mapping[str, Tensor]) -> SavePlan:
         spreads = {name: get_spread(tensor, world_size=self._world_size) for name, tensor in state.items()}
-        if spreads == self._planned:
-            assert self._plan is not None
-            return self._plan
-        self._planned = dict(spreads)
-        rng = get_spread(get_rng_state(self._device), world_size=1)
-        for rank in range(self._world_size):
-            spreads[get_rng_name(self._device, rank)] = replace(rng, ranks=(rank,))
-        dtypes = {name: spread.dtype for name, spread in spreads.items()}
-        chunks = plan_chunks(spreads, world_size=self._world_size)
-        boxes = {name: get_box(spread, self._rank) for name, spread in spreads.items() if self._rank in spread.ranks}
-        self._plan = _Plan(
-            spreads=spreads,
-            layouts={self._get_shard_name(rank): build_layout(of_rank, dtypes) for rank, of_rank in enumerate(chunks)},
-            held={name: box for name, box in boxes.items() if box is not None},
-        )
+        if self._plan is None or spreads != self._planned:
+            self._planned = spreads
+            self._plan = build_plan(
+                state, device=self._device, epoch=self._epoch, rank=self._rank, world_size=self._world_size
+            )
         return self._plan
-
-    def _write(self, save: _Save) -> float:
-        directory = get_directory(save.progress.step)
-        save.staged.wait_on_host()
-        self._on_rank_0(partial(self._prepare, save.progress.step))
-        written = self._gather(self._write_own(directory, save.staged))
-        save_s = self._on_rank_0(partial(self._commit, directory, save, written))
-        if self._rank == 0:
-            self._prune()
-        return save_s
-
-    def _write_own(self, directory: str, staged: Staged) -> Written | Exception:
-        try:
-            key = f"{directory}/{self._get_shard_name(self._rank)}"
-            written = write_shard(self._storage, key, staged.arena, staged.layout, check=self._fence.check)
-            self._before_commit()
-        except (OSError, SolventError) as error:
-            return error
-        return written
-
-    def _prepare(self, step: int) -> None:
-        self._check_epoch()
-        keep.remove_orphans(self._storage, epoch=self._epoch)
-        keep.discard(self._storage, step)  # committed, but damaged: training went back before it and came here again
-
-    def _clear(self, step: int) -> None:
-        try:
-            keep.discard(self._storage, step)
-        except OSError as error:
-            logger.warning("a save that was cut short stays in %s: %s", self._storage.url, error)
-
-    def _commit(self, directory: str, save: _Save, written: Sequence[Written | Exception]) -> float:
-        self._check_epoch()  # before anything is removed, too: a newer world may have saved the same step
-        failure = next((outcome for outcome in written if isinstance(outcome, Exception)), None)
-        if failure is not None:
-            self._clear(save.progress.step)  # all ranks have stopped writing, and what they wrote may fill the disk
-            raise failure
-        done = cast(Sequence[Written], written)
-        files = list(save.plan.layouts)
-        index = build_index(
-            save.plan.spreads,
-            save.plan.layouts,
-            {file: of_rank.crc32 for file, of_rank in zip(files, done, strict=True)},
-        )
-        records = {file: of_rank.record for file, of_rank in zip(files, done, strict=True)}
-        commit(self._storage, directory, save.manifest(index, records))
-        return time.monotonic() - save.start_s
-
-    def _prune(self) -> None:
-        try:
-            with self._fence:
-                keep.prune(self._storage, self._config.checkpoint.keep_last)
-        except OSError as error:
-            logger.warning("old checkpoints stay in %s/%s: %s", self._storage.url, CHECKPOINTS, error)
-
-    def _gather(self, outcome: Written | Exception) -> list[Written | Exception]:
-        """Return on rank 0 what became of the shards of all ranks."""
-        of_ranks: list[Written | Exception] | None = [outcome] * self._world_size if self._rank == 0 else None
-        dist.gather_object(outcome, of_ranks, dst=0, group=self._writers)
-        return of_ranks or []
-
-    def _on_rank_0(self, action: Callable[[], _T]) -> _T:
-        """Act on rank 0; give the result, or the storage's error, to all ranks."""
-        outcome: list[tuple[_T | None, Exception | None]] = [(None, None)]
-        if self._rank == 0:
-            try:
-                with self._fence:
-                    outcome = [(action(), None)]
-            except (OSError, SolventError) as error:
-                outcome = [(None, error)]
-        dist.broadcast_object_list(outcome, src=0, group=self._writers)
-        result, failure = outcome[0]
-        if isinstance(failure, OSError):
-            raise explain(failure, f"{self._storage.url}/{CHECKPOINTS}") from failure
-        if failure is not None:
-            raise failure
-        return cast(_T, result)
-
-
-def _new_group(timeout: timedelta) -> dist.ProcessGroup:
-    group = dist.new_group(backend="gloo", timeout=timeout)
-    assert isinstance(group, dist.ProcessGroup), "every rank of the world is in it"
-    return group

@@ -121,6 +121,10 @@ class Channel:
             os.close(descriptor)
         self._descriptors.clear()
 
+    def forget(self) -> None:
+        """Let go of a connection that a fork has brought along, without breaking it for the other process."""
+        self._socket.close()
+
     def set_timeout(self, timeout_s: float | None) -> None:
         """Bound each wait for the peer; None waits for ever."""
         self._socket.settimeout(timeout_s)

@@ -45,14 +45,14 @@ class Trainer:
 
     def __init__(self, process, *, epoch=1, rank=0, num_arenas=2):
         self.epoch, self.rank = epoch, rank
-        self.client = KeeperClient(process.open_connection(), origin=f"{epoch}-{rank}", epoch=epoch)
+        self.client = KeeperClient(process.open_connection(), origin=f"{epoch}-{rank}")
         self.arenas = [allocate_arena(SIZE, name="test") for _ in range(num_arenas)]
         for index, arena in enumerate(self.arenas):
             self.client.hold(index, arena)
 
     def fill(self, index, step, *, peer=None):
         data = bytes([step % 256, index]) * (SIZE // 2)
-        self.client.begin(index)
+        self.client.begin(index, epoch=self.epoch)
         self.arenas[index].view[:] = data
         return self.client.fill(
             index,
@@ -86,7 +86,7 @@ def test_a_snapshot_survives_its_trainer_and_is_served_with_its_checksums():
         part = memoryview(bytearray(1000))
         stranger.read_into(held, 99_900, part)
         assert part == saved[99_900:100_900]
-        successor = KeeperClient(process.open_connection(), origin="2-0", epoch=2)
+        successor = KeeperClient(process.open_connection(), origin="2-0")
         arena = successor.fetch_memory(held)
         assert arena is not None
         assert arena.view == saved
@@ -97,7 +97,7 @@ def test_a_trainer_that_dies_while_it_fills_leaves_only_what_was_whole():
         trainer = Trainer(process)
         trainer.fill(0, 1).result(10)
         trainer.fill(1, 2).result(10)
-        trainer.client.begin(0)
+        trainer.client.begin(0, epoch=1)
         trainer.arenas[0].view[:10] = b"torn torn "
         trainer.client.close()
         wait_until(lambda: [held.snapshot.step for held in stranger.fetch_list()] == [2], "the torn one is gone")
@@ -136,25 +136,17 @@ def test_retired_attempts_give_their_memory_back_but_for_the_step_that_was_resum
         newer.fill(0, 3, peer=peer).result(10)
         assert newer.client.fetch_held_bytes() == 4 * SIZE
         newer.client.retire(before_epoch=2, keep_step=2)
+        assert newer.client.fetch_held_bytes() == 4 * SIZE, "their trainer lives and fills them again"
+        trainer.client.release(0)
+        trainer.client.close()
+        wait_until(lambda: newer.client.fetch_held_bytes() == 3 * SIZE, "one was released")
+        newer.client.retire(before_epoch=2, keep_step=2)
         stranger.retire(before_epoch=2, keep_step=2)
         assert newer.client.fetch_held_bytes() == 3 * SIZE
         assert sorted(held.snapshot.step for held in newer.client.fetch_list()) == [2, 3]
         assert sorted(held.snapshot.step for held in stranger.fetch_list()) == [2, 3]
         newer.client.retire(before_epoch=2, keep_step=None)
         assert [held.snapshot.step for held in newer.client.fetch_list()] == [3]
-
-
-def test_a_snapshot_is_written_as_it_is_and_errors_of_the_storage_reach_the_trainer(tmp_path):
-    with keeper() as process:
-        trainer = Trainer(process)
-        trainer.fill(0, 5)
-        num_bytes, checksums = trainer.client.write(0, url=str(tmp_path), key="step/shard").result(10)
-        assert (tmp_path / "step/shard").read_bytes() == trainer.get_bytes(0)
-        assert num_bytes == SIZE
-        assert checksums == [zlib.crc32(trainer.get_bytes(0)[at : at + size]) for at, size in CHUNKS]
-        (tmp_path / "file").touch()
-        with pytest.raises(OSError, match=r"Not a directory|File exists"):
-            trainer.client.write(0, url=str(tmp_path / "file"), key="shard").result(10)
 
 
 def test_whoever_does_not_know_the_secret_is_told_nothing():
@@ -179,7 +171,7 @@ def test_whoever_does_not_know_the_secret_is_told_nothing():
         {"kind": "read", "origin": "1-0", "index": 0, "snapshot": {"step": 1}, "start": 0, "size": 1},
         {"kind": "retire"},
         {"kind": "push", "origin": "x", "index": 0},
-        {"kind": "push", "origin": "1-0", "index": 0, "capacity": 1, "epoch": 1},  # not a copy
+        {"kind": "push", "origin": "1-0", "index": 0, "capacity": 1},  # not a copy
         {"kind": "hold", "origin": "x", "index": 0},  # only over the Unix socket
     ],
 )
@@ -207,7 +199,7 @@ def test_a_copy_that_was_damaged_on_the_way_is_refused():
     with keeper() as process:
         channel = connect(("127.0.0.1", process.port), SECRET)
         snapshot = {"epoch": 1, "step": 1, "world_size": 1, "rank": 0}
-        header = {"kind": "push", "origin": "1-0", "index": 0, "epoch": 1, "snapshot": snapshot, "record": None}
+        header = {"kind": "push", "origin": "1-0", "index": 0, "snapshot": snapshot, "record": None}
         fields = {"chunks": [[0, 4]], "checksums": [zlib.crc32(b"good")], "capacity": 4}
         channel.send({**header, **fields}, [memoryview(b"baad")], num_bytes=4)
         assert channel.receive()["kind"] == "refused"
@@ -222,10 +214,10 @@ from elastic.checkpoint.arena import allocate_arena
 from elastic.checkpoint.keeper import Snapshot
 from elastic.checkpoint.keeping import KeeperClient, start_keeper
 keeper = start_keeper(node="a", ip="127.0.0.1", secret="x")
-client = KeeperClient(keeper.open_connection(), origin="1-0", epoch=1)
+client = KeeperClient(keeper.open_connection(), origin="1-0")
 arena = allocate_arena(2**20, name="test")
 client.hold(0, arena)
-client.begin(0)
+client.begin(0, epoch=1)
 arena.view[:] = b"x" * 2**20
 step = Snapshot(epoch=1, step=1, world_size=1, rank=0)
 client.fill(0, step, num_bytes=2**20, chunks=[(0, 2**20)], record=None, peer=None).result()

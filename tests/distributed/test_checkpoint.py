@@ -60,7 +60,7 @@ def train_and_save(run_dir, strategy, steps=(3,), last_step=6):
     train(model, optimizer, done + 1, last_step, checkpointer)
     values[last_step] = get_values(model, optimizer)
     newest = checkpointer.finish()
-    usual_save_s = checkpointer.usual_save_s
+    usual_save_s = checkpointer.get_usual_s("storage")
     checkpointer.close()
     return values, committed, newest, usual_save_s
 
@@ -191,7 +191,7 @@ def test_torch_reads_a_checkpoint_without_us(tmp_path):
 def save_while_busy(run_dir):
     model, optimizer = build("fsdp2")
     checkpointer = make_checkpointer(run_dir)
-    gate = checkpointer._fence if dist.get_rank() == 1 else threading.Lock()
+    gate = checkpointer._writer._fence if dist.get_rank() == 1 else threading.Lock()
     with gate:  # rank 1 cannot write yet
         started = checkpointer.start_save(model, optimizer, progress=make_progress(1), extra={})
         for _ in range(5):
@@ -243,8 +243,7 @@ DEATHS = {
 
 def save_until_killed(run_dir, death):
     model, optimizer = build("fsdp2")
-    checkpointer = make_checkpointer(run_dir)
-    checkpointer._config = replace(CONFIG, checkpoint=replace(CONFIG.checkpoint, keep_last=1))
+    checkpointer = make_checkpointer(run_dir, replace(CONFIG, checkpoint=replace(CONFIG.checkpoint, keep_last=1)))
     train(model, optimizer, 1, 1)
     checkpointer.save_now(model, optimizer, progress=make_progress(1), extra={})
     dist.barrier()  # rank 0 prunes after the others are done
@@ -392,12 +391,12 @@ def test_the_last_save_is_tried_again_until_it_is_committed(tmp_path):
 
 
 class SlowStager(Stager):
-    def __init__(self, copied):
-        super().__init__(torch.device("cpu"))
+    def __init__(self, arenas, copied):
+        super().__init__(arenas, torch.device("cpu"))
         self.copied = copied
 
-    def stage(self, live, layout, held):
-        staged = super().stage(live, layout, held)
+    def stage(self, live, layout, held, *, index):
+        staged = super().stage(live, layout, held, index=index)
         object.__setattr__(staged, "wait_on_host", self.copied.wait)
         return staged
 
@@ -406,11 +405,11 @@ def close_while_saving(run_dir):
     model, optimizer = build("fsdp2")
     checkpointer = make_checkpointer(run_dir)
     copied = threading.Event()
-    checkpointer._stager = SlowStager(copied)
+    checkpointer._stager = SlowStager(checkpointer._arenas, copied)
     checkpointer.start_save(model, optimizer, progress=make_progress(1), extra={})
     checkpointer.close()
     copied.set()
-    (thread,) = (thread for thread in threading.enumerate() if thread.name == "checkpoint")
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "save-storage")
     thread.join(20)
     return thread.is_alive()
 

@@ -18,7 +18,7 @@ import pytest
 
 from cluster.runtime.link import Link
 from elastic.config import RunConfig
-from tests.ray._traces import assert_nothing_left, find_hosts, get_parent, is_alive, wait_until
+from tests.ray._traces import assert_nothing_left, find_hosts, find_keepers, get_parent, is_alive, wait_until
 
 ROOT = Path(__file__).parents[2]
 LEASE_S = 2.0
@@ -74,6 +74,7 @@ class HostUnderTest:
             "coordinator_port": listener.getsockname()[1],
             "secret": "s3cret",
             "lease_s": LEASE_S,
+            "config": asdict(self.config),
         }
         self.start()
         listener.settimeout(60)
@@ -101,9 +102,9 @@ class HostUnderTest:
         self.agents.append(agent)
         return agent
 
-    def fork(self, attempt=1, slot="cpu0"):
-        """Have a trainer forked; return its process id once it waits for its world."""
-        self.coordinator.link.send("fork", slot=slot, attempt=attempt, config=asdict(self.config))
+    def join(self, attempt=1, slot="cpu0"):
+        """Have a slot's trainer join a world; return its process id once it waits for its place."""
+        self.coordinator.link.send("join", slot=slot, attempt=attempt)
         message = self.coordinator.expect("trainer", slot=slot, attempt=attempt)
         assert message["message"]["kind"] == "ready"
         return message["message"]["pid"]
@@ -160,7 +161,7 @@ def test_a_claim_of_an_older_group_is_refused_and_a_newer_one_fences_the_holder(
     holder = shared_host.claim(5, "fence")
     assert holder.expect("claimed")["trainer_pid"] is None
     assert shared_host.coordinator.expect("claimed", slot="fence")["group"] == 5
-    trainer_pid = shared_host.fork(1, "fence")
+    trainer_pid = shared_host.join(1, "fence")
 
     assert shared_host.claim(4, "fence").expect("fenced") == {"kind": "fenced", "by": 5}
 
@@ -181,7 +182,7 @@ def test_the_end_of_a_trainer_is_told_to_its_agent_within_100_ms(shared_host):
     agent.expect("claimed")
     times_s = []
     for attempt in range(1, 6):
-        pid = shared_host.fork(attempt, "crash")
+        pid = shared_host.join(attempt, "crash")
         os.kill(pid, signal.SIGKILL)
         killed_s = time.monotonic()
         told = agent.expect("exited")
@@ -196,7 +197,7 @@ def test_the_end_of_a_trainer_is_told_to_its_agent_within_100_ms(shared_host):
 def test_a_trainer_is_ready_within_a_second_and_is_killed_only_under_its_own_attempt(shared_host):
     shared_host.claim(1, "kill").expect("claimed")
     start_s = time.monotonic()
-    pid = shared_host.fork(2, "kill")
+    pid = shared_host.join(2, "kill")
     assert time.monotonic() - start_s < 1.0
     assert get_parent(pid) == shared_host.hello["pid"]
     shared_host.coordinator.link.send("kill", slot="kill", attempt=1)  # an order that comes too late
@@ -208,9 +209,9 @@ def test_a_trainer_is_ready_within_a_second_and_is_killed_only_under_its_own_att
 
 def test_a_configuration_that_the_trainer_refuses_ends_it_as_failed_with_the_reason(shared_host):
     shared_host.claim(1, "refuse").expect("claimed")
-    shared_host.fork(1, "refuse")
+    shared_host.join(1, "refuse")
     go = dict.fromkeys(("rank", "local_rank"), 0) | dict.fromkeys(("world_size", "local_world_size"), 1)
-    store = {"store_host": "127.0.0.1", "store_port": 0}
+    store = {"store_host": "127.0.0.1", "store_port": 0, "keepers": {}, "peer": None, "mean_s_between_losses": 60.0}
     shared_host.coordinator.link.send("go", slot="refuse", attempt=1, **go, **store)
     ended = shared_host.coordinator.expect("ended", slot="refuse")
     assert ended["outcome"] == "failed"
@@ -218,8 +219,30 @@ def test_a_configuration_that_the_trainer_refuses_ends_it_as_failed_with_the_rea
     assert "data.path" in ended["reason"]
 
 
+def test_a_trainer_that_is_asked_to_leave_waits_for_the_next_world(shared_host):
+    shared_host.claim(1, "leave").expect("claimed")
+    shared_host.coordinator.expect("claimed", slot="leave")  # once it is warm
+    pid = shared_host.join(1, "leave")
+    shared_host.coordinator.link.send("leave", slot="leave", attempt=1)
+    assert shared_host.coordinator.expect("ended", slot="leave", attempt=1)["outcome"] == "lost"
+    shared_host.coordinator.link.send("kill", slot="leave", attempt=1)  # an order that comes too late
+    assert shared_host.join(2, "leave") == pid
+
+
+def test_a_keeper_that_dies_is_replaced_with_the_trainers_that_hung_on_it(host):
+    pid = host.join(1)
+    host.coordinator.link.send("leave", slot="cpu0", attempt=1)
+    host.coordinator.expect("ended", slot="cpu0", attempt=1)
+    (keeper,) = find_keepers(host.folder)
+    os.kill(keeper, signal.SIGKILL)
+    wait_until(lambda: not find_keepers(host.folder), timeout_s=5, what="the keeper ends")
+    assert host.join(2) != pid
+    assert tuple(host.coordinator.expect("keeper")["address"]) != tuple(host.hello["keeper"])
+    assert keeper not in find_keepers(host.folder)
+
+
 def test_without_an_agent_the_trainer_ends_after_the_lease_and_then_the_host(host):
-    pid = host.fork()
+    pid = host.join()
     host.agent.link.close()
     start_s = time.monotonic()
     assert host.coordinator.expect("expired", timeout_s=2 * LEASE_S)["slot"] == "cpu0"
@@ -229,7 +252,7 @@ def test_without_an_agent_the_trainer_ends_after_the_lease_and_then_the_host(hos
 
 
 def test_a_new_agent_within_the_lease_finds_its_trainer_at_work(host):
-    pid = host.fork()
+    pid = host.join()
     host.agent.link.close()
     time.sleep(LEASE_S / 2)
     agent = host.claim(2)
@@ -239,7 +262,7 @@ def test_a_new_agent_within_the_lease_finds_its_trainer_at_work(host):
 
 
 def test_a_host_and_its_trainers_end_with_their_raylet(host):
-    pid = host.fork()
+    pid = host.join()
     host.raylet.kill()
     start_s = time.monotonic()
     assert host.agent.expect("bye", timeout_s=5)["reason"] == "its raylet ended"
@@ -248,14 +271,14 @@ def test_a_host_and_its_trainers_end_with_their_raylet(host):
 
 
 def test_a_host_and_its_trainers_end_with_their_coordinator(host):
-    pid = host.fork()
+    pid = host.join()
     host.coordinator.link.close()
     assert host.agent.expect("bye", timeout_s=5)["reason"] == "its coordinator ended"
     wait_until(lambda: not is_alive(pid), timeout_s=1, what="the trainer ends")
 
 
 def test_trainers_die_with_a_host_that_is_killed(host):
-    pid = host.fork()
+    pid = host.join()
     os.kill(host.hello["pid"], signal.SIGKILL)
     wait_until(lambda: not is_alive(pid), timeout_s=1, what="the trainer ends")
     shutil.rmtree(host.folder / "host")  # what a killed host cannot take away

@@ -40,7 +40,7 @@ ONE_SECTION = [
     (OptimConfig, {"warmup_tokens": -1}, "optim.warmup_tokens=-1"),
     (OptimConfig, {"decay_tokens": 5}, "optim.schedule=wsd"),
     (CheckpointConfig, {"keep_last": 0}, "checkpoint.keep_last=0"),
-    (CheckpointConfig, {"every_steps": 0}, "checkpoint.every_steps=0"),
+    (CheckpointConfig, {"every_steps": -1}, "checkpoint.every_steps=-1"),
     (ClusterConfig, {"min_workers": 3, "max_workers": 2}, "cluster.min_workers=3"),
     (ClusterConfig, {"min_workers": 0}, "cluster.min_workers=0"),
     (ClusterConfig, {"gpus_per_worker": 8}, "Raise cluster.max_workers"),

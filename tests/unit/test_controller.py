@@ -13,10 +13,11 @@ from cluster.types import (
     Done,
     Draining,
     Expired,
-    Fork,
     Go,
     HostGone,
+    Join,
     Kill,
+    Leave,
     Park,
     Slot,
     Stepped,
@@ -49,10 +50,12 @@ class Cluster:
         self.log += actions
         for action in actions:
             match action:
-                case Fork(slot=slot, attempt=attempt):
+                case Join(slot=slot, attempt=attempt):
                     assert slot not in self.trainers, "two trainers in one slot"
                     self.trainers[slot] = attempt
                     self.tell(TrainerReady(slot=slot, attempt=attempt, store_host="h", store_port=1))
+                case Leave(slot=slot):
+                    self.end(slot, "lost")
                 case Kill(slot=slot, attempt=attempt):
                     self.end(slot, "killed")
                 case Park(slot=slot, attempt=attempt):
@@ -371,7 +374,7 @@ def test_a_world_that_still_forms_is_formed_anew_without_a_node_that_will_leave(
     for slot in (A, B):
         decide(state, Claimed(slot=slot, group=1, group_size=2), now_s=0)
     actions = decide(state, Draining(node="a", deadline_s=60.0, reason="spot"), now_s=0)
-    assert [type(a) for a in actions] == [Kill, Kill]
+    assert [type(a) for a in actions] == [Leave, Leave]
     for slot in (A, B):
         actions = decide(state, TrainerEnded(slot=slot, attempt=1, kind="killed", reason=""), now_s=0)
     assert [a.members for a in actions if isinstance(a, AttemptStarted)] == [(B,)]
@@ -527,11 +530,12 @@ def test_notices_between_failures_do_not_hide_a_crash_loop():
     assert cluster.done is not None
 
 
-def test_what_kills_did_not_reach_is_killed_again():
+def test_who_does_not_leave_is_killed_and_what_kills_did_not_reach_is_killed_again():
     state = make(A, B).state
-    assert [type(a) for a in decide(state, HostGone(node="a", reason="gone"), now_s=0)] == [Kill]
-    assert decide(state, Tick(), now_s=59) == []
-    assert decide(state, Tick(), now_s=61) == [Kill(slot=B, attempt=1)]
+    assert decide(state, HostGone(node="a", reason="gone"), now_s=0) == [Leave(slot=B, attempt=1)]
+    assert decide(state, Tick(), now_s=state.policy.leave_s) == []
+    for now_s in (3, 6):
+        assert decide(state, Tick(), now_s=now_s) == [Kill(slot=B, attempt=1)]
 
 
 # ---- what a run that is submitted again knows

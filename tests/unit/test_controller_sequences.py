@@ -18,10 +18,11 @@ from cluster.types import (
     Done,
     Draining,
     Expired,
-    Fork,
     Go,
     HostGone,
+    Join,
     Kill,
+    Leave,
     Park,
     Slot,
     Stalled,
@@ -98,7 +99,7 @@ class SlowCluster:
             case Done():
                 assert len(self.started) == len(self.ended)
                 self.done = action
-            case Fork(slot=slot, attempt=attempt):
+            case Join(slot=slot, attempt=attempt):
                 if slot.node in self.nodes:
                     assert slot not in self.trainers, "two trainers in one slot"
                     self.trainers[slot] = Trainer(attempt)
@@ -110,6 +111,9 @@ class SlowCluster:
             case Park(slot=slot):
                 if slot in self.trainers and self.trainers[slot].stage != "frozen":
                     self.trainers[slot].stage = "parking"
+            case Leave(slot=slot):
+                if slot in self.trainers and self.trainers[slot].stage != "frozen":
+                    self.end(slot, "lost")
             case Kill(slot=slot, attempt=attempt):
                 assert attempt == self.started[-1].attempt
                 self.end(slot, "killed")

@@ -1,0 +1,211 @@
+"""One trainer process' part of the memory tier: its arenas, its keeper, and what other keepers hold. Outlives worlds.
+
+Whatever goes wrong with a keeper costs a snapshot, never the run: the storage still has the last checkpoint.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from elastic.checkpoint.arena import Arena
+from elastic.checkpoint.keeper import Snapshot
+from elastic.checkpoint.keeping import Held, KeeperClient, RemoteKeeper
+from elastic.checkpoint.layout import Manifest
+from elastic.checkpoint.plan import SavePlan
+from elastic.checkpoint.snapshots import WholeSnapshot, build_record, list_blocks
+from elastic.checkpoint.sources import ShardSource
+from elastic.checkpoint.stage import HostArenas
+from elastic.checkpoint.wire import WireError
+from elastic.ports import Address
+
+logger = logging.getLogger(__name__)
+
+_LIST_TIMEOUT_S = 2.0
+"""A keeper that does not answer for so long is gone; its shards come from copies, or from the storage."""
+_READ_TIMEOUT_S = 30.0
+
+
+class Memory:
+    """Snapshots of this process, in memory that its node's keeper holds as well.
+
+    Args:
+        connection: to the keeper, from `KeeperProcess.open_connection`.
+        node: whose keeper that is.
+        secret: opens the keepers of the other nodes.
+    """
+
+    def __init__(self, connection: socket.socket, *, node: str, secret: str) -> None:
+        self.node = node
+        self._secret = secret
+        self._client = KeeperClient(connection, origin=f"{node}-{os.getpid()}-{secrets.token_hex(4)}")
+        self._arenas: HostArenas | None = None
+        self._filled: dict[int, Snapshot] = {}
+
+    def get_arenas(self, device: torch.device) -> HostArenas:
+        """Return the arenas to stage in; the same ones in every world."""
+        if self._arenas is None:
+            self._arenas = HostArenas(device, count=2, on_allocated=self._hold, on_released=self._let_go)
+        return self._arenas
+
+    def begin(self, index: int, *, epoch: int) -> None:
+        """Say that an arena is about to be filled."""
+        self._filled.pop(index, None)
+        with contextlib.suppress(WireError):  # `fill` tells
+            self._client.begin(index, epoch=epoch)
+
+    def fill(
+        self, index: int, snapshot: Snapshot, plan: SavePlan, manifest: Manifest, *, peer: Address | None
+    ) -> "Future[str]":
+        """Say that an arena is filled.
+
+        Returns:
+            Once it is checksummed, and copied to the peer: an empty string, or what went wrong.
+        """
+        self._filled[index] = snapshot
+        try:
+            return self._client.fill(
+                index,
+                snapshot,
+                num_bytes=plan.own.num_bytes,
+                chunks=list_blocks(plan.own),
+                record=build_record(plan.own_file, plan.own, manifest),
+                peer=peer,
+            )
+        except WireError as error:
+            problem: Future[str] = Future()
+            problem.set_result(str(error))
+            return problem
+
+    def find_index(self, *, epoch: int, step: int) -> int | None:
+        """Return the arena of this process that holds its shard of a state, if one does."""
+        return next((index for index, s in self._filled.items() if (s.epoch, s.step) == (epoch, step)), None)
+
+    def retire(self, *, before_epoch: int, keep_step: int | None) -> None:
+        """Have this node's keeper free what earlier attempts have left, all but one step."""
+        with contextlib.suppress(WireError):
+            self._client.retire(before_epoch=before_epoch, keep_step=keep_step)
+
+    def fetch_all(self, keepers: Mapping[str, Address]) -> list[Held]:
+        """Return what all keepers hold; one that does not answer holds nothing."""
+
+        def fetch(node: str) -> list[Held]:
+            try:
+                with self._connect(keepers[node], timeout_s=_LIST_TIMEOUT_S) as keeper:
+                    return keeper.fetch_list()
+            except OSError as error:
+                logger.warning("the memory of node %s cannot be asked: %s", node[:8], error)
+                return []
+
+        with ThreadPoolExecutor(max(1, len(keepers)), "list") as pool:
+            return [held for of_node in pool.map(fetch, keepers) for held in of_node]
+
+    @contextmanager
+    def open_sources(self, snapshot: WholeSnapshot, keepers: Mapping[str, Address]) -> Generator[Sequence[ShardSource]]:
+        """Yield where the shards can be read: this node's memory first, which is not copied, then the other nodes'."""
+        by_node: dict[str, dict[str, Held]] = {}
+        for file, places in snapshot.places.items():
+            for held in places:
+                by_node.setdefault(held.node, {}).setdefault(file, held)
+        with ExitStack() as stack:
+            sources: list[ShardSource] = []
+            if self.node in by_node:
+                sources.append(self._map(by_node.pop(self.node)))
+            for node, held in by_node.items():
+                if node in keepers:
+                    sources.append(stack.enter_context(self._read_remotely(node, held, keepers[node])))
+            yield sources
+
+    @contextmanager
+    def _connect(self, address: Address, *, timeout_s: float) -> Generator[RemoteKeeper]:
+        keeper = RemoteKeeper(address, self._secret, timeout_s=timeout_s)
+        try:
+            yield keeper
+        finally:
+            keeper.close()
+
+    def _map(self, shards: Mapping[str, Held]) -> "_MappedSource":
+        arenas: dict[str, Arena] = {}
+        for file, held in shards.items():
+            with contextlib.suppress(WireError):
+                if arena := self._client.fetch_memory(held):
+                    arenas[file] = arena
+        return _MappedSource(self.node, arenas)
+
+    @contextmanager
+    def _read_remotely(self, node: str, held: Mapping[str, Held], address: Address) -> "Generator[_RemoteSource]":
+        source = _RemoteSource(node, held, lambda: RemoteKeeper(address, self._secret, timeout_s=_READ_TIMEOUT_S))
+        try:
+            yield source
+        finally:
+            source.close()
+
+    def _hold(self, index: int, arena: Arena) -> None:
+        with contextlib.suppress(WireError):
+            self._client.hold(index, arena)
+
+    def _let_go(self, index: int) -> None:
+        self._filled.pop(index, None)
+        with contextlib.suppress(WireError):
+            self._client.release(index)
+
+
+class _MappedSource:
+    """Shards in the memory of this node, mapped into this process."""
+
+    def __init__(self, node: str, arenas: Mapping[str, Arena]) -> None:
+        self.name = f"the memory of node {node[:8]}"
+        self._arenas = arenas
+
+    def get_files(self) -> list[str]:
+        """Return the files that are here."""
+        return list(self._arenas)
+
+    def read_into(self, file: str, offset: int, out: memoryview) -> None:
+        """Copy from memory to memory."""
+        out[:] = self._arenas[file].view[offset : offset + len(out)]
+
+
+@dataclass
+class _RemoteSource:
+    """Shards in the memory of another node."""
+
+    node: str
+    held: Mapping[str, Held]
+    connect: Callable[[], RemoteKeeper]
+    _keeper: RemoteKeeper | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def name(self) -> str:
+        """Say whose memory it is."""
+        return f"the memory of node {self.node[:8]}"
+
+    def get_files(self) -> list[str]:
+        """Return the files that are there."""
+        return list(self.held)
+
+    def read_into(self, file: str, offset: int, out: memoryview) -> None:
+        """Read over the network; a node that is gone is a file that is gone."""
+        with self._lock:
+            try:
+                self._keeper = self._keeper or self.connect()
+                self._keeper.read_into(self.held[file], offset, out)
+            except OSError as error:
+                self.close()
+                raise OSError(errno.EIO, f"{self.name} does not give it ({error})") from error
+
+    def close(self) -> None:
+        """Leave."""
+        if self._keeper is not None:
+            self._keeper.close()
+            self._keeper = None

@@ -1,0 +1,170 @@
+"""Snapshots in real keepers, one per node: what is left of a state when trainers, nodes or bytes are lost."""
+
+import shutil
+
+import pytest
+import torch.distributed as dist
+
+from elastic.checkpoint.keeping import KeeperClient, RemoteKeeper, start_keeper
+from elastic.checkpoint.load import restore
+from elastic.checkpoint.memory import Memory
+from elastic.storage import open_storage
+from tests.distributed._spawn_ckpt import (
+    CONFIG,
+    CPU,
+    build,
+    get_values,
+    make_checkpointer,
+    make_progress,
+    run_ranks,
+    train,
+)
+
+SECRET = "s3cret"
+STORED, KEPT = 2, 5
+
+
+class Nodes:
+    """Three nodes, each with a keeper and one trainer; the copies of a node are on the next one."""
+
+    def __init__(self):
+        self.keepers = {f"n{rank}": start_keeper(node=f"n{rank}", ip="127.0.0.1", secret=SECRET) for rank in range(3)}
+
+    @property
+    def addresses(self):
+        return {node: ("127.0.0.1", keeper.port) for node, keeper in self.keepers.items()}
+
+    def run(self, work, num_ranks, run_dir, *args):
+        """Run a function as one trainer on each of the first nodes, with its connection to its keeper."""
+        connections = {node: keeper.open_connection() for node, keeper in self.keepers.items()}
+        try:
+            return run_ranks(work, num_ranks, run_dir, connections, self.addresses, *args)
+        finally:
+            for connection in connections.values():
+                connection.close()
+
+    def lose(self, node):
+        self.keepers.pop(node).close()
+
+    def list(self, node):
+        keeper = RemoteKeeper(self.addresses[node], SECRET, timeout_s=10)
+        try:
+            return keeper.fetch_list()
+        finally:
+            keeper.close()
+
+    def close(self):
+        for node in list(self.keepers):
+            self.lose(node)
+
+
+@pytest.fixture
+def nodes():
+    nodes = Nodes()
+    yield nodes
+    nodes.close()
+
+
+def open_memory(connections):
+    node = sorted(connections)[dist.get_rank()]
+    return Memory(connections[node], node=node, secret=SECRET)
+
+
+def save_both(run_dir, connections, addresses, strategy="fsdp2"):
+    """Commit one state to the storage, keep a later one in memory, and return the state of each."""
+    model, optimizer = build(strategy)
+    others = sorted(addresses)
+    peer = addresses[others[(dist.get_rank() + 1) % len(others)]]
+    checkpointer = make_checkpointer(run_dir, memory=open_memory(connections), peer=peer)
+    train(model, optimizer, 1, STORED, checkpointer)
+    assert checkpointer.save_now(model, optimizer, progress=make_progress(STORED), extra={"at": STORED})
+    values = {STORED: get_values(model, optimizer)}
+    train(model, optimizer, STORED + 1, KEPT, checkpointer)
+    assert checkpointer.hand_over(model, optimizer, progress=make_progress(KEPT), extra={"at": KEPT})
+    values[KEPT] = get_values(model, optimizer)
+    train(model, optimizer, KEPT + 1, KEPT + 2, checkpointer)  # what comes after is in nobody's memory
+    checkpointer.close()
+    return values
+
+
+def restore_newest(run_dir, connections, addresses, strategy="fsdp2"):
+    model, optimizer = build(strategy, model_seed=1)
+    restored = restore(
+        open_storage(run_dir),
+        model,
+        optimizer,
+        config=CONFIG,
+        device=CPU,
+        memory=open_memory(connections),
+        keepers=addresses,
+    )
+    return restored.source, restored.progress, restored.extra, get_values(model, optimizer)
+
+
+def check(results, values, *, source, step):
+    for found in results:
+        assert found == (source, make_progress(step), {"at": step}, values[step])
+
+
+def test_trainers_that_die_find_their_state_in_the_memory_of_their_nodes_without_the_storage(tmp_path, nodes):
+    values, *_ = nodes.run(save_both, 3, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    check(nodes.run(restore_newest, 3, tmp_path), values, source="memory", step=KEPT)
+
+
+@pytest.mark.parametrize(("num_ranks", "strategy"), [(2, "fsdp2"), (2, "ddp"), (1, "single")])
+def test_a_lost_node_is_made_up_for_by_its_copy_in_any_world(tmp_path, nodes, num_ranks, strategy):
+    values, *_ = nodes.run(save_both, 3, tmp_path)
+    nodes.lose("n0")
+    results = nodes.run(restore_newest, num_ranks, tmp_path, strategy)
+    check(results, values, source="peer", step=KEPT)
+
+
+def test_what_is_left_in_no_memory_comes_from_the_storage(tmp_path, nodes):
+    values, *_ = nodes.run(save_both, 3, tmp_path)
+    nodes.lose("n0")
+    nodes.lose("n1")  # which had the copy of n0
+    check(nodes.run(restore_newest, 1, tmp_path), values, source="disk", step=STORED)
+
+
+def damage(nodes, node, *, copies):
+    """Change a byte of each of a node's snapshots (or of the copies that it keeps) of the newest state."""
+    client = KeeperClient(nodes.keepers[node].open_connection(), origin="vandal")
+    for held in client.fetch_list():
+        if held.snapshot.step == KEPT and held.is_copy == copies:
+            client.fetch_memory(held).view[held.num_bytes - 1] ^= 1
+    client.close()
+
+
+def test_a_damaged_snapshot_is_read_from_its_copy_and_if_that_is_damaged_too_the_one_before_counts(tmp_path, nodes):
+    values, *_ = nodes.run(save_both, 3, tmp_path)
+    damage(nodes, "n0", copies=False)
+    check(nodes.run(restore_newest, 3, tmp_path), values, source="memory", step=KEPT)
+    damage(nodes, "n1", copies=True)
+    shutil.rmtree(tmp_path / "checkpoints")
+    check(nodes.run(restore_newest, 3, tmp_path), values, source="memory", step=STORED)
+
+
+def keep_on(run_dir, connections, addresses):
+    """Two worlds of one process: the second starts from the first one's snapshot, and keeps its own."""
+    memory = open_memory(connections)
+    model, optimizer = build("fsdp2")
+    for epoch in (1, 2):
+        if epoch == 2:
+            restored = restore(
+                open_storage(run_dir), model, optimizer, config=CONFIG, device=CPU, memory=memory, keepers=addresses
+            )
+            assert restored.progress.step == 3
+        index = memory.find_index(epoch=1, step=3)
+        checkpointer = make_checkpointer(run_dir, epoch=epoch, memory=memory, restored_index=index)
+        for step in range(3 * epoch - 2, 3 * epoch + 1):
+            train(model, optimizer, step, step, checkpointer)
+            assert checkpointer.hand_over(model, optimizer, progress=make_progress(step), extra={})
+        checkpointer.close()
+
+
+def test_a_process_that_outlives_its_world_keeps_two_snapshots_and_no_more(tmp_path, nodes):
+    nodes.run(keep_on, 3, tmp_path)
+    for node in nodes.keepers:
+        held = [(shard.snapshot.epoch, shard.snapshot.step) for shard in nodes.list(node)]
+        assert sorted(held) == [(2, 5), (2, 6)]
