@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.controller.stalls import find_culprits
-from cluster.types import AttemptEnded, AttemptStarted, Done, Kill, Slot, Stalled
+from cluster.types import AttemptEnded, AttemptStarted, Done, Kill, Leave, Slot, Stalled
 from tests.unit.test_controller import A, B, C, make
 
 SLOTS = (A, B, C)
@@ -58,13 +58,14 @@ def test_a_machine_on_which_all_are_slow_is_nobody_s_fault():
     assert find_culprits(complaints({A: "computing"}), [A]) == (A,)
 
 
-def test_a_frozen_trainer_is_killed_with_its_world_and_named():
+def test_a_frozen_trainer_is_killed_and_named_and_the_others_leave():
     cluster = make(A, B, C)
     cluster.tell(stall(B, "silent", step=7))
     (ended,) = cluster.of(AttemptEnded)
     assert (ended.change, ended.kind, ended.cause) == ("trainer_stalled", "lost", "b")
     assert ended.reason == "no progress after step 7: rank 1 is frozen (no sign of life)"
-    assert {kill.slot for kill in cluster.of(Kill)} == {A, B, C}
+    assert [kill.slot for kill in cluster.of(Kill)] == [B]
+    assert {leave.slot for leave in cluster.of(Leave)} == {A, C}
     assert cluster.worlds == [(A, B, C), (A, B, C)]
 
 
