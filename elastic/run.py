@@ -19,6 +19,7 @@ from elastic.checkpoint.keep import remove_orphans
 from elastic.checkpoint.load import restore
 from elastic.checkpoint.memory import Memory
 from elastic.checkpoint.save import Checkpointer
+from elastic.checkpoint.state import get_live_state
 from elastic.checkpoint.storage import check_space, estimate_checkpoint_bytes, explain
 from elastic.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from elastic.data.loader import Loader, eval_batches
@@ -289,5 +290,6 @@ def warm_up() -> None:
     trainable = build_trainable(config, world)
     tokens_BS = torch.zeros(1, 8, dtype=torch.int64)
     train_step(trainable, [(tokens_BS, tokens_BS)], lr=0.0, max_grad_norm=1.0, world=world)
+    get_live_state(trainable.model, trainable.optimizer)
     del trainable
     close_world(world)

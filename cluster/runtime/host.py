@@ -425,6 +425,10 @@ def _start(spec: HostSpec, folder: Path) -> Host:
     raylet_pidfd = os.pidfd_open(spec.raylet_pid)  # fails if the node is going down already
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"  # a thread pool would make forking unsafe; trainers set their own number
+    # torch asks whether there is a GPU when it builds a mesh, even of CPUs. By default that opens the driver, and no
+    # child of a process that did can use CUDA.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    os.environ["TORCH_WARM_POOL"] = "0"  # inductor's processes and threads belong to the trainer that compiles
     os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # the allocator that pyarrow brings starts one
     started_s = time.monotonic()
     from cluster.runtime import trainer  # noqa: PLC0415 (torch: after the fork, with the thread count set)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from cluster.runtime.link import Link, Message
@@ -39,7 +40,13 @@ class WorldOrders:
         self._notice: Notice | None = None
 
     def get_notice(self) -> Notice | None:
-        """Return the pending notice at once."""
+        """Return the pending notice at once.
+
+        Raises:
+            DistError: the world was given up; a rank on its own has no connection that could tell it.
+        """
+        if self.breaker.is_broken:
+            raise dist.DistError("the world was given up")
         return self._notice
 
     def take(self, message: Message) -> None:
@@ -153,8 +160,12 @@ def run(
 
 
 def _open_device(config: RunConfig) -> None:
-    """Make the CUDA context now, which takes a third of a second, and not when a world waits for it."""
+    """Make the CUDA context now, which takes a third of a second, and not when a world waits for it.
+
+    NCCL's own answer to a lost peer is to end the process. Ours is to leave the world, so it is told to stay out of it.
+    """
     if config.device != "cpu" and torch.cuda.is_available():
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         torch.zeros(1, device="cuda")
 
 

@@ -193,7 +193,8 @@ class Checkpointer:
     ) -> bool:
         """Start to save the state as it is now, unless the last save of its kind is still under way.
 
-        The state must not change before `wait_staged`.
+        One that is due while the storage still takes the last one goes to memory only. The state must not change before
+        `wait_staged`.
 
         Args:
             extra: JSON values that `restore` gives back; rank 0's count.
@@ -206,6 +207,8 @@ class Checkpointer:
         """
         assert progress.step > 0, "there is nothing to save before the first step"
         self.poll()
+        if tier == "storage" and "storage" in self._saves and self._memory:
+            tier = "memory"  # the storage is slower than the rhythm; memory is not
         if tier in self._saves:
             return False
         start_s = time.monotonic()

@@ -1,0 +1,220 @@
+"""What saving costs training: ours beside torch.distributed.checkpoint, one after the other in one process per rank.
+
+    python -m tests.bench_checkpoint                           # one GPU, 1.5 B parameters, 16.8 GiB of state
+    torchrun --nproc-per-node 3 -m tests.bench_checkpoint      # CPU, a small model
+
+Ours takes a snapshot every `EVERY` steps, the first one included, and writes to the disk as often as that takes it. The
+others save once each. Every step ends with a synchronisation of the device. Prints a line `RESULT {json}` per way.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict
+
+from elastic.checkpoint.keeping import start_keeper
+from elastic.checkpoint.layout import list_committed, read_manifest
+from elastic.checkpoint.memory import Memory
+from elastic.checkpoint.save import Checkpointer
+from elastic.config import CheckpointConfig, ModelConfig, RunConfig
+from elastic.ports import Progress, WorldSpec
+from elastic.step import build_trainable, train_step
+from elastic.storage import open_storage
+from elastic.world import close_world, get_device, open_world
+
+EVERY = 20
+GIB = 2**30
+LARGE = ModelConfig(
+    dim=2048, num_layers=16, num_heads=32, num_kv_heads=8, ffn_dim=8192, vocab_size=128256, tied_head=False
+)
+SMALL = ModelConfig(dim=256, num_layers=4, num_heads=4, num_kv_heads=4, ffn_dim=768, vocab_size=4096)
+
+
+class Bench:
+    """One rank with a model to train."""
+
+    def __init__(self, folder: Path) -> None:
+        is_gpu = torch.cuda.is_available()
+        self.folder = folder
+        self.steps = 200 if is_gpu else 100
+        self.config = RunConfig(
+            model=LARGE if is_gpu else SMALL,
+            precision="bf16" if is_gpu else "fp32",
+            compile=is_gpu,
+            checkpoint=CheckpointConfig(every_steps=EVERY, memory_every_steps=EVERY, keep_last=1),
+        )
+        rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        spec = WorldSpec(
+            rank=rank,
+            world_size=world_size,
+            local_rank=rank,
+            local_world_size=world_size,
+            attempt=1,
+            store_host=os.environ.get("MASTER_ADDR", "127.0.0.1"),
+            store_port=int(os.environ.get("MASTER_PORT", "0")),
+        )
+        self.device = get_device("auto", local_rank=rank)
+        store = dist.HashStore() if world_size == 1 else None
+        self.world = open_world(spec, device="auto", timeout_s=300, store=store)
+        self.trainable = build_trainable(self.config, self.world)
+        batch, seq_len = (4, 4096) if is_gpu else (4, 128)
+        tokens_BS = torch.randint(self.config.model.vocab_size, (batch, seq_len + 1), device=self.device)
+        self.batch = (tokens_BS[:, :-1].contiguous(), tokens_BS[:, 1:].contiguous())
+
+    def run(self, num_steps: int, *, before_update: Callable[[], None], after: Callable[[int], None]) -> list[float]:
+        """Return the seconds of each step, all that `after` does included."""
+        took_s = []
+        for step in range(1, num_steps + 1):
+            start_s = time.perf_counter()
+            train_step(
+                self.trainable,
+                [self.batch],
+                lr=1e-5,
+                max_grad_norm=1.0,
+                world=self.world,
+                before_update=before_update,
+            )
+            after(step)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            took_s.append(time.perf_counter() - start_s)
+        return took_s
+
+    def get_state(self) -> dict:
+        model, optimizer = get_state_dict(self.trainable.model, self.trainable.optimizer)
+        return {"model": model, "optimizer": optimizer}
+
+    def report(self, way: str, took_s: list[float], base_s: float | None, **more: object) -> None:
+        if self.world.rank == 0:
+            median_s, worst_s = statistics.median(took_s), max(took_s)
+            base_s = base_s or median_s
+            row = {
+                "way": way,
+                "median_ms": round(1000 * median_s, 1),
+                "worst_ms": round(1000 * worst_s, 1),
+                "median_ratio": round(median_s / base_s, 3),
+                "worst_ratio": round(worst_s / base_s, 3),
+                **more,
+            }
+            print("RESULT", json.dumps(row), flush=True)
+
+
+def nothing(*_: object) -> None:
+    """Do nothing."""
+
+
+def bench_ours(bench: Bench, base_s: float) -> None:
+    """Save to memory every few steps, and to the disk as often as that takes it."""
+    storage = open_storage(str(bench.folder / "ours"))
+    keeper = start_keeper(node="bench", ip="127.0.0.1", secret="bench")
+    memory = Memory(keeper.open_connection(), node="bench", secret="bench")
+    durable, kept = [], []
+    model, optimizer = bench.trainable.model, bench.trainable.optimizer
+    checkpointer = Checkpointer(
+        storage,
+        bench.config,
+        device=bench.device,
+        epoch=1,
+        memory=memory,
+        on_committed=lambda progress: durable.append(progress.step),
+        on_kept=lambda progress: kept.append(progress.step),
+    )
+
+    def after(step: int) -> None:
+        due = checkpointer.get_due(step)
+        if due:
+            checkpointer.start_save(model, optimizer, progress=Progress(step=step), extra={}, tier=due)
+        else:
+            checkpointer.poll()
+
+    took_s = bench.run(bench.steps, before_update=checkpointer.wait_staged, after=after)
+    checkpointer.finish("memory")
+    checkpointer.finish()
+    manifest = read_manifest(storage, list_committed(storage)[-1])
+    held_bytes = memory._client.fetch_held_bytes()
+    bench.report(
+        "solvent",
+        took_s,
+        base_s,
+        snapshots=len(kept),
+        durable_saves=len(durable),
+        seconds_to_durable=round(checkpointer.get_usual_s("storage") or 0, 2),
+        seconds_to_memory=round(checkpointer.get_usual_s("memory") or 0, 2),
+        state_gib=round(sum(file.size_bytes for file in manifest.files.values()) / GIB, 3),
+        snapshot_memory_gib=round(held_bytes / GIB, 3),
+        five_worst_ms=[round(1000 * s, 1) for s in sorted(took_s)[-5:]],
+    )
+    checkpointer.close()
+    keeper.close()
+    shutil.rmtree(bench.folder / "ours", ignore_errors=True)
+
+
+def bench_dcp(bench: Bench, base_s: float, way: str) -> None:
+    """Save once with torch's own checkpoint."""
+    futures: list = []
+    group = dist.new_group(backend="gloo")
+
+    def after(step: int) -> None:
+        if step != 2:
+            return
+        path = bench.folder / way
+        if way == "dcp.save":
+            dcp.save(bench.get_state(), checkpoint_id=path)
+        elif way == "dcp.async_save":
+            futures.append(dcp.async_save(bench.get_state(), checkpoint_id=path, process_group=group))
+        else:
+            from torch.distributed.checkpoint.staging import DefaultStager
+
+            futures.append(
+                dcp.async_save(bench.get_state(), checkpoint_id=path, process_group=group, async_stager=DefaultStager())
+            )
+
+    def before_update() -> None:
+        if futures and hasattr(futures[-1], "staging_completion"):
+            futures[-1].staging_completion.result()
+
+    start_s = time.perf_counter()
+    took_s = bench.run(8, before_update=before_update, after=after)
+    for future in futures:
+        getattr(future, "upload_completion", future).result()
+    bench.report(way, took_s, base_s, seconds_to_durable=round(time.perf_counter() - start_s, 2))
+    if bench.world.rank == 0:
+        shutil.rmtree(bench.folder / way, ignore_errors=True)
+    if bench.world.world_size > 1:
+        dist.barrier()
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=Path, help="on the disk to measure")
+    args = parser.parse_args()
+    shared = args.folder or Path(os.environ.get("BENCH_FOLDER", tempfile.gettempdir()))
+    folder = shared / f"bench-{os.environ.get('TORCHELASTIC_RUN_ID', os.getpid())}"
+    torch.manual_seed(int(os.environ.get("RANK", "0")))
+    bench = Bench(folder)
+    bench.run(10, before_update=nothing, after=nothing)
+    base = bench.run(40, before_update=nothing, after=nothing)
+    base_s = statistics.median(base)
+    bench.report("no saves", base, None)
+    bench_ours(bench, base_s)
+    for way in ("dcp.save", "dcp.async_save", "dcp.async_save with its stager"):
+        try:
+            bench_dcp(bench, base_s, way)
+        except Exception as error:
+            print("RESULT", json.dumps({"way": way, "failed": repr(error)[:200]}), flush=True)
+    close_world(bench.world)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""How soon a trainer trains again on one GPU: in place, forked from its warm host, and as a new process.
+
+    python -m tests.gpu.bench_restart
+
+A real host with a real keeper and a real trainer; this script plays the coordinator. NCCL, world size 1, 1.5 B
+parameters, compiled block by block. Prints lines `RESULT {json}`. Needs neither Ray nor W&B; on a CPU it tries a tiny
+model.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from cluster.runtime.link import Link
+from elastic.config import CheckpointConfig, DataConfig, FaultConfig, ModelConfig, RunConfig, TrainConfig, WandbConfig
+from elastic.data.prepare import prepare
+
+ROOT = Path(__file__).parents[2]
+IS_GPU = torch.cuda.is_available()
+MODEL = (
+    ModelConfig(dim=2048, num_layers=16, num_heads=32, num_kv_heads=8, ffn_dim=8192, vocab_size=128256, tied_head=False)
+    if IS_GPU
+    else ModelConfig(dim=64, num_layers=2, num_heads=4, num_kv_heads=4, ffn_dim=128, vocab_size=512)
+)
+COLD = """
+import json, sys
+from pathlib import Path
+import torch.distributed as dist
+from elastic.config import from_dict
+from elastic.ports import WorldSpec
+from elastic.run import train
+class Watch:
+    def get_notice(self): return None
+    def __getattr__(self, name): return lambda *_: None
+    def stepped(self, progress, row): print("stepped", progress.step, flush=True)
+spec = WorldSpec(rank=0, world_size=1, local_rank=0, local_world_size=1, attempt=900, store_host="", store_port=0)
+train(from_dict(json.load(sys.stdin)), spec, notices=Watch(), observer=Watch(), open_sinks=list, store=dist.HashStore())
+"""
+
+
+def report(**row: object) -> None:
+    print("RESULT", json.dumps(row), flush=True)
+
+
+class Coordinator:
+    """This script's end of the link to a host with one slot per GPU."""
+
+    def __init__(self, folder: Path, config: RunConfig, *, slots: list[str]) -> None:
+        self.folder = folder
+        self.messages: list[dict] = []
+        self.pids: dict[str, int] = {}
+        self.attempt = 0
+        self.raylet = subprocess.Popen(["sleep", "3600"])
+        listener = socket.create_server(("127.0.0.1", 0))
+        spec = {
+            "node": "n" * 56,
+            "node_ip": "127.0.0.1",
+            "folder": str(folder / "host"),
+            "raylet_pid": self.raylet.pid,
+            "coordinator_host": "127.0.0.1",
+            "coordinator_port": listener.getsockname()[1],
+            "secret": "s3cret",
+            "lease_s": 600.0,
+            "config": asdict(config),
+        }
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+        command = [sys.executable, "-m", "cluster.runtime.host"]
+        subprocess.run(command, input=json.dumps(spec).encode(), env=env, cwd=ROOT, check=True)
+        listener.settimeout(120)
+        self.link = Link(listener.accept()[0])
+        self.keeper = self.expect("host")["keeper"]
+        self.agents = []
+        for slot in slots:
+            agent = socket.socket(socket.AF_UNIX)
+            while agent.connect_ex(str(folder / "host" / "socket")):
+                time.sleep(0.01)
+            self.agents.append(Link(agent))
+            devices = {"CUDA_VISIBLE_DEVICES": slot.removeprefix("gpu")} if IS_GPU else {}
+            self.agents[-1].send("claim", group=1, group_size=1, pid=1, slot=slot, env=devices)
+            self.expect("claimed")
+
+    def expect(self, kind: str, *, timeout_s: float = 100, **fields: object) -> dict:
+        """Return the next message of a kind; what a trainer says counts as a message of its own, with its slot."""
+        deadline_s = time.monotonic() + timeout_s
+        wanted = {"kind": kind, **fields}
+        while time.monotonic() < deadline_s:
+            for message in self.messages:
+                if message.items() >= wanted.items():
+                    self.messages.remove(message)
+                    return message
+            for message in self.link.receive(0.1) or []:
+                inner = message.get("message", message)
+                self.messages.append({**inner, "slot": message.get("slot"), "attempt": message.get("attempt")})
+        log = "".join(path.read_text()[-1500:] for path in (self.folder / "host").glob("*.log"))
+        raise TimeoutError(f"no {wanted}; the logs end: {log}")
+
+    def tell(self, kind: str, slots: list[str], **fields: object) -> None:
+        for slot in slots:
+            self.link.send(kind, slot=slot, attempt=self.attempt, **fields)
+
+    def end(self, how: str, slots: list[str]) -> float:
+        """Have the world left (or parked, or a trainer killed); return when that was asked for."""
+        start_s = time.monotonic()
+        if how == "kill":
+            os.kill(self.pids[slots[-1]], signal.SIGKILL)
+            self.expect("ended", slot=slots[-1], attempt=self.attempt)
+            self.tell("leave", slots[:-1])
+            slots = slots[:-1]
+        elif how == "park":
+            self.tell("park", slots, reason="a change", deadline_s=None, keep_in="memory")
+        else:
+            self.tell("leave", slots)
+        for slot in slots:
+            self.expect("ended", slot=slot, attempt=self.attempt)
+        return start_s
+
+    def measure(self, way: str, slots: list[str], start_s: float, last_step: int = 0) -> int:
+        """Form a world; report the seconds from `start_s` to its first step; return the last step seen."""
+        left_s = time.monotonic()
+        self.messages.clear()
+        self.attempt += 1
+        self.tell("join", slots)
+        ready = {slot: self.expect("ready", slot=slot) for slot in slots}
+        new = [slot for slot in slots if self.pids.get(slot) not in (None, ready[slot]["pid"])]
+        self.pids |= {slot: message["pid"] for slot, message in ready.items()}
+        ready_s = time.monotonic()
+        store = {"store_host": ready[slots[0]]["store_host"], "store_port": ready[slots[0]]["store_port"]}
+        memory = {"keepers": {"n" * 56: self.keeper}, "peer": None, "mean_s_between_losses": 600.0}
+        for rank, slot in enumerate(slots):
+            place = {"rank": rank, "world_size": len(slots), "local_rank": rank, "local_world_size": len(slots)}
+            self.tell("go", [slot], **place, **store, **memory)
+        restored = self.expect("restored", slot=slots[0])
+        restored_s = time.monotonic()
+        first = self.expect("stepped", slot=slots[0])
+        first_s = time.monotonic()
+        step = first["progress"]["step"]
+        self.expect("kept", slot=slots[0])
+        usual = [self.expect("stepped", slot=slots[0]) for _ in range(5)][-1]
+        report(
+            way=way,
+            ranks=len(slots),
+            seconds_to_first_step=round(first_s - start_s, 2),
+            leave=round(left_s - start_s, 2),
+            ready=round(ready_s - left_s, 2),
+            load=round(restored_s - ready_s, 2),
+            first_step=round(first_s - restored_s, 2),
+            resumed_from=restored["source"],
+            steps_redone=max(0, last_step - step + 1) if last_step else None,
+            step=step,
+            usual_step_s=round(usual["row"]["step_s"], 3),
+            new_processes=len(new),
+        )
+        return usual["progress"]["step"]
+
+
+def change(coordinator: Coordinator, way: str, how: str, before: list[str], after: list[str]) -> None:
+    """Let one change happen; what goes wrong is told, and the next one is tried all the same."""
+    try:
+        start_s = coordinator.end(how, before)
+        steps = [
+            m["progress"]["step"] for m in coordinator.messages if m["kind"] == "stepped" and m["slot"] == before[0]
+        ]
+        coordinator.measure(way, after, start_s, max(steps, default=0))
+    except TimeoutError as error:
+        report(way=way, failed=str(error)[-1800:])
+        for slot in {*before, *after}:
+            coordinator.link.send("kill", slot=slot, attempt=coordinator.attempt)
+        time.sleep(1)
+
+
+def main() -> None:
+    """Measure and print."""
+    folder = Path(tempfile.mkdtemp(prefix="r-"))
+    lines = [json.dumps({"text": f"In the beginning was the word {n}. " * 8}) for n in range(20_000 if IS_GPU else 500)]
+    (folder / "a.jsonl").write_text("\n".join(lines))
+    prepare([folder / "a.jsonl"], folder / "data", vocab_size=300, val_fraction=0.05)
+    config = RunConfig(
+        run="r",
+        storage=str(folder / "runs"),
+        model=MODEL,
+        precision="bf16" if IS_GPU else "fp32",
+        compile=IS_GPU,
+        data=DataConfig(path=str(folder / "data"), seq_len=4096 if IS_GPU else 64),
+        train=TrainConfig(steps=100_000, global_batch=4, micro_batch=2, eval_samples=4),
+        checkpoint=CheckpointConfig(every_steps=100_000, memory_every_steps=10),
+        fault=FaultConfig(collective_timeout_s=120),
+        wandb=WandbConfig(mode="disabled"),
+    )
+    slots = [f"gpu{index}" for index in range(torch.cuda.device_count() if IS_GPU else 2)]
+    start_s = time.monotonic()
+    coordinator = Coordinator(folder, config, slots=slots)
+    report(way="host and trainers warm", seconds=round(time.monotonic() - start_s, 2))
+    try:
+        coordinator.measure("first world, nothing compiled yet", slots, time.monotonic())
+        if len(slots) > 1:
+            one = slots[:1]
+            for _ in range(2):
+                change(coordinator, "told to leave, same world", "leave", slots, slots)
+                change(coordinator, "one trainer killed -9", "kill", slots, slots)
+                change(coordinator, "parked, shrink", "park", slots, one)
+                change(coordinator, "parked, grow", "park", one, slots)
+            change(coordinator, "parked, shrink", "park", slots, one)
+            slots = one
+        for _ in range(2):
+            change(coordinator, "told to leave, same world", "leave", slots, slots)
+            change(coordinator, "the trainer killed -9", "kill", slots, slots)
+        coordinator.link.send("end", reason="measured")
+        while coordinator.link.receive() is not None:
+            pass
+        start_s = time.monotonic()
+        cold = subprocess.Popen([sys.executable, "-c", COLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        cold.stdin.write(json.dumps(asdict(config)))
+        cold.stdin.close()
+        for line in cold.stdout:
+            if line.startswith("stepped"):
+                break
+        report(
+            way="new process from scratch, compiled code cached",
+            seconds_to_first_step=round(time.monotonic() - start_s, 2),
+        )
+        cold.kill()
+        cold.wait()
+    finally:
+        coordinator.raylet.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
