@@ -46,6 +46,7 @@ SETTINGS = {
     "precision": "bf16",
     "recompute": "full",
     "checkpoint.every_steps": 10,
+    "cluster.max_workers": NUM_NODES + 1,
 }
 
 

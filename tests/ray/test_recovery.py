@@ -99,7 +99,7 @@ def test_attempts_tell_every_world_and_what_its_change_cost(recovered):
     assert [row["attempt"] for row in attempts] == [1, 2, 3, 4, 5]
     assert [row["world_size"] for row in attempts] == WORLD_SIZES
     assert [row["end"] for row in attempts] == ["interrupted", "lost", "lost", "interrupted", "finished"]
-    assert [row["resumed_from"] for row in attempts] == ["scratch", "disk", "disk", "disk", "disk"]
+    assert [row["resumed_from"] for row in attempts] == ["scratch", "memory", "memory", "peer", "memory"]
     assert all(len(row["nodes"]) == row["world_size"] for row in attempts)
     assert attempts[0]["reason"].startswith("plain: notice file ")
     assert drained not in attempts[1]["nodes"]
