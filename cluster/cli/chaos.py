@@ -1,7 +1,8 @@
 """Train on a local Ray cluster while faults strike, and show that nothing is lost or repeated.
 
 Faults come from a file (--faults), or from a recorded fleet of spot nodes (--trace), replayed faster; the run then ends
-with the trace. It ends with 0 only if the run finished and every applied step had exactly its samples.
+with the trace. It ends with 0 only if the run finished, every fault struck, and every applied step had exactly its
+samples.
 """
 
 import argparse
@@ -10,12 +11,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
-from cluster.cli._runs import add_json, print_json
+from cluster.cli._runs import add_json, print_json, text_on_stderr
 from cluster.cli.train import check_before_paying, get_run_dir
 from elastic.config import RunConfig
 from elastic.errors import ConfigError, StorageError
@@ -24,7 +25,7 @@ from elastic.rundir import read_rows
 if TYPE_CHECKING:
     from cluster.chaos.driver_process import DriverProcess
     from cluster.chaos.faults import Fault
-    from cluster.chaos.injector import Injector, Struck
+    from cluster.chaos.injector import Injector
     from cluster.runtime.local_cluster import LocalCluster
 
 _LOOK_EVERY_S = 0.05
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check everything, let it happen, and tell what it came to."""
     from cluster.chaos.faults import load_faults
+    from cluster.chaos.result import build_result
     from cluster.chaos.trace import load_trace, plan_trace
     from cluster.runtime.driver import with_absolute_paths
     from elastic.config_load import load
@@ -83,14 +85,16 @@ def run(args: argparse.Namespace) -> int:
     _check_new(config)
     out = sys.stderr if args.json else sys.stdout
     arguments = [args.config, *overrides, f"storage={config.storage}", f"data.path={config.data.path}"]
-    exit_code, injector = _train(config, faults, arguments=arguments, num_nodes=num_nodes, end_s=end_s, out=out)
-    result = _judge(config, injector.struck, missed=[str(fault) for fault in injector.missed], exit_code=exit_code)
+    with text_on_stderr() if args.json else nullcontext():
+        exit_code, injector = _train(config, faults, arguments=arguments, num_nodes=num_nodes, end_s=end_s, out=out)
+    result = build_result(config, injector.struck, missed=injector.missed, exit_code=exit_code)
     if args.json:
         print_json(result)
     else:
         _print_result(result)
-    is_exact = not result["samples_lost"] and not result["samples_repeated"]
-    return exit_code if is_exact else 1
+    if result["samples_lost"] or result["samples_repeated"]:
+        return 1
+    return exit_code or (1 if injector.missed else 0)
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
@@ -208,9 +212,9 @@ def _follow(
 
 
 def _is_saving(config: RunConfig) -> bool:
-    """Tell whether a checkpoint has begun to appear and is not committed."""
-    folder = get_run_dir(config).checkpoints
-    return any(not (step / "COMMITTED").exists() for step in folder.glob("step-*"))
+    """Tell whether a checkpoint has begun to appear and is not committed; an older one may be about to be removed."""
+    newest = max(get_run_dir(config).checkpoints.glob("step-*"), default=None)
+    return newest is not None and not (newest / "COMMITTED").exists()
 
 
 def _spoil_storage(control: Path, fault: "Fault", until_s: float) -> None:
@@ -222,55 +226,6 @@ def _spoil_storage(control: Path, fault: "Fault", until_s: float) -> None:
 
 
 # ---- what it came to
-
-
-def _judge(config: RunConfig, struck: Sequence["Struck"], *, missed: list[str], exit_code: int) -> dict[str, Any]:
-    """Return the result that --json prints (CONTRACT names the first seven)."""
-    from cluster.chaos.verdict import count_samples, measure_goodput
-    from elastic.attempts import final_rows
-    from elastic.data.order import sample_ids
-    from elastic.data.shards import open_dataset
-
-    run_dir = get_run_dir(config)
-    metrics = list(read_rows(run_dir.metrics))
-    rows = final_rows(metrics)
-    attempts = list(read_rows(run_dir.attempts))
-    num_samples = open_dataset(config.data.path).num_samples("train", config.data.seq_len)
-
-    def expect(step: int) -> list[int]:
-        train = config.train
-        ids = sample_ids(seed=train.seed, step=step - 1, global_batch=train.global_batch, num_samples=num_samples)
-        return ids.tolist()
-
-    samples = count_samples(metrics, _read_samples(config, attempts), expect)
-    goodput = measure_goodput(metrics, attempts, save_every_steps=config.checkpoint.every_steps)
-    return {
-        "run": str(run_dir.root),
-        "finished": exit_code == 0,
-        "final_step": rows[-1]["step"] if rows else 0,
-        "final_loss": rows[-1]["loss"] if rows else None,
-        "samples_lost": samples.lost,
-        "samples_repeated": samples.repeated,
-        "incidents": list(read_rows(run_dir.incidents)),
-        "exit_code": exit_code,
-        "faults": [asdict(fault) for fault in struck],
-        "faults_missed": missed,
-        "worlds": [row["world_size"] for row in attempts],
-        "goodput": asdict(goodput) if goodput else None,
-    }
-
-
-def _read_samples(config: RunConfig, attempts: Sequence[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
-    """Return, by attempt, what its ranks say they consumed."""
-    run_dir = get_run_dir(config)
-    return {
-        row["attempt"]: [
-            samples
-            for rank in range(row["world_size"])
-            for samples in read_rows(run_dir.samples(attempt=row["attempt"], rank=rank))
-        ]
-        for row in attempts
-    }
 
 
 def _print_result(result: dict[str, Any]) -> None:
@@ -301,8 +256,9 @@ def _print_result(result: dict[str, Any]) -> None:
         *[("missed", fault) for fault in result["faults_missed"]],
     ]
     if goodput := result["goodput"]:
-        text = f"{goodput['measured']:.1%} of the time made lasting progress; Young's formula says"
-        lines.append(("goodput", f"{text} {goodput['predicted']:.1%}"))
+        paid, time = goodput["paid"], f"{goodput['measured']:.1%} of the time made progress that lasts"
+        text = f"{time}, where Young's formula says {goodput['predicted']:.1%}; {_show(paid, '.1%')} of the paid time"
+        lines.append(("goodput", text))
     for name, text in lines:
         console.print(f"{name:10} {text}", soft_wrap=True, highlight=False)
 

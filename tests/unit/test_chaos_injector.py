@@ -91,7 +91,7 @@ def test_a_killed_trainer_is_dead_and_told(cluster, trainer):
     injector.watch(make_scene(trainer.pid))
     assert trainer.wait(5) == -9
     assert said == ["fault: kill -9 of the trainer of rank 0 on node a"]
-    assert [(struck.fault, struck.step) for struck in injector.struck] == [("kill random at_step=5", 5)]
+    assert [(s.fault, s.step, s.phase) for s in injector.struck] == [("kill random at_step=5", 5, "training")]
 
 
 def test_a_process_that_is_no_trainer_any_more_is_spared_and_the_fault_waits(cluster):
@@ -167,3 +167,12 @@ def test_storage_is_spoilt_for_its_time(cluster):
     injector.watch(make_scene(0))
     assert spoilt == [(fault, pytest.approx(time.time() + 3, abs=1))]
     assert said == ["fault: storage is full for 3 s"]
+
+
+def test_what_was_struck_in_a_save_is_told_so(cluster):
+    fault = Fault(fault="add", at_step=5, phase="saving")
+    injector, _ = build(cluster, fault)
+    injector.watch(make_scene(0))
+    assert injector.missed == [fault]
+    injector.watch(make_scene(0), is_saving=True)
+    assert [struck.phase for struck in injector.struck] == ["saving"]
