@@ -112,6 +112,11 @@ class Injector:
         return self._schedule.waiting
 
     @property
+    def is_done(self) -> bool:
+        """Whether every fault has struck and run its course."""
+        return not self.missed and not self._later
+
+    @property
     def brings_nodes(self) -> bool:
         """Whether a node is still to come."""
         return any(fault.fault == "add" for fault in self.missed)

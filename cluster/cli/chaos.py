@@ -1,8 +1,8 @@
 """Train on a local Ray cluster while faults strike, and show that nothing is lost or repeated.
 
 Faults come from a file (--faults), or from a recorded fleet of spot nodes (--trace), replayed faster; the run then ends
-with the trace. It ends with 0 only if the run finished, every fault struck, and every applied step had exactly its
-samples.
+with the trace, resumable. It ends with 0 only if the run finished, every fault struck, and every applied step had
+exactly its samples.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, cast
@@ -43,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--notice-s", metavar="S", type=float, default=0.0, help="warning before each loss of the trace (%(default)g)"
+    )
+    parser.add_argument(
+        "--steps-after", metavar="N", type=int, help="end N steps after the last fault, resumable (train to the end)"
     )
     parser.add_argument("--nodes", metavar="N", type=int, help="nodes at the start, of one worker each (max_workers)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="draws random targets (%(default)s)")
@@ -86,7 +90,14 @@ def run(args: argparse.Namespace) -> int:
     out = sys.stderr if args.json else sys.stdout
     arguments = [args.config, *overrides, f"storage={config.storage}", f"data.path={config.data.path}"]
     with text_on_stderr() if args.json else nullcontext():
-        exit_code, injector = _train(config, faults, arguments=arguments, num_nodes=num_nodes, end_s=end_s, out=out)
+        exit_code, injector = _train(
+            config,
+            faults,
+            arguments=arguments,
+            num_nodes=num_nodes,
+            end=_End(end_s=end_s, steps_after=args.steps_after),
+            out=out,
+        )
     result = build_result(config, injector.struck, missed=injector.missed, exit_code=exit_code)
     if args.json:
         print_json(result)
@@ -107,6 +118,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise ConfigError("neither --faults nor --trace is given, so nothing would go wrong. Give a file of faults.")
     if args.nodes is not None and args.nodes < 1:
         raise ConfigError(f"--nodes {args.nodes} leaves nobody to train. Give 1 or more.")
+    if args.steps_after is not None and args.steps_after < 1:
+        raise ConfigError(f"--steps-after {args.steps_after} ends the run before the last fault shows. Give 1 or more.")
     if not 0 < args.time_scale < float("inf"):
         raise ConfigError(f"--time-scale {args.time_scale} must be above 0: it divides the trace's seconds. Try 60.")
     if not 0 <= args.notice_s < float("inf"):
@@ -130,13 +143,33 @@ def _check_new(config: RunConfig) -> None:
 # ---- while it runs
 
 
+@dataclass(frozen=True, kw_only=True)
+class _End:
+    """When a run is interrupted though its last step is not done."""
+
+    end_s: float
+    """Seconds after the first step."""
+    steps_after: int | None
+    """So many steps after the last fault."""
+
+    def get_reason(self, injector: "Injector", *, step: int, too_few: bool) -> str:
+        """Return why the run ends now; empty if it goes on."""
+        if too_few and not injector.brings_nodes:
+            return "no fault brings the nodes that training needs"
+        if injector.elapsed_s > self.end_s:
+            return "the trace is over"
+        if self.steps_after is None or not injector.is_done or step < injector.struck[-1].step + self.steps_after:
+            return ""
+        return f"{self.steps_after} steps after the last fault"
+
+
 def _train(
     config: RunConfig,
     faults: Sequence["Fault"],
     *,
     arguments: Sequence[str],
     num_nodes: int,
-    end_s: float,
+    end: _End,
     out: IO[str],
 ) -> tuple[int, "Injector"]:
     """Train on a cluster of our own while faults strike; return the driver's exit code and what was done to it."""
@@ -169,7 +202,7 @@ def _train(
                 say=say,
             )
             try:
-                exit_code = _follow(config, driver, injector, cluster, end_s=end_s, say=say)
+                exit_code = _follow(config, driver, injector, cluster, end=end, say=say)
             finally:
                 injector.close()
                 driver.kill()
@@ -184,7 +217,7 @@ def _follow(
     injector: "Injector",
     cluster: "LocalCluster",
     *,
-    end_s: float,
+    end: _End,
     say: Callable[[str], None],
 ) -> int:
     """Watch the run and let faults strike until its driver ends; return the driver's exit code."""
@@ -197,9 +230,10 @@ def _follow(
                 injector.watch(scene, is_saving=_is_saving(config))
             else:
                 injector.act_due()
-            too_few = len(cluster.nodes) < config.cluster.min_workers and not injector.brings_nodes
-            if not is_stopping and (too_few or injector.elapsed_s > end_s):
-                say("no fault brings the nodes that training needs" if too_few else "the trace is over")
+            too_few = len(cluster.nodes) < config.cluster.min_workers
+            reason = end.get_reason(injector, step=scene.step if scene else 0, too_few=too_few)
+            if reason and not is_stopping:
+                say(f"the run ends: {reason}")
                 is_stopping = True
                 driver.interrupt()
             time.sleep(_LOOK_CLOSELY_EVERY_S if scene and injector.is_near(scene) else _LOOK_EVERY_S)

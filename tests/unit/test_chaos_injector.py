@@ -131,10 +131,12 @@ def test_a_drained_node_is_told_its_deadline_and_gone_at_it(cluster):
     injector.watch(make_scene(0))
     assert told == [("a", pytest.approx(0.05, abs=0.03))]
     assert cluster.removed == []
+    assert not injector.is_done
     time.sleep(0.06)
     injector.act_due()
     injector.act_due()
     assert cluster.removed == ["a"]
+    assert injector.is_done
 
 
 def test_a_node_whose_end_is_announced_is_not_hit_again(cluster):

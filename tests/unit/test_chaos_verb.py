@@ -12,6 +12,7 @@ from elastic.rundir import RunDir
     [
         ([], "neither --faults nor --trace is given"),
         (["--trace", "t.csv", "--nodes", "0"], "--nodes 0 leaves nobody to train"),
+        (["--trace", "t.csv", "--steps-after", "0"], "--steps-after 0 ends the run before the last fault shows"),
         (["--trace", "t.csv", "--time-scale", "0"], "--time-scale 0.0 must be above 0"),
         (["--trace", "t.csv", "--notice-s", "-1"], "--notice-s -1.0 must be 0 or more seconds"),
     ],
