@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cluster.chaos.injector import Injector
     from cluster.runtime.local_cluster import LocalCluster
 
+_ENDS = {0: "yes", 3: "no: interrupted, resumable"}
 _LOOK_EVERY_S = 0.05
 _LOOK_CLOSELY_EVERY_S = 0.005
 """While the next fault waits for a save or a start, which may take some tens of milliseconds."""
@@ -282,7 +283,7 @@ def _print_result(result: dict[str, Any]) -> None:
     console.print(table)
     lines = [
         ("run", result["run"]),
-        ("finished", "yes" if result["finished"] else f"no, exit code {result['exit_code']}"),
+        ("finished", _ENDS.get(result["exit_code"], f"no, exit code {result['exit_code']}")),
         ("last step", f"{result['final_step']}, loss {_show(result['final_loss'], '.4f')}"),
         ("samples", f"{result['samples_lost']} lost, {result['samples_repeated']} repeated"),
         ("worlds", " -> ".join(map(str, result["worlds"]))),

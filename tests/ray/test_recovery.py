@@ -15,6 +15,7 @@ import pytest
 from cluster.ledger import check_tiling, read_ledger
 from elastic.attempts import final_rows
 from elastic.rundir import RunDir, parse_utc, read_rows
+from tests.ray._exact import read_samples
 from tests.ray._nodes import get_env
 from tests.ray._runs import Run
 from tests.ray._traces import find_trainers
@@ -70,18 +71,6 @@ def rows_of(run_dir: RunDir) -> list[dict]:
     return final_rows(read_rows(run_dir.metrics))
 
 
-def samples_of(run_dir: RunDir) -> dict[int, list[int]]:
-    """The samples of each step, as the attempt whose row counts consumed them."""
-    attempts = {row["step"]: row["attempt"] for row in rows_of(run_dir)}
-    samples = {step: [] for step in attempts}
-    for path in run_dir.root.glob("samples-*.jsonl"):
-        attempt = int(path.stem.split("-")[1])
-        for row in read_rows(path):
-            if attempts[row["step"]] == attempt:
-                samples[row["step"]] += row["ids"]
-    return {step: sorted(ids) for step, ids in samples.items()}
-
-
 def test_every_step_has_the_loss_of_an_unbroken_run(recovered, unbroken):
     losses = [row["loss"] for row in rows_of(recovered[0])]
     assert len(losses) == STEPS
@@ -90,7 +79,7 @@ def test_every_step_has_the_loss_of_an_unbroken_run(recovered, unbroken):
 
 
 def test_every_step_consumes_the_samples_of_an_unbroken_run_once(recovered, unbroken):
-    assert samples_of(recovered[0]) == samples_of(unbroken)
+    assert read_samples(recovered[0]) == read_samples(unbroken)
 
 
 def test_attempts_tell_every_world_and_what_its_change_cost(recovered):
