@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from cluster.cli._runs import add_json, print_json, text_on_stderr
 from cluster.cli.train import check_before_paying, get_run_dir
@@ -256,7 +256,7 @@ def _spoil_storage(control: Path, fault: "Fault", until_s: float) -> None:
     """Tell every process of the run, through the control file they look at."""
     from elastic.storage import faults
 
-    kind = cast(Literal["slow", "full", "flaky"], fault.fault.removeprefix("storage_"))
+    kind = cast(faults.Kind, fault.fault.removeprefix("storage_"))
     faults.write_fault(control, faults.Fault(kind=kind, rate=fault.rate, until_s=until_s, seed=fault.seed))
 
 

@@ -23,9 +23,9 @@ SHORT: Mapping[str, Row] = {
     "drain": {"notice_s": 4},
     "term": {"grace_s": 4},
     "freeze": {"for_s": 8},  # longer than it takes to be replaced: it comes back late
-    "storage_slow": {"for_s": 3, "rate": 1},
-    "storage_full": {"for_s": 3},
-    "storage_flaky": {"for_s": 4, "rate": 0.2},
+    "storage_slow": {"for_s": 5, "rate": 1},
+    "storage_full": {"for_s": 5},  # long enough for a save to fail
+    "storage_flaky": {"for_s": 5, "rate": 0.2},
 }
 KINDS = (
     *("kill", "agent_kill", "freeze", "remove", "add", "drain", "driver_kill", "add"),
