@@ -15,10 +15,11 @@ LIMITS: Mapping[str, object] = {
     "fault.silent_s": 5,
     "fault.hang_data_s": 5,
     "fault.lease_s": 180,  # Ray needs more than the usual minute to form its group again where all cores are taken
+    "checkpoint.max_failed_saves": 100,
     "fault.max_node_failures": 100,
     "fault.max_failures_without_progress": 100,
 }
-"""What is frozen is found within seconds; nobody is left out for being unlucky."""
+"""What is frozen is found within seconds; nobody is left out, and nothing given up, for being unlucky."""
 SHORT: Mapping[str, Row] = {
     "drain": {"notice_s": 4},
     "term": {"grace_s": 4},
