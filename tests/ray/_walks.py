@@ -33,6 +33,8 @@ KINDS = (
     *("term", "storage_slow", "add", "storage_full", "storage_flaky"),
 )
 """Each kind of fault, in an order in which the world neither dies out nor grows beyond its first size."""
+STEPS_APART, STEPS_OF_A_JOIN = 40, 150
+"""Each fault of a phase has shown its effect, some saves included, before the next strikes."""
 LOSSES = ("remove", "drain", "term")
 BLOWS = ("kill", "agent_kill", "freeze", "driver_kill", "storage_slow", "storage_full", "storage_flaky")
 """They leave the world as large as it was."""
@@ -62,9 +64,10 @@ class _Fleet:
 
 def plan_phase(phase: str, *, num_nodes: int = 3) -> tuple[list[Row], list[int]]:
     """Return every kind of fault in one phase, and the sizes of the world that begins with so many workers."""
-    fleet, rows = _Fleet(num_nodes), list[Row]()
+    fleet, rows, at_step = _Fleet(num_nodes), list[Row](), 0
     for number, kind in enumerate((*KINDS, "freeze")):
-        at_step, first = 10 * (number + 1), f"node{fleet.alive[0]}"
+        at_step += STEPS_APART
+        first = f"node{fleet.alive[0]}"
         fault: Row = {"at_step": at_step, "fault": kind, **SHORT.get(kind, {}), "phase": phase}
         if kind in (*LOSSES, "agent_kill", "freeze"):
             fault["target"] = f"node{fleet.alive[-1]}"
@@ -78,6 +81,7 @@ def plan_phase(phase: str, *, num_nodes: int = 3) -> tuple[list[Row], list[int]]
             rows.append({**fault, "at_world_size": fleet.size})
         if kind == "add":
             fleet.grow()
+            at_step += STEPS_OF_A_JOIN
         if kind in LOSSES:
             fleet.lose(fleet.alive[-1])
     return rows, fleet.sizes
