@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
-from cluster.chaos.faults import Fault
+from cluster.chaos.faults import Fault, Phase
 from cluster.chaos.processes import find_family, is_of
-from cluster.chaos.schedule import Schedule, Strike
+from cluster.chaos.schedule import Schedule, Strike, get_phase
 from cluster.types import Scene, Slot, Worker
 
 _TRAINER = "cluster.runtime.host"
@@ -46,6 +46,8 @@ class Struck:
     fault: str
     step: int
     elapsed_s: float
+    phase: Phase | None
+    """What it interrupted; None: no world was at work."""
     what: str
 
 
@@ -110,6 +112,11 @@ class Injector:
         return self._schedule.waiting
 
     @property
+    def is_done(self) -> bool:
+        """Whether every fault has struck and run its course."""
+        return not self.missed and not self._later
+
+    @property
     def brings_nodes(self) -> bool:
         """Whether a node is still to come."""
         return any(fault.fault == "add" for fault in self.missed)
@@ -131,8 +138,15 @@ class Injector:
                 self._schedule.put_back(strike)
                 continue
             self._say(f"fault: {what}")
-            fault = str(strike.fault)
-            self.struck.append(Struck(fault=fault, step=scene.step, elapsed_s=round(self.elapsed_s, 2), what=what))
+            self.struck.append(
+                Struck(
+                    fault=str(strike.fault),
+                    step=scene.step,
+                    elapsed_s=round(self.elapsed_s, 2),
+                    phase=get_phase(scene, is_saving=is_saving),
+                    what=what,
+                )
+            )
 
     def act_due(self) -> None:
         """Finish the faults whose time is up; works without a view of the run."""

@@ -2,9 +2,10 @@
 
 Faults with `at_step` strike in the order of their steps, those with `at_s` in the order of their times; one that waits
 for a save or for the size of the world holds up those behind it, so that a file reads as a story. One that waits for a
-world to form does not: it may be one behind it that makes one form. What a target means is decided when it is struck.
-One who is gone by then (a rank beyond the world, a node that was removed) is replaced: the number counts around among
-those who are left, so that a fault that was asked for always happens.
+world to form lets those of its own moment pass, for one of them may make it form; if none of them does, those of later
+moments pass as well. What a target means is decided when it is struck. One who is gone by then (a rank beyond
+the world, a node that was removed) is replaced: the number counts around among those who are left, so that a fault that
+was asked for always happens.
 """
 
 import random
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from cluster.chaos.faults import NODE_FAULTS, TRAINER_FAULTS, Fault, Phase, Target
 from cluster.types import Scene, Worker
 
+_CHANGE_THE_WORLD = (*NODE_FAULTS, "add", "kill", "freeze")
 _AT_WORK = ("forming", "running", "parking")
 
 
@@ -43,6 +45,12 @@ class Schedule:
         )
         self._by_step = [pair for pair in numbered if pair[1].at_step is not None]
         self._by_time = [pair for pair in numbered if pair[1].at_step is None]
+        self._forming = {
+            _get_moment(fault)
+            for _, fault in numbered
+            if fault.fault in _CHANGE_THE_WORLD and fault.phase != "starting"
+        }
+        """Moments after which a world forms."""
 
     @property
     def waiting(self) -> list[Fault]:
@@ -67,9 +75,12 @@ class Schedule:
         phase = get_phase(scene, is_saving=is_saving)
         strikes: list[Strike] = []
         for queue in (self._by_step, self._by_time):
+            held_up_by: Fault | None = None
             for numbered in list(queue):
                 _, fault = numbered
                 if not _is_time(fault, step=scene.step, elapsed_s=elapsed_s):
+                    break
+                if held_up_by and _get_moment(fault) != _get_moment(held_up_by):
                     break
                 strike = _aim(numbered, scene, nodes, before=strikes) if _meets(fault, scene, phase) else None
                 if strike is not None:
@@ -77,6 +88,8 @@ class Schedule:
                     queue.remove(numbered)
                 elif fault.phase != "starting":
                     break
+                elif _get_moment(fault) in self._forming:
+                    held_up_by = fault
         return strikes
 
     def put_back(self, strike: Strike) -> None:
@@ -92,6 +105,10 @@ def get_phase(scene: Scene, *, is_saving: bool) -> Phase | None:
     if scene.stage in ("running", "parking"):
         return "saving" if is_saving else "training"
     return None
+
+
+def _get_moment(fault: Fault) -> tuple[int | None, float | None]:
+    return fault.at_step, fault.at_s
 
 
 def _is_time(fault: Fault, *, step: int, elapsed_s: float) -> bool:

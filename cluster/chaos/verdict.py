@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from cluster.hazard import predict_goodput
+from cluster.ledger import LedgerRow
 from elastic.attempts import final_rows
 from elastic.rundir import parse_utc
 
@@ -59,7 +60,11 @@ class Goodput:
 
     measured: float
     """Seconds of the steps that count over seconds from the first step to the last."""
+    paid: float | None
+    """The same share of the paid seconds of all nodes in that time, from the ledger: what waits to join, or is not
+    needed any more, costs as well. None if nothing was paid."""
     predicted: float
+    """Of `measured`; the formula knows one machine, not a fleet."""
     save_s: float
     """What held training up between two steps of one world, per save: saves, and evaluations if there are any."""
     interval_s: float
@@ -72,13 +77,18 @@ class Goodput:
 
 
 def measure_goodput(
-    metrics: Sequence[Mapping[str, Any]], attempts: Iterable[Mapping[str, Any]], *, save_every_steps: int
+    metrics: Sequence[Mapping[str, Any]],
+    attempts: Iterable[Mapping[str, Any]],
+    ledger: Iterable[LedgerRow],
+    *,
+    save_every_steps: int,
 ) -> Goodput | None:
     """Return how well a run used its time; None before its second step.
 
     Args:
         metrics: rows of `metrics.jsonl`, in the order written.
         attempts: rows of `attempts.jsonl`.
+        ledger: every tile.
     """
     if len(metrics) < 2:
         return None
@@ -105,6 +115,7 @@ def measure_goodput(
     )
     return Goodput(
         measured=round(sum(row["step_s"] for row in final) / wall_s, 4),
+        paid=get_paid_share(ledger, start_s=times_s[-1] - wall_s, end_s=times_s[-1]),
         predicted=round(predicted, 4),
         save_s=round(save_s, 4),
         interval_s=round(save_every_steps * step_s + save_s, 3),
@@ -113,3 +124,14 @@ def measure_goodput(
         outage_s=round(outage_s, 3),
         wall_s=round(wall_s, 2),
     )
+
+
+def get_paid_share(ledger: Iterable[LedgerRow], *, start_s: float, end_s: float) -> float | None:
+    """Return which share of the GPU-seconds paid between two moments applied new steps; None if none was paid."""
+    start_ms, end_ms = start_s * 1000, end_s * 1000
+    paid_ms = train_ms = 0.0
+    for row in ledger:
+        gpu_ms = max(0.0, min(row.end_ms, end_ms) - max(row.start_ms, start_ms)) * row.gpus
+        paid_ms += gpu_ms
+        train_ms += gpu_ms if row.state == "train" else 0.0
+    return round(train_ms / paid_ms, 4) if paid_ms else None

@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager, redirect_stdout
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -44,6 +47,13 @@ def open_run(run_name: str) -> Storage:
         StorageError: there is none.
     """
     return open_storage(run_name if is_url(run_name) else find_run(run_name).root)
+
+
+@contextmanager
+def text_on_stderr() -> Generator[None]:
+    """Keep stdout for the JSON object: what is printed meanwhile, by Ray's threads as well, goes to stderr."""
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 def print_json(value: object) -> None:

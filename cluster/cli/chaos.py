@@ -1,7 +1,8 @@
 """Train on a local Ray cluster while faults strike, and show that nothing is lost or repeated.
 
 Faults come from a file (--faults), or from a recorded fleet of spot nodes (--trace), replayed faster; the run then ends
-with the trace. It ends with 0 only if the run finished and every applied step had exactly its samples.
+with the trace, resumable. It ends with 0 only if the run finished, every fault struck, and every applied step had
+exactly its samples.
 """
 
 import argparse
@@ -10,12 +11,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
-from cluster.cli._runs import add_json, print_json
+from cluster.cli._runs import add_json, print_json, text_on_stderr
 from cluster.cli.train import check_before_paying, get_run_dir
 from elastic.config import RunConfig
 from elastic.errors import ConfigError, StorageError
@@ -24,9 +26,10 @@ from elastic.rundir import read_rows
 if TYPE_CHECKING:
     from cluster.chaos.driver_process import DriverProcess
     from cluster.chaos.faults import Fault
-    from cluster.chaos.injector import Injector, Struck
+    from cluster.chaos.injector import Injector
     from cluster.runtime.local_cluster import LocalCluster
 
+_ENDS = {0: "yes", 3: "no: interrupted, resumable"}
 _LOOK_EVERY_S = 0.05
 _LOOK_CLOSELY_EVERY_S = 0.005
 """While the next fault waits for a save or a start, which may take some tens of milliseconds."""
@@ -43,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--notice-s", metavar="S", type=float, default=0.0, help="warning before each loss of the trace (%(default)g)"
     )
+    parser.add_argument(
+        "--steps-after", metavar="N", type=int, help="end N steps after the last fault, resumable (train to the end)"
+    )
     parser.add_argument("--nodes", metavar="N", type=int, help="nodes at the start, of one worker each (max_workers)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="draws random targets (%(default)s)")
     parser.add_argument("overrides", metavar="key=value", nargs="*")
@@ -52,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check everything, let it happen, and tell what it came to."""
     from cluster.chaos.faults import load_faults
+    from cluster.chaos.result import build_result
     from cluster.chaos.trace import load_trace, plan_trace
     from cluster.runtime.driver import with_absolute_paths
     from elastic.config_load import load
@@ -83,14 +90,23 @@ def run(args: argparse.Namespace) -> int:
     _check_new(config)
     out = sys.stderr if args.json else sys.stdout
     arguments = [args.config, *overrides, f"storage={config.storage}", f"data.path={config.data.path}"]
-    exit_code, injector = _train(config, faults, arguments=arguments, num_nodes=num_nodes, end_s=end_s, out=out)
-    result = _judge(config, injector.struck, missed=[str(fault) for fault in injector.missed], exit_code=exit_code)
+    with text_on_stderr() if args.json else nullcontext():
+        exit_code, injector = _train(
+            config,
+            faults,
+            arguments=arguments,
+            num_nodes=num_nodes,
+            end=_End(end_s=end_s, steps_after=args.steps_after),
+            out=out,
+        )
+    result = build_result(config, injector.struck, missed=injector.missed, exit_code=exit_code)
     if args.json:
         print_json(result)
     else:
         _print_result(result)
-    is_exact = not result["samples_lost"] and not result["samples_repeated"]
-    return exit_code if is_exact else 1
+    if result["samples_lost"] or result["samples_repeated"]:
+        return 1
+    return exit_code or (1 if injector.missed else 0)
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
@@ -103,6 +119,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise ConfigError("neither --faults nor --trace is given, so nothing would go wrong. Give a file of faults.")
     if args.nodes is not None and args.nodes < 1:
         raise ConfigError(f"--nodes {args.nodes} leaves nobody to train. Give 1 or more.")
+    if args.steps_after is not None and args.steps_after < 1:
+        raise ConfigError(f"--steps-after {args.steps_after} ends the run before the last fault shows. Give 1 or more.")
     if not 0 < args.time_scale < float("inf"):
         raise ConfigError(f"--time-scale {args.time_scale} must be above 0: it divides the trace's seconds. Try 60.")
     if not 0 <= args.notice_s < float("inf"):
@@ -126,13 +144,33 @@ def _check_new(config: RunConfig) -> None:
 # ---- while it runs
 
 
+@dataclass(frozen=True, kw_only=True)
+class _End:
+    """When a run is interrupted though its last step is not done."""
+
+    end_s: float
+    """Seconds after the first step."""
+    steps_after: int | None
+    """So many steps after the last fault."""
+
+    def get_reason(self, injector: "Injector", *, step: int, too_few: bool) -> str:
+        """Return why the run ends now; empty if it goes on."""
+        if too_few and not injector.brings_nodes:
+            return "no fault brings the nodes that training needs"
+        if injector.elapsed_s > self.end_s:
+            return "the trace is over"
+        if self.steps_after is None or not injector.is_done or step < injector.struck[-1].step + self.steps_after:
+            return ""
+        return f"{self.steps_after} steps after the last fault"
+
+
 def _train(
     config: RunConfig,
     faults: Sequence["Fault"],
     *,
     arguments: Sequence[str],
     num_nodes: int,
-    end_s: float,
+    end: _End,
     out: IO[str],
 ) -> tuple[int, "Injector"]:
     """Train on a cluster of our own while faults strike; return the driver's exit code and what was done to it."""
@@ -165,7 +203,7 @@ def _train(
                 say=say,
             )
             try:
-                exit_code = _follow(config, driver, injector, cluster, end_s=end_s, say=say)
+                exit_code = _follow(config, driver, injector, cluster, end=end, say=say)
             finally:
                 injector.close()
                 driver.kill()
@@ -180,7 +218,7 @@ def _follow(
     injector: "Injector",
     cluster: "LocalCluster",
     *,
-    end_s: float,
+    end: _End,
     say: Callable[[str], None],
 ) -> int:
     """Watch the run and let faults strike until its driver ends; return the driver's exit code."""
@@ -193,9 +231,10 @@ def _follow(
                 injector.watch(scene, is_saving=_is_saving(config))
             else:
                 injector.act_due()
-            too_few = len(cluster.nodes) < config.cluster.min_workers and not injector.brings_nodes
-            if not is_stopping and (too_few or injector.elapsed_s > end_s):
-                say("no fault brings the nodes that training needs" if too_few else "the trace is over")
+            too_few = len(cluster.nodes) < config.cluster.min_workers
+            reason = end.get_reason(injector, step=scene.step if scene else 0, too_few=too_few)
+            if reason and not is_stopping:
+                say(f"the run ends: {reason}")
                 is_stopping = True
                 driver.interrupt()
             time.sleep(_LOOK_CLOSELY_EVERY_S if scene and injector.is_near(scene) else _LOOK_EVERY_S)
@@ -208,69 +247,20 @@ def _follow(
 
 
 def _is_saving(config: RunConfig) -> bool:
-    """Tell whether a checkpoint has begun to appear and is not committed."""
-    folder = get_run_dir(config).checkpoints
-    return any(not (step / "COMMITTED").exists() for step in folder.glob("step-*"))
+    """Tell whether a checkpoint has begun to appear and is not committed; an older one may be about to be removed."""
+    newest = max(get_run_dir(config).checkpoints.glob("step-*"), default=None)
+    return newest is not None and not (newest / "COMMITTED").exists()
 
 
 def _spoil_storage(control: Path, fault: "Fault", until_s: float) -> None:
     """Tell every process of the run, through the control file they look at."""
     from elastic.storage import faults
 
-    kind = cast(Literal["slow", "full", "flaky"], fault.fault.removeprefix("storage_"))
+    kind = cast(faults.Kind, fault.fault.removeprefix("storage_"))
     faults.write_fault(control, faults.Fault(kind=kind, rate=fault.rate, until_s=until_s, seed=fault.seed))
 
 
 # ---- what it came to
-
-
-def _judge(config: RunConfig, struck: Sequence["Struck"], *, missed: list[str], exit_code: int) -> dict[str, Any]:
-    """Return the result that --json prints (CONTRACT names the first seven)."""
-    from cluster.chaos.verdict import count_samples, measure_goodput
-    from elastic.attempts import final_rows
-    from elastic.data.order import sample_ids
-    from elastic.data.shards import open_dataset
-
-    run_dir = get_run_dir(config)
-    metrics = list(read_rows(run_dir.metrics))
-    rows = final_rows(metrics)
-    attempts = list(read_rows(run_dir.attempts))
-    num_samples = open_dataset(config.data.path).num_samples("train", config.data.seq_len)
-
-    def expect(step: int) -> list[int]:
-        train = config.train
-        ids = sample_ids(seed=train.seed, step=step - 1, global_batch=train.global_batch, num_samples=num_samples)
-        return ids.tolist()
-
-    samples = count_samples(metrics, _read_samples(config, attempts), expect)
-    goodput = measure_goodput(metrics, attempts, save_every_steps=config.checkpoint.every_steps)
-    return {
-        "run": str(run_dir.root),
-        "finished": exit_code == 0,
-        "final_step": rows[-1]["step"] if rows else 0,
-        "final_loss": rows[-1]["loss"] if rows else None,
-        "samples_lost": samples.lost,
-        "samples_repeated": samples.repeated,
-        "incidents": list(read_rows(run_dir.incidents)),
-        "exit_code": exit_code,
-        "faults": [asdict(fault) for fault in struck],
-        "faults_missed": missed,
-        "worlds": [row["world_size"] for row in attempts],
-        "goodput": asdict(goodput) if goodput else None,
-    }
-
-
-def _read_samples(config: RunConfig, attempts: Sequence[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
-    """Return, by attempt, what its ranks say they consumed."""
-    run_dir = get_run_dir(config)
-    return {
-        row["attempt"]: [
-            samples
-            for rank in range(row["world_size"])
-            for samples in read_rows(run_dir.samples(attempt=row["attempt"], rank=rank))
-        ]
-        for row in attempts
-    }
 
 
 def _print_result(result: dict[str, Any]) -> None:
@@ -293,7 +283,7 @@ def _print_result(result: dict[str, Any]) -> None:
     console.print(table)
     lines = [
         ("run", result["run"]),
-        ("finished", "yes" if result["finished"] else f"no, exit code {result['exit_code']}"),
+        ("finished", _ENDS.get(result["exit_code"], f"no, exit code {result['exit_code']}")),
         ("last step", f"{result['final_step']}, loss {_show(result['final_loss'], '.4f')}"),
         ("samples", f"{result['samples_lost']} lost, {result['samples_repeated']} repeated"),
         ("worlds", " -> ".join(map(str, result["worlds"]))),
@@ -301,8 +291,9 @@ def _print_result(result: dict[str, Any]) -> None:
         *[("missed", fault) for fault in result["faults_missed"]],
     ]
     if goodput := result["goodput"]:
-        text = f"{goodput['measured']:.1%} of the time made lasting progress; Young's formula says"
-        lines.append(("goodput", f"{text} {goodput['predicted']:.1%}"))
+        paid, time = goodput["paid"], f"{goodput['measured']:.1%} of the time made progress that lasts"
+        text = f"{time}, where Young's formula says {goodput['predicted']:.1%}; {_show(paid, '.1%')} of the paid time"
+        lines.append(("goodput", text))
     for name, text in lines:
         console.print(f"{name:10} {text}", soft_wrap=True, highlight=False)
 

@@ -4,10 +4,11 @@ CONFIG is a YAML file; key=value overrides its keys. Training again under the sa
 """
 
 import argparse
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-from cluster.cli._runs import add_json, print_json
+from cluster.cli._runs import add_json, print_json, text_on_stderr
 from cluster.cost import load_prices
 from elastic.config import RunConfig
 from elastic.errors import ConfigError
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from cluster.runtime.driver import get_address, train
     from cluster.runtime.view import View
 
-    with View(config, partial(open_sinks, config)) as view:
+    with text_on_stderr() if args.json else nullcontext(), View(config, partial(open_sinks, config)) as view:
         ending = train(config, address=get_address(), on_update=view.update)
         view.end(ending)
     if args.json:

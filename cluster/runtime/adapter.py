@@ -46,8 +46,8 @@ _TRAIN_SETTINGS = {
 _SELF_DRAIN_MESSAGE = "Node received SIGTERM; draining before shutdown."
 _SELF_DRAIN = re.compile(rb"Drain raylet RPC has received\. Deadline is (\d+)\..*message: Node received SIGTERM")
 
-_DYING_WORDS = re.compile("Raylet is terminated")
-"""What Ray would print on the driver, with a page of counters, for every node that is lost; we say that ourselves."""
+_DYING_WORDS = re.compile("Raylet is terminated|The node with node id: .* has been marked dead")
+"""What Ray would print on the driver, page by page, for every node that is lost; we say that ourselves."""
 
 
 def check_version() -> None:

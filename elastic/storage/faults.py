@@ -2,11 +2,12 @@
 
 A process whose environment names a control file in ``SOLVENT_STORAGE_FAULTS`` looks at it before each operation:
 
-    {"kind": "slow", "rate": 2.0, "until_s": 1764000000, "seed": 1}
+    {"slow": {"rate": 2.0, "until_s": 1764000000, "seed": 1}}
 
 `slow` lets `rate` MiB/s pass and adds 50 ms to each operation; `full` refuses what would take space (ENOSPC);
 `flaky` fails a share `rate` of all operations (EIO), half of the writes among them after they were done, as when an
-answer is lost. `until_s` is a Unix time; without it the fault lasts as long as the file. No file, no fault.
+answer is lost. All of them may hold at once. `until_s` is a Unix time; without it the fault lasts as long as the file.
+No file, no fault.
 """
 
 import errno
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
     from elastic.storage import Storage
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 FAULTS_VARIABLE = "SOLVENT_STORAGE_FAULTS"
+
+Kind = Literal["slow", "full", "flaky"]
 
 _SLOW_OPERATION_S = 0.05
 _MIB = 2**20
@@ -34,27 +37,31 @@ _MIB = 2**20
 class Fault:
     """What a control file asks for."""
 
-    kind: Literal["slow", "full", "flaky"]
+    kind: Kind
     rate: float = 1.0
     until_s: float = float("inf")
     seed: int = 0
 
 
 def write_fault(control: Path, fault: Fault) -> None:
-    """Let the processes that look at `control` suffer from `fault`; remove the file to end it."""
-    content = {"kind": fault.kind, "rate": fault.rate, "until_s": fault.until_s, "seed": fault.seed}
+    """Let the processes that look at `control` suffer from `fault`, too; remove the file to end all."""
+    content = {**_read(control), fault.kind: {"rate": fault.rate, "until_s": fault.until_s, "seed": fault.seed}}
     temporary = control.with_name(f".{control.name}.tmp")
     temporary.write_text(json.dumps(content))
     temporary.rename(control)
 
 
-def read_fault(control: Path, *, now_s: float) -> Fault | None:
-    """Return the fault that a control file asks for now."""
+def read_faults(control: Path, *, now_s: float) -> dict[Kind, Fault]:
+    """Return the faults that a control file asks for now."""
+    faults = [Fault(kind=kind, **fields) for kind, fields in _read(control).items()]
+    return {fault.kind: fault for fault in faults if now_s < fault.until_s}
+
+
+def _read(control: Path) -> dict[Kind, dict[str, Any]]:
     try:
-        fault = Fault(**json.loads(control.read_text()))
+        return json.loads(control.read_text())
     except FileNotFoundError:
-        return None
-    return fault if now_s < fault.until_s else None
+        return {}
 
 
 class FaultyStorage:
@@ -125,8 +132,8 @@ class FaultyStorage:
         """Tell what the inner storage tells."""
         return self._storage.get_free_bytes()
 
-    def _get_fault(self) -> Fault | None:
-        return read_fault(self._control, now_s=self._now_s())
+    def _get_faults(self) -> dict[Kind, Fault]:
+        return read_faults(self._control, now_s=self._now_s())
 
     def _strike(self, fault: Fault) -> bool:
         if self._random is None:
@@ -134,24 +141,22 @@ class FaultyStorage:
         return self._random.random() < fault.rate
 
     def _suffer(self, key: str) -> None:
-        fault = self._get_fault()
-        if fault is None:
-            return
-        if fault.kind == "slow":
+        faults = self._get_faults()
+        if "slow" in faults:
             self._sleep(_SLOW_OPERATION_S)
-        if fault.kind == "flaky" and self._strike(fault):
+        if "flaky" in faults and self._strike(faults["flaky"]):
             raise self._fail(key)
 
     def _change(self, key: str, action: Callable[[], _T]) -> _T:
-        fault = self._get_fault()
-        if fault is not None and fault.kind == "full":
+        faults = self._get_faults()
+        if "full" in faults:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{self.url}/{key}")
-        if fault is not None and fault.kind == "flaky" and self._strike(fault):
+        if "flaky" in faults and self._strike(faults["flaky"]):
             assert self._random is not None
             if self._random.random() < 1 / 2:
                 action()
             raise self._fail(key)
-        if fault is not None and fault.kind == "slow":
+        if "slow" in faults:
             self._sleep(_SLOW_OPERATION_S)
         return action()
 
@@ -161,9 +166,8 @@ class FaultyStorage:
             yield chunk
 
     def _pass(self, num_bytes: int) -> None:
-        fault = self._get_fault()
-        if fault is not None and fault.kind == "slow":
-            self._sleep(num_bytes / _MIB / fault.rate)
+        if slow := self._get_faults().get("slow"):
+            self._sleep(num_bytes / _MIB / slow.rate)
 
     def _fail(self, key: str) -> OSError:
         return OSError(errno.EIO, "failed on demand", f"{self.url}/{key}")

@@ -305,3 +305,12 @@ def test_a_disk_that_fills_up_between_saves_is_explained_and_the_run_goes_on_onc
     again = call(ELASTIC, *where, "train.steps=3")
     assert again.returncode == 0, again.stderr
     assert "step 3/3" in again.stdout
+
+
+def test_chaos_strikes_no_run_that_exists(saved, tmp_path):
+    (tmp_path / "faults.yaml").write_text("- {at_step: 1, fault: kill}")
+    before = read_tree(saved.run)
+    where = (f"storage={saved.storage}", f"data.path={saved.data}", "--faults", tmp_path / "faults.yaml")
+    result = call(SOLVENT, "chaos", saved.config, *where)
+    assert_explained(result, "run='saved' has trained before", "chaos must see every sample", "run=saved-chaos")
+    assert read_tree(saved.run) == before

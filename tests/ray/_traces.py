@@ -49,6 +49,12 @@ def find_keepers(folder: Path) -> list[int]:
     return [pid for pid, command in find_processes(folder).items() if "elastic.checkpoint.keeper" in command]
 
 
+def get_node(trainer: int) -> str:
+    """Return the first digits of the node that a trainer is on."""
+    log = Path(f"/proc/{trainer}/fd/1").readlink()
+    return log.parent.name.rpartition("-")[2]
+
+
 def _find_host_like(folder: Path) -> list[int]:
     return sorted(pid for pid, command in find_processes(folder).items() if "cluster.runtime.host" in command)
 

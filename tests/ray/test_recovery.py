@@ -15,9 +15,10 @@ import pytest
 from cluster.ledger import check_tiling, read_ledger
 from elastic.attempts import final_rows
 from elastic.rundir import RunDir, parse_utc, read_rows
+from tests.ray._exact import read_samples
 from tests.ray._nodes import get_env
 from tests.ray._runs import Run
-from tests.ray._traces import find_trainers
+from tests.ray._traces import find_trainers, get_node
 
 STEPS = 700
 NOTICE_S = 6.0
@@ -38,7 +39,7 @@ def recovered(nodes, data, tmp_path_factory):
     step = run.wait_for_step(step + 20, world_size=2)
     assert time.monotonic() < deadline_s, "the survivors did not train on before the deadline"
 
-    os.kill(find_trainers(nodes.folder)[0], signal.SIGKILL)
+    os.kill(next(pid for pid in find_trainers(nodes.folder) if not drained.startswith(get_node(pid))), signal.SIGKILL)
     run.wait_for(lambda: run.last_row()["attempt"] == 3, what="a trainer takes the place of the killed one")
     time.sleep(max(0, deadline_s - time.monotonic()))
     nodes.remove(drained)
@@ -70,18 +71,6 @@ def rows_of(run_dir: RunDir) -> list[dict]:
     return final_rows(read_rows(run_dir.metrics))
 
 
-def samples_of(run_dir: RunDir) -> dict[int, list[int]]:
-    """The samples of each step, as the attempt whose row counts consumed them."""
-    attempts = {row["step"]: row["attempt"] for row in rows_of(run_dir)}
-    samples = {step: [] for step in attempts}
-    for path in run_dir.root.glob("samples-*.jsonl"):
-        attempt = int(path.stem.split("-")[1])
-        for row in read_rows(path):
-            if attempts[row["step"]] == attempt:
-                samples[row["step"]] += row["ids"]
-    return {step: sorted(ids) for step, ids in samples.items()}
-
-
 def test_every_step_has_the_loss_of_an_unbroken_run(recovered, unbroken):
     losses = [row["loss"] for row in rows_of(recovered[0])]
     assert len(losses) == STEPS
@@ -90,7 +79,7 @@ def test_every_step_has_the_loss_of_an_unbroken_run(recovered, unbroken):
 
 
 def test_every_step_consumes_the_samples_of_an_unbroken_run_once(recovered, unbroken):
-    assert samples_of(recovered[0]) == samples_of(unbroken)
+    assert read_samples(recovered[0]) == read_samples(unbroken)
 
 
 def test_attempts_tell_every_world_and_what_its_change_cost(recovered):
@@ -108,7 +97,7 @@ def test_attempts_tell_every_world_and_what_its_change_cost(recovered):
         assert after["first_step"] + after["lost_steps"] == before["last_step"] + 1
         assert parse_utc(before["end_utc"]) <= parse_utc(after["start_utc"]) + 0.001
     assert attempts[-1]["last_step"] == STEPS
-    # planned changes wait for a checkpoint
+    # planned changes wait until the state is safe
     assert attempts[1]["lost_steps"] == attempts[4]["lost_steps"] == 0
 
 
@@ -135,6 +124,9 @@ def test_incidents_name_what_happened_and_where(recovered):
     for incident, attempt in zip(incidents, attempts[1:], strict=True):
         for name in ("outage_s", "lost_steps", "resumed_from"):
             assert incident[name] == attempt[name]
+        phases_s = incident["phases_s"]
+        assert list(phases_s) == ["detect", "leave", "gather", "form", "load", "first_step"]
+        assert sum(phases_s.values()) == pytest.approx(incident["outage_s"], abs=0.02)
     assert [row["noticed_s"] is not None for row in incidents] == [True, False, False, True]
 
 

@@ -91,7 +91,7 @@ def test_a_killed_trainer_is_dead_and_told(cluster, trainer):
     injector.watch(make_scene(trainer.pid))
     assert trainer.wait(5) == -9
     assert said == ["fault: kill -9 of the trainer of rank 0 on node a"]
-    assert [(struck.fault, struck.step) for struck in injector.struck] == [("kill random at_step=5", 5)]
+    assert [(s.fault, s.step, s.phase) for s in injector.struck] == [("kill random at_step=5", 5, "training")]
 
 
 def test_a_process_that_is_no_trainer_any_more_is_spared_and_the_fault_waits(cluster):
@@ -131,10 +131,12 @@ def test_a_drained_node_is_told_its_deadline_and_gone_at_it(cluster):
     injector.watch(make_scene(0))
     assert told == [("a", pytest.approx(0.05, abs=0.03))]
     assert cluster.removed == []
+    assert not injector.is_done
     time.sleep(0.06)
     injector.act_due()
     injector.act_due()
     assert cluster.removed == ["a"]
+    assert injector.is_done
 
 
 def test_a_node_whose_end_is_announced_is_not_hit_again(cluster):
@@ -167,3 +169,12 @@ def test_storage_is_spoilt_for_its_time(cluster):
     injector.watch(make_scene(0))
     assert spoilt == [(fault, pytest.approx(time.time() + 3, abs=1))]
     assert said == ["fault: storage is full for 3 s"]
+
+
+def test_what_was_struck_in_a_save_is_told_so(cluster):
+    fault = Fault(fault="add", at_step=5, phase="saving")
+    injector, _ = build(cluster, fault)
+    injector.watch(make_scene(0))
+    assert injector.missed == [fault]
+    injector.watch(make_scene(0), is_saving=True)
+    assert [struck.phase for struck in injector.struck] == ["saving"]

@@ -94,6 +94,16 @@ def test_one_that_waits_for_a_start_does_not_hold_up_the_one_that_brings_it():
     assert [s.fault.fault for s in take(schedule, make_scene(stage="forming", attempt_step=0))] == ["kill"]
 
 
+@pytest.mark.parametrize(("companion", "passes"), [("kill", False), ("storage_slow", True)])
+def test_one_that_waits_for_a_start_holds_up_later_ones_if_its_own_moment_brings_it(companion, passes):
+    starting = Fault(fault="add", at_step=5, phase="starting")
+    schedule = Schedule([Fault(fault=companion, at_step=5), starting, Fault(fault="remove", at_step=6)])
+    struck = [s.fault.fault for s in take(schedule, make_scene(step=8))]
+    assert struck == [companion, *(["remove"] if passes else [])]
+    left = [s.fault.fault for s in take(schedule, make_scene(step=8, stage="forming", attempt_step=0))]
+    assert left == ["add", *([] if passes else ["remove"])]
+
+
 def test_one_that_was_missed_is_first_again_and_hits_the_same():
     schedule = Schedule([Fault(fault="kill", at_step=5), Fault(fault="add", at_step=50)])
     (strike,) = take(schedule, make_scene())

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from cluster.chaos.verdict import count_samples, measure_goodput
 from cluster.hazard import predict_goodput
+from cluster.ledger import LedgerRow
 from elastic.data.order import rank_slice, sample_ids
 from elastic.rundir import format_utc
 
@@ -20,6 +21,10 @@ def expect(step):
 
 def row(step, attempt, **more):
     return {"step": step, "attempt": attempt, **more}
+
+
+def tile(node, start_s, end_s, state):
+    return LedgerRow(node=node, start_ms=int(start_s * 1000), end_ms=int(end_s * 1000), state=state, gpus=1, usd=0.0)
 
 
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(0, 3)), min_size=1, max_size=8))
@@ -71,12 +76,21 @@ def test_goodput_is_the_time_of_steps_that_count():
     ends = [(1, 1, 1.0), (2, 1, 2.0), (3, 1, 3.0), (3, 2, 7.0), (4, 2, 8.5)]
     metrics = [row(step, attempt, step_s=1.0, time_utc=format_utc(end)) for step, attempt, end in ends]
     attempts = [{"end": "lost"}, {"end": "finished"}]
-    goodput = measure_goodput(metrics, attempts, save_every_steps=5)
+    ledger = [
+        tile("a", -2, 0, "load"),  # before the first step: not counted
+        tile("a", 0, 3, "train"),
+        tile("a", 3, 6, "reconfigure"),
+        tile("a", 6, 10, "train"),  # 2.5 s of it until the last step
+        tile("b", 0.5, 8.5, "wait"),
+    ]
+    goodput = measure_goodput(metrics, attempts, ledger, save_every_steps=5)
+    assert goodput.paid == pytest.approx(5.5 / 16.5, abs=1e-4)
     assert goodput.measured == pytest.approx(4 / 8.5, abs=1e-4)
     assert (goodput.num_losses, goodput.num_outages, goodput.outage_s) == (1, 1, 4.0)
     assert (goodput.save_s, goodput.interval_s, goodput.wall_s) == (0.5, 5.5, 8.5)
     assert goodput.predicted == pytest.approx(1 - 0.5 / 5.5 - 5.5 / 2 / 8.5 - 4 / 8.5, abs=1e-4)
-    assert measure_goodput(metrics[:1], attempts, save_every_steps=5) is None
+    assert measure_goodput(metrics, attempts, [], save_every_steps=5).paid is None
+    assert measure_goodput(metrics[:1], attempts, ledger, save_every_steps=5) is None
 
 
 def test_the_prediction_is_young_s_expectation():

@@ -6,10 +6,12 @@ real ones do: they wait for their world, step together, save, park together, and
 
 from collections import deque
 from dataclasses import dataclass, field
+from functools import cache
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.chaos.verdict import count_samples
 from cluster.controller import Policy, State, decide
 from cluster.types import (
     AttemptEnded,
@@ -33,6 +35,7 @@ from cluster.types import (
     TrainerReady,
     Undrained,
 )
+from elastic.attempts import final_rows
 from elastic.data.order import rank_slice, sample_ids
 from elastic.ports import Progress
 
@@ -65,8 +68,10 @@ class SlowCluster:
     step: int = 0
     """Of the current world."""
     saved: int = 0
-    rows: list[tuple[int, int, int]] = field(default_factory=list)
-    """(step, attempt, world size) as they were trained."""
+    rows: list[dict[str, int]] = field(default_factory=list)
+    """`step` and `attempt` of each step, as they were trained: `metrics.jsonl`."""
+    consumed: dict[int, list[dict]] = field(default_factory=dict)
+    """By attempt, the samples that its ranks consumed: its `samples-*.jsonl`."""
     started: list[AttemptStarted] = field(default_factory=list)
     ended: list[AttemptEnded] = field(default_factory=list)
     done: Done | None = None
@@ -188,7 +193,7 @@ class SlowCluster:
         for _ in range(num_steps):
             if self.step < MAX_STEPS:  # else it has come back after its last step and has nothing left to do
                 self.step += 1
-                self.rows.append((self.step, attempt, len(members)))
+                self.consume(attempt, len(members))
                 event = Stepped(attempt=attempt, progress=Progress(step=self.step, tokens=self.step))
                 self.send(members[0].node, event)
             is_last, parks = self.step == MAX_STEPS, all(trainer.stage == "parking" for trainer in mine.values())
@@ -198,6 +203,13 @@ class SlowCluster:
                 for slot in members:
                     self.end(slot, "finished" if is_last else "interrupted")
                 return
+
+    def consume(self, attempt, world_size):
+        """Each rank reads its share of the step's samples; then rank 0 writes the row."""
+        for rank in range(world_size):
+            row = {"step": self.step, "ids": get_share(self.step, rank, world_size)}
+            self.consumed.setdefault(attempt, []).append(row)
+        self.rows.append({"step": self.step, "attempt": attempt})
 
     def complain(self, slot, where):
         attempt = self.trainers[slot].attempt
@@ -287,7 +299,7 @@ def play(sizes, events) -> SlowCluster:  # noqa: PLR0912 (a case per event)
     return cluster
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(SIZES, EVENTS)
 def test_a_run_ends_finished_with_the_samples_of_an_unbroken_one_whatever_happens_on_the_way(sizes, events):
     cluster = play(sizes, events)
@@ -307,16 +319,20 @@ def test_a_run_ends_finished_with_the_samples_of_an_unbroken_one_whatever_happen
         assert decide(cluster.state, event, now_s=cluster.now_s) == [], "it acts after its end"
 
 
+@cache
+def get_share(step, rank=0, world_size=1):
+    whole = sample_ids(seed=3, step=step - 1, global_batch=BATCH, num_samples=NUM_SAMPLES)
+    return rank_slice(whole, rank=rank, world_size=world_size).tolist()
+
+
 def assert_samples_of_an_unbroken_run(cluster):
-    rows = {step: (attempt, world_size) for step, attempt, world_size in cluster.rows}  # the last row of a step wins
-    assert sorted(rows) == list(range(1, MAX_STEPS + 1)), "a step is missing"
-    for step, (_, world_size) in rows.items():
-        whole = sample_ids(seed=3, step=step - 1, global_batch=BATCH, num_samples=NUM_SAMPLES)
-        parts = [rank_slice(whole, rank=rank, world_size=world_size) for rank in range(world_size)]
-        assert sorted(i for part in parts for i in part) == sorted(whole), "a sample is lost or repeated"
+    applied = final_rows(cluster.rows)
+    assert [row["step"] for row in applied] == list(range(1, MAX_STEPS + 1)), "a step is missing"
+    samples = count_samples(cluster.rows, cluster.consumed, get_share)
+    assert (samples.lost, samples.repeated) == (0, 0)
     by_attempt: dict[int, list[int]] = {}
-    for step, attempt, _ in cluster.rows:
-        by_attempt.setdefault(attempt, []).append(step)
+    for row in cluster.rows:
+        by_attempt.setdefault(row["attempt"], []).append(row["step"])
     best = 0
     for ended in cluster.ended:
         steps = by_attempt.get(ended.attempt, [])

@@ -117,6 +117,24 @@ def test_a_slow_storage_lets_so_many_bytes_pass_in_a_second(tmp_path):
     assert sum(pauses) == pytest.approx(0.05 + 2 / 4)
 
 
+def test_a_storage_can_be_slow_and_full_at_once_each_for_its_time(tmp_path):
+    pauses, now_s, control = [], 9.0, tmp_path / "control"
+    write_fault(control, Fault(kind="full", until_s=10))
+    write_fault(control, Fault(kind="slow", until_s=20))
+    inner = LocalStorage(str(tmp_path / "run"))
+    storage = FaultyStorage(inner, control, sleep=pauses.append, now_s=lambda: now_s)
+    with pytest.raises(OSError, match="No space left"):
+        storage.put_new("x", b"1")
+    assert storage.list() == []
+    assert pauses == [0.05]
+    now_s = 11.0
+    assert storage.put_new("x", b"1")
+    assert pauses == [0.05, 0.05]
+    now_s = 21.0
+    assert storage.list() == ["x"]
+    assert pauses == [0.05, 0.05]
+
+
 def test_half_of_the_flaky_writes_were_done(tmp_path):
     write_fault(control := tmp_path / "control", Fault(kind="flaky", rate=1.0, seed=1))
     storage = FaultyStorage(LocalStorage(str(tmp_path / "run")), control)

@@ -1,0 +1,38 @@
+"""What `solvent chaos` refuses before anything starts, and what it takes for a save."""
+
+import pytest
+
+from cluster.cli import chaos, main
+from elastic.config import RunConfig
+from elastic.rundir import RunDir
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "neither --faults nor --trace is given"),
+        (["--trace", "t.csv", "--nodes", "0"], "--nodes 0 leaves nobody to train"),
+        (["--trace", "t.csv", "--steps-after", "0"], "--steps-after 0 ends the run before the last fault shows"),
+        (["--trace", "t.csv", "--time-scale", "0"], "--time-scale 0.0 must be above 0"),
+        (["--trace", "t.csv", "--notice-s", "-1"], "--notice-s -1.0 must be 0 or more seconds"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused_with_the_reason(arguments, message, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text("run: r\n")
+    assert main(["chaos", str(config), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_being_saved_from_its_first_file_to_its_commit_and_not_while_an_old_one_is_removed(tmp_path):
+    config = RunConfig(run="r", storage=str(tmp_path))
+    folder = RunDir(tmp_path / "r").checkpoints
+    is_saving = lambda: chaos._is_saving(config)  # noqa: E731
+    assert not is_saving()
+    for step in (10, 20):
+        (folder / f"step-{step:08d}").mkdir(parents=True)
+        assert is_saving()
+        (folder / f"step-{step:08d}" / "COMMITTED").touch()
+        assert not is_saving()
+    (folder / "step-00000010" / "COMMITTED").unlink()
+    assert not is_saving()
