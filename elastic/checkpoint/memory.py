@@ -119,7 +119,7 @@ class Memory:
         with ExitStack() as stack:
             sources: list[ShardSource] = []
             if self.node in by_node:
-                sources.append(self._map(by_node.pop(self.node)))
+                sources.append(stack.enter_context(self._map(by_node.pop(self.node))))
             for node, held in by_node.items():
                 if node in keepers:
                     sources.append(stack.enter_context(self._read_remotely(node, held, keepers[node])))
@@ -133,13 +133,18 @@ class Memory:
         finally:
             keeper.close()
 
-    def _map(self, shards: Mapping[str, Held]) -> "_MappedSource":
+    @contextmanager
+    def _map(self, shards: Mapping[str, Held]) -> "Generator[_MappedSource]":
         arenas: dict[str, Arena] = {}
         for file, held in shards.items():
             with contextlib.suppress(WireError):
                 if arena := self._client.fetch_memory(held):
                     arenas[file] = arena
-        return _MappedSource(self.node, arenas)
+        try:
+            yield _MappedSource(self.node, arenas)
+        finally:
+            for arena in arenas.values():
+                arena.close()
 
     @contextmanager
     def _read_remotely(self, node: str, held: Mapping[str, Held], address: Address) -> "Generator[_RemoteSource]":

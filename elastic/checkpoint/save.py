@@ -385,6 +385,7 @@ class Checkpointer:
         assert self._memory is not None
         if self._kept is None:  # from now on nothing falls back on what earlier attempts have left
             self._memory.retire(before_epoch=self._epoch, keep_step=None)
+            self._arenas.release_outgrown()
         self._kept_s.append(save.kept_s)
         self._kept = save.progress
         if self._rank == 0:

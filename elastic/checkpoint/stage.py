@@ -45,6 +45,8 @@ class HostArenas:
         self._device = device
         self._on_allocated, self._on_released = on_allocated, on_released
         self._arenas: dict[int, Arena] = {}
+        self._outgrown: dict[int, Arena] = {}
+        """Too small for this world, but what they hold is all there is until it has filled one of its own."""
         self._tensors: dict[int, Tensor] = {}
         self._num_allocated = 0
         self._capacity = 0
@@ -65,7 +67,8 @@ class HostArenas:
         if num_bytes <= self._capacity:
             return
         self.wait_ready()
-        self._release()
+        self._outgrown |= self._arenas
+        self._arenas = {}
         self._capacity = num_bytes
         for _ in range(self.count):
             index, arena = self._num_allocated, allocate_arena(num_bytes, name="snapshot")
@@ -97,6 +100,17 @@ class HostArenas:
         """Return an arena as bytes."""
         return self._tensors[index]
 
+    def release_outgrown(self) -> None:
+        """Give the memory of arenas back that were too small for this world."""
+        for index, arena in self._outgrown.items():
+            if self._device.type == "cuda":
+                for start, _ in _cut(0, arena.num_bytes):
+                    _get_cudart().cudaHostUnregister(arena.get_address() + start)
+            self._on_released(index)
+            del self._tensors[index]
+            arena.close()
+        self._outgrown.clear()
+
     def _pin(self) -> None:
         try:
             torch.cuda.set_device(self._device)
@@ -106,16 +120,6 @@ class HostArenas:
                     torch.cuda.check_error(_get_cudart().cudaHostRegister(arena.get_address() + start, num_bytes, 0))
         except BaseException as error:  # raised by `wait_ready`
             self._problem = error
-
-    def _release(self) -> None:
-        for index, arena in self._arenas.items():
-            if self._device.type == "cuda":
-                for start, _ in _cut(0, arena.num_bytes):
-                    _get_cudart().cudaHostUnregister(arena.get_address() + start)
-            self._on_released(index)
-            del self._tensors[index]
-            arena.close()
-        self._arenas.clear()
 
 
 def _get_cudart() -> Any:
