@@ -11,7 +11,10 @@ from typing import Any, Self
 from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 from ray.cluster_utils import Cluster
 
+from elastic.errors import SolventError
+
 _OBJECT_STORE_BYTES = 100 * 1024 * 1024  # ours carries nothing; 75 MiB is the least that Ray takes
+_START_TRIES = 3
 
 
 class LocalCluster:
@@ -72,11 +75,25 @@ class LocalCluster:
         return all(kind != PROCESS_TYPE_RAYLET for kind, _ in self._nodes[node].dead_processes())
 
     def add_node(self) -> str:
-        """Start one more worker node and return its id once Ray knows it."""
-        node = self._cluster.add_node(num_cpus=self._cpus_per_node, object_store_memory=_OBJECT_STORE_BYTES)
-        self._nodes[node.node_id] = node
-        self._started.append(node.node_id)
-        return node.node_id
+        """Start one more worker node and return its id once Ray knows it.
+
+        Raises:
+            SolventError: it does not start, however often that is tried.
+        """
+        problem: Exception | None = None
+        for _ in range(_START_TRIES):
+            try:
+                node = self._cluster.add_node(num_cpus=self._cpus_per_node, object_store_memory=_OBJECT_STORE_BYTES)
+            except Exception as error:  # Ray has no type of its own for a node that is too slow to start
+                problem = error
+                continue
+            self._nodes[node.node_id] = node
+            self._started.append(node.node_id)
+            return node.node_id
+        raise SolventError(
+            f"a local Ray node did not start in {_START_TRIES} tries ({problem}). This machine may be too busy: "
+            "end what else runs on it, then start the same command again."
+        ) from problem
 
     def remove_node(self, node: str) -> None:
         """Kill a worker node as a provider does: no goodbye."""
