@@ -183,8 +183,8 @@ class JobServer:
                 f"{self.address} does not know us ({_excerpt(body)}). Set {TOKEN} to the head's token, or copy its "
                 "~/.ray/auth_token here."
             )
-        if status in (502, 503, 504) or b"No available agent" in body:
-            raise ServerLostError(f"{self.address} is not ready (HTTP {status}).")
+        if status >= 500 and b"status code 400" not in body:  # what the head's agent refused comes as a 500, too
+            raise ServerLostError(f"{self.address} is not ready (HTTP {status}: {_excerpt(body)}).")
         raise ClusterError(f"{self.address} refused (HTTP {status}): {_excerpt(body)}")
 
     def _request(

@@ -33,6 +33,8 @@ _MOST_BACKOFF_S = 30.0
 _HEALTHY_S = 60.0
 _WITHDRAWN_S = 30.0
 """A machine that still lives so long after the end it announced is there to stay."""
+_LET_GO_S = 1.5
+"""A watch that is gone for so long was taken away, and not started anew."""
 _KILL_S = 1.0
 """What the end of the processes themselves takes."""
 _RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
@@ -214,6 +216,15 @@ class _Node:
             return True
         return _get_name(self._raylet) == "raylet"
 
+    def is_watched(self) -> bool:
+        """Whether a run's watch is here: its coordinator takes it away once the run needs nothing of this node."""
+        return any(command.startswith(b"ray::WatchActor") for command in _find_commands(self._raylet))
+
+    def end_raylet(self) -> None:
+        """Take the node out of its cluster at once; the command ends with it."""
+        if self._raylet and _get_name(self._raylet) == "raylet":
+            os.kill(self._raylet, signal.SIGTERM)
+
     def find_drain_deadline(self) -> float | None:
         """Return the Unix time at which Ray was told that this node would be gone."""
         try:
@@ -233,9 +244,14 @@ class _Node:
 def _leave(node: _Node, plan: NodePlan, told: _Signals, say: Callable[[str], None]) -> int:
     deadline_s = time.monotonic() + plan.grace_s - _KILL_S
     say(f"leaving: this node drains, and is gone in {plan.grace_s:g} s at the latest (a second signal: at once)")
+    was_watched = node.is_watched()
     node.process.send_signal(signal.SIGTERM)
-    while node.process.poll() is None and time.monotonic() < deadline_s and not told.at_once.wait(_LOOK_S / 5):
-        pass
+    gone_s = time.monotonic()
+    while node.process.poll() is None and time.monotonic() < deadline_s and not told.at_once.wait(_LOOK_S):
+        if node.is_watched():
+            gone_s = time.monotonic()
+        elif was_watched and time.monotonic() - gone_s > _LET_GO_S:
+            node.end_raylet()  # it would wait for Ray Train's worker, which stays where it is
     in_time = node.process.poll() is not None
     node.kill()
     say("left" if in_time else "left at the deadline, before all that ran here had moved on")
@@ -275,6 +291,16 @@ def _find_child(pid: int, name: str) -> int:
         if before.partition("(")[2] == name and int(after.split()[1]) == pid:
             return int(stat.parent.name)
     return 0
+
+
+def _find_commands(parent: int) -> list[bytes]:
+    """Return the command lines of a process's children."""
+    found: list[bytes] = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append((stat.parent / "cmdline").read_bytes())
+    return found
 
 
 def _get_name(pid: int) -> str:
