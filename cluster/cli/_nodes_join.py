@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Hold it until a signal."""
-    from cluster.runtime.ray_node import build_labels, check_private, find_own_ip, parse_head, plan_worker
+    from cluster.runtime.ray_start import build_labels, check_private, find_own_ip, parse_head, plan_worker
     from cluster.runtime.ray_token import MODE, TOKEN, get_default_path, read_token
 
     head = parse_head(args.head)

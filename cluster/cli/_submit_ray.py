@@ -12,7 +12,7 @@ from elastic.errors import ClusterError, ConfigError
 
 if TYPE_CHECKING:
     from cluster.runtime.jobs import JobServer
-    from cluster.runtime.submit import Submission
+    from cluster.runtime.submission import Submission
 
 OPTIONS = {
     "--address": "address",
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 def build(args: argparse.Namespace) -> "Submission":
     """Return what would be sent."""
     from cluster.cost import load_prices
-    from cluster.runtime.submit import build_submission
+    from cluster.runtime.submission import build_submission
     from elastic.config_load import load
 
     config = load(args.config, args.overrides)

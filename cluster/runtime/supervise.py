@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 
 from cluster.runtime.jobs import JobServer, ServerLostError
-from cluster.runtime.submit import Ending, Limits, Submission, follow, get_number, submit
+from cluster.runtime.submission import Submission
+from cluster.runtime.submit import Ending, Limits, follow, get_number, submit
 
 FRUITLESS_ATTEMPTS = 5
 """So many in a row that take the run no further are a crash loop."""

@@ -11,7 +11,8 @@ import yaml
 from cluster.cli import main
 from cluster.runtime import supervise as supervising
 from cluster.runtime.jobs import JobServer
-from cluster.runtime.submit import Limits, Submission, follow
+from cluster.runtime.submission import Submission
+from cluster.runtime.submit import Limits, follow
 from tests.contract._job_api import JobApi
 from tests.tcp_proxy import TcpProxy
 
