@@ -1,7 +1,7 @@
 """Hold one machine's Ray node: start `ray start`, keep it running, and end it cleanly within the machine's notice.
 
-The node watch, an actor that the run's coordinator puts on every
-node, reads the notices; here a SIGTERM is handed to `ray start`, whose own drain is set to what the machine grants.
+The node watch, an actor that the run's coordinator puts on every node, reads the notices; here a SIGTERM is handed to
+`ray start`, whose own drain is set to what the machine grants. The watch is taken away once the run needs nothing here.
 """
 
 import contextlib
