@@ -248,10 +248,14 @@ class _JobLog:
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:
-                asyncio.run(self._read())
+                # Ray's dashboard logs a refused request of this kind with its headers, the token among them, so it is
+                # made only for a job that is there.
+                if self._server.get(self._job_id):
+                    asyncio.run(self._read())
+                break
             except ServerLostError:  # the watch says what matters
                 self._stopping.wait(_POLL_S)
-            else:
+            except ClusterError:
                 break
         if self._rest:
             self._take("\n")
