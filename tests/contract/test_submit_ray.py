@@ -116,7 +116,8 @@ def test_the_same_command_follows_the_job_that_runs(api, work, capsys):
     api.logs[job_id] = "step 1/9  loss 5.0\n"
     api.end(job_id, "SUCCEEDED", exit_code=0)
     api.jobs[job_id]["status"] = "RUNNING"
-    threading.Timer(0.5, lambda: api.end(job_id, "SUCCEEDED", exit_code=0)).start()
+    ending = threading.Thread(target=lambda: (wait_until_followed(api), api.end(job_id, "SUCCEEDED", exit_code=0)))
+    ending.start()
     assert submit(api) == 0
     assert list(api.jobs) == [job_id]
     assert capsys.readouterr().out == "step 1/9  loss 5.0\n"
@@ -149,6 +150,11 @@ def test_a_log_is_shown_once_however_often_the_connection_breaks(api):
     assert (endings[0].kind, endings[0].step) == ("finished", 30)
 
 
+def wait_until_followed(api):
+    while not any(request.startswith("GET /api/jobs/solvent-") for request in api.requests):
+        time.sleep(0.02)
+
+
 def test_a_cluster_that_stays_silent_is_given_up_with_the_reason(api, work, capsys):
     api.close()
     assert submit(api, "--patience-s", "0.1") == 1
@@ -158,7 +164,7 @@ def test_a_cluster_that_stays_silent_is_given_up_with_the_reason(api, work, caps
     with JobApi(token=TOKEN) as other:  # it answers, and then no more
         other.play = lambda job: job.update(status="RUNNING")
         proxy = TcpProxy(other.port)
-        threading.Timer(0.5, proxy.cut).start()
+        threading.Thread(target=lambda: (wait_until_followed(other), proxy.cut())).start()
         words = ["submit", "run.yaml", "--to", "ray", f"--address=http://127.0.0.1:{proxy.port}", "--patience-s=1"]
         assert main(words) == 1
     assert "the run may go on there" in capsys.readouterr().err
