@@ -4,6 +4,7 @@ A provider repeats a notice in every answer, moves its deadline, takes it back, 
 remembers what was read; `update` takes one reading in and returns what is new; `get_departure` is the sum of it all.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -13,6 +14,14 @@ from cluster.providers import NodeNotice
 
 MOVED_S = 1.5
 """A deadline that is this much nearer or farther has been moved; less is the rounding of clocks to seconds."""
+
+
+def get_drain_s(grace_s: float) -> float:
+    """Return the seconds in which a node must be clear: an eighth of the grace period, at least 2 s, is kept back.
+
+    The hook that writes the notice, the poll that reads it and the end of the processes take their part of the period.
+    """
+    return grace_s - max(2, math.ceil(grace_s / 8))
 
 
 @dataclass(frozen=True)

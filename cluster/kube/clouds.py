@@ -1,6 +1,5 @@
 """What differs between the Kubernetes of one cloud and another: data that a profile fills in."""
 
-import math
 from dataclasses import dataclass, field
 
 from cluster.kube.manifests import Expression, Labels, NodeAffinity, NodeTerm, Toleration
@@ -29,14 +28,6 @@ class Cloud:
     on_demand: Capacity
     identity_labels: Labels = field(default_factory=dict[str, str])
     """Pod labels that the cloud's identity needs beside a service account."""
-
-
-def get_drain_s(grace_s: int) -> int:
-    """Return the seconds in which a node must be clear: an eighth of the grace period, at least 2 s, is kept back.
-
-    The hook that writes the notice, the poll that reads it and the end of the processes take their part of the period.
-    """
-    return grace_s - max(2, math.ceil(grace_s / 8))
 
 
 def require_nodes(capacity: Capacity) -> NodeAffinity:

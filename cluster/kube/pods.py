@@ -1,6 +1,6 @@
 """The three pods of a run: head, worker and submitter."""
 
-from cluster.kube.clouds import Capacity, Cloud, get_drain_s, require_nodes
+from cluster.kube.clouds import Capacity, Cloud, require_nodes
 from cluster.kube.manifests import (
     Affinity,
     Container,
@@ -18,6 +18,7 @@ from cluster.kube.manifests import (
 )
 from cluster.kube.options import Options
 from cluster.kube.sizing import Sizes
+from cluster.notices import get_drain_s
 
 RUN_LABEL = "solvent.dev/run"
 ROLE_LABEL = "solvent.dev/role"
@@ -71,7 +72,7 @@ def build_worker(name: str, options: Options, cloud: Cloud, capacity: Capacity, 
     the node watch (cluster/providers/plain.py) and returns at once.
     """
     gpus = options.gpus_per_node if sizes.uses_gpus else 0
-    drain_s = get_drain_s(cloud.grace_s)
+    drain_s = int(get_drain_s(cloud.grace_s))
     env: list[Env] = [
         {"name": "SOLVENT_GRACE_S", "value": str(cloud.grace_s)},
         {"name": "SOLVENT_NOTICE_FILE", "value": _NOTICE_FILE},

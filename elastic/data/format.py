@@ -99,8 +99,18 @@ def read_info(folder: Path) -> DatasetInfo:
 
 
 def _parse_split(raw: Mapping[str, Any]) -> SplitInfo:
-    shards = tuple(Shard(**shard) for shard in raw["shards"])
+    shards = tuple(_parse_shard(shard) for shard in raw["shards"])
     return SplitInfo(num_documents=raw["num_documents"], num_tokens=raw["num_tokens"], shards=shards)
+
+
+def _parse_shard(raw: Mapping[str, Any]) -> Shard:
+    shard = Shard(**raw)
+    if shard.file in ("", ".", "..") or "/" in shard.file:  # it may be a stranger's
+        raise DataError(
+            f"{DATASET_FILE} names {shard.file!r}, a file outside of its folder, as a shard: `solvent prepare` never "
+            "does. Prepare the data again into a new folder."
+        )
+    return shard
 
 
 def write_shard(path: Path, tokens: Tokens, row_offsets: npt.NDArray[np.int32]) -> Shard:

@@ -62,8 +62,10 @@ class LocalStorage:
 
     def get_size(self, key: str) -> int | None:
         """Return the size of a regular file."""
-        path = self._get_path(key)
-        return path.stat().st_size if path.is_file() else None
+        with suppress(FileNotFoundError):
+            path = self._get_path(key)
+            return path.stat().st_size if path.is_file() else None
+        return None
 
     def list(self, prefix: str = "") -> list[str]:
         """Walk the directory that the prefix names."""
@@ -97,7 +99,8 @@ class LocalStorage:
         return shutil.disk_usage(existing).free
 
     def _get_path(self, key: str) -> Path:
-        assert key and not key.startswith("/") and ".." not in key.split("/"), f"{key!r} is no key"
+        if not key or key.startswith("/") or ".." in key.split("/"):  # a stranger's manifest may name anything
+            raise FileNotFoundError(errno.ENOENT, "No such key: it leads out of the storage", key)
         return self._root / key
 
     def _get_directory(self, prefix: str) -> Path:

@@ -9,7 +9,6 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.kube.clouds import get_drain_s
 from cluster.kube.kustomize import find_changes
 from cluster.kube.names import MOST_CHARS, get_job_name
 from cluster.kube.options import Options, parse_options
@@ -18,6 +17,7 @@ from cluster.kube.render import get_profile_names, is_kubernetes, render
 from cluster.kube.rules import check_stream, parse_quantity
 from cluster.kube.sizing import count_parameters, plan_sizes
 from cluster.kube.text import dump_documents
+from cluster.notices import get_drain_s
 from elastic.config import ClusterConfig, CostConfig, DataConfig, ModelConfig, RunConfig, TrainConfig, WandbConfig
 from elastic.config_load import load
 from elastic.errors import ConfigError

@@ -1,0 +1,63 @@
+"""`solvent submit --to kuberay`: apply a RayJob and follow it."""
+
+import argparse
+import os
+import sys
+from typing import Any
+
+from cluster.cli._runs import print_json
+from cluster.cli.render import render_for
+from elastic.errors import ConfigError
+
+OPTIONS = {
+    "--profile": "profile",
+    "--context": "context",
+    "--take-over": "take_over",
+    "--override": "override",
+    "--set": "options",
+}
+_DEFAULT_PROFILE = "generic"
+
+
+def add_arguments(parser: Any) -> None:
+    """Take what only Kubernetes needs."""
+    parser.add_argument("--profile", metavar="P", default="", help="the cloud, as for render (default: generic)")
+    parser.add_argument("--context", default="", help="of the kubeconfig; else the current one")
+    parser.add_argument("--take-over", action="store_true", help="overwrite fields that somebody else has set")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Apply the rendered stream and follow it, or delete what it names."""
+    from cluster.kube import submit
+    from cluster.kube.render import is_kubernetes
+    from cluster.kube.server import connect
+
+    profile = args.profile or _DEFAULT_PROFILE
+    documents = render_for(args, profile)
+    if not is_kubernetes(documents):
+        raise ConfigError(f"--profile {profile} is not for KubeRay. Take generic, gke-spot, eks-spot or aks-spot.")
+    namespace = documents[-1]["metadata"]["namespace"]
+    server = connect(namespace, kubeconfig=os.environ.get("KUBECONFIG", ""), context=args.context)
+    if args.delete:
+        submit.delete(server, documents, say=_say)
+        return 0
+    name = submit.submit(server, documents, on_conflict="take" if args.take_over else "refuse", say=_say)
+    result = {"job": name, "namespace": namespace}
+    if args.detach:
+        if args.json:
+            print_json(result)
+        return 0
+    try:
+        ending = submit.follow(server, name, say=_say, show=_say if args.json else print)
+    except KeyboardInterrupt:
+        _say(f"{name} goes on without being watched; the same command follows it again, with --delete it ends")
+        raise
+    if args.json:
+        print_json({**result, "end": ending.kind, "reason": ending.reason, "attempts": ending.attempts})
+    if ending.kind != "finished":
+        _say(f"{name} {ending.kind}: {ending.reason}")
+    return ending.exit_code
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,151 @@
+"""`solvent submit --to ray`: hand a run to a Ray cluster's job API and follow it."""
+
+import argparse
+import os
+import secrets
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.cli._runs import print_json
+from elastic.errors import ClusterError, ConfigError
+
+if TYPE_CHECKING:
+    from cluster.runtime.jobs import JobServer
+    from cluster.runtime.submission import Submission
+
+OPTIONS = {
+    "--address": "address",
+    "--working-dir": "working_dir",
+    "--exclude": "exclude",
+    "--secret": "secret",
+    "--env": "env",
+    "--supervise": "supervise",
+    "--patience-s": "patience_s",
+    "--pending-s": "pending_s",
+}
+_PATIENCE_S = 600.0
+_PENDING_S = 300.0
+DELETE_S = 330.0
+"""A driver that is asked to stop has five minutes to save."""
+
+
+def add_arguments(parser: Any) -> None:
+    """Take what only a Ray cluster needs."""
+    parser.add_argument(
+        "--address",
+        metavar="URL",
+        default="",
+        help="the dashboard; else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or http://127.0.0.1:8265 (the end of a tunnel)",
+    )
+    parser.add_argument(
+        "--working-dir", metavar="DIR", default="", help="what is sent (default: here), without what git ignores"
+    )
+    parser.add_argument("--exclude", metavar="PATTERN", action="append", default=[], help="leave these out, too")
+    parser.add_argument(
+        "--secret", metavar="NAME", action="append", default=[], help="a variable the head must have; it never travels"
+    )
+    parser.add_argument(
+        "--env", metavar="NAME", action="append", default=[], help="a variable of yours to send along; no secret"
+    )
+    parser.add_argument(
+        "--supervise",
+        action="store_true",
+        help="submit again after the loss of driver or head, until finished; ends if attempts get nowhere",
+    )
+    parser.add_argument(
+        "--patience-s", metavar="S", type=float, help="wait so long for a cluster that is silent (default: 600)"
+    )
+    parser.add_argument(
+        "--pending-s", metavar="S", type=float, help="withdraw a driver that was not started by then (default: 300)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Submit and follow, or stop what runs."""
+    from cluster.runtime.jobs import JobServer, ServerLostError, find_address
+    from cluster.runtime.ray_token import read_token
+
+    server = JobServer(find_address(args.address, os.environ), token=read_token(os.environ))
+    submission = build(args)
+    try:
+        return _stop(server, submission) if args.delete else _submit(args, server, submission)
+    except ServerLostError as error:
+        raise ClusterError(
+            f"{error} Start Ray's head there, or open the tunnel (ssh -L 8265:127.0.0.1:8265 HEAD)."
+        ) from (error)
+
+
+def build(args: argparse.Namespace) -> "Submission":
+    """Return what would be sent."""
+    from cluster.cost import load_prices
+    from cluster.runtime.submission import build_submission
+    from elastic.config_load import load
+
+    config = load(args.config, args.overrides)
+    load_prices(config.cost)
+    missing = [name for name in args.env if "=" not in name and name not in os.environ]
+    if missing:
+        raise ConfigError(f"--env {missing[0]}: there is no such variable here. Export it first, or leave it out.")
+    return build_submission(
+        config,
+        folder=Path(args.working_dir or "."),
+        excludes=args.exclude,
+        prices=Path(config.cost.price_file).read_text() if config.cost.price_file else "",
+        secrets=args.secret,
+        env={name: os.environ.get(name, "") for name in args.env},
+    )
+
+
+def _submit(args: argparse.Namespace, server: "JobServer", submission: "Submission") -> int:
+    from cluster.runtime.submit import Ending, Limits, follow, submit
+    from cluster.runtime.supervise import submit_with_patience, supervise
+
+    limits = Limits(patience_s=args.patience_s or _PATIENCE_S, pending_s=args.pending_s or _PENDING_S)
+    show = _say if args.json else _show
+    if args.detach:
+        job = submit(server, submission, nonce=secrets.token_hex(8), say=_say)
+        if args.json:
+            print_json({"run": submission.run, "job": job})
+        return 0
+    try:
+        if args.supervise:
+            ending = supervise(server, submission, say=_say, show=show, limits=limits)
+        else:
+            job = submit_with_patience(server, submission, say=_say, limits=limits)
+            ending = job if isinstance(job, Ending) else follow(server, job, say=_say, show=show, limits=limits)
+    except KeyboardInterrupt:
+        _say("the run goes on without being watched; the same command follows it again, with --delete it ends")
+        raise
+    if args.json:
+        fields = {"run": submission.run, "end": ending.kind, "reason": ending.reason, "attempts": ending.attempts}
+        print_json({**fields, "exit_code": ending.exit_code})
+    if ending.kind != "finished":
+        _say(f"{submission.run} {ending.kind}: {ending.reason}")
+    return ending.exit_code
+
+
+def _stop(server: "JobServer", submission: "Submission") -> int:
+    from cluster.runtime.submit import RUN, stop
+
+    ours = [job for job in server.list_jobs() if job.metadata.get(RUN) == submission.run and not job.has_ended]
+    for job in ours:
+        _say(f"{job.id} saves and ends")
+        left = stop(server, job.id, timeout_s=DELETE_S)
+        if left and not left.has_ended:
+            raise ClusterError(
+                f"{job.id} is still {left.status.lower()} though it was asked to stop. Look at its log and the head's "
+                "(ray status), then try again."
+            )
+        _say(f"{job.id}: {left.status.lower() if left else 'gone'}")
+    if not ours:
+        _say(f"no job of {submission.run} runs there")
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _show(line: str) -> None:
+    print(line, flush=True)
