@@ -27,6 +27,7 @@ from elastic.errors import StorageError
 from elastic.loop import Parts, SampleRecorder, run_loop
 from elastic.metrics import get_peak_flops
 from elastic.ports import Lost, MetricSink, NoticeSource, Observer, Outcome, Progress, WorldSpec
+from elastic.profile import Profiler
 from elastic.rundir import RunDir, append_row
 from elastic.spikes import Recent
 from elastic.spool import OpenRun, open_run
@@ -128,6 +129,13 @@ def _build_parts(
     )
     with ExitStack() as stack:
         stack.callback(checkpointer.close)
+        profiler = Profiler(
+            at_step=config.profile_at_step,
+            num_steps=config.profile_steps,
+            device=world.device,
+            path=run.dir.profile(attempt=world.attempt, rank=world.rank),
+        )
+        stack.callback(profiler.close)
         loader = stack.enter_context(Loader(dataset, config=config, start_step=progress.step, **place))
         yield (
             Parts(
@@ -143,6 +151,7 @@ def _build_parts(
                 notices=watchers.notices,
                 observer=watchers.observer,
                 record_samples=_build_recorder(run.dir, config, world),
+                profiler=profiler,
                 record_bad_step=partial(append_row, run.dir.bad_steps),
             ),
             progress,
