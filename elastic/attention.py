@@ -6,7 +6,7 @@ Letters: B batch, S sequence, H query heads, K key/value heads, E size of one he
 import importlib.util
 import logging
 import statistics
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from elastic.config import Attention as Kind
-from elastic.config import RunConfig
+from elastic.config import ModelConfig, Precision, RunConfig
 from elastic.errors import ConfigError
 from elastic.precision import get_dtype
 
@@ -72,14 +72,22 @@ def choose_attention(config: RunConfig, device: torch.device) -> Kind:
             )
         return "auto"
     if config.attention != "auto":
-        _measure(config, device, config.attention, repeats=1)
+        shape = (config.train.micro_batch, config.data.seq_len)
+        _measure(config.attention, config.model, shape, config.precision, device, repeats=1)
         return config.attention
+    return _find_fastest(config.model, config.data.seq_len, config.train.micro_batch, config.precision, device)
+
+
+@lru_cache
+def _find_fastest(
+    model: ModelConfig, seq_len: int, micro_batch: int, precision: Precision, device: torch.device
+) -> Kind:
     best: Kind = "auto"
     best_ms, times = float("inf"), dict[str, str]()
     candidates: list[Kind] = ["cudnn", "flash", *(["fa4"] if importlib.util.find_spec("flash_attn") else [])]
     for kind in candidates:
         try:
-            kind_ms = _measure(config, device, kind, repeats=10)
+            kind_ms = _measure(kind, model, (micro_batch, seq_len), precision, device, repeats=10)
         except ConfigError:
             continue
         times[kind] = f"{kind_ms:.3f} ms"
@@ -89,19 +97,24 @@ def choose_attention(config: RunConfig, device: torch.device) -> Kind:
     return best
 
 
-def _measure(config: RunConfig, device: torch.device, kind: Kind, *, repeats: int) -> float:
+def _measure(
+    kind: Kind, model: ModelConfig, shape: tuple[int, int], precision: Precision, device: torch.device, *, repeats: int
+) -> float:
     """Return the median milliseconds of one layer's attention, forward and backward.
 
     Raises:
         ConfigError: it does not run.
     """
-    model, dtype = config.model, get_dtype(config.precision)
+    dtype = get_dtype(precision)
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(num_heads: int) -> Tensor:
         # laid out as a projection leaves it
-        shape = (config.train.micro_batch, config.data.seq_len, num_heads, model.head_size)
-        return torch.randn(shape, dtype=dtype, device=device, generator=generator).transpose(1, 2).requires_grad_()
+        return (
+            torch.randn((*shape, num_heads, model.head_size), dtype=dtype, device=device, generator=generator)
+            .transpose(1, 2)
+            .requires_grad_()
+        )
 
     inputs = (draw(model.num_heads), draw(model.num_kv_heads), draw(model.num_kv_heads))
     grad_BHSE = torch.randn_like(inputs[0])
@@ -115,9 +128,10 @@ def _measure(config: RunConfig, device: torch.device, kind: Kind, *, repeats: in
             end.synchronize()
             times_ms.append(start.elapsed_time(end))
     except (RuntimeError, ImportError, AssertionError) as error:  # what back ends raise for what they cannot do
+        why = str(error).partition("\n")[0][:200] or type(error).__name__
         raise ConfigError(
             f"attention={kind} does not run on {torch.cuda.get_device_name(device)} for heads of {model.head_size} "
-            f"with precision={config.precision} ({str(error).splitlines()[0][:200]}). Set attention=auto."
+            f"with precision={precision} ({why}). Set attention=auto."
         ) from error
     return statistics.median(times_ms[3:])
 

@@ -372,7 +372,7 @@ class RunConfig:
     """Parent of the run's directory; all nodes must see it."""
     precision: Precision = "fp32"
     """Of products and activations; weights and optimizer state are fp32. fp8 (scaled per tensor) and fp8_rowwise need
-    the extra `gpu`, a Hopper or newer GPU and compile=true."""
+    the extra `gpu`, an Ada, Hopper or newer GPU and compile=true; look at the loss: small models lose some."""
     recompute: Recompute = "none"
     """Activation checkpointing: `full` keeps only block inputs, `selective` also the costly products, `budget` what is
     worth most within `recompute_budget`."""
