@@ -14,8 +14,9 @@ from typing import Any, Literal
 from elastic import plugins
 from elastic.errors import ConfigError
 
-Precision = Literal["fp32", "bf16", "fp16"]
-Recompute = Literal["none", "selective", "full"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8", "fp8_rowwise"]
+Recompute = Literal["none", "selective", "budget", "full"]
+Attention = Literal["auto", "cudnn", "flash", "fa4"]
 
 
 def _require_positive(prefix: str, **values: float) -> None:
@@ -381,15 +382,30 @@ class RunConfig:
     storage: str = "runs"
     """Parent of the run's directory; all nodes must see it."""
     precision: Precision = "fp32"
+    """Of products and activations; weights and optimizer state are fp32. fp8 (scaled per tensor) and fp8_rowwise need
+    the extra `gpu`, an Ada, Hopper or newer GPU and compile=true; look at the loss: small models lose some."""
     recompute: Recompute = "none"
-    """Activation checkpointing: `full` keeps only block inputs, `selective` also the costly products."""
-    strategy: str = "fsdp2"
-    """How the model is spread over the ranks: the name of a file in `elastic/strategies`."""
+    """Activation checkpointing: `full` keeps only block inputs, `selective` also the costly products, `budget` what is
+    worth most within `recompute_budget`."""
+    recompute_budget: float = 0.5
+    """recompute=budget only: the share of the activations' memory that blocks may use. Needs compile=true."""
+    strategy: str = "auto"
+    """How the model is spread over the ranks: the name of a file in `elastic/strategies`. auto: whole on one rank,
+    FSDP2 on more."""
     shard_size: int = 0
     """hsdp only: ranks that share one copy of the state; the cluster then trains on multiples of it. 0: those of one
     node, on any number of ranks."""
+    attention: Attention = "auto"
+    """Back end of attention on a GPU: cuDNN, FlashAttention-2 or FlashAttention-4 (the extra `gpu`). auto: what is
+    fastest for the run's shape, measured at the start; name one to keep every bit of a resumed run the same."""
     compile: bool = False
     """torch.compile, block by block."""
+    cuda_graph: Literal["auto", "off"] = "auto"
+    """auto: a model so small that launches take longer than kernels is recorded and replayed (one rank, bf16)."""
+    profile_at_step: int = 0
+    """Record `profile_steps` steps from this one on: `profile-<attempt>-<rank>.json.gz` for ui.perfetto.dev, and in the
+    log a table of where their time went. 0: never. Take one well after the first: it compiles."""
+    profile_steps: int = 3
     device: Literal["auto", "cpu", "cuda"] = "auto"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -434,6 +450,25 @@ class RunConfig:
                 f"shard_size={self.shard_size} is read by strategy=hsdp only, as a number of ranks, but "
                 f"strategy={self.strategy}. Set strategy=hsdp with a positive shard_size, or shard_size=0."
             )
+        if self.profile_at_step < 0 or self.profile_steps < 1:
+            raise ConfigError(
+                f"profile_at_step={self.profile_at_step} with profile_steps={self.profile_steps} records nothing. Set "
+                "profile_at_step to a step (0: never) and profile_steps to 1 or more."
+            )
+        if not 0 < self.recompute_budget <= 1:
+            raise ConfigError(
+                f"recompute_budget={self.recompute_budget} must be more than 0 and at most 1: it is a share of the "
+                "memory that recompute=none uses. Try recompute_budget=0.5."
+            )
+        needs_compile = (
+            ("recompute", self.recompute, ("budget",)),
+            ("precision", self.precision, ("fp8", "fp8_rowwise")),
+        )
+        for key, value, values in needs_compile:
+            if value in values and not self.compile:
+                raise ConfigError(
+                    f"{key}={value} is the compiler's work, but compile=false. Set compile=true, or another {key}."
+                )
         if self.device == "cpu" and self.cluster.gpus_per_worker:
             raise ConfigError(
                 f"device=cpu would leave the GPUs of cluster.gpus_per_worker={self.cluster.gpus_per_worker} idle while "

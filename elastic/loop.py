@@ -16,6 +16,7 @@ from elastic.data.loader import Loader
 from elastic.errors import StepError
 from elastic.optim import learning_rate
 from elastic.ports import Finished, Interrupted, MetricSink, NoticeSource, Observer, Outcome, Progress, Source
+from elastic.profile import Profiler
 from elastic.rundir import format_utc
 from elastic.step import Abandoned, StepResult, Trainable, eval_loss, train_step
 from elastic.timeline import Timeline
@@ -50,6 +51,7 @@ class Parts:
     notices: NoticeSource
     observer: Observer
     record_samples: SampleRecorder
+    profiler: Profiler
     record_bad_step: Callable[[Mapping[str, object]], None]
     """Takes the row of `bad_steps.jsonl`; called on rank 0."""
 
@@ -68,6 +70,7 @@ def run_loop(parts: Parts, progress: Progress, recent: spikes.Recent, timeline: 
     timeline.begin("data")
     for step, batch in parts.loader:
         wait_s = timeline.begin("train")
+        parts.profiler.advance(step)
         step_tokens = config.train.global_batch * config.data.seq_len
         lr = learning_rate(config.optim, progress.tokens + step_tokens, config.total_tokens)
         result = train_step(

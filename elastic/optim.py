@@ -1,21 +1,33 @@
 """AdamW, and the learning rate as a pure function of the tokens seen."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from elastic.config import OptimConfig
+from elastic.optim_copies import CopyingAdamW
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Build AdamW (fused) with two groups: matrices are decayed, vectors (gains, biases) are not."""
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, *, copies: Mapping[nn.Parameter, Tensor] | None = None
+) -> torch.optim.AdamW:
+    """Build AdamW (fused) with two groups: matrices are decayed, vectors (gains, biases) are not.
+
+    Args:
+        copies: in low precision, one for each parameter; kept up to date by the update.
+    """
     params = [param for param in model.parameters() if param.requires_grad]
     groups = [
         {"params": [param for param in params if param.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [param for param in params if param.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    options: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    if copies:
+        return CopyingAdamW(groups, copies=copies, **options)
+    return torch.optim.AdamW(groups, fused=True, **options)
 
 
 def learning_rate(config: OptimConfig, tokens: int, total_tokens: int) -> float:

@@ -13,15 +13,31 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from elastic.config import Precision
 from elastic.errors import ConfigError
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.bfloat16,
+    "fp8_rowwise": torch.bfloat16,
+}
+"""Of activations, and of what products read before they cast it further."""
 
 
 def check_precision(precision: Precision, device: torch.device) -> None:
     """Refuse a precision that the device only emulates.
 
     Raises:
-        ConfigError: bf16 on a GPU older than Ampere.
+        ConfigError: fp8 on what is older than Ada, bf16 on a GPU older than Ampere.
     """
+    if precision in ("fp8", "fp8_rowwise") and (
+        device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)
+    ):
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+        raise ConfigError(
+            f"precision={precision}, but {name} has no fp8 arithmetic (it came with Ada and Hopper, compute capability "
+            "8.9). Set precision=bf16."
+        )
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ConfigError(
             f"precision=bf16, but {torch.cuda.get_device_name(device)} has no bf16 arithmetic (it came with Ampere, "
@@ -37,7 +53,17 @@ def build_policy(precision: Precision) -> MixedPrecisionPolicy:
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
     """Return the context for the forward of a model whose parameters stay fp32."""
-    return nullcontext() if precision == "fp32" else torch.autocast(device.type, _DTYPES[precision])
+    return nullcontext() if get_dtype(precision) == torch.float32 else torch.autocast(device.type, get_dtype(precision))
+
+
+def set_tf32(precision: Precision) -> None:
+    """Let products of fp32 tensors round their inputs to 10 bits, or forbid it; a setting of the process."""
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+
+
+def get_dtype(precision: Precision) -> torch.dtype:
+    """Return the type of activations."""
+    return _DTYPES[precision]
 
 
 def build_scaler(precision: Precision, device: torch.device) -> GradScaler:

@@ -4,25 +4,34 @@ The block's `forward` is replaced, not the block: parameter names stay, and FSDP
 `forward`, are not run a second time when the backward recomputes.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch._functorch.config
+from torch import Tensor, fx, nn
+from torch._inductor.custom_graph_pass import CustomRuntimeEstimator, get_hash_for_files
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from elastic.attention import FA4
 from elastic.config import Recompute
 
-_KEPT = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
+_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    FA4,
 }
+_PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_mm.default,
+}
+_KEPT = _ATTENTION | _PRODUCTS
 """What `selective` keeps: matrix products and attention. All else (norms, rotation, SwiGLU) is cheap to do again."""
 
 
@@ -42,11 +51,53 @@ def _checkpointed(forward: Callable[..., Tensor], recompute: Recompute) -> Calla
 
 
 def set_recompute(block: nn.Module, recompute: Recompute) -> None:
-    """Let a block keep for its backward all activations (none), costly products (selective) or its input (full)."""
-    if recompute != "none":
+    """Let a block keep for its backward all activations (none), costly products (selective) or its input (full).
+
+    With `budget` the compiler chooses (`set_budget`).
+    """
+    if recompute in ("selective", "full"):
         block.forward = _checkpointed(block.forward, recompute)
 
 
 def set_compile(block: nn.Module) -> None:
     """Compile a block's forward, recomputation included; call it after `set_recompute`."""
     block.forward = torch.compile(block.forward)
+
+
+def set_budget(budget: float) -> None:
+    """Let compiled blocks keep this share of their activations' bytes: those that cost most time per byte.
+
+    A setting of the process, read when a block is first run; 1 leaves the compiler to itself.
+    """
+    torch._functorch.config.activation_memory_budget = budget
+    torch._functorch.config.activation_memory_budget_runtime_estimator = "flops" if budget == 1 else _Roofline()  # pyright: ignore[reportAttributeAccessIssue] # typed as its default
+
+
+class _Roofline(CustomRuntimeEstimator):
+    """Seconds that an operation takes if it is done again.
+
+    Torch's own estimator counts FLOPs alone: norms and SwiGLU would cost nothing, and grouped queries break it. Rates
+    are those measured on an H100 (`solvent bench`, FACTS of `tests/gpu`); what counts is their ratio.
+    """
+
+    products_flops_per_s = 700e12
+    attention_flops_per_s = 400e12
+    bytes_per_s = 2.5e12
+
+    def __call__(self, node: fx.Node) -> float:
+        shapes = [tuple(value.shape) for value in _get_values(node.args)]
+        if node.target in _ATTENTION and shapes:
+            # batch, heads and size of a head in any order; causal: half of 2 products
+            sequence = max(shapes[0][1:3])
+            return 2.0 * math.prod(shapes[0]) * sequence / self.attention_flops_per_s
+        if node.target in _PRODUCTS and len(shapes) >= 2:
+            return 2.0 * math.prod(shapes[-2]) * shapes[-1][-1] / self.products_flops_per_s
+        return sum(value.nbytes for value in _get_values([node, *node.args])) / self.bytes_per_s
+
+    def uuid(self) -> Any:
+        return get_hash_for_files((__file__,))
+
+
+def _get_values(nodes: Any) -> list[Tensor]:
+    values = [argument.meta.get("val") for argument in nodes if isinstance(argument, fx.Node)]
+    return [value for value in values if isinstance(value, Tensor)]

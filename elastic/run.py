@@ -30,6 +30,7 @@ from elastic.loop import Parts, SampleRecorder, run_loop
 from elastic.metrics import get_peak_flops
 from elastic.nn import init_weights
 from elastic.ports import Lost, MetricSink, NoticeSource, Observer, Outcome, Progress, Source, WorldSpec
+from elastic.profile import Profiler
 from elastic.rundir import RunDir, append_row
 from elastic.spikes import Recent
 from elastic.spool import OpenRun, open_run
@@ -163,6 +164,13 @@ def _build_parts(
         stack.callback(checkpointer.close)
         if restored:
             checkpointer.prepare(trainable.model, trainable.optimizer)
+        profiler = Profiler(
+            at_step=config.profile_at_step,
+            num_steps=config.profile_steps,
+            device=world.device,
+            path=run.dir.profile(attempt=world.attempt, rank=world.rank),
+        )
+        stack.callback(profiler.close)
         loader = stack.enter_context(Loader(dataset, config=config, start_step=progress.step, **place))
         yield (
             Parts(
@@ -179,6 +187,7 @@ def _build_parts(
                 notices=watchers.notices,
                 observer=watchers.observer,
                 record_samples=_build_recorder(run.dir, config, world),
+                profiler=profiler,
                 record_bad_step=partial(append_row, run.dir.bad_steps),
             ),
             progress,

@@ -69,6 +69,10 @@ class RunDir:
         """The page that `solvent report` makes."""
         return self.root / "report.html"
 
+    def profile(self, *, attempt: int, rank: int) -> Path:
+        """Return where a rank writes the trace of the steps that `profile_at_step` asks for."""
+        return self.root / f"profile-{attempt}-{rank}.json.gz"
+
     def samples(self, *, attempt: int, rank: int) -> Path:
         """Return where a rank writes the sample ids it consumed in an attempt."""
         return self.root / f"samples-{attempt}-{rank}.jsonl"

@@ -1,6 +1,6 @@
 """One global batch, one update; and the same sum without the update for evaluation.
 
-Letters: B batch, S sequence, V vocabulary.
+Letters: B batch, S sequence.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,13 +14,15 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from elastic import plugins
+from elastic.attention import choose_attention, set_attention
 from elastic.config import RunConfig
 from elastic.interrupt import GIVE_UP, URGENCY, Decision, agree
-from elastic.loss import IGNORE, sum_cross_entropy
+from elastic.loss import IGNORE
 from elastic.nn import init_weights
 from elastic.optim import build_optimizer
-from elastic.precision import build_scaler, check_precision
-from elastic.recompute import set_compile, set_recompute
+from elastic.optim_copies import CopyingAdamW
+from elastic.precision import build_scaler, check_precision, set_tf32
+from elastic.recompute import set_budget, set_compile, set_recompute
 from elastic.spikes import Recent, Verdict, judge
 from elastic.strategies._base import Spread, Strategy
 from elastic.world import World
@@ -38,8 +40,6 @@ class Trainable:
     spread: Spread
     optimizer: torch.optim.Optimizer
     scaler: GradScaler
-    loss: Callable[[Tensor, Tensor], Tensor]
-    """(logits_BSV, labels_BS) -> summed nats."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,27 +87,33 @@ def build_trainable(
         ConfigError: the device cannot do the precision, or the strategy cannot use the world.
     """
     check_precision(config.precision, world.device)
+    set_tf32(config.precision)
+    set_budget(config.recompute_budget if config.recompute == "budget" else 1.0)
     with torch.device("meta"):
         model: nn.Module = plugins.load("elastic.models", config.model.kind, key="model.kind").build(config.model)
-    for block in model.get_submodule("blocks").children():
+    strategy: Strategy = plugins.load("elastic.strategies", config.strategy, key="strategy")  # pyright: ignore[reportAssignmentType] # a module
+    spread = strategy.spread(model, world=world, config=config)
+    set_attention(spread.computing, choose_attention(config, world.device))
+    for block in spread.computing.get_submodule("blocks").children():
         set_recompute(block, config.recompute)
         if config.compile:
             set_compile(block)
-    strategy: Strategy = plugins.load("elastic.strategies", config.strategy, key="strategy")  # pyright: ignore[reportAssignmentType] # a module
-    spread = strategy.spread(model, world=world, config=config)
     if first_weights == "random":
         init_weights(model, seed=config.train.seed, std=config.model.init_std)
     return Trainable(
         model=model,
         spread=spread,
-        optimizer=build_optimizer(model, config.optim),
+        optimizer=build_optimizer(model, config.optim, copies=spread.copies),
         scaler=build_scaler(config.precision, world.device),
-        loss=torch.compile(sum_cross_entropy) if config.compile else sum_cross_entropy,
     )
 
 
-def _to_local(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
+def _clip(trainable: Trainable, max_norm: float) -> Tensor:
+    """Bring the norm of all gradients down to `max_norm`, now or in the update, and return what it was."""
+    if isinstance(trainable.optimizer, CopyingAdamW):
+        return trainable.optimizer.clip(max_norm)
+    norm = nn.utils.clip_grad_norm_(trainable.model.parameters(), max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def train_step(
@@ -147,16 +153,15 @@ def train_step(
     for index, (tokens_BS, labels_BS) in enumerate(microbatches, start=1):
         trainable.spread.set_last_microbatch(index == len(microbatches))
         with trainable.spread.cast():
-            logits_BSV = trainable.spread.module(tokens_BS)
+            nats = trainable.spread.module(tokens_BS, labels_BS)
         if index == 1 and (decision := agree(read_votes())) in GIVE_UP:
             _free_root(trainable.model)
             return Abandoned(decision=decision)
-        nats = trainable.loss(logits_BSV, labels_BS)
         scaler.scale(nats / target_tokens).backward()
         nats_sum += nats.detach()
 
     scaler.unscale_(optimizer)
-    norm = _to_local(nn.utils.clip_grad_norm_(trainable.model.parameters(), max_grad_norm))
+    norm = _clip(trainable, max_grad_norm)
     sums = world.sum_(torch.cat([nats_sum.view(1), _to_vote(get_wish("end"), like=nats_sum)]))
     shared = torch.stack([(sums[0] / target_tokens).double(), norm.double(), target_tokens.double()])
     loss, grad_norm, num_tokens, *votes = torch.cat([shared, sums[1:].double()]).tolist()
@@ -214,8 +219,7 @@ def eval_loss(trainable: Trainable, batches: Iterable[tuple[Tensor, Tensor]], wo
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     for tokens_BS, labels_BS in batches:
         with trainable.spread.cast():
-            logits_BSV = trainable.spread.module(tokens_BS)
-        sums[0] += trainable.loss(logits_BSV, labels_BS)
+            sums[0] += trainable.spread.module(tokens_BS, labels_BS)
         sums[1] += (labels_BS != IGNORE).sum()
     _free_root(trainable.model)
     nats, tokens = world.sum_(sums).tolist()

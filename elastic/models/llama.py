@@ -3,7 +3,8 @@
 Options of `ModelConfig` make it a Qwen2 (`qkv_bias`), a Qwen3 (`qk_norm`, `head_dim`) or a SmolLM3
 (`no_rope_layer_interval`); the tensors map one to one onto those of Hugging Face's classes (`checkpoint/hf`).
 
-Letters: B batch, S sequence, V vocabulary, D dim, H query heads, K key/value heads, E size of one head.
+Letters: B batch, S sequence, V vocabulary, D dim, H query heads, K key/value heads, E size of one head,
+F inner size of the feed-forward.
 Source: Llama 2, arXiv:2307.09288; Qwen2, arXiv:2407.10671; Qwen3, arXiv:2505.09388; layers without positions,
 arXiv:2501.18795.
 """
@@ -13,16 +14,19 @@ from typing import Literal
 import torch.nn.functional as F  # noqa: N812 # the name all of torch's own documentation uses
 from torch import Tensor, nn
 
+from elastic.attention import Attend
 from elastic.config import ModelConfig
-from elastic.nn import ResidualLinear, build_rope_tables, rotate
+from elastic.fused import split_and_rotate, swiglu_down
+from elastic.loss import sum_cross_entropy
+from elastic.nn import Joinable, ResidualLinear, build_rope_tables, rotate
 
 
-class Attention(nn.Module):
+class Attention(Joinable):
     """Causal self-attention; each key/value head serves num_heads / num_kv_heads query heads."""
 
     def __init__(self, config: ModelConfig, *, positions: Literal["rotary", "none"]) -> None:
-        super().__init__()
-        self.head_dim = config.head_size
+        super().__init__("query", "key", "value")
+        self.head_dim, self.num_heads, self.num_kv_heads = config.head_size, config.num_heads, config.num_kv_heads
         self.positions = positions
         query_dim, kv_dim = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
         self.query = nn.Linear(config.dim, query_dim, bias=config.qkv_bias)
@@ -30,33 +34,38 @@ class Attention(nn.Module):
         self.value = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
         self.query_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.key_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.attend = Attend()
         self.output = ResidualLinear(query_dim, config.dim, bias=False)
 
     def forward(self, x_BSD: Tensor, cos_SE: Tensor, sin_SE: Tensor) -> Tensor:
         """Mix each position with the ones before it."""
-        query_BHSE = self.query_norm(self.query(x_BSD).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
-        key_BKSE = self.key_norm(self.key(x_BSD).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
-        value_BKSE = self.value(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        if self.joined is not None and self.positions == "rotary" and isinstance(self.query_norm, nn.Identity):
+            parts = split_and_rotate(self.joined(x_BSD), cos_SE, sin_SE, self.num_heads, self.num_kv_heads)
+            mixed_BHSE = self.attend(*(part.transpose(1, 2) for part in parts))
+            return self.output(mixed_BHSE.transpose(1, 2).flatten(-2))
+        query, key, value = (product.unflatten(-1, (-1, self.head_dim)) for product in self.project(x_BSD))
+        query_BHSE, key_BKSE = self.query_norm(query).transpose(1, 2), self.key_norm(key).transpose(1, 2)
         if self.positions == "rotary":
             query_BHSE, key_BKSE = rotate(query_BHSE, cos_SE, sin_SE), rotate(key_BKSE, cos_SE, sin_SE)
-        mixed_BHSE = F.scaled_dot_product_attention(
-            query_BHSE, key_BKSE, value_BKSE, is_causal=True, enable_gqa=key_BKSE.shape[1] != query_BHSE.shape[1]
-        )
+        mixed_BHSE = self.attend(query_BHSE, key_BKSE, value.transpose(1, 2))
         return self.output(mixed_BHSE.transpose(1, 2).flatten(-2))
 
 
-class FeedForward(nn.Module):
+class FeedForward(Joinable):
     """SwiGLU (Source: arXiv:2002.05202)."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
+        super().__init__("gate", "up")
         self.gate = nn.Linear(config.dim, config.ffn_dim, bias=False)
         self.up = nn.Linear(config.dim, config.ffn_dim, bias=False)
         self.down = ResidualLinear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Transform each position on its own."""
-        return self.down(F.silu(self.gate(x_BSD)) * self.up(x_BSD))
+        if self.joined is not None and type(self.down) is ResidualLinear:  # fp8 puts another class there
+            return swiglu_down(self.joined(x_BSD), self.down.weight)
+        gate_BSF, up_BSF = self.project(x_BSD)
+        return self.down(F.silu(gate_BSF) * up_BSF)
 
 
 class Block(nn.Module):
@@ -77,7 +86,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Token ids in, next-token logits out."""
+    """Token ids in, next-token logits or their loss out."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -88,14 +97,19 @@ class Llama(nn.Module):
         # A tied head has no parameter of its own: one name in every state dict, nothing that could come untied.
         self.head = None if config.tied_head else nn.Linear(config.dim, config.vocab_size, bias=False)
 
-    def forward(self, tokens_BS: Tensor) -> Tensor:
-        """Return logits_BSV for int64 tokens_BS; position s sees tokens 0 to s."""
+    def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor:
+        """Return logits_BSV for int64 tokens_BS, or the summed nats of labels_BS; position s sees tokens 0 to s."""
+        x_BSD = self.hidden(tokens_BS)
+        weight_VD = self.embed.weight if self.head is None else self.head.weight
+        return F.linear(x_BSD, weight_VD) if labels_BS is None else sum_cross_entropy(x_BSD, weight_VD, labels_BS)
+
+    def hidden(self, tokens_BS: Tensor) -> Tensor:
+        """Return what the output layer reads."""
         cos_SE, sin_SE = build_rope_tables(self.config, tokens_BS.shape[1], device=tokens_BS.device)
         x_BSD = self.embed(tokens_BS)
         for block in self.blocks:
             x_BSD = block(x_BSD, cos_SE, sin_SE)
-        x_BSD = self.norm(x_BSD)
-        return F.linear(x_BSD, self.embed.weight) if self.head is None else self.head(x_BSD)
+        return self.norm(x_BSD)
 
 
 def build(config: ModelConfig) -> Llama:

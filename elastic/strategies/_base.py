@@ -12,12 +12,12 @@ It may limit the worlds it is given with two constants, literals at its top leve
 - ``MAX_WORLD_SIZE = <number>``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from elastic.config import RunConfig
 from elastic.world import World
@@ -27,12 +27,16 @@ from elastic.world import World
 class Spread:
     """How to run one microbatch."""
 
-    module: nn.Module
+    module: Callable[..., Tensor]
     """Call this one: it may wrap the model."""
+    computing: nn.Module
+    """Its blocks run: the model itself, or a copy of it in low precision."""
     cast: Callable[[], AbstractContextManager[object]]
     """Makes the context in which the forward runs."""
     set_last_microbatch: Callable[[bool], None]
     """Call before each microbatch's forward; what can wait is reduced over ranks only in the last one's backward."""
+    copies: Mapping[nn.Parameter, Tensor] = field(default_factory=dict[nn.Parameter, Tensor])
+    """Copies of all parameters that compute in their place, and that every update must follow."""
 
 
 class Strategy(Protocol):

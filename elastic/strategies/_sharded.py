@@ -7,6 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from elastic.config import RunConfig
+from elastic.fp8 import set_fp8
 from elastic.precision import build_policy
 from elastic.strategies._base import Spread
 from elastic.world import World
@@ -21,6 +22,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, world: World, config: RunConfig
     Gradients are reduce-scattered in every microbatch, so that no rank ever holds all of them; the all-reduce
     between replicas waits for the last one.
     """
+    set_fp8(model, config.precision)
     policy = build_policy(config.precision)
     for block in model.get_submodule("blocks").children():
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
@@ -31,4 +33,4 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, world: World, config: RunConfig
             # A plain sum: else the factor becomes PREMUL_SUM, which gloo lacks.
             module.set_force_sum_reduction_for_comms(True)
     model.to_empty(device=world.device)
-    return Spread(module=model, cast=nullcontext, set_last_microbatch=root.set_requires_all_reduce)
+    return Spread(module=model, computing=model, cast=nullcontext, set_last_microbatch=root.set_requires_all_reduce)

@@ -11,6 +11,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from elastic.config import RunConfig
+from elastic.fp8 import set_fp8
 from elastic.precision import autocast
 from elastic.strategies._base import Spread
 from elastic.world import World
@@ -29,6 +30,7 @@ def _get_first(done: Future[list[Tensor]]) -> Tensor:
 
 def spread(model: nn.Module, *, world: World, config: RunConfig) -> Spread:
     """Wrap the model in DistributedDataParallel."""
+    set_fp8(model, config.precision)
     model.to_empty(device=world.device)
     # init_sync: `init_weights` (or a checkpoint) gives every rank the same values, so nothing is sent at the start.
     module = DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True)
@@ -41,6 +43,7 @@ def spread(model: nn.Module, *, world: World, config: RunConfig) -> Spread:
 
     return Spread(
         module=module,
+        computing=model,
         cast=partial(autocast, config.precision, world.device),
         set_last_microbatch=set_last_microbatch,
     )

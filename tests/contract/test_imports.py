@@ -17,7 +17,8 @@ def get_imported(code):
 IMPORT_ALL_OF_ELASTIC = """
 import importlib, pkgutil, elastic
 for module in pkgutil.walk_packages(elastic.__path__, "elastic."):
-    importlib.import_module(module.name)
+    if not module.name.startswith("elastic.kernels."):  # Triton is where GPUs are
+        importlib.import_module(module.name)
 """
 
 

@@ -13,6 +13,7 @@ from tests.distributed._tiny import CONFIG, full_weights, train, with_model
 SCENARIOS = [
     *(("single", 1, 0), ("ddp", 1, 0), ("ddp", 2, 0), ("ddp", 3, 0), ("ddp", 4, 0)),
     *(("fsdp2", size, 0) for size in (1, 2, 3, 4)),
+    *(("auto", 1, 0), ("auto", 2, 0)),
     *(("hsdp", 2, 0), ("hsdp", 2, 1), ("hsdp", 3, 2), ("hsdp", 4, 2)),
 ]
 

@@ -11,13 +11,11 @@ import json
 import os
 import statistics
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from elastic.config import ModelConfig, RunConfig
 from elastic.models.llama import flops_per_token, num_params
@@ -39,12 +37,6 @@ LARGE = (
 )
 LARGE_BATCH, LARGE_SEQ = (2, 32) if TRY_ON_CPU else (4, 4096)
 DEMO_STEPS, DEMO_BATCH, DEMO_SEQ = (60, 8, 32) if TRY_ON_CPU else (200, 32, 256)
-CUDNN_FIRST = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 
 START_S = time.monotonic()
 
@@ -110,25 +102,27 @@ def measure_speed(world: World, *, strategy: str, recompute: Any, compiled: bool
         report(case="speed", **case, left_out="time limit")
         return
     forget(world.device)
-    config = RunConfig(model=LARGE, strategy=strategy, precision="bf16", recompute=recompute, compile=compiled)
+    attention = "auto" if TRY_ON_CPU else "cudnn" if cudnn else "flash"
+    config = RunConfig(
+        model=LARGE, strategy=strategy, precision="bf16", recompute=recompute, compile=compiled, attention=attention
+    )
     ids = torch.randint(LARGE.vocab_size, (LARGE_BATCH, LARGE_SEQ + 1), generator=torch.Generator().manual_seed(0)).to(
         world.device
     )
     batch = (ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
     try:
-        with sdpa_kernel(CUDNN_FIRST, set_priority=True) if cudnn else nullcontext():
-            start_s = time.monotonic()
-            trainable = build_trainable(config, world)
-            times_ms, losses = [], []
-            for index in range(13):
-                synchronize(world.device)
-                begin_s = time.monotonic()
-                step = train_step(trainable, [batch], lr=1e-4, max_grad_norm=1.0, world=world)
-                synchronize(world.device)
-                times_ms.append((time.monotonic() - begin_s) * 1e3)
-                losses.append(step.loss)
-                if index == 0:
-                    first_step_s = time.monotonic() - start_s
+        start_s = time.monotonic()
+        trainable = build_trainable(config, world)
+        times_ms, losses = [], []
+        for index in range(13):
+            synchronize(world.device)
+            begin_s = time.monotonic()
+            step = train_step(trainable, [batch], lr=1e-4, max_grad_norm=1.0, world=world)
+            synchronize(world.device)
+            times_ms.append((time.monotonic() - begin_s) * 1e3)
+            losses.append(step.loss)
+            if index == 0:
+                first_step_s = time.monotonic() - start_s
     except torch.OutOfMemoryError:
         report(case="speed", **case, out_of_memory=True)
         return

@@ -71,6 +71,11 @@ TOGETHER = [
     ({"model": ModelConfig(max_positions=4), **TINY}, "Set data.seq_len to at most 4"),
     ({"strategy": "fsdp2", "shard_size": 4}, "strategy=hsdp"),
     ({"strategy": "hsdp", "shard_size": -1}, "shard_size=-1"),
+    ({"recompute": "budget"}, "recompute=budget is the compiler's work"),
+    ({"precision": "fp8_rowwise"}, "precision=fp8_rowwise is the compiler's work"),
+    ({"recompute": "budget", "compile": True, "recompute_budget": 1.5}, "recompute_budget=1.5"),
+    ({"profile_at_step": -1}, "profile_at_step=-1"),
+    ({"profile_steps": 0}, "profile_steps=0"),
     ({"device": "cpu", "cluster": ClusterConfig(gpus_per_worker=1)}, "device=auto"),
 ]
 

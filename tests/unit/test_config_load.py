@@ -39,15 +39,20 @@ def run_configs(draw):
     heads = draw(st.sampled_from([1, 2, 4, 8]))
     schedule = draw(literals(OptimConfig, "schedule"))
     workers = sorted([draw(st.integers(1, 512)), draw(st.integers(1, 512))])
-    strategy = draw(st.sampled_from(["ddp", "fsdp2", "hsdp"]))
+    strategy = draw(st.sampled_from(["auto", "ddp", "fsdp2", "hsdp"]))
+    precision, recompute = draw(literals(RunConfig, "precision")), draw(literals(RunConfig, "recompute"))
+    must_compile = recompute == "budget" or precision.startswith("fp8")
     return RunConfig(
         run=draw(names),
         storage="s" + draw(text),
-        precision=draw(literals(RunConfig, "precision")),
-        recompute=draw(literals(RunConfig, "recompute")),
+        precision=precision,
+        recompute=recompute,
+        recompute_budget=draw(st.floats(0.01, 1)),
+        attention=draw(literals(RunConfig, "attention")),
+        cuda_graph=draw(literals(RunConfig, "cuda_graph")),
         strategy=strategy,
         shard_size=draw(st.integers(0, 64)) if strategy == "hsdp" else 0,
-        compile=draw(st.booleans()),
+        compile=must_compile or draw(st.booleans()),
         device=draw(st.sampled_from(["auto", "cuda"])),
         model=ModelConfig(
             dim=heads * 2 * draw(st.integers(1, 512)),
@@ -132,7 +137,7 @@ BAD_OVERRIDES = {
     "optim.lr=fast": ["optim.lr='fast'", "Float", "optim.lr=0.001"],
     "optim.lr=nan": ["optim.lr=nan", "finite"],
     "optim.lr=inf": ["optim.lr=inf", "finite"],
-    "precision=bf17": ["precision='bf17'", "'fp32', 'bf16', 'fp16'", "precision=fp32"],
+    "precision=bf17": ["precision='bf17'", "'fp32', 'tf32', 'bf16', 'fp16'", "precision=fp32"],
     "wandb.mode=off": ["wandb.mode='off'", "'offline', 'online', 'disabled'"],
     "run=${oc.env:HOME}": ["run='${oc.env:HOME}'", "refers", "run=$NAME"],
     "data.path=${train.steps}/x": ["data.path", "refers"],

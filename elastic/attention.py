@@ -1,0 +1,188 @@
+"""Causal self-attention by the back end that is fastest for a GPU and a shape.
+
+Letters: B batch, S sequence, H query heads, K key/value heads, E size of one head.
+"""
+
+import importlib.util
+import logging
+import statistics
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 # the name all of torch's own documentation uses
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from elastic.config import Attention as Kind
+from elastic.config import ModelConfig, Precision, RunConfig
+from elastic.errors import ConfigError
+from elastic.precision import get_dtype
+
+logger = logging.getLogger(__name__)
+
+_BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+_WORTH_IT = 0.97
+"""A back end is preferred to those before it for 3 % of its time: less is noise, and would differ from run to run."""
+
+
+class Attend(nn.Module):
+    """Mixes each position's value with those before it; `set_attention` says how."""
+
+    kind: Kind = "auto"
+    """auto: torch's own choice."""
+
+    def forward(self, query_BHSE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor) -> Tensor:
+        """Return mixed_BHSE; a key/value head serves several query heads."""
+        return attend(query_BHSE, key_BKSE, value_BKSE, kind=self.kind)
+
+
+def set_attention(model: nn.Module, kind: Kind) -> None:
+    """Let all layers use one back end."""
+    for module in model.modules():
+        if isinstance(module, Attend):
+            module.kind = kind
+
+
+def attend(query_BHSE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, *, kind: Kind) -> Tensor:
+    """Compute causal attention with one back end."""
+    if kind == "fa4":
+        turned = (tensor.transpose(1, 2) for tensor in (query_BHSE, key_BKSE, value_BKSE))
+        return _fa4(*turned)[0].transpose(1, 2)
+    product = partial(
+        F.scaled_dot_product_attention, is_causal=True, enable_gqa=key_BKSE.shape[1] != query_BHSE.shape[1]
+    )
+    if kind == "auto":
+        return product(query_BHSE, key_BKSE, value_BKSE)
+    with sdpa_kernel(_BACKENDS[kind]):
+        return product(query_BHSE, key_BKSE, value_BKSE)
+
+
+def choose_attention(config: RunConfig, device: torch.device) -> Kind:
+    """Return the configured back end; for `auto` on a GPU, the one that is fastest there for this run's shape.
+
+    Raises:
+        ConfigError: the configured one is not there, or cannot do the shape or precision.
+    """
+    if device.type != "cuda" or get_dtype(config.precision) == torch.float32:
+        if config.attention != "auto":
+            raise ConfigError(
+                f"attention={config.attention} needs a GPU and 16-bit precision, but this is device={device.type} with "
+                f"precision={config.precision}. Set attention=auto."
+            )
+        return "auto"
+    if config.attention != "auto":
+        shape = (config.train.micro_batch, config.data.seq_len)
+        _measure(config.attention, config.model, shape, config.precision, device, repeats=1)
+        return config.attention
+    return _find_fastest(config.model, config.data.seq_len, config.train.micro_batch, config.precision, device)
+
+
+@lru_cache
+def _find_fastest(
+    model: ModelConfig, seq_len: int, micro_batch: int, precision: Precision, device: torch.device
+) -> Kind:
+    best: Kind = "auto"
+    best_ms, times = float("inf"), dict[str, str]()
+    candidates: list[Kind] = ["cudnn", "flash", *(["fa4"] if importlib.util.find_spec("flash_attn") else [])]
+    for kind in candidates:
+        try:
+            kind_ms = _measure(kind, model, (micro_batch, seq_len), precision, device, repeats=10)
+        except ConfigError:
+            continue
+        times[kind] = f"{kind_ms:.3f} ms"
+        if kind_ms < _WORTH_IT * best_ms:
+            best, best_ms = kind, kind_ms
+    logger.info("attention=%s is fastest on %s: %s", best, torch.cuda.get_device_name(device), times)
+    return best
+
+
+def _measure(
+    kind: Kind, model: ModelConfig, shape: tuple[int, int], precision: Precision, device: torch.device, *, repeats: int
+) -> float:
+    """Return the median milliseconds of one layer's attention, forward and backward.
+
+    Raises:
+        ConfigError: it does not run.
+    """
+    dtype = get_dtype(precision)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(num_heads: int) -> Tensor:
+        # laid out as a projection leaves it
+        return (
+            torch.randn((*shape, num_heads, model.head_size), dtype=dtype, device=device, generator=generator)
+            .transpose(1, 2)
+            .requires_grad_()
+        )
+
+    inputs = (draw(model.num_heads), draw(model.num_kv_heads), draw(model.num_kv_heads))
+    grad_BHSE = torch.randn_like(inputs[0])
+    times_ms: list[float] = []
+    try:
+        for _ in range(3 + repeats):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            torch.autograd.grad(attend(*inputs, kind=kind), inputs, grad_BHSE)
+            end.record()
+            end.synchronize()
+            times_ms.append(start.elapsed_time(end))
+    except (RuntimeError, ImportError, AssertionError) as error:  # what back ends raise for what they cannot do
+        why = str(error).partition("\n")[0][:200] or type(error).__name__
+        raise ConfigError(
+            f"attention={kind} does not run on {torch.cuda.get_device_name(device)} for heads of {model.head_size} "
+            f"with precision={precision} ({why}). Set attention=auto."
+        ) from error
+    return statistics.median(times_ms[3:])
+
+
+@torch.library.custom_op("solvent::fa4", mutates_args=())
+def _fa4(query_BSHE: Tensor, key_BSKE: Tensor, value_BSKE: Tensor) -> tuple[Tensor, Tensor]:
+    """FlashAttention-4, which torch.compile must not look into; returns the mix and the log of each row's sum."""
+    from flash_attn.cute.interface import _flash_attn_fwd  # noqa: PLC0415 # pyright: ignore[reportMissingImports] # extra `gpu`
+
+    mixed, log_sums, *_ = _flash_attn_fwd(query_BSHE, key_BSKE, value_BSKE, causal=True, return_lse=True)
+    return mixed, log_sums
+
+
+@_fa4.register_fake
+def _(query_BSHE: Tensor, key_BSKE: Tensor, value_BSKE: Tensor) -> tuple[Tensor, Tensor]:
+    batch, seq_len, num_heads, _ = query_BSHE.shape
+    return (
+        query_BSHE.new_empty((batch, seq_len, num_heads, value_BSKE.shape[-1])),
+        query_BSHE.new_empty((batch, num_heads, seq_len), dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("solvent::fa4_backward", mutates_args=())
+def _fa4_backward(
+    grad_BSHE: Tensor, query_BSHE: Tensor, key_BSKE: Tensor, value_BSKE: Tensor, mixed_BSHE: Tensor, log_sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    from flash_attn.cute.interface import _flash_attn_bwd  # noqa: PLC0415 # pyright: ignore[reportMissingImports] # extra `gpu`
+
+    tensors = (query_BSHE, key_BSKE, value_BSKE, mixed_BSHE, grad_BSHE.contiguous(), log_sums)
+    query_grad, key_grad, value_grad, *_ = _flash_attn_bwd(*tensors, causal=True)
+    return query_grad, key_grad, value_grad
+
+
+@_fa4_backward.register_fake
+def _(
+    grad_BSHE: Tensor, query_BSHE: Tensor, key_BSKE: Tensor, value_BSKE: Tensor, mixed_BSHE: Tensor, log_sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = (query_BSHE.shape, key_BSKE.shape, value_BSKE.shape)
+    query_grad, key_grad, value_grad = (query_BSHE.new_empty(shape) for shape in shapes)
+    return query_grad, key_grad, value_grad
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _backward(ctx: Any, grad_BSHE: Tensor, _grad_of_log_sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _fa4_backward(grad_BSHE, *ctx.saved_tensors)
+
+
+_fa4.register_autograd(_backward, setup_context=_keep_for_backward)
+
+FA4 = torch.ops.solvent.fa4.default
+"""FlashAttention-4 as it appears in a graph."""

@@ -1,0 +1,1 @@
+"""Triton kernels, for what torch.compile does in more passes over memory; imported on GPUs only."""

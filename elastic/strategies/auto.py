@@ -1,0 +1,13 @@
+"""What suits the world: `single` on one rank, `fsdp2` on more. A run that shrinks to one rank changes over."""
+
+from torch import nn
+
+from elastic.config import RunConfig
+from elastic.strategies import fsdp2, single
+from elastic.strategies._base import Spread
+from elastic.world import World
+
+
+def spread(model: nn.Module, *, world: World, config: RunConfig) -> Spread:
+    """Choose by the number of ranks; what this one needs at most is the memory of the whole state, as with FSDP2."""
+    return (single if world.world_size == 1 else fsdp2).spread(model, world=world, config=config)
