@@ -162,7 +162,7 @@ def _time_storage(folder: Path) -> tuple[float, float]:
 def _format(ceilings: Ceilings, rates: Sequence[StepRate]) -> str:
     lines = [
         f"{ceilings.device}, {ceilings.dtype}",
-        f"  products  {ceilings.products_tflops_per_s:10.2f} TFLOP/s",
+        f"  products  {ceilings.products_tflops_per_s:10.3g} TFLOP/s",
         f"  copy      {ceilings.copy_gb_per_s:10.1f} GB/s read and written",
         f"  storage   {ceilings.storage_write_gb_per_s:10.2f} GB/s written, {ceilings.storage_read_gb_per_s:.2f} read",
         "",
@@ -173,7 +173,7 @@ def _format(ceilings: Ceilings, rates: Sequence[StepRate]) -> str:
         lines
         + [
             f"| {rate.micro_batch} | {rate.seq_len} | {rate.step_ms:.1f} | {rate.tokens_per_s:,.0f} "
-            f"| {rate.tflops_per_s:.2f} | {rate.share_of_products:.1%} | {rate.memory_gib:.2f} |"
+            f"| {rate.tflops_per_s:.3g} | {rate.share_of_products:.1%} | {rate.memory_gib:.2f} |"
             for rate in rates
         ]
     )

@@ -403,8 +403,8 @@ class RunConfig:
     cuda_graph: Literal["auto", "off"] = "auto"
     """auto: a model so small that launches take longer than kernels is recorded and replayed (one rank, bf16)."""
     profile_at_step: int = 0
-    """Record `profile_steps` steps from this one on: `profile-<attempt>-<rank>.json.gz` for ui.perfetto.dev, and in the
-    log a table of where their time went. 0: never. Take one well after the first: it compiles."""
+    """Record `profile_steps` steps from this one on: `profile-<attempt>-<rank>.json.gz` for ui.perfetto.dev, and a .txt
+    of where their time went. 0: never. Take one well after the first: it compiles."""
     profile_steps: int = 3
     device: Literal["auto", "cpu", "cuda"] = "auto"
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -70,7 +70,7 @@ def run_loop(parts: Parts, progress: Progress, recent: spikes.Recent, timeline: 
     timeline.begin("data")
     for step, batch in parts.loader:
         wait_s = timeline.begin("train")
-        parts.profiler.advance(step)
+        parts.profiler.advance(step + 1)
         step_tokens = config.train.global_batch * config.data.seq_len
         lr = learning_rate(config.optim, progress.tokens + step_tokens, config.total_tokens)
         result = train_step(

@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +21,7 @@ _KINDS = (
     ("update", r"adam|foreach|multi_tensor_apply"),
     ("loss", r"cross_entropy|log_softmax|nll_loss"),
     ("products", r"gemm|nvjet|cutlass|aten::(mm|addmm|bmm|_scaled_mm|linear)\b|mkldnn"),
-    ("copies", r"memcpy|memset|copy_|fill_"),
+    ("copies", r"^memcpy|^memset|aten::(copy_|fill_|zero_)|direct_copy|FillFunctor"),
 )
 """The first that fits a kernel's name (on a CPU: an operator's) has its time; all else is norms, rotations, SwiGLU."""
 _OTHER, _IDLE = "elementwise and other", "idle"
@@ -30,7 +31,7 @@ class Profiler:
     """Watches the loop: call `advance` at the start of each step."""
 
     def __init__(self, *, at_step: int, num_steps: int, device: torch.device, path: Path) -> None:
-        """Record `num_steps` steps from `at_step` on (0: never) and leave the trace at `path`."""
+        """Record `num_steps` steps from `at_step` on (0: never); leave the trace at `path` and the table beside it."""
         self._steps = range(at_step, at_step + num_steps) if at_step else range(0)
         self._device, self._path = device, path
         self._profile: profile | None = None
@@ -60,7 +61,9 @@ class Profiler:
             file.write(text)
         plain.unlink()
         table = summarize(json.loads(text)["traceEvents"], kind="kernel" if self._device.type == "cuda" else "cpu_op")
-        logger.info("%s\n%s", self._path, format_table(table, num_steps=len(self._steps)))
+        lines = format_table(table, num_steps=len(self._steps))
+        plain.with_suffix(".txt").write_text(lines + "\n", encoding="ascii")
+        logger.info("%s\n%s", self._path, lines)
         self._profile, self._steps = None, range(0)
 
     def _wait(self) -> None:
@@ -71,7 +74,7 @@ class Profiler:
 def summarize(events: Iterable[Mapping[str, Any]], *, kind: str) -> dict[str, float]:
     """Return milliseconds by what they were spent on, `idle` included: together they are the whole time recorded.
 
-    Where several things ran at once, the one that began first has the time; operators inside operators count as these.
+    Where several things ran at once, the one that began last has the time: of operators, the innermost.
 
     Args:
         events: of a Chrome trace.
@@ -80,14 +83,18 @@ def summarize(events: Iterable[Mapping[str, Any]], *, kind: str) -> dict[str, fl
     wanted = {kind, "gpu_memcpy", "gpu_memset"}
     work = sorted((e["ts"], -e["dur"], e["name"]) for e in events if e.get("cat") in wanted and "dur" in e)
     spent_us: dict[str, float] = defaultdict(float)
-    if not work:
-        return {}
-    end_us = work[0][0]
-    for start_us, negative_us, name in work:
-        spent_us[_IDLE] += max(0.0, start_us - end_us)
-        spent_us[_get_kind(name)] += max(0.0, start_us - negative_us - max(end_us, start_us))
-        end_us = max(end_us, start_us - negative_us)
-    return {what: us / 1e3 for what, us in sorted(spent_us.items(), key=lambda item: -item[1])}
+    running: list[tuple[float, str]] = []  # (end, kind), the one that began last at the end
+    now_us = work[0][0] if work else 0.0
+    for start_us, negative_us, name in [*work, (math.inf, 0.0, "")]:
+        while now_us < start_us and (running or name):
+            end_us, what = running[-1] if running else (start_us, _IDLE)
+            until_us = max(now_us, min(end_us, start_us))
+            spent_us[what] += until_us - now_us
+            now_us = until_us
+            if running and end_us <= now_us:
+                running.pop()
+        running.append((start_us - negative_us, _get_kind(name)))
+    return {what: us / 1e3 for what, us in sorted(spent_us.items(), key=lambda item: -item[1]) if us}
 
 
 def _get_kind(name: str) -> str:
