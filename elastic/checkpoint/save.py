@@ -11,17 +11,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from typing import Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from elastic.checkpoint.durable import BuildManifest, DurableWriter, new_group
+from elastic.checkpoint.durable import BuildManifest, DurableWriter
 from elastic.checkpoint.fit import get_computing_config, get_config_hash
+from elastic.checkpoint.flight import Flight, Tier
 from elastic.checkpoint.interval import SaveCost
 from elastic.checkpoint.keeper import Snapshot
 from elastic.checkpoint.layout import FileRecord, Manifest, TensorRecord
@@ -29,8 +29,9 @@ from elastic.checkpoint.memory import Memory
 from elastic.checkpoint.pace import Pace
 from elastic.checkpoint.plan import SavePlan, build_plan
 from elastic.checkpoint.shards import Spread
-from elastic.checkpoint.stage import HostArenas, Staged, Stager
+from elastic.checkpoint.stage import HostArenas, Stager
 from elastic.checkpoint.state import get_live_state, get_mesh_shape, get_rng_name, get_rng_state, get_spread
+from elastic.checkpoint.votes import Votes
 from elastic.config import RunConfig
 from elastic.errors import SavesFailedError, StaleEpochError, StorageError
 from elastic.ports import Address, Progress
@@ -39,33 +40,11 @@ from elastic.storage import Storage
 
 logger = logging.getLogger(__name__)
 
-Tier = Literal["memory", "storage"]
-
+_TIERS: tuple[Tier, ...] = ("memory", "storage")
 _LONGEST_PAUSE_S = 30.0
 _FIRST_COST = SaveCost(stall_s=1.0, busy_s=1.0)
 """What a durable save is taken to cost until one was measured."""
 _RECENT_STEPS = 20
-
-
-@dataclass(kw_only=True)
-class _Save:
-    """One state on its way."""
-
-    tier: Tier
-    """How far it goes; what goes to the storage is kept in memory as well."""
-    progress: Progress
-    start_s: float
-    stall_s: float = 0.0
-    """What the call that started it cost the training thread."""
-    staged: Staged
-    plan: SavePlan
-    build_manifest: BuildManifest
-    kept: Future[str] = field(default_factory=Future[str])
-    """Once it is in memory, and copied: what went wrong with that, or nothing."""
-    kept_s: float = 0.0
-    """Seconds from the start until then."""
-    committed_s: Future[float] = field(default_factory=Future[float])
-    """Seconds from start to commit, as rank 0 measured them; or why there was no commit."""
 
 
 class Checkpointer:
@@ -112,7 +91,7 @@ class Checkpointer:
         self._memory, self._peer = memory, peer
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         timeout = timedelta(seconds=config.fault.collective_timeout_s)
-        self._votes = new_group(timeout)
+        self._votes = Votes(timeout)
         self._writer = DurableWriter(
             storage,
             epoch=epoch,
@@ -139,14 +118,15 @@ class Checkpointer:
         }
         self._plan: SavePlan | None = None
         self._planned: dict[str, Spread] = {}
-        self._saves: dict[Tier, _Save] = {}
+        self._saves: dict[Tier, Flight] = {}
         self._newest_index = restored_index
         self._is_ready = device.type == "cpu"
         """The arenas of all ranks are."""
         self._is_preparing = False
         self._has_plans = memory is None and config.checkpoint.every_steps > 0
         """The ranks have agreed on intervals, or need none."""
-        self._vote: tuple[Tensor, dist.Work, frozenset[Tier]] | None = None
+        self._voted_on: frozenset[Tier] = frozenset()
+        """The saves that the open vote is about."""
         self._save_s: list[float] = []
         self._kept_s: list[float] = []
         self._step_s: deque[float] = deque(maxlen=_RECENT_STEPS)
@@ -224,7 +204,7 @@ class Checkpointer:
         if self._memory:
             self._memory.begin(index, epoch=self._epoch)
         live = {**state, get_rng_name(self._device, self._rank): get_rng_state(self._device)}
-        save = _Save(
+        save = Flight(
             tier=tier,
             progress=progress,
             start_s=start_s,
@@ -237,7 +217,8 @@ class Checkpointer:
         for kind in ("memory", "storage") if tier == "storage" else ("memory",):
             self._paces[kind].started(progress.step)
         # a daemon: a thread that waits for a frozen peer must not keep the process from leaving
-        threading.Thread(target=self._run, args=(save,), name=f"save-{tier}", daemon=True).start()
+        bring = partial(save.bring, self._writer, self._keep if self._memory else None)
+        threading.Thread(target=bring, name=f"save-{tier}", daemon=True).start()
         return True
 
     def wait_staged(self) -> None:
@@ -275,9 +256,7 @@ class Checkpointer:
             if tier == "storage":
                 self._settle(save)
             else:
-                is_kept = torch.tensor(float(not save.kept.result()))
-                dist.all_reduce(is_kept, dist.ReduceOp.MIN, self._votes)
-                self._settle_kept(save, is_kept=bool(is_kept))
+                self._settle_kept(save, is_kept=bool(self._votes.agree(not save.kept.result())))
         return self._committed
 
     def save_now(
@@ -331,45 +310,41 @@ class Checkpointer:
         """Give up what is in flight; after this nothing of this world reaches the storage. Works with dead peers."""
         self._writer.close()
         self._saves.clear()
-        self._vote = None
-        dist.destroy_process_group(self._votes)
+        self._votes.close()
 
     # ---- the votes
 
     def _open_vote(self) -> None:
-        """Ask all ranks what is done; each entry counts as the least of what the ranks say."""
+        """Ask all ranks what is done, and after how many steps they would save again."""
         kept = [save.kept for save in self._saves.values() if save.tier == "memory"]
         committed = [save.committed_s for save in self._saves.values() if save.tier == "storage"]
         step_s = max(statistics.median(self._step_s), 1e-4) if self._step_s else 1.0
-        ballot = torch.tensor(
+        self._voted_on = frozenset(self._saves)
+        self._votes.open(
             [
                 self._arenas.is_ready(),
                 all(future.done() for future in kept),
                 all(future.done() and not future.result() for future in kept),
                 all(future.done() for future in committed),
-                *(-self._paces[tier].plan(step_s) for tier in ("memory", "storage")),
-            ],
-            dtype=torch.float64,
+                *(-self._paces[tier].plan(step_s) for tier in _TIERS),  # the longest counts
+            ]
         )
-        work = dist.all_reduce(ballot, dist.ReduceOp.MIN, self._votes, async_op=True)
-        self._vote = ballot, cast(dist.Work, work), frozenset(self._saves)
 
     def _count_vote(self) -> None:
-        if self._vote is None:
+        outcome = self._votes.count()
+        if outcome is None:
             return
-        (ballot, work, tiers), self._vote = self._vote, None
-        work.wait()
-        is_ready, is_over, is_kept, is_written, *plans = ballot.tolist()
+        is_ready, is_over, is_kept, is_written, *plans = outcome
         self._is_ready, self._has_plans = self._is_ready or bool(is_ready), True
         self._is_preparing = self._is_preparing and not self._is_ready
-        for tier, negative_steps in zip(("memory", "storage"), plans, strict=True):
+        for tier, negative_steps in zip(_TIERS, plans, strict=True):
             self._paces[tier].agree(int(-negative_steps))
-        if is_over and "memory" in tiers:
+        if is_over and "memory" in self._voted_on:
             self._settle_kept(self._saves["memory"], is_kept=bool(is_kept))
-        if is_written and "storage" in tiers:
+        if is_written and "storage" in self._voted_on:
             self._settle(self._saves["storage"])
 
-    def _settle_kept(self, save: _Save, *, is_kept: bool) -> None:
+    def _settle_kept(self, save: Flight, *, is_kept: bool) -> None:
         """Take the end of a snapshot."""
         del self._saves["memory"]
         self._paces["memory"].measured(SaveCost(stall_s=save.stall_s, busy_s=save.kept_s))
@@ -381,7 +356,7 @@ class Checkpointer:
             self._problem = problem
             logger.warning("step %d is not safe in memory, training goes on: %s", save.progress.step, problem)
 
-    def _take_kept(self, save: _Save) -> None:
+    def _take_kept(self, save: Flight) -> None:
         assert self._memory is not None
         if self._kept is None:  # from now on nothing falls back on what earlier attempts have left
             self._memory.retire(before_epoch=self._epoch, keep_step=None)
@@ -391,7 +366,7 @@ class Checkpointer:
         if self._rank == 0:
             self._on_kept(save.progress)
 
-    def _settle(self, save: _Save) -> None:
+    def _settle(self, save: Flight) -> None:
         del self._saves["storage"]
         try:
             self._save_s.append(save.committed_s.result())
@@ -406,7 +381,7 @@ class Checkpointer:
         if self._rank == 0:
             self._on_committed(save.progress)
 
-    def _go_on_without(self, save: _Save, error: StorageError) -> None:
+    def _go_on_without(self, save: Flight, error: StorageError) -> None:
         """Say that a save failed; a disk may be full for a while, but training for nothing must end."""
         self._num_failed += 1
         most = self._config.checkpoint.max_failed_saves
@@ -437,36 +412,11 @@ class Checkpointer:
         free = [index for index in self._arenas.indices if index not in in_use]
         return next((index for index in free if index != self._newest_index), free[0] if free else None)
 
-    def _run(self, save: _Save) -> None:
-        """Bring a staged state where it shall go; on a thread of its own."""
-        try:
-            save.staged.wait_on_host()
-            self._keep(save)
-            if save.tier == "storage":
-                step, arena = save.progress.step, save.staged.arena
-                save.committed_s.set_result(
-                    self._writer.write(step, arena, save.plan, save.build_manifest, start_s=save.start_s)
-                )
-        except BaseException as error:  # whatever it is, the training thread raises it
-            if not save.kept.done():
-                save.kept.set_result(f"{type(error).__name__}: {error}")
-            save.committed_s.set_exception(error)
-
-    def _keep(self, save: _Save) -> None:
-        if self._memory is None:
-            save.kept.set_result("there is no memory tier")
-            return
-        shapes = save.plan.get_shapes()
+    def _keep(self, save: Flight) -> Future[str]:
+        assert self._memory is not None
         snapshot = Snapshot(epoch=self._epoch, step=save.progress.step, world_size=self._world_size, rank=self._rank)
-        manifest = save.build_manifest(shapes, {})
-        kept = self._memory.fill(save.staged.index, snapshot, save.plan, manifest, peer=self._peer)
-
-        def take(answer: Future[str]) -> None:
-            save.kept_s = time.monotonic() - save.start_s
-            problem = answer.exception()
-            save.kept.set_result(str(problem) if problem else answer.result())
-
-        kept.add_done_callback(take)
+        manifest = save.build_manifest(save.plan.get_shapes(), {})
+        return self._memory.fill(save.staged.index, snapshot, save.plan, manifest, peer=self._peer)
 
     def _describe(self, state: Mapping[str, Tensor], progress: Progress, extra: Mapping[str, object]) -> BuildManifest:
         manifest = Manifest(
