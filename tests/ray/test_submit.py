@@ -20,11 +20,11 @@ import yaml
 
 from cluster.cli import main
 from elastic.rundir import RunDir, read_rows
+from tests.ray._exact import read_losses, read_samples
 from tests.ray._nodes import get_env
 from tests.ray._rented import SOLVENT_COMMAND, Rented, find_tree, get_own_ip
 from tests.ray._runs import TINY
 from tests.ray._traces import find_processes, wait_until
-from tests.ray.test_recovery import rows_of, samples_of
 from tests.tcp_proxy import TcpProxy
 
 STEPS = 600
@@ -176,10 +176,10 @@ def test_a_run_finishes_exact_though_connection_driver_node_and_head_were_lost(j
         [*command, "cluster.max_workers=1"], env=get_env(tmp_path), cwd=tmp_path, check=True, stdout=subprocess.DEVNULL
     )
     unbroken = RunDir(tmp_path / "r")
-    losses = [row["loss"] for row in rows_of(laptop.dir)]
+    losses = read_losses(laptop.dir)
     assert len(losses) == STEPS
-    assert losses == pytest.approx([row["loss"] for row in rows_of(unbroken)], rel=1e-4)
-    assert samples_of(laptop.dir) == samples_of(unbroken)
+    assert losses == pytest.approx(read_losses(unbroken), rel=1e-4)
+    assert read_samples(laptop.dir) == read_samples(unbroken)
 
 
 def test_each_loss_is_a_submission_of_its_own_id_and_the_same_run(journey):
