@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import logging
 import re
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -39,6 +40,8 @@ from elastic.storage import Storage
 from elastic.timeline import Timeline
 from elastic.watchdog import Watchdog
 from elastic.world import Breaker, World, close_world, get_device, open_world
+
+log = logging.getLogger(__name__)
 
 _STORAGE_PATIENCE_S = 30.0
 _STORAGE_RETRY_S = 0.5
@@ -155,7 +158,7 @@ def _build_parts(
         before_commit=run.push,
         on_committed=watchers.observer.committed,
         on_kept=watchers.observer.kept,
-        memory=memory,
+        memory=_agree_on_memory(memory, config, world),
         peer=spec.peer,
         restored_index=restored_index,
         mean_s_between_losses=spec.mean_s_between_losses,
@@ -193,6 +196,22 @@ def _build_parts(
             progress,
             recent,
         )
+
+
+def _agree_on_memory(memory: Memory | None, config: RunConfig, world: World) -> Memory | None:
+    """Do without the memory tier, on all ranks, where one has no room for its snapshots."""
+    if memory is None:
+        return None
+    model = plugins.load("elastic.models", config.model.kind, key="model.kind")
+    shard_bytes = estimate_checkpoint_bytes(model.num_params(config.model)) // world.world_size
+    fits = memory.fits(shard_bytes)
+    if not fits:
+        log.warning(
+            "this node has no room in host memory for snapshots of %.1f GiB each, so this world keeps none: "
+            "give it more, or set checkpoint.memory=off",
+            shard_bytes / 2**30,
+        )
+    return memory if world.min_(torch.tensor(float(fits), device=world.device)).item() else None
 
 
 def _get_peak_flops(device: torch.device) -> float | None:

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from elastic.checkpoint.arena import Arena
-from elastic.checkpoint.keeper import Snapshot
+from elastic.checkpoint.arena import GIB, Arena
+from elastic.checkpoint.keeper import Snapshot, get_available_bytes
 from elastic.checkpoint.keeping import Held, KeeperClient, RemoteKeeper
 from elastic.checkpoint.layout import Manifest
 from elastic.checkpoint.plan import SavePlan
@@ -30,6 +30,8 @@ from elastic.ports import Address
 
 logger = logging.getLogger(__name__)
 
+_NUM_ARENAS = 2
+"""While one is filled, the other has the snapshot before."""
 _LIST_TIMEOUT_S = 2.0
 """A keeper that does not answer for so long is gone; its shards come from copies, or from the storage."""
 _READ_TIMEOUT_S = 30.0
@@ -54,8 +56,15 @@ class Memory:
     def get_arenas(self, device: torch.device) -> HostArenas:
         """Return the arenas to stage in; the same ones in every world."""
         if self._arenas is None:
-            self._arenas = HostArenas(device, count=2, on_allocated=self._hold, on_released=self._let_go)
+            self._arenas = HostArenas(device, count=_NUM_ARENAS, on_allocated=self._hold, on_released=self._let_go)
         return self._arenas
+
+    def fits(self, shard_bytes: int) -> bool:
+        """Tell whether this machine has room for snapshots of shards of this size."""
+        if self._arenas is not None and shard_bytes <= self._arenas.capacity_bytes:
+            return True
+        available = get_available_bytes()
+        return available is None or available > _NUM_ARENAS * shard_bytes + GIB
 
     def begin(self, index: int, *, epoch: int) -> None:
         """Say that an arena is about to be filled."""

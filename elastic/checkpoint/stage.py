@@ -49,7 +49,8 @@ class HostArenas:
         """Too small for this world, but what they hold is all there is until it has filled one of its own."""
         self._tensors: dict[int, Tensor] = {}
         self._num_allocated = 0
-        self._capacity = 0
+        self.capacity_bytes = 0
+        """What each of them has room for."""
         self._preparing: threading.Thread | None = None
         self._problem: BaseException | None = None
 
@@ -64,12 +65,12 @@ class HostArenas:
         Raises:
             CheckpointError: the memory is refused.
         """
-        if num_bytes <= self._capacity:
+        if num_bytes <= self.capacity_bytes:
             return
         self.wait_ready()
         self._outgrown |= self._arenas
         self._arenas = {}
-        self._capacity = num_bytes
+        self.capacity_bytes = num_bytes
         for _ in range(self.count):
             index, arena = self._num_allocated, allocate_arena(num_bytes, name="snapshot")
             self._num_allocated += 1

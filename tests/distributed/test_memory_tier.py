@@ -1,6 +1,8 @@
 """Snapshots in real keepers, one per node: what is left of a state when trainers, nodes or bytes are lost."""
 
 import shutil
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch.distributed as dist
@@ -8,7 +10,12 @@ import torch.distributed as dist
 from elastic.checkpoint.keeping import KeeperClient, RemoteKeeper, start_keeper
 from elastic.checkpoint.load import restore
 from elastic.checkpoint.memory import Memory
+from elastic.ports import Finished
+from elastic.run import train as train_run
 from elastic.storage import open_storage
+from tests.distributed._loops import NoNotices, Watcher, make_config, write_data
+from tests.distributed._ranks import run_ranks as run_trainers
+from tests.distributed._ranks import spec
 from tests.distributed._spawn_ckpt import (
     CONFIG,
     CPU,
@@ -168,3 +175,25 @@ def test_a_process_that_outlives_its_world_keeps_two_snapshots_and_no_more(tmp_p
     for node in nodes.keepers:
         held = [(shard.snapshot.epoch, shard.snapshot.step) for shard in nodes.list(node)]
         assert sorted(held) == [(2, 5), (2, 6)]
+
+
+def start_without_room(folder, rank, port, connections, addresses):
+    """Train a few steps where one rank's machine has no room for snapshots; return what became of the run."""
+    memory = Memory(connections[f"n{rank}"], node=f"n{rank}", secret=SECRET)
+    if rank == 1:
+        memory.fits = lambda shard_bytes: shard_bytes <= 0
+    place = replace(spec(rank, port, world_size=3, attempt=1), node=f"n{rank}", keepers=addresses)
+    config = make_config(folder, "no-room", steps=6, every_steps=3)
+    return train_run(config, place, notices=NoNotices(), observer=Watcher(), open_sinks=list, memory=memory)
+
+
+def test_where_one_rank_has_no_room_all_do_without_snapshots(tmp_path, nodes):
+    write_data(tmp_path)
+    connections = {node: keeper.open_connection() for node, keeper in nodes.keepers.items()}
+    try:
+        outcomes = run_trainers(partial(start_without_room, tmp_path), 3, connections, nodes.addresses)
+    finally:
+        for connection in connections.values():
+            connection.close()
+    assert outcomes == [Finished(progress=outcomes[0].progress)] * 3
+    assert [nodes.list(node) for node in nodes.keepers] == [[], [], []]
