@@ -6,10 +6,10 @@ INSTALLED := .venv/.installed
 PARALLEL_TESTS := tests/unit tests/contract
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint
+.PHONY: help demo test test-long lint
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: $(INSTALLED) ## train on this machine: nodes are lost, killed and added; ends with a report
 	@$(BIN)/solvent demo
@@ -17,6 +17,9 @@ demo: $(INSTALLED) ## train on this machine: nodes are lost, killed and added; e
 test: lint ## lint, then all tests (those of processes, Ray and a browser one at a time)
 	$(BIN)/python -m pytest -n 2 $(PARALLEL_TESTS)
 	$(BIN)/python -m pytest $(PARALLEL_TESTS:%=--ignore=%)
+
+test-long: $(INSTALLED) ## minutes each: chaos by lot, submitted and supervised runs, ends of pods, the guide's commands
+	$(BIN)/python -m pytest -m long
 
 lint: $(INSTALLED) ## style, types and who may import whom
 	$(BIN)/ruff check

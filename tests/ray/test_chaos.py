@@ -21,6 +21,7 @@ from tests.ray._traces import assert_nothing_left
 from tests.ray._walks import BLOWS, plan_walk
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.timeout(900),
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),  # one process reads the whole checkpoint
 ]

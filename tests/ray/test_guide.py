@@ -16,6 +16,8 @@ from tests.ray._nodes import get_env
 from tests.ray._runs import TINY
 from tests.ray._traces import assert_nothing_left
 
+pytestmark = pytest.mark.long
+
 ISOLATED = ["unshare", "--net", "--pid", "--fork", "--mount-proc", "--kill-child"]
 """The ports that the guide takes for granted are free there."""
 SCRIPT = """

@@ -25,6 +25,8 @@ from tests.ray._nodes import Nodes, get_env
 from tests.ray._runs import Run
 from tests.ray._traces import assert_nothing_left
 
+pytestmark = pytest.mark.long
+
 PROFILES = {"eks-spot": 120, "generic": 30, "aks-spot": 25, "gke-spot": 15}
 """Longest first: its period runs out while the others have theirs."""
 MOST_GRACE_S = 45

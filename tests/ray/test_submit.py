@@ -27,6 +27,8 @@ from tests.ray._runs import TINY
 from tests.ray._traces import find_processes, wait_until
 from tests.tcp_proxy import TcpProxy
 
+pytestmark = pytest.mark.long
+
 STEPS = 600
 LONG = 100_000
 SECRETS = {
