@@ -60,6 +60,8 @@ class Trainer:
     pid: int
     pidfd: int
     link: Link
+    keeper: KeeperProcess | None
+    """The one that holds its snapshots."""
     attempt: int | None = None
     """Whose world it is in; None: it waits for one."""
     is_warm: bool = False
@@ -229,15 +231,10 @@ class Host:
 
     def _join(self, place: Place, attempt: int) -> None:
         """Let the slot's trainer take part in the next world, or one in its place."""
-        is_lost_track_of = place.trainer is not None and place.trainer.attempt is not None
-        if self.keeper is not None and self.keeper.process.poll() is not None:  # its trainers hold on to the dead one
-            _log("the keeper is gone; its snapshots with it")
-            self.keeper = self._start_keeper()
-            self.coordinator.send("keeper", address=(self.spec.node_ip, self.keeper.port))
-            for other in self.places.values():
-                if other.trainer and other.trainer.attempt is None:
-                    self._end_trainer(other)
-        if is_lost_track_of:  # two trainers must never share a slot
+        self._replace_dead_keeper()
+        trainer = place.trainer
+        # one that the coordinator lost track of (two must never share a slot), or that hangs on a dead keeper
+        if trainer is not None and (trainer.attempt is not None or trainer.keeper is not self.keeper):
             self._end_trainer(place)
         if place.trainer is None:
             self._fork(place)
@@ -246,7 +243,16 @@ class Host:
         trainer.attempt, trainer.step = attempt, 0
         trainer.link.send("join", attempt=attempt)
 
+    def _replace_dead_keeper(self) -> None:
+        """Start another keeper if there was one; trainers that hang on the dead one train on without snapshots."""
+        if self.keeper is None or self.keeper.process.poll() is None:
+            return
+        _log("the keeper is gone; its snapshots with it")
+        self.keeper = start_keeper(node=self.spec.node, ip=self.spec.node_ip, secret=self.spec.secret)
+        self.coordinator.send("keeper", address=(self.spec.node_ip, self.keeper.port))
+
     def _fork(self, place: Place) -> None:
+        self._replace_dead_keeper()
         ours, theirs = socket.socketpair()
         memory = self.keeper.open_connection() if self.keeper else None
         parent_pid = os.getpid()
@@ -257,7 +263,7 @@ class Host:
         theirs.close()
         if memory:
             memory.close()
-        trainer = place.trainer = Trainer(pid=pid, pidfd=os.pidfd_open(pid), link=Link(ours))
+        trainer = place.trainer = Trainer(pid=pid, pidfd=os.pidfd_open(pid), link=Link(ours), keeper=self.keeper)
         self._watch(trainer.link, lambda: self._hear_trainer(place, trainer))
         self._watch(trainer.pidfd, lambda: self._reap(place))
 
@@ -371,9 +377,6 @@ class Host:
         self.coordinator.send("ended", slot=slot, attempt=attempt, outcome=outcome, reason=reason, exit_code=exit_code)
 
     # ---- plumbing
-
-    def _start_keeper(self) -> KeeperProcess:
-        return start_keeper(node=self.spec.node, ip=self.spec.node_ip, secret=self.spec.secret)
 
     def _get_log(self, slot: str) -> Path:
         return Path(self.spec.folder) / f"{slot}.log"
