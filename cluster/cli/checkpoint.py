@@ -3,6 +3,7 @@
 import argparse
 
 from cluster.cli import _checkpoint_export, _checkpoint_import, _checkpoint_ls, _checkpoint_verify
+from cluster.cli._actions import add_actions
 
 _ACTIONS = {
     "ls": _checkpoint_ls,
@@ -14,12 +15,7 @@ _ACTIONS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Take an action and what it takes."""
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    for name, action in _ACTIONS.items():
-        summary = (action.__doc__ or "").partition("\n")[0]
-        sub = actions.add_parser(name, help=summary, description=action.__doc__)
-        action.add_arguments(sub)
-        sub.set_defaults(act=action.run)
+    add_actions(parser, _ACTIONS)
 
 
 def run(args: argparse.Namespace) -> int:
