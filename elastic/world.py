@@ -179,6 +179,9 @@ def open_world(
     rank_device = get_device(device, local_rank=spec.local_rank)
     if rank_device.type == "cuda":
         torch.cuda.set_device(rank_device)
+    # Groups are numbered by a count that every rank must share, and only the end of a world sets it back; a world that
+    # did not form has counted here and not there, and the next one would wait under another name than its peers.
+    dist.distributed_c10d._world.group_count = 0  # pyright: ignore[reportPrivateUsage] # no public way to name them
     # A prefix per attempt: keys that a dead world left behind must never be read by the next one.
     dist.init_process_group(
         "nccl" if rank_device.type == "cuda" else "gloo",

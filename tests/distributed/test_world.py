@@ -64,6 +64,21 @@ def test_opening_gives_up_after_the_timeout():
     assert 0.9 < waited_s < 10.0
 
 
+def _meet_after_one_waited_in_vain(rank: int, port: int):
+    """Rank 0 has waited for a peer that did not come; rank 1 knows nothing of that world."""
+    if rank == 0:
+        with pytest.raises(dist.DistError):
+            open_world(spec(0, port, world_size=2, attempt=1), device="cpu", timeout_s=1.0)
+    world = open_world(spec(rank, port, world_size=2, attempt=2), device="cpu", timeout_s=20.0)
+    total = world.sum_(torch.tensor(1)).item()
+    close_world(world)
+    return total
+
+
+def test_a_world_forms_after_one_that_did_not():
+    assert run_ranks(_meet_after_one_waited_in_vain, 2) == [2, 2]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_is_refused_where_there_is_none():
     with pytest.raises(ConfigError, match=r"device=cuda .*Set device=cpu"):
