@@ -6,6 +6,10 @@ from typing import Literal
 
 from elastic.ports import Progress, Where
 
+RAY_HEAD_ENV: Mapping[str, str] = {"RAY_health_check_period_ms": "1000"}
+"""What every head of ours is started with: it asks a silent node five times before it calls it dead, by default every
+three seconds, and what Ray still takes for alive is paid for and waited for."""
+
 OutcomeKind = Literal["finished", "interrupted", "lost", "failed"]
 Change = Literal[
     "finished", "failed", "stopped", "node_added", "node_drained", "node_lost", "trainer_lost", "trainer_stalled"

@@ -19,6 +19,7 @@ from cluster.kube.manifests import (
 from cluster.kube.options import Options
 from cluster.kube.sizing import Sizes
 from cluster.notices import get_drain_s
+from cluster.types import RAY_HEAD_ENV
 
 RUN_LABEL = "solvent.dev/run"
 ROLE_LABEL = "solvent.dev/role"
@@ -42,6 +43,7 @@ def build_head(name: str, options: Options, cloud: Cloud, *, is_autoscaling: boo
     container: Container = {
         "name": "ray-head",
         "image": options.image,
+        "env": [{"name": name, "value": value} for name, value in RAY_HEAD_ENV.items()],
         "ports": [
             {"name": "gcs-server", "containerPort": 6379},
             {"name": "dashboard", "containerPort": 8265},

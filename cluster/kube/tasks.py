@@ -11,6 +11,7 @@ from cluster.kube.options import Options
 from cluster.kube.placement import check_placement
 from cluster.kube.schema import find_problems
 from cluster.kube.sizing import OBJECT_STORE_BYTES, Sizes, plan_sizes
+from cluster.types import RAY_HEAD_ENV
 from elastic.config import RunConfig
 from elastic.errors import ConfigError
 
@@ -59,6 +60,7 @@ def build_script(
     gpus = options.gpus_per_node if sizes.uses_gpus else 0
     params = f"--num-cpus={workers * config.cluster.cpus_per_worker} --num-gpus={gpus}"
     params += f" --object-store-memory={OBJECT_STORE_BYTES} --labels=solvent-offer={offer}"
+    settings = " ".join(f"{name}={value}" for name, value in RAY_HEAD_ENV.items())
     written = "".join(f"cat > {_FOLDER}/{name} <<'END-OF-FILE'\n{text}END-OF-FILE\n" for name, text in files.items())
     return f"""\
 set -euo pipefail
@@ -72,7 +74,7 @@ if [ "{rank}" != 0 ]; then
 fi
 mkdir -p {_FOLDER}
 {written}\
-ray start --head --block --node-ip-address="$head" --port=6379 --dashboard-host=127.0.0.1 {params} &
+{settings} ray start --head --block --node-ip-address="$head" --port=6379 --dashboard-host=127.0.0.1 {params} &
 ray_pid=$!
 trap 'kill $ray_pid 2>/dev/null; wait $ray_pid || true' EXIT
 until ray health-check --address "$head:6379" >/dev/null 2>&1; do sleep 1; done

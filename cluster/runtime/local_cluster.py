@@ -11,6 +11,7 @@ from typing import Any, Self
 from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 from ray.cluster_utils import Cluster
 
+from cluster.types import RAY_HEAD_ENV
 from elastic.errors import SolventError
 
 _OBJECT_STORE_BYTES = 100 * 1024 * 1024  # ours carries nothing; 75 MiB is the least that Ray takes
@@ -33,7 +34,11 @@ class LocalCluster:
             "include_dashboard": False,
             "object_store_memory": _OBJECT_STORE_BYTES,
         }
+        settings = {name: value for name, value in RAY_HEAD_ENV.items() if name not in os.environ}
+        os.environ.update(settings)  # read by the head's daemons, and by them alone
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        for name in settings:
+            del os.environ[name]
         self._nodes: dict[str, Any] = {}
         self._started: list[str] = []
         for _ in range(num_nodes):

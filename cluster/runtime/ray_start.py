@@ -16,6 +16,7 @@ from pathlib import Path
 from cluster.notices import get_drain_s
 from cluster.providers import RAY_SETTING
 from cluster.runtime.ray_token import MODE
+from cluster.types import RAY_HEAD_ENV
 from elastic.errors import ConfigError
 
 PORT = 6379
@@ -62,6 +63,7 @@ def build_env(env: Mapping[str, str], *, grace_s: float) -> dict[str, str]:
     return {
         MODE: "token",
         _RECONNECT: _RECONNECT_S,
+        **RAY_HEAD_ENV,
         **env,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}",
         RAY_SETTING: f"{get_drain_s(grace_s):g}",

@@ -31,6 +31,7 @@ def test_ray_drains_for_what_the_machine_grants_and_no_longer(grace_s, drain_s):
     env = build_env({"PATH": "/bin"}, grace_s=grace_s)
     assert env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] == drain_s
     assert env["RAY_AUTH_MODE"] == "token"
+    assert env["RAY_health_check_period_ms"] == "1000"
     assert build_env({"RAY_AUTH_MODE": "disabled"}, grace_s=9)["RAY_AUTH_MODE"] == "disabled"
 
 
