@@ -8,8 +8,9 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,8 +37,8 @@ CHECKED_VERSION = "2.60"
 NAMESPACE = "solvent"
 _CALL_TIMEOUT_S = 30.0
 _TRAIN_SETTINGS = {
-    # A placement group of the old size would wait this long for a node that just died (60 s by default).
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+    # A placement group of the old size waits this long for a node that died unseen by us too (60 s by default).
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # Agents need no working directory of their own, and hosts take over theirs.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -306,21 +307,25 @@ def get_worker_place() -> WorkerPlace:
 
 
 class NodeAwarePolicy(ElasticScalingPolicy):
-    """Counts workers on nodes that live, at the moment of the decision; a new group takes no room on draining ones.
+    """Counts workers on nodes that live, at the moment of the decision.
 
     Ray's own reads a reservation table that is refreshed every 20 s; a node that just died is still in it, and the
-    next worker group waits a minute for room on it. A running group stays on a draining node until the node is gone:
+    next worker group waits a minute for room on it. A new group takes no room on nodes that drain, nor on those whose
+    loss is known here seconds before Ray sees it. A running group stays on a draining node until the node is gone:
     a raylet that drains ends as soon as nothing runs on it, and with it would end the trainers that are still saving.
     """
 
-    def __init__(self, scaling_config: ScalingConfig, *, world_sizes: tuple[int, ...]) -> None:
+    def __init__(
+        self, scaling_config: ScalingConfig, *, world_sizes: tuple[int, ...], find_lost: Callable[[], Set[str]]
+    ) -> None:
         super().__init__(scaling_config)
         self._world_sizes = world_sizes
+        self._find_lost = find_lost
         self._left_out: frozenset[str] = frozenset()
 
     def make_decision_for_non_running_worker_group(self) -> Any:
-        """Place a new group on nodes that do not drain."""
-        self._left_out = frozenset(get_draining_nodes())
+        """Place a new group on nodes that neither drain nor are known to be lost."""
+        self._left_out = frozenset(get_draining_nodes()) | self._find_lost()
         return super().make_decision_for_non_running_worker_group()
 
     def make_decision_for_running_worker_group(self, *args: Any, **kwargs: Any) -> Any:
@@ -342,25 +347,38 @@ class NodeAwarePolicy(ElasticScalingPolicy):
 
 
 class _AgentTrainer(DataParallelTrainer):
-    def __init__(self, *args: Any, world_sizes: tuple[int, ...], **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, world_sizes: tuple[int, ...], find_lost: Callable[[], Set[str]], **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._world_sizes = world_sizes
+        self._policy = partial(NodeAwarePolicy, world_sizes=world_sizes, find_lost=find_lost)
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         if self.scaling_config.elasticity_enabled:
-            parts["scaling_policy"] = NodeAwarePolicy(self.scaling_config, world_sizes=self._world_sizes)
+            parts["scaling_policy"] = self._policy(self.scaling_config)
         if not get_dashboard_url():  # it asks the dashboard twice a second, and says so each time there is none
             parts["callbacks"] = [c for c in parts["callbacks"] if not isinstance(c, PlacementGroupCleanerCallback)]
         return super()._initialize_and_run_controller(**parts)
 
 
-def run_agents(agent: Callable[[dict[str, Any]], None], fields: dict[str, Any], config: SolventConfig) -> None:
-    """Have Ray Train hold between min and max workers, each running the agent, until all of them return."""
+def run_agents(
+    agent: Callable[[dict[str, Any]], None],
+    fields: dict[str, Any],
+    config: SolventConfig,
+    *,
+    find_lost: Callable[[], Set[str]],
+) -> None:
+    """Have Ray Train hold between min and max workers, each running the agent, until all of them return.
+
+    Args:
+        find_lost: names the nodes that are known to be lost though Ray still counts them; called in Ray's controller.
+    """
     cluster = config.cluster
     is_elastic = cluster.min_workers != cluster.max_workers
     trainer = _AgentTrainer(
         agent,
         world_sizes=config.get_world_sizes(),
+        find_lost=find_lost,
         train_loop_config=fields,
         scaling_config=ScalingConfig(
             num_workers=(cluster.min_workers, cluster.max_workers) if is_elastic else cluster.max_workers,
@@ -382,15 +400,23 @@ def run_agents(agent: Callable[[dict[str, Any]], None], fields: dict[str, Any], 
 class AgentRun:
     """`run_agents` in a thread, beside the driver's loop."""
 
-    def __init__(self, agent: Callable[[dict[str, Any]], None], fields: dict[str, Any], config: SolventConfig) -> None:
+    def __init__(
+        self,
+        agent: Callable[[dict[str, Any]], None],
+        fields: dict[str, Any],
+        config: SolventConfig,
+        *,
+        find_lost: Callable[[], Set[str]],
+    ) -> None:
         self.error: BaseException | None = None
         """What Ray Train raised, once it is over."""
-        self._thread = threading.Thread(target=self._run, args=(agent, fields, config), name="ray-train", daemon=True)
+        body = partial(run_agents, agent, fields, config, find_lost=find_lost)
+        self._thread = threading.Thread(target=self._run, args=(body,), name="ray-train", daemon=True)
         self._thread.start()
 
-    def _run(self, agent: Callable[[dict[str, Any]], None], fields: dict[str, Any], config: SolventConfig) -> None:
+    def _run(self, body: Callable[[], None]) -> None:
         try:
-            run_agents(agent, fields, config)
+            body()
         except BaseException as error:
             self.error = error
 

@@ -64,6 +64,8 @@ from elastic.storage import open_storage
 HOST_SILENT_S = 5.0
 """A host that has not sent its beat (once a second) for this long is taken for gone: a lost machine sends no FIN."""
 WATCH_EVERY_S = 0.5
+LOST_FOR_S = 30.0
+"""For so long after the end of its host a node takes no new agents, unless another host shows that it lives."""
 DRIVER_BUSY_S = 5.0
 """A driver polls twice a second; one that did within this time is alive."""
 
@@ -143,6 +145,8 @@ class Coordinator:
         self._selector.register(wake_in, selectors.EVENT_READ, lambda: wake_in.recv(4096))
         self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._hosts: dict[str, _Host] = {}
+        self._lost_s: dict[str, float] = {}
+        """When the last host of a node went, on the monotonic clock; none has come since."""
         self._out = _Published()
         self._watches = Watches(adapter.get_own_actor(), self._config)
         self._told_by_watch: set[str] = set()
@@ -211,6 +215,11 @@ class Coordinator:
             agents=dict(self._agents),
             hosts={host.node: host.pid for host in list(self._hosts.values())},
         )
+
+    def get_lost_nodes(self) -> frozenset[str]:
+        """Return the nodes whose host has just gone: Ray sees the loss of a node many seconds after its peers do."""
+        now_s = time.monotonic()
+        return frozenset(node for node, lost_s in list(self._lost_s.items()) if now_s - lost_s < LOST_FOR_S)
 
     def enter_group(self, key: str) -> int:
         """Number Ray's worker groups in the order in which their first agent shows up, from 1."""
@@ -328,6 +337,7 @@ class Coordinator:
         if previous := self._hosts.get(host.node):
             self._drop(previous, "a new host took its place")
         self._hosts[host.node] = host
+        self._lost_s.pop(host.node, None)
         self._selector.register(link, selectors.EVENT_READ, lambda: self._hear(host))
         self._books.host_ready(host.node, time.time())
         self._say(f"node {host.node[:8]} is warm")
@@ -400,6 +410,7 @@ class Coordinator:
         host.link.close()
         if self._hosts.get(host.node) is host:
             del self._hosts[host.node]
+            self._lost_s[host.node] = time.monotonic()
             self._books.host_gone(host.node, time.time())
             self._decide(HostGone(node=host.node, reason=reason))
 

@@ -10,8 +10,9 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,10 @@ def _lead(config: RunConfig, on_update: Callable[[Update], None]) -> Ending:
     name = get_coordinator_name(config)
     driver = secrets.token_hex(8)
     coordinator = _attach(name, driver, config)
-    agents = adapter.AgentRun(run_agent, {"coordinator_name": name}, config)
+    start_agents = partial(
+        *(adapter.AgentRun, run_agent, {"coordinator_name": name}, config), find_lost=partial(_find_lost_nodes, name)
+    )
+    agents = start_agents()
     retries = 0
     stopping = False
     while True:
@@ -101,7 +105,7 @@ def _lead(config: RunConfig, on_update: Callable[[Update], None]) -> Ending:
                 retries += 1
                 if retries > _RAY_TRAIN_RETRIES:
                     raise SolventError(f"Ray Train ended {retries} times; the last time: {agents.error}")
-                agents = adapter.AgentRun(run_agent, {"coordinator_name": name}, config)
+                agents = start_agents()
             time.sleep(POLL_S)
         except KeyboardInterrupt:
             if stopping:
@@ -152,9 +156,19 @@ def _attach(name: str, driver: str, config: RunConfig) -> Any:
 
 def look(config: RunConfig) -> Scene | None:
     """Return a run as it is now, for who is connected to its cluster and leads nothing; None if nobody leads it."""
-    coordinator = adapter.get_coordinator(get_coordinator_name(config))
+    return _ask(get_coordinator_name(config), "look")
+
+
+def _find_lost_nodes(name: str) -> Set[str]:
+    """Return the nodes that the named coordinator has lost and Ray may still count; runs in Ray Train's controller."""
+    return _ask(name, "get_lost_nodes") or frozenset()
+
+
+def _ask(name: str, method: str) -> Any | None:
+    """Return what a method of the named coordinator returns; None if there is no such actor, or not any more."""
+    coordinator = adapter.get_coordinator(name)
     try:
-        return adapter.call(coordinator.look) if coordinator else None
+        return adapter.call(getattr(coordinator, method)) if coordinator else None
     except SolventError:  # it has just ended
         return None
 

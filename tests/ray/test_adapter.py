@@ -1,11 +1,14 @@
 """What `adapter.py` takes for granted of Ray: names and signatures first, then behaviour on a real cluster."""
 
 import inspect
+import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import ray
 from ray._private import state as ray_state
+from ray.train import ScalingConfig
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -31,6 +34,20 @@ def test_the_hooks_of_the_scaling_policy_are_where_we_override_them():
     running = parameters(ElasticScalingPolicy.make_decision_for_running_worker_group)
     assert running == ["self", "worker_group_state", "worker_group_status"]
     assert parameters(ElasticScalingPolicy._get_reserved_resources) == ["self"]
+
+
+@pytest.mark.parametrize("lost", [set(), {0}, {0, 1}])
+def test_a_new_group_takes_no_room_on_nodes_that_are_known_to_be_lost_and_a_running_one_stays(
+    connected, lost, monkeypatch
+):
+    gone = frozenset(connected.ids[index] for index in lost)
+    scaling = ScalingConfig(num_workers=(1, 8), resources_per_worker={"CPU": 1})
+    policy = adapter.NodeAwarePolicy(scaling, world_sizes=tuple(range(1, 9)), find_lost=lambda: gone)
+    monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda: None)  # to a client that a controller starts
+    decision = policy.make_decision_for_non_running_worker_group()
+    assert decision.num_workers == len(connected.ids) - len(gone)
+    policy.make_decision_for_running_worker_group(SimpleNamespace(start_time=math.inf), None)
+    assert policy._count_possible_workers(policy._get_reserved_resources()) == len(connected.ids)
 
 
 def test_the_trainer_hands_its_controller_a_policy_and_callbacks():
