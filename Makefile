@@ -14,12 +14,16 @@ help: ## show this list
 demo: $(INSTALLED) ## train on this machine: nodes are lost, killed and added; ends with a report
 	@$(BIN)/solvent demo
 
+# Real processes, clocks and clusters on a machine that may be busy with something else: what fails is tried once more,
+# in a new process, one test at a time. What fails twice fails; both runs are printed.
+tested = $(BIN)/python -m pytest $(1) $(2) || $(BIN)/python -m pytest --last-failed --last-failed-no-failures none $(2)
+
 test: lint ## lint, then all tests (those of processes, Ray and a browser one at a time)
-	$(BIN)/python -m pytest -n 2 $(PARALLEL_TESTS)
-	$(BIN)/python -m pytest $(PARALLEL_TESTS:%=--ignore=%)
+	$(call tested,-n 2,$(PARALLEL_TESTS))
+	$(call tested,,$(PARALLEL_TESTS:%=--ignore=%))
 
 test-long: $(INSTALLED) ## minutes each: chaos by lot, submitted and supervised runs, ends of pods, the guide's commands
-	$(BIN)/python -m pytest -m long
+	$(call tested,,-m long)
 
 lint: $(INSTALLED) ## style, types and who may import whom
 	$(BIN)/ruff check
