@@ -236,6 +236,11 @@ class CheckpointConfig:
     as a copy on another one (peer). Each node then holds at most four shards of a worker per worker."""
     memory_every_steps: int = 0
     """Optimizer steps between two snapshots. 0: planned, as above; at every step if they cost nothing."""
+    node_disk: str = ""
+    """Under `solvent train`, a folder on a disk of each node's own: now and then a snapshot goes there too, for the day
+    on which the memories of all nodes are lost at once. Empty: none does."""
+    node_disk_every_s: float = 60.0
+    """Seconds between two of them, at least."""
     max_failed_saves: int = 5
     """Training goes on without a save that failed; after so many in a row the run ends, resumable."""
 
@@ -243,7 +248,22 @@ class CheckpointConfig:
         _require_positive(
             "checkpoint", longest_s=self.longest_s, keep_last=self.keep_last, max_failed_saves=self.max_failed_saves
         )
-        _require_not_negative("checkpoint", every_steps=self.every_steps, memory_every_steps=self.memory_every_steps)
+        _require_not_negative(
+            "checkpoint",
+            every_steps=self.every_steps,
+            memory_every_steps=self.memory_every_steps,
+            node_disk_every_s=self.node_disk_every_s,
+        )
+        if self.node_disk and not self.node_disk.startswith("/"):
+            raise ConfigError(
+                f"checkpoint.node_disk={self.node_disk!r} must be an absolute path, the same on every node: it is a "
+                "folder on a disk of the node's own. What all nodes share belongs into storage."
+            )
+        if self.node_disk and self.memory == "off":
+            raise ConfigError(
+                f"checkpoint.node_disk={self.node_disk!r} needs snapshots, and checkpoint.memory=off makes none. Set "
+                "checkpoint.memory=node or peer, or leave node_disk out."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

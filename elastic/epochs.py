@@ -63,6 +63,16 @@ def get_newest_epoch(storage: Storage) -> int:
     return max((int(number) for number in numbers if number.isdecimal()), default=0)
 
 
+def get_life(storage: Storage) -> str:
+    """Return what tells this run from one of the same name, begun anew after its directory was removed.
+
+    Raises:
+        OSError: the storage does not work, or no epoch was ever taken.
+    """
+    oldest = min(key for key in storage.list(PREFIX) if key.removeprefix(PREFIX).isdecimal())
+    return json.loads(storage.read(oldest))["token"]
+
+
 def check_epoch(storage: Storage, number: int) -> None:
     """Make sure that an epoch is still the newest.
 

@@ -17,7 +17,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from elastic.epochs import EpochGuard, check_epoch, describe_taker, get_awake_s, get_newest_epoch, take_epoch
+from elastic.epochs import (
+    EpochGuard,
+    check_epoch,
+    describe_taker,
+    get_awake_s,
+    get_life,
+    get_newest_epoch,
+    take_epoch,
+)
 from elastic.errors import StaleEpochError, StorageError
 from elastic.storage import Storage
 
@@ -77,6 +85,17 @@ class Leadership:
     def epoch(self) -> int:
         """The newest epoch that was taken."""
         return self._lease.epoch
+
+    def get_life(self) -> str:
+        """Return what tells this run from one of the same name, begun anew after its directory was removed.
+
+        Raises:
+            StorageError: the storage does not say.
+        """
+        try:
+            return get_life(self._storage)
+        except OSError as error:
+            raise _explain(self._storage, error) from error
 
     def take(self, epoch: int) -> None:
         """Take the epoch of an attempt before it starts, unless this leader holds it already.

@@ -55,8 +55,9 @@ from cluster.types import (
 from elastic import config as configs
 from elastic.attempts import next_attempt
 from elastic.checkpoint.placement import NodeLabels, plan_peers
+from elastic.config import RunConfig
 from elastic.errors import SolventError
-from elastic.leader import lead
+from elastic.leader import Leadership, lead
 from elastic.ports import Address, Progress
 from elastic.rundir import RunDir
 from elastic.storage import open_storage
@@ -121,6 +122,7 @@ class Coordinator:
         try:
             at_least = next_attempt(RunDir(Path(run_root)))
             self._leader = lead(open_storage(run_root), who="solvent train", at_least=at_least)
+            self._disk = _get_disk(self._config, self._leader)
         except SolventError as refusal:  # raised here, its text would not reach the driver
             self._refusal = refusal
             threading.Thread(target=self._exit_without_driver, name="refused", daemon=True).start()
@@ -233,6 +235,7 @@ class Coordinator:
             "coordinator_port": self._listener.getsockname()[1],
             "secret": self._secret,
             "lease_s": self._config.fault.lease_s,
+            "disk": self._disk,
             "config": self._config_fields,
         }
 
@@ -290,8 +293,8 @@ class Coordinator:
             self._decide(Tick())
             self._books.flush(now_s)
             self._end_if_orphaned(now_s)
-        for host in self._hosts.values():
-            host.link.send("end", reason="the run is over")
+        done = self._out.done
+        self._end_hosts("the run is over", forget=done is not None and done.kind == "finished")
 
     def _end_if_orphaned(self, now_s: float) -> None:
         """Without a driver nobody would ever release the nodes: save, then go."""
@@ -301,9 +304,17 @@ class Coordinator:
             self._decide(Stop(reason="its driver is gone"))
             return
         self.close()
-        for host in self._hosts.values():
-            host.link.send("end", reason="its driver is gone")
+        self._end_hosts("its driver is gone")
         os._exit(0)
+
+    def _end_hosts(self, reason: str, *, forget: bool = False) -> None:
+        """End all hosts.
+
+        Args:
+            forget: nobody will go on from what lies on the disks of their nodes.
+        """
+        for host in list(self._hosts.values()):
+            host.link.send("end", reason=reason, forget=forget)
 
     def _exit_without_driver(self) -> None:
         """End the actor once nobody asks it any more: one that is detached outlives its cluster's last job."""
@@ -386,7 +397,8 @@ class Coordinator:
             case "restored":
                 progress = Progress(**message["progress"])
                 self._resumed_step = progress.step
-                if message["source"] in ("disk", "remote"):
+                # from a disk of the nodes' own it is not safe: the next ones may not have it
+                if message["source"] == "remote" or (message["source"] == "disk" and not self._disk):
                     self._safe_step = max(self._safe_step, progress.step)
                 self._books.restored(slot, progress, message["source"], now_s)
             case "phases":
@@ -530,13 +542,19 @@ class Coordinator:
         except SolventError as error:
             with self._out.lock:
                 self._out.done = Done(kind="failed", reason=str(error), exit_code=error.exit_code)
-            for host in list(self._hosts.values()):
-                host.link.send("end", reason="the run failed")
+            self._end_hosts("the run failed")
             self._closing = True
             self._exit_without_driver()
         except BaseException:
             traceback.print_exc()
             os._exit(1)
+
+
+def _get_disk(config: RunConfig, leader: Leadership) -> str:
+    """Return the folder of this run on the nodes' own disks; empty if it has none."""
+    if not config.checkpoint.node_disk:
+        return ""
+    return f"{config.checkpoint.node_disk}/solvent-{config.run}-{leader.get_life()}"
 
 
 def _to_address(value: Sequence[Any] | None) -> Address | None:

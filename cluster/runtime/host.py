@@ -51,6 +51,8 @@ class HostSpec:
     lease_s: float
     config: dict[str, Any]
     """What its trainers train, as `dataclasses.asdict` made it."""
+    disk: str = ""
+    """Folder of this run on a disk of the node's own, for snapshots; empty: there is none."""
 
 
 @dataclass(kw_only=True)
@@ -213,6 +215,8 @@ class Host:
             self.end("its coordinator ended")
         for message in messages:
             if message["kind"] == "end":
+                if message["forget"]:
+                    shutil.rmtree(self.spec.disk, ignore_errors=True)
                 self.end(message["reason"])
             place = self.places.get(message["slot"])
             trainer = place.trainer if place else None
@@ -248,7 +252,7 @@ class Host:
         if self.keeper is None or self.keeper.process.poll() is None:
             return
         _log("the keeper is gone; its snapshots with it")
-        self.keeper = start_keeper(node=self.spec.node, ip=self.spec.node_ip, secret=self.spec.secret)
+        self.keeper = _start_keeper(self.spec)
         self.coordinator.send("keeper", address=(self.spec.node_ip, self.keeper.port))
 
     def _fork(self, place: Place) -> None:
@@ -392,6 +396,10 @@ class Host:
             os.close(source)
 
 
+def _start_keeper(spec: HostSpec) -> KeeperProcess:
+    return start_keeper(node=spec.node, ip=spec.node_ip, secret=spec.secret, disk=spec.disk)
+
+
 def _log(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)  # noqa: T201 (the daemon's own log file)
 
@@ -444,7 +452,7 @@ def _start(spec: HostSpec, folder: Path) -> Host:
     connection = socket.create_connection((spec.coordinator_host, spec.coordinator_port), timeout=10)
     coordinator = Link(connection)
     is_keeping = spec.config["checkpoint"]["memory"] != "off"
-    keeper = start_keeper(node=spec.node, ip=spec.node_ip, secret=spec.secret) if is_keeping else None
+    keeper = _start_keeper(spec) if is_keeping else None
     address = (spec.node_ip, keeper.port) if keeper else None
     coordinator.send("host", node=spec.node, secret=spec.secret, pid=os.getpid(), keeper=address)
     listener = socket.socket(socket.AF_UNIX)

@@ -4,6 +4,8 @@ A trainer fills an arena and hands it over; the keeper checksums it, sends a cop
 serves it at the next recovery. None of that takes the trainer's interpreter lock or the time of its training thread. It
 imports no torch, so it starts at once and is small.
 
+What was written to the node's disk on request is served like memory by the next keeper there.
+
 It is led over the socket that is its standard input: `adopt` brings the connection of one more trainer. It ends with
 its owner (PR_SET_PDEATHSIG, and the end of that socket), and all it holds is anonymous memory that ends with it. Other
 nodes' keepers and trainers come over TCP and know the run's secret.
@@ -21,9 +23,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 from elastic.checkpoint.arena import GIB, Arena, allocate_arena
+from elastic.checkpoint.node_disk import NodeDisk, StateName
 from elastic.checkpoint.wire import PIECE_BYTES, Channel, Header, WireError, authenticate, connect
 from elastic.errors import CheckpointError
 
@@ -43,6 +47,8 @@ class KeeperSpec:
     ip: str
     """Where other nodes reach it; empty: nowhere."""
     secret: str
+    disk: str = ""
+    """Folder of this run on a disk of the node's own; empty: snapshots are in memory only."""
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -64,6 +70,8 @@ class Holding:
     index: int
     arena: Arena
     is_copy: bool
+    is_on_disk: bool = False
+    """Its arena is a file that an earlier keeper wrote."""
     epoch: int = 0
     """Of the attempt that filled it last, or began to."""
     snapshot: Snapshot | None = None
@@ -106,9 +114,13 @@ class Keeper:
         self._origins: set[str] = set()
         """The trainers of this node that are connected: their arenas are theirs to fill again."""
         self._checksummers = ThreadPoolExecutor(_CHECKSUM_THREADS, "checksum")
+        self._disk = NodeDisk(Path(spec.disk)) if spec.disk else None
+        self._disk_writer = ThreadPoolExecutor(1, "disk")
 
     def serve(self, listener: socket.socket | None) -> None:
         """Adopt trainers and serve strangers who know the secret, until the owner ends."""
+        if self._disk is not None:
+            self._find_stored(self._disk)
         if listener is not None:
             threading.Thread(target=self._accept, args=(listener,), name="accept", daemon=True).start()
         while (message := self._owner.receive()) is not None:
@@ -153,6 +165,8 @@ class Keeper:
                 self._fill(holding, message)
                 generation = holding.generation
                 trainer.copies.submit(self._finish, trainer, holding, generation, message)
+            case "store":
+                self._disk_writer.submit(self._store, trainer, message)
             case "map":
                 self._give_memory(trainer.channel, message)
             case _:
@@ -213,6 +227,59 @@ class Keeper:
             _forget_peer(trainer)
             raise
 
+    def _store(self, trainer: _Trainer, message: Header) -> None:
+        """Write the shards of one state that lie here, own ones and copies, to the disk."""
+        state = StateName(message["epoch"], message["step"])
+        complete = StateName(*message["complete"]) if message["complete"] else None
+        disk, problem = self._disk, ""
+        if disk is None:
+            _reply(trainer, message, kind="stored", problem="the keeper of this node was given no disk")
+            return
+        with self._lock:
+            holdings = [
+                (holding, holding.generation)
+                for holding in self._holdings.values()
+                if (own := holding.snapshot) and (own.epoch, own.step) == state and not holding.is_on_disk
+            ]
+        for holding, generation in holdings:
+            try:
+                self._store_one(disk, state, holding, generation)
+            except (OSError, _SupersededError) as error:
+                if holding.origin == trainer.origin:  # a copy is better than none, but its origin has its own disk
+                    problem = str(error) or "superseded"
+        with contextlib.suppress(OSError):  # what cannot be removed does no harm
+            disk.retain(state, complete=complete)
+        _reply(trainer, message, kind="stored", problem=problem)
+
+    def _store_one(self, disk: NodeDisk, state: StateName, holding: Holding, generation: int) -> None:
+        holding.checked.wait()
+        with self._lock:
+            _check_current(holding, generation)
+            about = _describe(holding, self._spec.node)
+        rank, world_size = about["snapshot"]["rank"], about["snapshot"]["world_size"]
+        shard = f"{rank}-of-{world_size}{'-copy' if holding.is_copy else ''}"
+        disk.write(state, shard, about, _cut(holding, generation))
+
+    def _find_stored(self, disk: NodeDisk) -> None:
+        """Offer what an earlier keeper has written."""
+        try:
+            for stored in disk.open_all():
+                about = stored.about
+                holding = Holding(
+                    origin=stored.name,
+                    index=0,
+                    arena=stored.arena,
+                    is_copy=about["is_copy"],
+                    is_on_disk=True,
+                    epoch=about["snapshot"]["epoch"],
+                )
+                self._fill(holding, dict(about))
+                holding.checksums = about["checksums"]
+                holding.checked.set()
+                self._holdings[holding.origin, holding.index] = holding
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            _log(f"the snapshots in {self._spec.disk} cannot be read: {error!r}")
+
     def _give_memory(self, channel: Channel, message: Header) -> None:
         """Answer with the descriptor of an arena, which its new trainer maps instead of copying it."""
         holding = self._find(message)
@@ -251,7 +318,8 @@ class Keeper:
                 self._retire(message["before_epoch"], message["keep_step"])
             case "measure":
                 with self._lock:
-                    held_bytes = sum(holding.arena.num_bytes for holding in self._holdings.values())
+                    in_memory = [holding for holding in self._holdings.values() if not holding.is_on_disk]
+                    held_bytes = sum(holding.arena.num_bytes for holding in in_memory)
                 channel.send({"kind": "measured", "id": message.get("id"), "held_bytes": held_bytes})
             case kind:
                 raise WireError(f"{kind!r} is no message that a keeper knows")
@@ -364,6 +432,7 @@ def _describe(holding: Holding, node: str) -> dict[str, Any]:
         "checksums": holding.checksums,
         "record": holding.record,
         "is_copy": holding.is_copy,
+        "is_on_disk": holding.is_on_disk,
         "node": node,
     }
 

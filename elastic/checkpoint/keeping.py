@@ -44,11 +44,12 @@ class KeeperProcess:
         self.process.wait()
 
 
-def start_keeper(*, node: str, ip: str, secret: str) -> KeeperProcess:
+def start_keeper(*, node: str, ip: str, secret: str, disk: str = "") -> KeeperProcess:
     """Start a keeper that ends with this process; call it on the main thread, whose end would end the keeper.
 
     Args:
         ip: where other nodes reach it; empty: nowhere.
+        disk: the run's folder on a disk of the node's own; empty: there is none.
 
     Raises:
         WireError: it did not start.
@@ -63,7 +64,7 @@ def start_keeper(*, node: str, ip: str, secret: str) -> KeeperProcess:
             env=env,
             start_new_session=True,  # a Ctrl-C in the terminal is for the trainers, which then save
         )
-    spec = KeeperSpec(node=node, owner_pid=os.getpid(), ip=ip, secret=secret)
+    spec = KeeperSpec(node=node, owner_pid=os.getpid(), ip=ip, secret=secret, disk=disk)
     channel.set_timeout(_READY_TIMEOUT_S)
     channel.send({"kind": "spec", "spec": asdict(spec)})
     ready = channel.receive()
@@ -88,6 +89,8 @@ class Held:
     record: Any
     """What the trainer gave with it."""
     is_copy: bool
+    is_on_disk: bool
+    """On the node's disk: what an earlier keeper has left there."""
     node: str
 
 
@@ -149,6 +152,19 @@ class KeeperClient:
         fields = {"snapshot": asdict(snapshot), "num_bytes": num_bytes, "chunks": chunks, "record": record}
         return self._ask({"kind": "fill", "index": index, "peer": peer, **fields})
 
+    def store(self, *, epoch: int, step: int, complete: tuple[int, int] | None) -> Future[str]:
+        """Have the shards of a state, with the copies that lie here, written to the disk of the node.
+
+        The arena must not be filled again meanwhile.
+
+        Args:
+            complete: epoch and step of a state that is on the disks of all nodes; older ones are removed.
+
+        Returns:
+            Once it is there: an empty string, or what went wrong.
+        """
+        return self._ask({"kind": "store", "epoch": epoch, "step": step, "complete": complete})
+
     def fetch_list(self) -> list[Held]:
         """Return what the keeper has in memory."""
         return _to_held(self._ask({"kind": "list"}).result())
@@ -196,7 +212,7 @@ class KeeperClient:
         with self._lock:
             answer = self._answers.pop(message["id"])
         match message["kind"]:
-            case "kept":
+            case "kept" | "stored":
                 answer.set_result(message["problem"])
             case "list":
                 answer.set_result(message["held"])
@@ -259,6 +275,7 @@ def _to_held(rows: Sequence[Mapping[str, Any]]) -> list[Held]:
             checksums=tuple(row["checksums"]),
             record=row["record"],
             is_copy=row["is_copy"],
+            is_on_disk=row["is_on_disk"],
             node=row["node"],
         )
         for row in rows

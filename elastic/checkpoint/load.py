@@ -141,13 +141,15 @@ def _open_sources(
 def _get_source(candidate: _Candidate, storage: Storage) -> Source:
     if isinstance(candidate, CommittedCheckpoint):
         return "remote" if is_url(storage.url) else "disk"
+    if candidate.needs_disks:
+        return "disk"
     return "peer" if candidate.needs_copies else "memory"
 
 
 def _describe(candidate: _Candidate, storage: Storage) -> str:
     if isinstance(candidate, CommittedCheckpoint):
         return f"{storage.url}/{candidate.directory}"
-    return f"the snapshot of step {candidate.step} in memory"
+    return f"the snapshot of step {candidate.step} on the nodes"
 
 
 def load_state(

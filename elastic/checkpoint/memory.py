@@ -91,9 +91,14 @@ class Memory:
                 peer=peer,
             )
         except WireError as error:
-            problem: Future[str] = Future()
-            problem.set_result(str(error))
-            return problem
+            return _fail(error)
+
+    def store(self, snapshot: Snapshot, *, complete: tuple[int, int] | None) -> "Future[str]":
+        """Have what this node holds of a snapshot's state written to its disk; see `KeeperClient.store`."""
+        try:
+            return self._client.store(epoch=snapshot.epoch, step=snapshot.step, complete=complete)
+        except WireError as error:
+            return _fail(error)
 
     def find_index(self, *, epoch: int, step: int) -> int | None:
         """Return the arena of this process that holds its shard of a state, if one does."""
@@ -171,6 +176,12 @@ class Memory:
         self._filled.pop(index, None)
         with contextlib.suppress(WireError):
             self._client.release(index)
+
+
+def _fail(error: WireError) -> "Future[str]":
+    problem: Future[str] = Future()
+    problem.set_result(str(error))
+    return problem
 
 
 class _MappedSource:

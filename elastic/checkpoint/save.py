@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from elastic.checkpoint.disk_tier import DiskTier
 from elastic.checkpoint.durable import BuildManifest, DurableWriter
 from elastic.checkpoint.fit import get_computing_config, get_config_hash
 from elastic.checkpoint.flight import Flight, Tier
@@ -100,6 +101,8 @@ class Checkpointer:
             check_epoch=check_epoch,
             before_commit=before_commit,
         )
+        has_disk = bool(config.checkpoint.node_disk)
+        self._disk = DiskTier(memory, every_s=config.checkpoint.node_disk_every_s) if memory and has_disk else None
         self._arenas = memory.get_arenas(device) if memory else HostArenas(device, count=1)
         self._stager = Stager(self._arenas, device)
         paced = partial(
@@ -241,7 +244,8 @@ class Checkpointer:
             self._step_s.append(now_s - self._called_s)
         self._called_s = now_s
         self._count_vote()
-        if self._saves or self._is_preparing or not self._has_plans:
+        is_storing = self._disk is not None and self._disk.index is not None
+        if self._saves or self._is_preparing or is_storing or not self._has_plans:
             self._open_vote()
         return self._committed
 
@@ -326,6 +330,7 @@ class Checkpointer:
                 all(future.done() for future in kept),
                 all(future.done() and not future.result() for future in kept),
                 all(future.done() for future in committed),
+                *(self._disk.get_ballot() if self._disk else (True, True, False)),
                 *(-self._paces[tier].plan(step_s) for tier in _TIERS),  # the longest counts
             ]
         )
@@ -334,7 +339,9 @@ class Checkpointer:
         outcome = self._votes.count()
         if outcome is None:
             return
-        is_ready, is_over, is_kept, is_written, *plans = outcome
+        is_ready, is_over, is_kept, is_written, is_stored, is_stored_well, is_disk_due, *plans = outcome
+        if self._disk:
+            self._disk.count(is_over=bool(is_stored), is_well=bool(is_stored_well), is_due=bool(is_disk_due))
         self._is_ready, self._has_plans = self._is_ready or bool(is_ready), True
         self._is_preparing = self._is_preparing and not self._is_ready
         for tier, negative_steps in zip(_TIERS, plans, strict=True):
@@ -363,6 +370,8 @@ class Checkpointer:
             self._arenas.release_outgrown()
         self._kept_s.append(save.kept_s)
         self._kept = save.progress
+        if self._disk and self._disk.is_due:
+            self._disk.start(save.staged.index, self._get_snapshot(save))
         if self._rank == 0:
             self._on_kept(save.progress)
 
@@ -408,15 +417,17 @@ class Checkpointer:
         One that is being written, or copied, is in use. Of two that are free the older is filled: while that is under
         way, the newer one is the state to fall back on.
         """
-        in_use = {save.staged.index for save in self._saves.values()}
+        in_use = {save.staged.index for save in self._saves.values()} | {self._disk.index if self._disk else None}
         free = [index for index in self._arenas.indices if index not in in_use]
         return next((index for index in free if index != self._newest_index), free[0] if free else None)
 
     def _keep(self, save: Flight) -> Future[str]:
         assert self._memory is not None
-        snapshot = Snapshot(epoch=self._epoch, step=save.progress.step, world_size=self._world_size, rank=self._rank)
         manifest = save.build_manifest(save.plan.get_shapes(), {})
-        return self._memory.fill(save.staged.index, snapshot, save.plan, manifest, peer=self._peer)
+        return self._memory.fill(save.staged.index, self._get_snapshot(save), save.plan, manifest, peer=self._peer)
+
+    def _get_snapshot(self, save: Flight) -> Snapshot:
+        return Snapshot(epoch=self._epoch, step=save.progress.step, world_size=self._world_size, rank=self._rank)
 
     def _describe(self, state: Mapping[str, Tensor], progress: Progress, extra: Mapping[str, object]) -> BuildManifest:
         manifest = Manifest(

@@ -21,7 +21,7 @@ class WholeSnapshot:
 
     manifest: Manifest
     places: Mapping[str, Sequence[Held]]
-    """Of each file, who holds it; originals before copies."""
+    """Of each file, who holds it: originals in memory, copies there, then what is on disks."""
 
     @property
     def step(self) -> int:
@@ -32,6 +32,11 @@ class WholeSnapshot:
     def needs_copies(self) -> bool:
         """Tell whether some shard is only left as a copy: the memory that it was made in is gone."""
         return any(all(held.is_copy for held in places) for places in self.places.values())
+
+    @property
+    def needs_disks(self) -> bool:
+        """Tell whether some shard is in no memory, only on the disk of a node."""
+        return any(all(held.is_on_disk for held in places) for places in self.places.values())
 
 
 def list_blocks(layout: ShardLayout) -> list[tuple[int, int]]:
@@ -71,10 +76,14 @@ def assemble(held: Iterable[Held]) -> list[WholeSnapshot]:
         key = (shard.snapshot.step, shard.snapshot.epoch, shard.snapshot.world_size)
         sets[key][shard.snapshot.rank].append(shard)
     return [
-        _assemble([sorted(by_rank[rank], key=lambda shard: shard.is_copy) for rank in range(key[2])])
+        _assemble([sorted(by_rank[rank], key=_get_distance) for rank in range(key[2])])
         for key, by_rank in sorted(sets.items(), reverse=True)
         if all(rank in by_rank for rank in range(key[2]))
     ]
+
+
+def _get_distance(held: Held) -> tuple[bool, bool]:
+    return held.is_on_disk, held.is_copy
 
 
 def _assemble(shards: Sequence[Sequence[Held]]) -> WholeSnapshot:

@@ -1,6 +1,7 @@
 """Snapshots in real keepers, one per node: what is left of a state when trainers, nodes or bytes are lost."""
 
 import shutil
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -34,8 +35,15 @@ STORED, KEPT = 2, 5
 class Nodes:
     """Three nodes, each with a keeper and one trainer; the copies of a node are on the next one."""
 
-    def __init__(self):
-        self.keepers = {f"n{rank}": start_keeper(node=f"n{rank}", ip="127.0.0.1", secret=SECRET) for rank in range(3)}
+    def __init__(self, disks):
+        self._disks = disks
+        self.start()
+
+    def start(self):
+        self.keepers = {
+            node: start_keeper(node=node, ip="127.0.0.1", secret=SECRET, disk=str(self._disks / node))
+            for node in ("n0", "n1", "n2")
+        }
 
     @property
     def addresses(self):
@@ -66,8 +74,8 @@ class Nodes:
 
 
 @pytest.fixture
-def nodes():
-    nodes = Nodes()
+def nodes(tmp_path_factory):
+    nodes = Nodes(tmp_path_factory.mktemp("disks"))
     yield nodes
     nodes.close()
 
@@ -132,6 +140,41 @@ def test_what_is_left_in_no_memory_comes_from_the_storage(tmp_path, nodes):
     nodes.lose("n0")
     nodes.lose("n1")  # which had the copy of n0
     check(nodes.run(restore_newest, 1, tmp_path), values, source="disk", step=STORED)
+
+
+def store_on_disks(run_dir, connections, addresses):
+    """Keep snapshots until two of them are on the disks; return the states by step."""
+    config = replace(CONFIG, checkpoint=replace(CONFIG.checkpoint, node_disk="/disk", node_disk_every_s=0.0))
+    model, optimizer = build("fsdp2")
+    others = sorted(addresses)
+    peer = addresses[others[(dist.get_rank() + 1) % len(others)]]
+    checkpointer = make_checkpointer(run_dir, config=config, memory=open_memory(connections), peer=peer)
+    values = {}
+    for step in range(1, 9):
+        train(model, optimizer, step, step, checkpointer)
+        values[step] = get_values(model, optimizer)
+        checkpointer.start_save(model, optimizer, progress=make_progress(step), extra={"at": step}, tier="memory")
+        checkpointer.wait_staged()
+        for _ in range(20):  # as many steps that save nothing: their polls hear that the disks have it
+            time.sleep(0.02)
+            checkpointer.poll()
+    checkpointer.close()
+    return values
+
+
+def test_when_all_memories_are_lost_at_once_the_disks_of_the_nodes_have_a_state(tmp_path, nodes):
+    values, *_ = nodes.run(store_on_disks, 3, tmp_path)
+    for node in list(nodes.keepers):
+        nodes.lose(node)
+    nodes.start()
+    held = [shard for node in nodes.keepers for shard in nodes.list(node)]
+    assert all(shard.is_on_disk for shard in held)
+    steps = {shard.snapshot.step for shard in held}
+    assert len(steps) == 2  # the newest, and the one before it that was known to be complete
+    newest = max(steps)
+    check(nodes.run(restore_newest, 3, tmp_path), values, source="disk", step=newest)
+    nodes.lose("n0")  # its shard lies as a copy on the disk of n1
+    check(nodes.run(restore_newest, 2, tmp_path), values, source="disk", step=newest)
 
 
 def damage(nodes, node, *, copies):

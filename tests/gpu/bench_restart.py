@@ -214,7 +214,7 @@ def main() -> None:
         for _ in range(2):
             change(coordinator, "told to leave, same world", "leave", slots, slots)
             change(coordinator, "the trainer killed -9", "kill", slots, slots)
-        coordinator.link.send("end", reason="measured")
+        coordinator.link.send("end", reason="measured", forget=False)
         while coordinator.link.receive() is not None:
             pass
         start_s = time.monotonic()

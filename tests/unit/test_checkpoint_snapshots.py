@@ -52,6 +52,7 @@ def make_state(*, step, epoch, world_size):
                 checksums=tuple(zlib.crc32(data[start : start + size]) for start, size in blocks),
                 record=json.loads(json.dumps(build_record(f"f{rank}", layout, manifest))),
                 is_copy=False,
+                is_on_disk=False,
                 node=f"n{rank}",
             )
         )
@@ -92,6 +93,19 @@ def test_a_copy_stands_in_for_what_is_lost_and_stands_behind_what_is_not():
     assert not both.needs_copies
     (left,) = assemble([copy(held[0], "n1"), held[1]])
     assert left.needs_copies
+
+
+def test_disks_stand_behind_memories_and_what_they_alone_have_is_said():
+    held = make_state(step=3, epoch=1, world_size=2)
+    stored = [Held(**{**shard.__dict__, "is_on_disk": True}) for shard in held]
+    (both,) = assemble([*stored, copy(held[0], "n1"), *held])
+    assert [(place.is_on_disk, place.is_copy) for place in both.places["f0"]] == [
+        *((False, False), (False, True)),
+        (True, False),
+    ]
+    assert not both.needs_disks
+    (left,) = assemble([held[0], stored[1]])
+    assert left.needs_disks
 
 
 @given(
