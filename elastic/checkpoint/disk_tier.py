@@ -1,4 +1,4 @@
-"""Now and then a snapshot also goes to the disks of the nodes: which one, all ranks agree on. No torch here."""
+"""Now and then a snapshot also goes to the disks of the nodes: which one, all ranks agree on."""
 
 import logging
 import time
