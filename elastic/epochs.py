@@ -63,6 +63,16 @@ def get_newest_epoch(storage: Storage) -> int:
     return max((int(number) for number in numbers if number.isdecimal()), default=0)
 
 
+def read_epoch(storage: Storage, number: int) -> bytes:
+    """Return what its taker wrote down, which nobody else ever wrote.
+
+    Raises:
+        FileNotFoundError: it was never taken.
+        OSError: the storage cannot be read.
+    """
+    return storage.read(_get_key(number))
+
+
 def check_epoch(storage: Storage, number: int) -> None:
     """Make sure that an epoch is still the newest.
 

@@ -32,7 +32,6 @@ from elastic.metrics import get_peak_flops
 from elastic.nn import init_weights
 from elastic.ports import Lost, MetricSink, NoticeSource, Observer, Outcome, Progress, Source, WorldSpec
 from elastic.profile import Profiler
-from elastic.rundir import RunDir, append_row
 from elastic.spikes import Recent
 from elastic.spool import OpenRun, open_run
 from elastic.step import build_trainable, train_step
@@ -189,9 +188,9 @@ def _build_parts(
                 sinks=[FencedSink(sink, guard) for sink in watchers.open_sinks()],
                 notices=watchers.notices,
                 observer=watchers.observer,
-                record_samples=_build_recorder(run.dir, config, world),
+                record_samples=_build_recorder(run, config, world),
                 profiler=profiler,
-                record_bad_step=partial(append_row, run.dir.bad_steps),
+                record_bad_step=partial(run.append, run.dir.bad_steps),
             ),
             progress,
             recent,
@@ -270,12 +269,12 @@ def _find_mark(storage: Storage, mark: str, config: RunConfig, world: World) -> 
     )
 
 
-def _build_recorder(run_dir: RunDir, config: RunConfig, world: World) -> SampleRecorder:
-    path = run_dir.samples(attempt=world.attempt, rank=world.rank)
+def _build_recorder(run: OpenRun, config: RunConfig, world: World) -> SampleRecorder:
+    path = run.dir.samples(attempt=world.attempt, rank=world.rank)
 
     def record(*, step: int, sample_ids: tuple[int, ...]) -> None:
         if config.data.record_samples:
-            append_row(path, {"step": step, "ids": sample_ids})
+            run.append(path, {"step": step, "ids": sample_ids})
 
     return record
 

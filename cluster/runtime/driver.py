@@ -127,7 +127,6 @@ def _attach(name: str, driver: str, config: RunConfig) -> Any:
     Raises:
         StorageError: a living driver leads this run, on this cluster or elsewhere.
     """
-    run_root = Path(config.storage) / config.run
     fields = asdict(config)
     # A killed driver is known as such after a while; a run under another configuration saves, then makes room.
     patience_s = {"busy": DRIVER_BUSY_S + POLL_S, "changed": config.fault.lease_s}
@@ -135,7 +134,7 @@ def _attach(name: str, driver: str, config: RunConfig) -> Any:
     while True:
         coordinator = adapter.get_coordinator(name)
         if coordinator is None:
-            coordinator = adapter.create_coordinator(name, Coordinator, config=fields, run_root=str(run_root))
+            coordinator = adapter.create_coordinator(name, Coordinator, config=fields)
         try:
             answer = adapter.call(coordinator.attach, driver, fields)
         except StorageError:  # another cluster, or none, has the run: this coordinator has touched nothing
