@@ -371,6 +371,16 @@ def test_the_token_is_found_where_ray_keeps_it(api, work, monkeypatch, tmp_path)
     assert submit(api) == 0
 
 
+def test_a_run_in_a_bucket_is_known_by_its_url(api, work, monkeypatch):
+    api.play = finish
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store:9000")
+    bucket = ["storage=s3://bucket/runs/", "--env", "AWS_ENDPOINT_URL", "--secret", "AWS_SECRET_ACCESS_KEY"]
+    assert submit(api, *bucket) == 0
+    (job,) = api.jobs.values()
+    assert job["metadata"]["solvent_run"] == "s3://bucket/runs/mine"
+    assert job["runtime_env"]["env_vars"]["AWS_ENDPOINT_URL"] == "http://store:9000"
+
+
 def test_a_variable_travels_by_its_name(api, work, monkeypatch):
     api.play = finish
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
