@@ -25,7 +25,7 @@ from elastic.checkpoint.storage import check_space, estimate_checkpoint_bytes, e
 from elastic.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from elastic.data.loader import Loader, eval_batches
 from elastic.data.shards import check_fits, open_dataset
-from elastic.epochs import EpochGuard, FencedSink, check_epoch
+from elastic.epochs import EpochGuard, check_epoch
 from elastic.errors import StorageError
 from elastic.loop import Parts, SampleRecorder, run_loop
 from elastic.metrics import get_peak_flops
@@ -185,7 +185,7 @@ def _build_parts(
                 restored_from=source,
                 flops_per_token=model_file.flops_per_token(config.model, config.data.seq_len),
                 peak_flops_per_gpu=_get_peak_flops(world.device),
-                sinks=[FencedSink(sink, guard) for sink in watchers.open_sinks()],
+                sinks=[run.fence(sink, guard) for sink in watchers.open_sinks()],
                 notices=watchers.notices,
                 observer=watchers.observer,
                 record_samples=_build_recorder(run, config, world),

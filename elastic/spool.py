@@ -9,18 +9,23 @@ killed on this machine could not push any more is taken over by the next one.
 import logging
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from elastic.dead_spools import SpoolFolder, create_spool, take_over
+from elastic.epochs import EpochGuard, FencedSink
 from elastic.errors import StaleEpochError, StorageError
+from elastic.ports import MetricSink
 from elastic.rundir import RunDir, append_row
 from elastic.storage import Storage, is_url, join_url, open_storage
 
 logger = logging.getLogger(__name__)
 
 PUSH_EVERY_S = 5.0
+_PAUSE_PER_PUSH = 10
+"""Whole files are written, and those of a long run are long: a tenth of the time at most goes into that."""
 
 
 class OpenRun:
@@ -37,6 +42,10 @@ class OpenRun:
             StorageError: the storage is full, read-only or gone.
         """
         append_row(path, row)
+
+    def fence(self, sink: MetricSink, guard: EpochGuard) -> MetricSink:
+        """Return a sink of this process that takes no row of an epoch that is over."""
+        return FencedSink(sink, guard)
 
     def lead(self, check: Callable[[], None], *, epoch: int) -> None:
         """Be the one who writes this run's rows, as the taker of `epoch`: what others have written is here after this.
@@ -109,14 +118,17 @@ class KeptRun(SpooledRun):
             self._spool.note_epoch(self.storage, epoch)
 
     def push_until(self, closing: threading.Event) -> None:
-        """Push every few seconds; what does not work now may work the next time."""
-        while not closing.wait(PUSH_EVERY_S):
+        """Push every few seconds, less often if that takes long; what does not work now may work the next time."""
+        pause_s = PUSH_EVERY_S
+        while not closing.wait(pause_s):
+            start_s = time.monotonic()
             try:
                 self.push()
             except OSError as error:
                 logger.warning("rows wait in %s: %s", self.dir.root, error)
             except StaleEpochError:
                 return
+            pause_s = max(PUSH_EVERY_S, _PAUSE_PER_PUSH * (time.monotonic() - start_s))
 
 
 @contextmanager

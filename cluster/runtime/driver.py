@@ -4,7 +4,6 @@ It decides nothing about membership. If it is killed, its job's agents die with 
 trainers going for half a lease, so that the same command, given again, finds them at work.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import os
@@ -112,13 +111,16 @@ def _lead(config: RunConfig, on_update: Callable[[Update], None]) -> Ending:
                 raise
             stopping = True
             adapter.call(coordinator.stop, "interrupted from the keyboard")
-    books = update.books
-    with contextlib.suppress(SolventError):  # a run that failed on its storage cannot close its books there either
+    books, done = update.books, update.done
+    reason = done["reason"]
+    try:
         books = adapter.call(coordinator.close)
+    except SolventError as error:
+        if done["kind"] != "failed":  # one that failed on its storage cannot close its books there either
+            reason = f"{reason}; {error}"
     agents.wait(_AGENTS_END_S)
     adapter.kill(coordinator)
-    done = update.done
-    return Ending(kind=done["kind"], reason=done["reason"], exit_code=done["exit_code"], books=books)
+    return Ending(kind=done["kind"], reason=reason, exit_code=done["exit_code"], books=books)
 
 
 def _attach(name: str, driver: str, config: RunConfig) -> Any:

@@ -19,7 +19,9 @@ from typing import Protocol
 from cluster.runtime.link import Message
 from cluster.types import Slot
 from elastic.checkpoint.storage import explain
+from elastic.epochs import EpochGuard
 from elastic.errors import SolventError, StorageError
+from elastic.ports import MetricSink
 from elastic.rundir import append_row, end_torn_line, read_rows
 from elastic.spool import OpenRun, SpooledRun
 from elastic.storage import Storage
@@ -84,6 +86,10 @@ class RelayedRun(SpooledRun):
             stream = self._streams.setdefault(path.name, _Stream())
             stream.unkept.append(row)
             self._send("row", file=path.name, number=stream.num_kept + len(stream.unkept), row=row)
+
+    def fence(self, sink: MetricSink, guard: EpochGuard) -> MetricSink:  # noqa: ARG002 (see `OpenRun`)
+        """Return the sink: the coordinator, which writes the row, looks, and no step waits for the store's answer."""
+        return sink
 
     def push(self) -> None:
         """Return when all rows so far are in the storage.

@@ -85,6 +85,15 @@ def test_of_two_killed_leaders_the_last_one_counts(here, s3_url, tmp_path):
     assert read_steps(s3_url, "a", tmp_path) == [1, 2, 3]
 
 
+def test_of_two_spools_that_do_not_know_each_other_the_last_leaders_counts(here, elsewhere, s3_url):
+    kill(here, s3_url, "a", "lead", "row:1", "push", "row:2")
+    kill(elsewhere, s3_url, "a", "lead", "row:3")
+    (spool,) = elsewhere.iterdir()
+    spool.rename(here / spool.name)
+    assert call(here, s3_url, "a", "lead") == "1 3"
+    assert find_spools(here) == []
+
+
 def test_a_leader_elsewhere_is_never_overwritten_with_what_an_older_one_has_left(here, elsewhere, s3_url, tmp_path):
     kill(here, s3_url, "a", "lead", "row:1", "push", "row:2", "row:3")
     assert call(elsewhere, s3_url, "a", "lead", "row:2") == "1 2"
