@@ -5,11 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from cluster.cli import main
+from cluster.cli._runs import open_rows
+from cluster.report.status import get_status
 from elastic.attempts import final_rows
 from elastic.rundir import RunDir, read_rows
 from elastic.storage import open_storage
@@ -79,23 +82,26 @@ def nodes(requests):
 
 @pytest.fixture(scope="module")
 def recovered(nodes, data, tmp_path_factory):
-    """The run, after the loss of a trainer and of a node, and a copy of what is in the bucket."""
-    run = StoredRun(nodes, data, tmp_path_factory.mktemp("driver"), **{"train.steps": STEPS})
+    """The run, after the loss of a trainer and of a node, its status before, and a copy of what is in the bucket."""
+    changes = {"train.steps": STEPS, "wandb.mode": "offline"}
+    run = StoredRun(nodes, data, tmp_path_factory.mktemp("driver"), **changes)
     run.start()
     step = run.wait_for_step(30, world_size=3, timeout_s=120)
     os.kill(find_trainers(nodes.folder)[0], signal.SIGKILL)
     run.wait_for(lambda: run.last_row()["attempt"] == 2, what="a trainer takes the place of the killed one")
     step = run.wait_for_step(run.last_row()["step"] + 20, world_size=3)
+    with open_rows(run.url) as rows:
+        status = get_status(rows, now_s=time.time())
     nodes.remove(nodes.ids[-1])
     run.wait_for_step(step + 1, world_size=2)
     assert run.wait(timeout_s=240) == 0, run.get_output()
     print(run.get_output())  # shown if a test fails
-    return run, run.fetch(tmp_path_factory.mktemp("bucket"))
+    return run, status, run.fetch(tmp_path_factory.mktemp("bucket"))
 
 
 def test_it_ends_as_an_unbroken_run_on_a_disk(recovered, requests, tmp_path, capsys):
-    _, run_dir = recovered
-    arguments = [str(run_dir.config), f"storage={tmp_path}", "cluster.max_workers=1"]
+    *_, run_dir = recovered
+    arguments = [str(run_dir.config), f"storage={tmp_path}", "cluster.max_workers=1", "wandb.mode=disabled"]
     command = [sys.executable, "-m", "elastic", *arguments]
     subprocess.run(command, env=get_env(tmp_path), cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
     difference = compare(run_dir, RunDir(tmp_path / run_dir.root.name))
@@ -109,7 +115,7 @@ def test_it_ends_as_an_unbroken_run_on_a_disk(recovered, requests, tmp_path, cap
 
 
 def test_the_bucket_has_every_row_once_and_its_books_add_up(recovered):
-    _, run_dir = recovered
+    *_, run_dir = recovered
     attempts = list(read_rows(run_dir.attempts))
     assert [row["end"] for row in attempts] == ["lost", "lost", "finished"]
     assert [row["kind"] for row in read_rows(run_dir.incidents)] == ["trainer_lost", "node_lost"]
@@ -122,15 +128,19 @@ def test_the_bucket_has_every_row_once_and_its_books_add_up(recovered):
 
 
 def test_nothing_of_the_run_lies_on_a_disk(recovered, nodes):
-    run, _ = recovered
+    run, *_, run_dir = recovered
     names = {path.name for folder in (run.storage, nodes.folder) for path in folder.rglob("*")}
-    assert not [name for name in names if name.startswith(("s3:", "metrics", "samples", "solvent-spool", "step-"))]
+    assert not [
+        name for name in names if name.startswith(("s3:", "metrics.jsonl", "samples-", "solvent-spool-", "step-"))
+    ]
     assert not (ROOT / "s3:").exists() and not Path("s3:").exists()
     assert not [key for key in open_storage(f"s3://{BUCKET}/runs").list() if "ray" in key]
+    assert list(run_dir.root.glob("wandb/offline-run-*/*.wandb")), "nor do the driver's own files"
 
 
 def test_status_and_report_read_the_bucket(recovered, capsys):
-    run, _ = recovered
+    run, while_it_ran, _ = recovered
+    assert while_it_ran["state"] == "running" and while_it_ran["step"] > 0
     assert main(["status", run.url, "--json"]) == 0
     status = json.loads(capsys.readouterr().out)
     assert (status["run"], status["state"], status["step"], status["incidents"]) == ("r", "finished", STEPS, 2)
