@@ -60,6 +60,7 @@ from elastic.errors import SolventError
 from elastic.leader import lead
 from elastic.ports import Address, Progress
 from elastic.spool import open_run
+from elastic.storage import is_url
 
 HOST_SILENT_S = 5.0
 """A host that has not sent its beat (once a second) for this long is taken for gone: a lost machine sends no FIN."""
@@ -128,8 +129,11 @@ class Coordinator:
             self._opened.close()
             threading.Thread(target=self._exit_without_driver, name="refused", daemon=True).start()
             return
-        self._books = open_books(str(run.dir.root), self._config, check_lead=self._leader.check)
-        self._rows = RowKeeper(run, check_lead=self._leader.check, answer=self._tell)
+        # rows for an object store wait in a spool, and what leaves it is checked: no node's end waits for the store
+        is_spooled = is_url(self._config.storage)
+        self._check_lead = self._leader.check_known if is_spooled else self._leader.check
+        self._books = open_books(str(run.dir.root), self._config, check_lead=self._check_lead)
+        self._rows = RowKeeper(run, check_lead=self._check_lead, answer=self._tell)
         self._state = controller.State(
             policy=controller.Policy(
                 world_sizes=self._config.get_world_sizes(),
@@ -281,7 +285,7 @@ class Coordinator:
 
     def _serve(self) -> None:
         while not self._closing:
-            self._leader.check()
+            self._check_lead()
             asked_s = time.monotonic()
             for key, _ in self._selector.select(timeout=0.2):
                 key.data()
