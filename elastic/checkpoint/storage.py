@@ -24,8 +24,8 @@ _HINTS = {
 
 _URL_HINTS = {
     errno.EACCES: "Check this machine's credentials (AWS_*, GOOGLE_*, AZURE_*), and what they may do in the bucket.",
-    errno.EIO: "Check the bucket's name, the credentials, AWS_ENDPOINT_URL and the network, or set storage elsewhere.",
-    errno.EINVAL: "Check the bucket's name and region (AWS_REGION) and the credentials, or set storage elsewhere.",
+    errno.EIO: "Check the bucket's name, the credentials, AWS_ENDPOINT_URL and the network.",
+    errno.EINVAL: "Check the bucket's name and region (AWS_REGION) and the credentials.",
 }
 """What is different where no file system is mounted."""
 
