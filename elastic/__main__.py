@@ -142,8 +142,6 @@ def _say_resumable(rank: int, reason: str) -> None:
 def _run(config: RunConfig, notices: SignalNotices) -> Outcome:
     with open_run(config.storage, config.run) as run:
         spec, store, leader = _find_world(run, timeout_s=config.fault.collective_timeout_s)
-        if leader:
-            run.fence(leader.check)
         with leader or nullcontext():
             outcome = _train(config, run, spec, store, notices=notices, leader=leader)
             with suppress(OSError, StaleEpochError):  # closing the run tries again, and tells
@@ -264,6 +262,7 @@ def _find_world(run: OpenRun, *, timeout_s: float) -> tuple[WorldSpec, Store, Le
         try:
             check_writable(run.storage)  # a probe of its own, and the better message
             leader = lead(run.storage, who="python -m elastic", at_least=next_attempt(run.dir))
+            run.lead(leader.check, epoch=leader.epoch)
         except StorageError:
             store.set(key, "0")
             raise

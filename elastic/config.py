@@ -400,7 +400,7 @@ class RunConfig:
     run: str = "run"
     """Name of the run; training again under the same name resumes it."""
     storage: str = "runs"
-    """Parent of the run's directory; all nodes must see it."""
+    """Parent of the run's directory: a path that all nodes see, or an object store's URL (s3://, gs://, az://)."""
     precision: Precision = "fp32"
     """Of products and activations; weights and optimizer state are fp32. fp8 (scaled per tensor) and fp8_rowwise need
     the extra `gpu`, an Ada, Hopper or newer GPU and compile=true; look at the loss: small models lose some."""

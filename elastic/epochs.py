@@ -73,6 +73,16 @@ def get_life(storage: Storage) -> str:
     return json.loads(storage.read(oldest))["token"]
 
 
+def read_epoch(storage: Storage, number: int) -> bytes:
+    """Return what its taker wrote down, which nobody else ever wrote.
+
+    Raises:
+        FileNotFoundError: it was never taken.
+        OSError: the storage cannot be read.
+    """
+    return storage.read(_get_key(number))
+
+
 def check_epoch(storage: Storage, number: int) -> None:
     """Make sure that an epoch is still the newest.
 

@@ -132,6 +132,17 @@ class Leadership:
         if self._lost is not None:
             raise self._lost
 
+    def check_known(self) -> None:
+        """Do as `check`, from what our thread has found every few seconds; never waits for the storage.
+
+        For what stays on this machine until `check` was asked.
+
+        Raises:
+            StaleEpochError: another one leads by now.
+        """
+        if self._lost is not None:
+            raise self._lost
+
     def close(self) -> None:
         """Let others lead at once, unless one does already."""
         self._is_closing = True

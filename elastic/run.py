@@ -25,14 +25,13 @@ from elastic.checkpoint.storage import check_space, estimate_checkpoint_bytes, e
 from elastic.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from elastic.data.loader import Loader, eval_batches
 from elastic.data.shards import check_fits, open_dataset
-from elastic.epochs import EpochGuard, FencedSink, check_epoch
+from elastic.epochs import EpochGuard, check_epoch
 from elastic.errors import StorageError
 from elastic.loop import Parts, SampleRecorder, run_loop
 from elastic.metrics import get_peak_flops
 from elastic.nn import init_weights
 from elastic.ports import Lost, MetricSink, NoticeSource, Observer, Outcome, Progress, Source, WorldSpec
 from elastic.profile import Profiler
-from elastic.rundir import RunDir, append_row
 from elastic.spikes import Recent
 from elastic.spool import OpenRun, open_run
 from elastic.step import build_trainable, train_step
@@ -186,12 +185,12 @@ def _build_parts(
                 restored_from=source,
                 flops_per_token=model_file.flops_per_token(config.model, config.data.seq_len),
                 peak_flops_per_gpu=_get_peak_flops(world.device),
-                sinks=[FencedSink(sink, guard) for sink in watchers.open_sinks()],
+                sinks=[run.fence(sink, guard) for sink in watchers.open_sinks()],
                 notices=watchers.notices,
                 observer=watchers.observer,
-                record_samples=_build_recorder(run.dir, config, world),
+                record_samples=_build_recorder(run, config, world),
                 profiler=profiler,
-                record_bad_step=partial(append_row, run.dir.bad_steps),
+                record_bad_step=partial(run.append, run.dir.bad_steps),
             ),
             progress,
             recent,
@@ -270,12 +269,12 @@ def _find_mark(storage: Storage, mark: str, config: RunConfig, world: World) -> 
     )
 
 
-def _build_recorder(run_dir: RunDir, config: RunConfig, world: World) -> SampleRecorder:
-    path = run_dir.samples(attempt=world.attempt, rank=world.rank)
+def _build_recorder(run: OpenRun, config: RunConfig, world: World) -> SampleRecorder:
+    path = run.dir.samples(attempt=world.attempt, rank=world.rank)
 
     def record(*, step: int, sample_ids: tuple[int, ...]) -> None:
         if config.data.record_samples:
-            append_row(path, {"step": step, "ids": sample_ids})
+            run.append(path, {"step": step, "ids": sample_ids})
 
     return record
 

@@ -7,6 +7,7 @@ from collections.abc import Generator
 from contextlib import contextmanager, redirect_stdout
 from difflib import get_close_matches
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from elastic.errors import StorageError
 from elastic.rundir import RunDir
@@ -17,7 +18,7 @@ RUNS = Path("runs")
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Declare the RUN argument, for `find_run`."""
-    parser.add_argument("run_name", metavar="RUN", help="a run's directory, or its name below runs/")
+    parser.add_argument("run_name", metavar="RUN", help="a run's directory or URL, or its name below runs/")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +48,36 @@ def open_run(run_name: str) -> Storage:
         StorageError: there is none.
     """
     return open_storage(run_name if is_url(run_name) else find_run(run_name).root)
+
+
+@contextmanager
+def open_rows(run_name: str) -> Generator[RunDir]:
+    """Yield the directory of a run's row files: the run's own, or a copy of those at a URL.
+
+    Raises:
+        StorageError: there is no such run, or its storage cannot be read.
+    """
+    if not is_url(run_name):
+        yield find_run(run_name)
+        return
+    from elastic.checkpoint.storage import explain_unreadable
+    from elastic.spool import fetch_rows
+
+    url = run_name.rstrip("/")
+    storage = open_storage(url)
+    with TemporaryDirectory(prefix="solvent-rows-") as folder:
+        run_dir = RunDir(Path(folder) / url.rpartition("/")[2])
+        run_dir.root.mkdir()
+        try:
+            if not fetch_rows(storage, run_dir):
+                storage.list()  # says so if there is no such bucket
+                raise StorageError(
+                    f"RUN={run_name} has no {run_dir.config.name} and no rows, so no run has trained there. Give the "
+                    "URL of its storage with its name: <storage>/<run>."
+                )
+        except OSError as error:
+            raise explain_unreadable(error, url) from error
+        yield run_dir
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from cluster.cli._runs import add_json, print_json, text_on_stderr
-from cluster.cli.train import check_before_paying, get_run_dir
+from cluster.cli.train import check_before_paying, check_is_path, get_run_dir
 from elastic.config import RunConfig
 from elastic.errors import ConfigError, StorageError
 from elastic.rundir import read_rows
@@ -86,6 +86,9 @@ def run(args: argparse.Namespace) -> int:
             max_workers=config.cluster.max_workers,
             seed=args.seed,
         )
+    check_is_path(
+        config.storage, why="chaos watches saves and counts samples in the run's own files, as they are written"
+    )
     check_before_paying(config)
     _check_new(config)
     out = sys.stderr if args.json else sys.stdout

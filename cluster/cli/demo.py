@@ -8,7 +8,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from cluster.cli.train import check_before_paying, get_run_dir, open_sinks
+from cluster.cli.train import check_before_paying, check_is_path, get_run_dir, open_sinks
 from elastic.config import RunConfig
 from elastic.rundir import read_rows
 
@@ -26,10 +26,13 @@ def run(args: argparse.Namespace) -> int:
     """Prepare, train through three incidents, and tell what happened."""
     from elastic.config_load import load
 
+    why = "the demo trains on this machine, and its summary and report are made from files here"
+    check_is_path(args.out, key="--out", why=why)
     out = Path(args.out).resolve()
     data = out.with_name(out.name + "-data")
     where = [f"storage={out.parent}", f"run={out.name}", f"data.path={data}"]
     config = load(_CONFIG, [*where, *args.overrides])
+    check_is_path(config.storage, why=why)
     _prepare(data)
     _move_aside(out)
     check_before_paying(config)
@@ -75,7 +78,7 @@ def _train(config: RunConfig) -> int:
         Fault(at_step=steps // 2, fault="kill", target=first, phase="training"),
         Fault(at_step=steps * 5 // 8, fault="add", phase="training"),
     ]
-    with View(config, partial(open_sinks, config)) as view:
+    with View(config, partial(open_sinks, config, get_run_dir(config))) as view:
         view.say(f"starting a Ray cluster of {NUM_NODES} nodes on this machine")
         with LocalCluster(num_nodes=NUM_NODES) as cluster:
             injector = Injector(

@@ -1,8 +1,10 @@
 """Make one self-contained HTML page of a run."""
 
 import argparse
+from pathlib import Path
 
-from cluster.cli._runs import add_json, add_run, find_run, print_json
+from cluster.cli._runs import add_json, add_run, open_rows, print_json
+from elastic.storage import is_url, join_url, open_storage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,12 +14,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write report.html into the run's directory and print where it is."""
+    """Write report.html into the run's directory, or beside its rows in the store, and print where it is.
+
+    Raises:
+        StorageError: there is no such run, or its storage does not work.
+    """
     from cluster.report.page import build_report
 
-    path = str(build_report(find_run(args.run_name)))
+    with open_rows(args.run_name) as run_dir:
+        report = build_report(run_dir)
+        path = _store(report, args.run_name) if is_url(args.run_name) else str(report)
     if args.json:
         print_json({"report": path})
     else:
         print(path)
     return 0
+
+
+def _store(report: Path, run_url: str) -> str:
+    from elastic.checkpoint.storage import explain
+
+    try:
+        open_storage(run_url).write(report.name, [report.read_bytes()])
+    except OSError as error:
+        raise explain(error, run_url) from error
+    return join_url(run_url, report.name)

@@ -3,7 +3,7 @@
 import argparse
 import time
 
-from cluster.cli._runs import add_json, add_run, find_run, print_json
+from cluster.cli._runs import add_json, add_run, open_rows, print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +16,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the status, one value per line."""
     from cluster.report.status import get_status
 
-    status = get_status(find_run(args.run_name), now_s=time.time())
+    with open_rows(args.run_name) as run_dir:
+        status = get_status(run_dir, now_s=time.time())
     if args.json:
         print_json(status)
     else:

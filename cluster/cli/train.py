@@ -33,27 +33,44 @@ def run(args: argparse.Namespace) -> int:
 
     from cluster.runtime.driver import get_address, train
     from cluster.runtime.view import View
+    from elastic.spool import open_folder
 
-    with text_on_stderr() if args.json else nullcontext(), View(config, partial(open_sinks, config)) as view:
+    with (
+        text_on_stderr() if args.json else nullcontext(),
+        open_folder(config.storage, config.run) as run_dir,
+        View(config, partial(open_sinks, config, run_dir)) as view,
+    ):
         ending = train(config, address=get_address(), on_update=view.update)
         view.end(ending)
     if args.json:
-        print_json({"run": str(get_run_dir(config).root), "end": ending.kind, "reason": ending.reason, **ending.books})
+        print_json(
+            {"run": join_url(config.storage, config.run), "end": ending.kind, "reason": ending.reason, **ending.books}
+        )
     return ending.exit_code
 
 
 def get_run_dir(config: RunConfig) -> RunDir:
-    """Return the run's directory."""
+    """Return the run's directory, where the storage is a path."""
     return RunDir(Path(config.storage) / config.run)
 
 
-def open_sinks(config: RunConfig) -> list[MetricSink]:
-    """Open W&B, if the configuration wants it."""
+def check_is_path(storage: str, *, key: str = "storage", why: str) -> None:
+    """Refuse an object store where a verb works on a run's files themselves.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if is_url(storage):
+        raise ConfigError(f"{key}={storage}: {why}. Set {key} to a path; train and submit take URLs, too.")
+
+
+def open_sinks(config: RunConfig, run_dir: RunDir) -> list[MetricSink]:
+    """Open W&B, if the configuration wants it; its files lie in `run_dir`."""
     if config.wandb.mode == "disabled":
         return []
     from elastic.sinks import wandb
 
-    return [wandb.build(config, get_run_dir(config))]
+    return [wandb.build(config, run_dir)]
 
 
 def check_before_paying(config: RunConfig) -> None:
@@ -66,20 +83,23 @@ def check_before_paying(config: RunConfig) -> None:
     from cluster.providers import check_choice
     from elastic.checkpoint.fit import check_config
     from elastic.checkpoint.layout import list_committed, read_manifest
-    from elastic.checkpoint.storage import check_space, check_writable, estimate_checkpoint_bytes
+    from elastic.checkpoint.storage import (
+        check_space,
+        check_writable,
+        estimate_checkpoint_bytes,
+        explain_unreadable,
+    )
     from elastic.data.shards import check_fits, open_dataset
 
     load_prices(config.cost)
     check_choice(config.cluster.notices)
     config.get_world_sizes()
     check_fits(open_dataset(config.data.path), config)
-    if is_url(config.storage):
-        raise ConfigError(
-            f"storage={config.storage}: the books of a cluster (ledger, incidents) are appended to on a path that all "
-            "nodes see. Set storage to such a path, or train with python -m elastic (torchrun), which takes URLs."
-        )
     storage = open_storage(join_url(config.storage, config.run))
     check_writable(storage)
     check_space(storage, estimate_checkpoint_bytes(config.model.num_matrix_params))  # a trainer knows it to the byte
-    for newest in list_committed(storage)[-1:]:
-        check_config(config, read_manifest(storage, newest))
+    try:
+        for newest in list_committed(storage)[-1:]:
+            check_config(config, read_manifest(storage, newest))
+    except OSError as error:
+        raise explain_unreadable(error, storage.url) from error

@@ -6,9 +6,11 @@ Checked against ray 2.60 (`check_version` refuses others; tests/ray/test_adapter
 import math
 import os
 import re
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable, Generator, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +34,7 @@ from cluster.providers import RAY_DEFAULT_S, RAY_SETTING, SelfDrain
 from elastic.config import ClusterConfig
 from elastic.config import RunConfig as SolventConfig
 from elastic.errors import NoticeError, SolventError
+from elastic.storage import is_url
 
 CHECKED_VERSION = "2.60"
 NAMESPACE = "solvent"
@@ -375,26 +378,37 @@ def run_agents(
     """
     cluster = config.cluster
     is_elastic = cluster.min_workers != cluster.max_workers
-    trainer = _AgentTrainer(
-        agent,
-        world_sizes=config.get_world_sizes(),
-        find_lost=find_lost,
-        train_loop_config=fields,
-        scaling_config=ScalingConfig(
-            num_workers=(cluster.min_workers, cluster.max_workers) if is_elastic else cluster.max_workers,
-            use_gpu=bool(cluster.gpus_per_worker),
-            resources_per_worker=get_worker_resources(cluster),
-            elastic_resize_monitor_interval_s=1.0,
-        ),
-        # What Ray counts as failures are changes of the cluster; our own budget is the coordinator's.
-        run_config=RunConfig(
-            name=f"{config.run}-{int(time.time() * 1000)}",
-            storage_path=f"{config.storage}/.ray-train",
-            failure_config=FailureConfig(max_failures=-1),
-            logging_config=LoggingConfig(log_level="CRITICAL"),
-        ),
-    )
-    trainer.fit()
+    with _open_ray_folder(config.storage) as storage_path:
+        trainer = _AgentTrainer(
+            agent,
+            world_sizes=config.get_world_sizes(),
+            find_lost=find_lost,
+            train_loop_config=fields,
+            scaling_config=ScalingConfig(
+                num_workers=(cluster.min_workers, cluster.max_workers) if is_elastic else cluster.max_workers,
+                use_gpu=bool(cluster.gpus_per_worker),
+                resources_per_worker=get_worker_resources(cluster),
+                elastic_resize_monitor_interval_s=1.0,
+            ),
+            # What Ray counts as failures are changes of the cluster; our own budget is the coordinator's.
+            run_config=RunConfig(
+                name=f"{config.run}-{int(time.time() * 1000)}",
+                storage_path=storage_path,
+                failure_config=FailureConfig(max_failures=-1),
+                logging_config=LoggingConfig(log_level="CRITICAL"),
+            ),
+        )
+        trainer.fit()
+
+
+@contextmanager
+def _open_ray_folder(storage: str) -> Generator[str]:
+    """Yield where Ray Train keeps its state: agents report nothing to it, so it need not stay, or be seen by others."""
+    if not is_url(storage):
+        yield f"{storage}/.ray-train"
+        return
+    with tempfile.TemporaryDirectory(prefix="solvent-ray-train-") as folder:
+        yield folder
 
 
 class AgentRun:

@@ -15,8 +15,8 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence, Set
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from cluster import controller
@@ -25,6 +25,7 @@ from cluster.runtime import adapter
 from cluster.runtime.books import open_books
 from cluster.runtime.link import Link, Message
 from cluster.runtime.notices import Watches
+from cluster.runtime.relayed import RowKeeper
 from cluster.runtime.start_host import start_host
 from cluster.types import (
     Action,
@@ -59,8 +60,8 @@ from elastic.config import RunConfig
 from elastic.errors import SolventError
 from elastic.leader import Leadership, lead
 from elastic.ports import Address, Progress
-from elastic.rundir import RunDir
-from elastic.storage import open_storage
+from elastic.spool import open_run
+from elastic.storage import is_url
 
 HOST_SILENT_S = 5.0
 """A host that has not sent its beat (once a second) for this long is taken for gone: a lost machine sends no FIN."""
@@ -112,22 +113,29 @@ class _Published:
 class Coordinator:
     """See the module; public methods are the actor's interface."""
 
-    def __init__(self, config: dict[str, Any], *, run_root: str) -> None:
+    def __init__(self, config: dict[str, Any]) -> None:
         self._config_fields = config
         self._config = configs.from_dict(config)
         self._driver = ""
         self._driver_heard_s = time.time()
         self._closing = False
         self._refusal: SolventError | None = None
+        self._opened = ExitStack()
         try:
-            at_least = next_attempt(RunDir(Path(run_root)))
-            self._leader = lead(open_storage(run_root), who="solvent train", at_least=at_least)
+            run = self._opened.enter_context(open_run(self._config.storage, self._config.run))
+            self._leader = lead(run.storage, who="solvent train", at_least=next_attempt(run.dir))
+            run.lead(self._leader.check, epoch=self._leader.epoch)
             self._disk = _get_disk(self._config, self._leader)
         except SolventError as refusal:  # raised here, its text would not reach the driver
             self._refusal = refusal
+            self._opened.close()
             threading.Thread(target=self._exit_without_driver, name="refused", daemon=True).start()
             return
-        self._books = open_books(run_root, self._config, check_lead=self._leader.check)
+        # rows for an object store wait in a spool, and what leaves it is checked: no node's end waits for the store
+        is_spooled = is_url(self._config.storage)
+        self._check_lead = self._leader.check_known if is_spooled else self._leader.check
+        self._books = open_books(str(run.dir.root), self._config, check_lead=self._check_lead)
+        self._rows = RowKeeper(run, check_lead=self._check_lead, answer=self._tell)
         self._state = controller.State(
             policy=controller.Policy(
                 world_sizes=self._config.get_world_sizes(),
@@ -271,6 +279,7 @@ class Coordinator:
         self._wake_out.send(b"x")
         try:
             self._books.close(time.time())
+            self._opened.close()
         finally:
             self._leader.close()
         return self._books.summary()
@@ -279,7 +288,7 @@ class Coordinator:
 
     def _serve(self) -> None:
         while not self._closing:
-            self._leader.check()
+            self._check_lead()
             asked_s = time.monotonic()
             for key, _ in self._selector.select(timeout=0.2):
                 key.data()
@@ -375,7 +384,7 @@ class Coordinator:
 
     def _hear_trainer(self, slot: Slot, attempt: int, message: Message) -> None:
         """Take what a trainer of the current attempt says; an older one has nothing to say any more."""
-        if attempt != self._state.attempt:
+        if attempt != self._state.attempt or self._rows.take(slot, attempt, message):
             return
         now_s = time.time()
         match message["kind"]:

@@ -4,7 +4,6 @@ It decides nothing about membership. If it is killed, its job's agents die with 
 trainers going for half a lease, so that the same command, given again, finds them at work.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import os
@@ -112,13 +111,16 @@ def _lead(config: RunConfig, on_update: Callable[[Update], None]) -> Ending:
                 raise
             stopping = True
             adapter.call(coordinator.stop, "interrupted from the keyboard")
-    books = update.books
-    with contextlib.suppress(SolventError):  # a run that failed on its storage cannot close its books there either
+    books, done = update.books, update.done
+    reason = done["reason"]
+    try:
         books = adapter.call(coordinator.close)
+    except SolventError as error:
+        if done["kind"] != "failed":  # one that failed on its storage cannot close its books there either
+            reason = f"{reason}; {error}"
     agents.wait(_AGENTS_END_S)
     adapter.kill(coordinator)
-    done = update.done
-    return Ending(kind=done["kind"], reason=done["reason"], exit_code=done["exit_code"], books=books)
+    return Ending(kind=done["kind"], reason=reason, exit_code=done["exit_code"], books=books)
 
 
 def _attach(name: str, driver: str, config: RunConfig) -> Any:
@@ -127,7 +129,6 @@ def _attach(name: str, driver: str, config: RunConfig) -> Any:
     Raises:
         StorageError: a living driver leads this run, on this cluster or elsewhere.
     """
-    run_root = Path(config.storage) / config.run
     fields = asdict(config)
     # A killed driver is known as such after a while; a run under another configuration saves, then makes room.
     patience_s = {"busy": DRIVER_BUSY_S + POLL_S, "changed": config.fault.lease_s}
@@ -135,7 +136,7 @@ def _attach(name: str, driver: str, config: RunConfig) -> Any:
     while True:
         coordinator = adapter.get_coordinator(name)
         if coordinator is None:
-            coordinator = adapter.create_coordinator(name, Coordinator, config=fields, run_root=str(run_root))
+            coordinator = adapter.create_coordinator(name, Coordinator, config=fields)
         try:
             answer = adapter.call(coordinator.attach, driver, fields)
         except StorageError:  # another cluster, or none, has the run: this coordinator has touched nothing

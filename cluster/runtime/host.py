@@ -291,7 +291,15 @@ class Host:
             os.dup2(log, 2)
             os.environ.update(place.env)
             spec = self.spec
-            trainer.run(link, spec.config, node=spec.node, node_ip=spec.node_ip, keeper=memory, secret=spec.secret)
+            trainer.run(
+                link,
+                spec.config,
+                node=spec.node,
+                node_ip=spec.node_ip,
+                keeper=memory,
+                secret=spec.secret,
+                folder=Path(spec.folder),
+            )
             code = 0
         except BaseException:
             import traceback  # noqa: PLC0415

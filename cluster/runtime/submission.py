@@ -15,6 +15,7 @@ from elastic.config import RunConfig
 from elastic.config_load import dump
 from elastic.errors import ConfigError
 from elastic.redact import redact
+from elastic.storage import check_url, is_url
 
 _FOLDER = ".solvent"
 
@@ -50,6 +51,7 @@ def build_submission(
 
     Raises:
         ConfigError: this run would not find its files there, or a secret would be sent.
+        StorageError: its storage is a URL of no known kind.
     """
     _check_paths(config)
     _check_secrets(config, secrets, env)
@@ -69,15 +71,18 @@ def build_submission(
 
 
 def _check_paths(config: RunConfig) -> None:
+    check_url(config.storage)
+    if is_url(config.data.path):
+        raise ConfigError(
+            f"data.path={config.data.path}: token shards are memory-mapped, so a cluster's runs need a path that all "
+            "of its nodes see. Set data.path to one."
+        )
     for key, path in (("storage", config.storage), ("data.path", config.data.path)):
-        if "://" in path:
-            raise ConfigError(
-                f"{key}={path}: a cluster's runs need a path that all of its nodes see. Set {key} to one."
-            )
-        if not path.startswith("/"):
+        if not is_url(path) and not path.startswith("/"):
+            hint = ", or storage to an object store's URL" if key == "storage" else ""
             raise ConfigError(
                 f"{key}={path} would lie in the package that is unpacked on the cluster, and be gone with it. Set "
-                f"{key} to an absolute path that all nodes see (a shared file system)."
+                f"{key} to an absolute path that all nodes see (a shared file system){hint}."
             )
 
 

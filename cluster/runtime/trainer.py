@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from cluster.runtime.link import Link, Message
+from cluster.runtime.relayed import RelayedRun, RelayedSink
 from elastic import config as configs
 from elastic import run as elastic_run
 from elastic.checkpoint.memory import Memory
@@ -26,6 +27,7 @@ from elastic.errors import SolventError
 from elastic.ports import Finished, Interrupted, Lost, MetricSink, Notice, Phase, Progress, Source, Stall, WorldSpec
 from elastic.rundir import RunDir
 from elastic.sinks import jsonl
+from elastic.storage import is_url, join_url, open_storage
 from elastic.world import Breaker, open_store
 
 
@@ -37,6 +39,8 @@ class WorldOrders:
         self.breaker = Breaker()
         self.go: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         """The rank's place; None if the world was given up."""
+        self.rows_kept: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        """What is in the storage of the rows that were sent."""
         self._notice: Notice | None = None
 
     def get_notice(self) -> Notice | None:
@@ -57,6 +61,8 @@ class WorldOrders:
             case "park":
                 deadline_s, keep_in = message["deadline_s"], message["keep_in"]
                 self._notice = Notice(source=message["reason"], deadline_s=deadline_s, keep_in=keep_in)
+            case "rows_kept":
+                self.rows_kept.put(message)
             case _:  # leave
                 self.breaker.break_world()
                 self.go.put(None)
@@ -138,12 +144,14 @@ def run(
     node_ip: str,
     keeper: socket.socket | None,
     secret: str,
+    folder: Path,
 ) -> None:
     """Open device and store, then train in one world after the other until one ends for good.
 
     Args:
         keeper: connection to the node's keeper; None: snapshots are not kept in memory.
         secret: opens the keepers of the other nodes.
+        folder: goes with the host.
     """
     config = configs.from_dict(config_fields)
     torch.set_num_threads(config.cluster.threads_per_worker)
@@ -156,7 +164,7 @@ def run(
     while stays:
         world = orders.worlds.get()
         link.send("ready", store_host=store.host, store_port=store.port, pid=os.getpid())
-        stays = _train_in(world, link, config, node=node, store=store, memory=memory)
+        stays = _train_in(world, link, config, node=node, store=store, memory=memory, folder=folder)
 
 
 def _open_device(config: RunConfig) -> None:
@@ -170,7 +178,14 @@ def _open_device(config: RunConfig) -> None:
 
 
 def _train_in(
-    world: WorldOrders, link: Link, config: RunConfig, *, node: str, store: Store, memory: Memory | None
+    world: WorldOrders,
+    link: Link,
+    config: RunConfig,
+    *,
+    node: str,
+    store: Store,
+    memory: Memory | None,
+    folder: Path,
 ) -> bool:
     """Train in one world and say how it ended; return whether this process is good for another one."""
     go = world.go.get()
@@ -190,13 +205,18 @@ def _train_in(
         peer=tuple(go["peer"]) if go["peer"] else None,
         mean_s_between_losses=go["mean_s_between_losses"],
     )
+    run: RelayedRun | None = None
     sinks: list[MetricSink] = []
 
     def open_sinks() -> list[MetricSink]:
-        sinks.append(jsonl.build(config, RunDir(Path(config.storage) / config.run)))
+        sinks.append(RelayedSink(run) if run else jsonl.build(config, RunDir(Path(config.storage) / config.run)))
         return sinks
 
     try:
+        if is_url(config.storage):
+            storage = open_storage(join_url(config.storage, config.run))
+            own = folder / f"files-{spec.attempt}-{spec.rank}"
+            run = RelayedRun(storage, own, send=link.send, answers=world.rows_kept)
         outcome = elastic_run.train(
             config,
             spec,
@@ -204,6 +224,7 @@ def _train_in(
             observer=LinkObserver(link),
             open_sinks=open_sinks,
             store=store if spec.rank == 0 else None,
+            run=run,
             memory=memory,
             breaker=world.breaker,
         )
@@ -217,6 +238,8 @@ def _train_in(
     finally:
         for sink in sinks:
             sink.close()
+        if run:
+            run.close()
     match outcome:
         case Finished():
             link.send("outcome", outcome="finished", reason="all steps done", exit_code=0, stays=False)

@@ -4,7 +4,7 @@ import errno
 import secrets
 
 from elastic.errors import StorageError
-from elastic.storage import Storage
+from elastic.storage import Storage, is_url
 
 GIB = 2**30
 
@@ -22,10 +22,17 @@ _HINTS = {
     errno.ETIMEDOUT: "It did not answer for a minute: start the same command again once it can be reached.",
 }
 
+_URL_HINTS = {
+    errno.EACCES: "Check this machine's credentials (AWS_*, GOOGLE_*, AZURE_*), and what they may do in the bucket.",
+    errno.EIO: "Check the bucket's name, the credentials, AWS_ENDPOINT_URL and the network.",
+    errno.EINVAL: "Check the bucket's name and region (AWS_REGION) and the credentials.",
+}
+"""What is different where no file system is mounted."""
+
 
 def explain(error: OSError, where: str) -> StorageError:
     """Return what an operating system's or object store's error means for the user's `storage`."""
-    hint = _HINTS.get(error.errno or 0, "Check that the storage is mounted and healthy, or set it elsewhere.")
+    hint = _get_hint(error, where)
     return StorageError(
         f"storage: {error.filename or where} cannot be written ({error.strerror or error}), so nothing new becomes "
         f"durable; checkpoints committed before are unharmed. {hint}"
@@ -34,10 +41,15 @@ def explain(error: OSError, where: str) -> StorageError:
 
 def explain_unreadable(error: OSError, where: str) -> StorageError:
     """Return what an error means for who only looks."""
-    return StorageError(
-        f"storage: {error.filename or where} cannot be read ({error.strerror or error}). Check that it is mounted or "
-        "reachable, and that this user may read it."
-    )
+    hint = "Check that it is mounted or reachable, and that this user may read it."
+    if is_url(where):
+        hint = _URL_HINTS.get(error.errno or 0, "Check the URL, and that it can be reached from here.")
+    return StorageError(f"storage: {error.filename or where} cannot be read ({error.strerror or error}). {hint}")
+
+
+def _get_hint(error: OSError, where: str) -> str:
+    hints = _HINTS | (_URL_HINTS if is_url(where) else {})
+    return hints.get(error.errno or 0, "Check that the storage is mounted and healthy, or set it elsewhere.")
 
 
 def check_writable(storage: Storage) -> None:

@@ -118,14 +118,20 @@ def open_storage(url: str | Path) -> Storage:
     """Return the storage at a path or URL; nothing is created or contacted yet.
 
     Raises:
-        StorageError: the URL is of no known kind.
+        StorageError: the URL is of no known kind, or the environment lacks what its kind needs.
     """
     text = str(url)
     check_url(text)
     if is_url(text):
         from elastic.storage.objects import ObjectStorage  # noqa: PLC0415 (a native library that paths do not need)
 
-        storage: Storage = ObjectStorage(text)
+        try:
+            storage: Storage = ObjectStorage(text)
+        except OSError as error:
+            raise StorageError(
+                f"storage={text!r} cannot be opened ({error.strerror}). Set what is missing in the environment (AWS_*, "
+                "GOOGLE_*, AZURE_*), of each node if the run is on a cluster."
+            ) from error
     else:
         storage = LocalStorage(text)
     control = os.environ.get(FAULTS_VARIABLE)

@@ -283,8 +283,12 @@ def keep_the_data_here(api, work, monkeypatch):
     return ["data.path=data/kjv"]
 
 
-def keep_the_run_in_a_bucket(api, work, monkeypatch):
-    return ["storage=s3://bucket/runs"]
+def keep_the_data_in_a_bucket(api, work, monkeypatch):
+    return ["data.path=s3://bucket/data"]
+
+
+def keep_the_run_in_no_known_store(api, work, monkeypatch):
+    return ["storage=ftp://host/runs"]
 
 
 def type_a_secret(api, work, monkeypatch):
@@ -335,7 +339,8 @@ def mix_targets(api, work, monkeypatch):
         (put_a_login_into_the_address, 2, "has a login in it"),
         (keep_the_run_here, 2, "storage=runs would lie in the package"),
         (keep_the_data_here, 2, "data.path=data/kjv would lie in the package"),
-        (keep_the_run_in_a_bucket, 2, "need a path that all of its nodes see"),
+        (keep_the_data_in_a_bucket, 2, "need a path that all of its nodes see"),
+        (keep_the_run_in_no_known_store, 2, "storage='ftp://host/runs' is no place that can be opened"),
         (type_a_secret, 2, "take the name of a variable, not 'WANDB_API_KEY' and a value"),
         (type_a_value, 2, "take the name of a variable, not 'NAME' and a value"),
         (send_a_secret, 2, "say --secret WANDB_API_KEY here"),
@@ -364,6 +369,16 @@ def test_the_token_is_found_where_ray_keeps_it(api, work, monkeypatch, tmp_path)
     assert submit(api) == 2
     (tmp_path / ".ray" / "auth_token").rename(tmp_path / "none")
     assert submit(api) == 0
+
+
+def test_a_run_in_a_bucket_is_known_by_its_url(api, work, monkeypatch):
+    api.play = finish
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store:9000")
+    bucket = ["storage=s3://bucket/runs/", "--env", "AWS_ENDPOINT_URL", "--secret", "AWS_SECRET_ACCESS_KEY"]
+    assert submit(api, *bucket) == 0
+    (job,) = api.jobs.values()
+    assert job["metadata"]["solvent_run"] == "s3://bucket/runs/mine"
+    assert job["runtime_env"]["env_vars"]["AWS_ENDPOINT_URL"] == "http://store:9000"
 
 
 def test_a_variable_travels_by_its_name(api, work, monkeypatch):

@@ -5,13 +5,17 @@ As a script it reads commands (`add`, `remove NODE`, `drain NODE SECONDS`) and a
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+SHARED_MEMORY = Path("/dev/shm")
 
 
 class Nodes:
@@ -63,6 +67,24 @@ class Nodes:
         line = self._process.stdout.readline()
         assert line, f"the cluster ended:\n{(self.folder / 'cluster.log').read_text()}"
         return json.loads(line)
+
+
+@contextmanager
+def open_nodes(num_nodes: int, *, env: Mapping[str, str] | None = None) -> Generator[Nodes]:
+    """Yield a cluster in a folder of its own, in which nothing may be left."""
+    from tests.ray._traces import assert_nothing_left, wait_until
+
+    shared_memory = set(SHARED_MEMORY.iterdir())
+    folder = Path(tempfile.mkdtemp(prefix="t-"))
+    nodes = Nodes(folder, num_nodes=num_nodes, env=env)
+    try:
+        yield nodes
+    finally:
+        nodes.close()
+        assert_nothing_left(folder)
+        # other runs on this machine name theirs for a moment only
+        wait_until(lambda: set(SHARED_MEMORY.iterdir()) <= shared_memory, timeout_s=5, what="nothing in /dev/shm")
+        shutil.rmtree(folder)
 
 
 def get_env(folder: Path) -> dict[str, str]:

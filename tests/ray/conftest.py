@@ -1,17 +1,10 @@
 """Real clusters on this machine; each in a folder of its own, in which nothing may be left."""
 
-import shutil
-import tempfile
-from pathlib import Path
-
 import pytest
 
 from elastic.data.kjv import read_chapters
 from elastic.data.prepare import prepare
-from tests.ray._nodes import Nodes
-from tests.ray._traces import assert_nothing_left, wait_until
-
-SHARED_MEMORY = Path("/dev/shm")
+from tests.ray._nodes import open_nodes
 
 
 @pytest.fixture(scope="session")
@@ -27,14 +20,5 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def nodes():
     """Three nodes that the tests of a module share."""
-    shared_memory = set(SHARED_MEMORY.iterdir())
-    folder = Path(tempfile.mkdtemp(prefix="t-"))
-    nodes = Nodes(folder, num_nodes=3)
-    try:
+    with open_nodes(3) as nodes:
         yield nodes
-    finally:
-        nodes.close()
-        assert_nothing_left(folder)
-        # other runs on this machine name theirs for a moment only
-        wait_until(lambda: set(SHARED_MEMORY.iterdir()) <= shared_memory, timeout_s=5, what="nothing in /dev/shm")
-        shutil.rmtree(folder)

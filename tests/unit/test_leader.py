@@ -220,3 +220,17 @@ def test_a_storage_on_which_no_epoch_can_be_taken_is_the_users_to_mend(tmp_path)
     storage.broken = True
     with pytest.raises(StorageError, match="Free or unlock the storage"):
         lead(storage, who="a driver")
+
+
+def test_who_must_not_wait_for_the_storage_hears_what_the_leaders_thread_has_found(storage):
+    with lead(storage, who="a driver", lease_s=1000) as leader:  # it looks again in minutes
+        take_epoch(storage, 2, who="another driver")
+        leader.check_known()
+        with pytest.raises(StaleEpochError):
+            leader.check()
+        with pytest.raises(StaleEpochError):
+            leader.check_known()
+    with lead(storage, who="a third", lease_s=LEASE_S) as leader:
+        take_epoch(storage, leader.epoch + 1, who="a fourth")
+        with pytest.raises(StaleEpochError):
+            wait_until(leader.check_known)

@@ -1,0 +1,256 @@
+"""A run's rows on their way to the one process that writes them, where the storage is an object store.
+
+Whole files go to an object store, so each needs one writer: the coordinator, in the run's spool. Trainers send it each
+row as it comes, numbered by file, and keep it until they know that it is in the storage. Before a checkpoint is
+committed, on the thread that saves it, each trainer asks for that and waits; rows that the coordinator does not have,
+because it is another one by now, are sent again.
+"""
+
+import logging
+import queue
+import shutil
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from cluster.runtime.link import Message
+from cluster.types import Slot
+from elastic.checkpoint.storage import explain
+from elastic.epochs import EpochGuard
+from elastic.errors import SolventError, StorageError
+from elastic.ports import MetricSink
+from elastic.rundir import append_row, end_torn_line, read_rows
+from elastic.spool import OpenRun, SpooledRun
+from elastic.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+ANSWER_S = 150.0
+"""A storage that fails is tried for a minute, once by its client and once by us, before the coordinator says so."""
+_MOST_ASKS = 3
+
+
+class Send(Protocol):
+    """Sends one message; see `Link.send`."""
+
+    def __call__(self, kind: str, **fields: object) -> object:
+        """Send."""
+        ...
+
+
+# ---- a trainer's side
+
+
+@dataclass(kw_only=True)
+class _Stream:
+    """The rows of one file in one world."""
+
+    num_kept: int = 0
+    """The first ones, which are in the storage."""
+    unkept: deque[Mapping[str, object]] = field(default_factory=deque[Mapping[str, object]])
+
+
+class RelayedRun(SpooledRun):
+    """One rank's view of a run in one world. Files that are not made of rows go to the storage from a folder here.
+
+    Args:
+        folder: does not exist yet.
+        answers: what the coordinator says about rows.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        folder: Path,
+        *,
+        send: Send,
+        answers: "queue.SimpleQueue[Message]",
+        answer_s: float = ANSWER_S,
+    ) -> None:
+        folder.mkdir(parents=True)
+        super().__init__(storage, folder)
+        self._send = send
+        self._answers = answers
+        self._answer_s = answer_s
+        self._streams: dict[str, _Stream] = {}
+        self._sending = threading.Lock()
+        self._asking = threading.Lock()
+        self._num_asks = 0
+
+    def append(self, path: Path, row: Mapping[str, object]) -> None:
+        """Send a row; it is held until `push` has found it in the storage."""
+        with self._sending:
+            stream = self._streams.setdefault(path.name, _Stream())
+            stream.unkept.append(row)
+            self._send("row", file=path.name, number=stream.num_kept + len(stream.unkept), row=row)
+
+    def fence(self, sink: MetricSink, guard: EpochGuard) -> MetricSink:  # noqa: ARG002 (see `OpenRun`)
+        """Return the sink: the coordinator, which writes the row, looks, and no step waits for the store's answer."""
+        return sink
+
+    def push(self) -> None:
+        """Return when all rows so far are in the storage.
+
+        Raises:
+            StorageError: they are not, or nobody says so.
+        """
+        super().push()
+        with self._asking:
+            wanted = self._count_unkept()
+            for _ in range(_MOST_ASKS):
+                if not wanted:
+                    return
+                kept = self._ask(wanted)
+                self._take(kept)
+                wanted = {file: number for file, number in wanted.items() if kept.get(file, 0) < number}
+        if wanted:
+            raise StorageError(
+                f"storage: rows of {', '.join(sorted(wanted))} were sent to the run's coordinator {_MOST_ASKS} times "
+                "and are not there, so nothing new is committed; checkpoints committed before are unharmed. Look at "
+                "the head's log, then start the same command again: it resumes."
+            )
+
+    def close(self) -> None:
+        """Bring the files of this rank to the storage, if there are any; all rows are on their way already."""
+        try:
+            super().push()
+        except OSError as error:
+            logger.warning("files of this rank could not be brought to %s: %s", self.storage.url, error)
+        shutil.rmtree(self.dir.root, ignore_errors=True)
+
+    def _count_unkept(self) -> dict[str, int]:
+        with self._sending:
+            return {file: s.num_kept + len(s.unkept) for file, s in self._streams.items() if s.unkept}
+
+    def _ask(self, wanted: Mapping[str, int]) -> Mapping[str, int]:
+        """Return how many rows of each file are in the storage."""
+        self._num_asks += 1
+        self._send("keep", ask=self._num_asks, files=list(wanted))
+        while True:
+            try:
+                answer = self._answers.get(timeout=self._answer_s)
+            except queue.Empty:
+                raise StorageError(
+                    f"storage: the run's coordinator did not say within {self._answer_s:.0f} s that the rows up to "
+                    "this checkpoint are safe, so nothing new is committed; checkpoints committed before are unharmed. "
+                    "Look at the head and at the storage; the next save asks again."
+                ) from None
+            if answer["ask"] == self._num_asks:  # an older one came too late
+                break
+        if answer["problem"]:
+            raise StorageError(answer["problem"])
+        return answer["kept"]
+
+    def _take(self, kept: Mapping[str, int]) -> None:
+        """Forget the rows that are safe, and send all others again: behind one that is missing none was taken."""
+        with self._sending:
+            for file, number in kept.items():
+                stream = self._streams[file]
+                while stream.unkept and stream.num_kept < number:
+                    stream.unkept.popleft()
+                    stream.num_kept += 1
+                for offset, row in enumerate(stream.unkept, start=1):
+                    self._send("row", file=file, number=stream.num_kept + offset, row=row)
+
+
+class RelayedSink:
+    """`metrics.jsonl` by way of the coordinator."""
+
+    def __init__(self, run: RelayedRun) -> None:
+        self._run = run
+
+    def write(self, row: Mapping[str, object]) -> None:
+        """Send one row."""
+        self._run.append(self._run.dir.metrics, row)
+
+    def close(self) -> None:
+        """Do nothing: each row was sent as it came."""
+
+
+# ---- the coordinator's side
+
+
+class Answer(Protocol):
+    """Sends an answer to a trainer."""
+
+    def __call__(self, slot: Slot, kind: str, **fields: object) -> None:
+        """Send."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ask:
+    slot: Slot
+    attempt: int
+    number: int
+    has: Mapping[str, int]
+    """Rows of each file that were here when the trainer asked."""
+
+
+class RowKeeper:
+    """Appends the rows of trainers to a run's files, and tells when they are in the storage, from a thread of its own.
+
+    Args:
+        check_lead: called before each row; raises if another one keeps this run by now.
+    """
+
+    def __init__(self, run: OpenRun, *, check_lead: Callable[[], None], answer: Answer) -> None:
+        self._run = run
+        self._check_lead = check_lead
+        self._answer = answer
+        self._num_rows: dict[tuple[str, int], int] = {}
+        """By file and attempt."""
+        self._asks: queue.SimpleQueue[_Ask] = queue.SimpleQueue()
+        threading.Thread(target=self._push_and_answer, name="rows", daemon=True).start()
+
+    def take(self, slot: Slot, attempt: int, message: Message) -> bool:
+        """Take what a trainer of the current attempt says of its rows; False if a message is about something else.
+
+        Raises:
+            StaleEpochError: another one keeps this run.
+            StorageError: the spool cannot be written.
+        """
+        match message["kind"]:
+            case "row":
+                self._take_row(attempt, message)
+            case "keep":
+                has = {file: self._count(file, attempt) for file in message["files"]}
+                self._asks.put(_Ask(slot=slot, attempt=attempt, number=message["ask"], has=has))
+            case _:
+                return False
+        return True
+
+    def _take_row(self, attempt: int, message: Message) -> None:
+        """Append a row unless it is here, or one before it is missing: those are sent again when they are asked for."""
+        file = message["file"]
+        if message["number"] == self._count(file, attempt) + 1:
+            self._check_lead()
+            append_row(self._run.dir.root / file, message["row"])
+            self._num_rows[file, attempt] += 1
+
+    def _count(self, file: str, attempt: int) -> int:
+        """Return how many rows of an attempt are here; those that another coordinator took, count as well."""
+        if (file, attempt) not in self._num_rows:
+            path = self._run.dir.root / file
+            end_torn_line(path)
+            rows = read_rows(path)  # those of samples do not name their attempt: their file does
+            self._num_rows[file, attempt] = sum(row.get("attempt", attempt) == attempt for row in rows)
+        return self._num_rows[file, attempt]
+
+    def _push_and_answer(self) -> None:
+        while True:
+            asks = [self._asks.get()]
+            while not self._asks.empty():  # all ranks ask at about one time
+                asks.append(self._asks.get())
+            problem = ""
+            try:
+                self._run.push()
+            except OSError as error:
+                problem = str(explain(error, self._run.storage.url))
+            except SolventError as error:
+                problem = str(error)
+            for ask in asks:
+                self._answer(ask.slot, "rows_kept", attempt=ask.attempt, ask=ask.number, kept=ask.has, problem=problem)
