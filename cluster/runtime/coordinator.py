@@ -172,8 +172,8 @@ class Coordinator:
         """Of the trainers of the current attempt that are ready."""
         self._agents: dict[Slot, int] = {}
         self._attempt_step = 0
-        self._server = threading.Thread(target=self._guard, args=(self._serve,), name="serve", daemon=True)
-        self._server.start()
+        self._hosts_told = threading.Event()
+        threading.Thread(target=self._guard, args=(self._serve,), name="serve", daemon=True).start()
         threading.Thread(target=self._guard, args=(self._watch_ray,), name="watch", daemon=True).start()
 
     # ---- the actor's interface
@@ -282,8 +282,7 @@ class Coordinator:
         """End all hosts, close the books and return their summary; the caller then kills the actor."""
         self._closing = True
         self._wake_out.send(b"x")
-        if threading.current_thread() is not self._server:  # which tells the hosts: without that they would wait for us
-            self._server.join(HOST_SILENT_S)
+        self._hosts_told.wait(HOST_SILENT_S)  # or they would look for another coordinator
         try:
             self._books.close(time.time())
         finally:
@@ -308,8 +307,7 @@ class Coordinator:
             self._decide(Tick())
             self._books.flush(now_s)
             self._end_if_orphaned(now_s)
-        for host in self._hosts.values():
-            host.link.send("end", reason="the run is over")
+        self._end_hosts("the run is over")
 
     def _end_if_orphaned(self, now_s: float) -> None:
         """Without a driver nobody would ever release the nodes: save, then go."""
@@ -318,10 +316,14 @@ class Coordinator:
         if self._out.done is None:
             self._decide(Stop(reason="its driver is gone"))
             return
+        self._end_hosts("its driver is gone")
         self.close()
-        for host in self._hosts.values():
-            host.link.send("end", reason="its driver is gone")
         os._exit(0)
+
+    def _end_hosts(self, reason: str) -> None:
+        for host in list(self._hosts.values()):
+            host.link.send("end", reason=reason)
+        self._hosts_told.set()
 
     def _exit_without_driver(self) -> None:
         """End the actor once nobody asks it any more: one that is detached outlives its cluster's last job."""
@@ -546,8 +548,7 @@ class Coordinator:
         except SolventError as error:
             with self._out.lock:
                 self._out.done = Done(kind="failed", reason=str(error), exit_code=error.exit_code)
-            for host in list(self._hosts.values()):
-                host.link.send("end", reason="the run failed")
+            self._end_hosts("the run failed")
             self._closing = True
             self._exit_without_driver()
         except BaseException:
