@@ -12,7 +12,15 @@ three seconds, and what Ray still takes for alive is paid for and waited for."""
 
 OutcomeKind = Literal["finished", "interrupted", "lost", "failed"]
 Change = Literal[
-    "finished", "failed", "stopped", "node_added", "node_drained", "node_lost", "trainer_lost", "trainer_stalled"
+    "finished",
+    "failed",
+    "stopped",
+    "node_added",
+    "node_drained",
+    "node_lost",
+    "trainer_lost",
+    "trainer_stalled",
+    "coordinator_lost",
 ]
 """What ended an attempt."""
 _KINDS: dict[Change, OutcomeKind] = {
@@ -24,6 +32,7 @@ _KINDS: dict[Change, OutcomeKind] = {
     "node_lost": "lost",
     "trainer_lost": "lost",
     "trainer_stalled": "lost",
+    "coordinator_lost": "lost",
 }
 
 

@@ -115,10 +115,15 @@ def build_row(
     )
 
 
-def close_torn_attempts(run_dir: RunDir) -> None:
+def close_torn_attempts(
+    run_dir: RunDir, *, reason: str = "killed before it could say why", change: str | None = None
+) -> None:
     """Write the missing row of each attempt that trained but was killed before it could say how it ended.
 
     Call it while nobody trains, before the next attempt starts.
+
+    Args:
+        reason, change: as in `AttemptRow`.
     """
     written = {row["attempt"] for row in read_rows(run_dir.attempts)}
     rows = list(read_rows(run_dir.metrics))
@@ -135,7 +140,8 @@ def close_torn_attempts(run_dir: RunDir) -> None:
             start_s=first_step_s - first["step_s"],
             end_s=parse_utc(last["time_utc"]),
             end="lost",
-            reason="killed before it could say why",
+            reason=reason,
+            change=change,
             resumed_from="scratch" if first["step"] == 1 and not run_dir.origin.exists() else None,
             resumed_step=first["step"] - 1,
             last_step=last["step"],

@@ -26,7 +26,7 @@ from elastic.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from elastic.data.loader import Loader, eval_batches
 from elastic.data.shards import check_fits, open_dataset
 from elastic.epochs import EpochGuard, check_epoch
-from elastic.errors import StorageError
+from elastic.errors import StaleEpochError, StorageError
 from elastic.loop import Parts, SampleRecorder, run_loop
 from elastic.metrics import get_peak_flops
 from elastic.nn import init_weights
@@ -66,14 +66,15 @@ def train(
         store: the rendezvous store, if this process holds it; else that of `spec` is used.
         run: the run's storage and directory, if the caller has opened them.
         memory: where snapshots are kept beyond the life of this process.
-        breaker: with it another thread may end the world; that is `Lost`, like the loss of a peer.
+        breaker: with it another thread may end the world; that is `Lost`, like the loss of a peer. So is the end of
+            the epoch, then: whoever holds the breaker decides what comes next.
 
     Raises:
         UserError: configuration, data or storage cannot work; all ranks raise it or are ended by the one that does.
         StepError, CheckpointError: training cannot go on; all ranks raise it.
     """
     timeline = Timeline(observer, phase="load", start_s=time())
-    progress, breaker = Progress(), breaker or Breaker()
+    progress, is_led, breaker = Progress(), breaker is not None, breaker or Breaker()
     with (
         nullcontext(run) if run else open_run(config.storage, config.run) as opened,
         Watchdog(timeline, observer, fault=config.fault),
@@ -87,6 +88,10 @@ def train(
             _check_storage(opened.storage, config, world)
             with _build_parts(config, opened, world, watchers, memory=memory, spec=spec) as (parts, progress, recent):
                 outcome = run_loop(parts, progress, recent, timeline)
+        except StaleEpochError as error:
+            if not is_led:
+                raise
+            outcome = Lost(progress=progress, reason=str(error))
         except Exception as error:
             if not breaker.is_broken and not (isinstance(error, RuntimeError) and is_peer_loss(error)):
                 raise

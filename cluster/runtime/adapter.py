@@ -54,6 +54,10 @@ _DYING_WORDS = re.compile("Raylet is terminated|The node with node id: .* has be
 """What Ray would print on the driver, page by page, for every node that is lost; we say that ourselves."""
 
 
+class ActorGoneError(SolventError):
+    """The actor that was called has died, or cannot be reached at the moment."""
+
+
 def check_version() -> None:
     """Refuse a Ray whose internals were not checked.
 
@@ -259,11 +263,14 @@ def call(method: Any, *args: object) -> Any:
     """Call an actor's method and return its result.
 
     Raises:
-        SolventError: the actor is gone or does not answer.
+        ActorGoneError: the actor has died.
+        SolventError: it does not answer.
     """
     try:
         return ray.get(method.remote(*args), timeout=_CALL_TIMEOUT_S)
-    except (RayActorError, GetTimeoutError) as error:
+    except RayActorError as error:
+        raise ActorGoneError(f"the coordinator does not answer: {error}") from error
+    except GetTimeoutError as error:
         raise SolventError(f"the coordinator does not answer: {error}") from error
     except RayTaskError as error:
         if isinstance(error.cause, SolventError):

@@ -1,7 +1,8 @@
 """The agent: what Ray Train starts, counts and restarts. It claims a slot of its node's host and relays; no torch.
 
 Two traps of Ray Train shape it. A worker that raises makes Ray restart the whole group, so nothing here may raise.
-A worker that returns counts as finished, so it stays until the run is over, even with nothing left to do.
+A worker that returns counts as finished, so it stays until the run is over, even with nothing left to do, and while the
+coordinator is being replaced by another one.
 """
 
 import os
@@ -9,6 +10,8 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +30,29 @@ def run_agent(fields: dict[str, Any]) -> None:
     Args:
         fields: `coordinator_name`, the named actor that leads this run.
     """
-    log = _LogTail()
+    name, log = fields["coordinator_name"], _LogTail()
+    group: int | None = None
     while True:
         try:
-            coordinator = adapter.get_coordinator(fields["coordinator_name"])
-            if coordinator is None or adapter.call(coordinator.is_over):
-                return
-            _serve_once(coordinator, log)
+            coordinator = adapter.get_coordinator(name)
+            if coordinator is not None:
+                if adapter.call(coordinator.is_over):
+                    return
+                place = adapter.get_worker_place()
+                if group is None:  # once and for all: to a later coordinator this group would be a new one
+                    group = int(adapter.call(coordinator.enter_group, place.group_key))
+                _serve_once(_connect(place.node, coordinator), place, group, log, relay=partial(_relay, name))
+        except adapter.ActorGoneError:  # the driver sees to that
+            pass
         except Exception:
             traceback.print_exc()
         time.sleep(RETRY_S)
 
 
-def _serve_once(coordinator: Any, log: "_LogTail") -> None:
+def _serve_once(
+    link: Link, place: adapter.WorkerPlace, group: int, log: "_LogTail", *, relay: Callable[[list[str]], None]
+) -> None:
     """Claim a slot of the node's host and relay until the host is gone or the slot is taken by a newer agent."""
-    place = adapter.get_worker_place()
-    group = adapter.call(coordinator.enter_group, place.group_key)
-    link = _connect(place.node, adapter.call(coordinator.get_host_fields))
     link.send(
         "claim",
         group=group,
@@ -58,15 +67,26 @@ def _serve_once(coordinator: Any, log: "_LogTail") -> None:
         if lines:
             sys.stdout.write("\n".join([*lines, ""]))  # into Ray's log of this worker
             sys.stdout.flush()
-            adapter.post(coordinator.relay, [f"{place.node[:8]} {line}" for line in lines])
+            relay([f"{place.node[:8]} {line}" for line in lines])
         if messages is None or any(m["kind"] in ("fenced", "bye") for m in messages):
             link.close()
             return
 
 
-def _connect(node: str, host_fields: dict[str, Any]) -> Link:
-    """Connect to the node's host; start one if there is none. It listens once it is warm."""
-    folder = get_host_folder(node, host_fields["coordinator"])
+def _relay(coordinator_name: str, lines: list[str]) -> None:
+    """Have the driver show lines, if there is a coordinator to take them now."""
+    if (coordinator := adapter.get_coordinator(coordinator_name)) is not None:
+        adapter.post(coordinator.relay, lines)
+
+
+def _connect(node: str, coordinator: Any) -> Link:
+    """Connect to the node's host; start one if there is none. It listens once it is warm.
+
+    Raises:
+        ActorGoneError: nobody knows any more where the host would have to report.
+    """
+    host_fields = adapter.call(coordinator.get_host_fields)
+    folder = get_host_folder(node, host_fields["session"])
     next_start_s = 0.0
     while True:
         sock = socket.socket(socket.AF_UNIX)
@@ -77,7 +97,7 @@ def _connect(node: str, host_fields: dict[str, Any]) -> Link:
             sock.close()
         if time.monotonic() >= next_start_s:  # harmless if one is warming up: it holds the lock
             next_start_s = time.monotonic() + 10.0
-            start_host(node, host_fields)
+            start_host(node, adapter.call(coordinator.get_host_fields))
         time.sleep(RETRY_S)
 
 

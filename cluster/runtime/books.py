@@ -4,6 +4,7 @@ Two threads call it (one serves the hosts, one follows Ray's nodes), so every pu
 """
 
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import wraps
@@ -74,8 +75,12 @@ class Books:
     """Raises if another one keeps the books of this run by now."""
     _nodes: dict[str, WorkerNode] = field(default_factory=dict[str, WorkerNode])
     _attempt: _Attempt | None = None
+    lost_s: float | None = None
+    """When the coordinator before this one was found dead; None once its world is booked, or if there was none."""
     _ended: AttemptEnded | None = None
     """The change that led to the current attempt, until its first step shows what it cost."""
+    _ended_size: int = 0
+    """How many workers were in the world that it ended."""
     _left_s: float = 0.0
     """When the last trainer of the attempt before was out of it."""
     num_losses: int = 0
@@ -132,6 +137,7 @@ class Books:
     @_locked
     def attempt_started(self, action: AttemptStarted, now_s: float) -> None:
         """Begin the row of an attempt."""
+        self._close_inherited(now_s)
         self.history = replace(self.history, attempt=action.attempt)
         self._attempt = _Attempt(started=action, start_s=now_s, before=self.history)
 
@@ -184,9 +190,33 @@ class Books:
         """Write the row of an attempt."""
         attempt, self._attempt, self._ended, self._left_s = self._attempt, None, action, now_s
         assert attempt is not None
+        self._ended_size = len(action.members)
         self.observed_s += now_s - attempt.start_s
         self.num_losses += action.kind == "lost"
         self._append(self.run_dir.attempts, asdict(_build_row(attempt, action, now_s)))
+
+    def _close_inherited(self, now_s: float) -> None:
+        """Book the world of the coordinator before this one; by now, not earlier, its trainers are out of it."""
+        noticed_s, self.lost_s = self.lost_s, None
+        if noticed_s is None:
+            return
+        reason = "its coordinator died"
+        self.check_lead()
+        close_torn_attempts(self.run_dir, reason=reason, change="coordinator_lost")
+        self.history = read_history(self.run_dir)
+        last = next(iter(deque(read_rows(self.run_dir.attempts), maxlen=1)), None)
+        if last is None:  # nothing was lost
+            return
+        self._ended_size, self._left_s = last["world_size"], now_s
+        self.num_losses += last.get("change") == "coordinator_lost"
+        self._ended = AttemptEnded(
+            attempt=last["attempt"],
+            members=(),
+            change="coordinator_lost",
+            reason=reason,
+            cause=None,
+            noticed_s=noticed_s,
+        )
 
     def _book_incident(self, attempt: _Attempt) -> None:
         """Write down the change before this attempt, now that its first step tells what it cost."""
@@ -202,7 +232,7 @@ class Books:
             "outage_s": row.outage_s,
             "lost_steps": row.lost_steps,
             "resumed_from": row.resumed_from,
-            "world": f"{len(ended.members)} -> {len(attempt.started.members)}",
+            "world": f"{self._ended_size} -> {len(attempt.started.members)}",
             "step": row.first_step,
             "phases_s": self._split_outage(attempt, ended),
         }
@@ -250,6 +280,7 @@ class Books:
     @_locked
     def close(self, now_s: float) -> None:
         """Stop to pay and write what is left."""
+        self._close_inherited(now_s)
         for node in self._nodes:
             self.ledger.leave(node, now_s)
         self._nodes = {}
@@ -299,16 +330,25 @@ def _build_row(attempt: _Attempt, ended: AttemptEnded, now_s: float) -> AttemptR
     )
 
 
-def open_books(run_root: str, config: RunConfig, *, check_lead: Callable[[], None] = lambda: None) -> Books:
+def open_books(
+    run_root: str,
+    config: RunConfig,
+    *,
+    check_lead: Callable[[], None] = lambda: None,
+    lost_s: float | None = None,
+) -> Books:
     """Open the books of a run, new or old; what a killed writer left unsaid is completed.
 
     Args:
         check_lead: called before each write; raises if another one leads the run by now.
+        lost_s: when the coordinator before this one was found dead (Unix seconds), if its world may still train: that
+            is booked when the next one starts.
     """
     run_dir = RunDir(Path(run_root))
     run_dir.root.mkdir(parents=True, exist_ok=True)
     run_dir.config.write_text(dump(config))
-    close_torn_attempts(run_dir)
+    if lost_s is None:
+        close_torn_attempts(run_dir)
     for path in (run_dir.ledger, run_dir.incidents):
         end_torn_line(path)
     history = read_history(run_dir)
@@ -320,6 +360,7 @@ def open_books(run_root: str, config: RunConfig, *, check_lead: Callable[[], Non
         ledger=Ledger(read_ledger(read_rows(run_dir.ledger))),
         history=history,
         check_lead=check_lead,
+        lost_s=lost_s,
         failures=replace(failures, best_step=max(failures.best_step, history.step)),
         num_losses=sum(row["end"] == "lost" for row in attempts),
         observed_s=sum(parse_utc(row["end_utc"]) - parse_utc(row["start_utc"]) for row in attempts),

@@ -3,6 +3,9 @@
 One thread serves the hosts over TCP, feeds `controller.decide` and carries out its actions; another asks Ray twice a
 second which nodes live or drain, and starts a host on each new one. The actor's methods, called by the driver and
 the agents, only post to the first thread or read what it published. It needs no torch.
+
+What it cannot do without is on the storage: if it dies, the driver creates another one, to which the hosts that live
+report. That one takes the next epoch, so the world that trained on meanwhile is over, and forms a world anew.
 """
 
 import os
@@ -26,6 +29,7 @@ from cluster.runtime.books import open_books
 from cluster.runtime.link import Link, Message
 from cluster.runtime.notices import Watches
 from cluster.runtime.relayed import RowKeeper
+from cluster.runtime.seat import Seat
 from cluster.runtime.start_host import start_host
 from cluster.types import (
     Action,
@@ -68,8 +72,18 @@ HOST_SILENT_S = 5.0
 WATCH_EVERY_S = 0.5
 LOST_FOR_S = 30.0
 """For so long after the end of its host a node takes no new agents, unless another host shows that it lives."""
+_GROUPS_PER_EPOCH = 1_000_000
+"""More than any coordinator will see: the numbers of its worker groups are above those of the one before."""
 DRIVER_BUSY_S = 5.0
 """A driver polls twice a second; one that did within this time is alive."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What the coordinators that follow each other under living hosts have in common; their driver keeps it."""
+
+    id: str
+    secret: str = field(repr=False)
 
 
 @dataclass(kw_only=True)
@@ -113,7 +127,12 @@ class _Published:
 class Coordinator:
     """See the module; public methods are the actor's interface."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], *, session: Session, lost_s: float | None = None) -> None:
+        """Take the lead of a run.
+
+        Args:
+            lost_s: when the coordinator before this one was found dead (Unix seconds), if its hosts live.
+        """
         self._config_fields = config
         self._config = configs.from_dict(config)
         self._driver = ""
@@ -134,7 +153,7 @@ class Coordinator:
         # rows for an object store wait in a spool, and what leaves it is checked: no node's end waits for the store
         is_spooled = is_url(self._config.storage)
         self._check_lead = self._leader.check_known if is_spooled else self._leader.check
-        self._books = open_books(str(run.dir.root), self._config, check_lead=self._check_lead)
+        self._books = open_books(str(run.dir.root), self._config, check_lead=self._check_lead, lost_s=lost_s)
         self._rows = RowKeeper(run, check_lead=self._check_lead, answer=self._tell)
         self._state = controller.State(
             policy=controller.Policy(
@@ -145,8 +164,8 @@ class Coordinator:
             attempt=self._leader.epoch - 1,
             failures=self._books.failures,
         )
-        self._secret = secrets.token_hex(16)
-        self._id = secrets.token_hex(4)
+        self._session = session
+        self._first_epoch = self._leader.epoch
         self._ip = adapter.get_own_ip()
         self._listener = socket.create_server((self._ip, 0))
         self._selector = selectors.DefaultSelector()
@@ -167,6 +186,7 @@ class Coordinator:
         """Of the trainers of the current attempt that are ready."""
         self._agents: dict[Slot, int] = {}
         self._attempt_step = 0
+        self._hosts_told = threading.Event()
         threading.Thread(target=self._guard, args=(self._serve,), name="serve", daemon=True).start()
         threading.Thread(target=self._guard, args=(self._watch_ray,), name="watch", daemon=True).start()
 
@@ -232,16 +252,21 @@ class Coordinator:
         return frozenset(node for node, lost_s in list(self._lost_s.items()) if now_s - lost_s < LOST_FOR_S)
 
     def enter_group(self, key: str) -> int:
-        """Number Ray's worker groups in the order in which their first agent shows up, from 1."""
-        return self._groups.setdefault(key, len(self._groups) + 1)
+        """Number Ray's worker groups in the order in which their first agent shows up, over all coordinators."""
+        return self._groups.setdefault(key, self._first_epoch * _GROUPS_PER_EPOCH + len(self._groups))
+
+    def get_session(self) -> Session:
+        """Return what whoever follows this coordinator must have, for a driver that did not create it."""
+        return self._session
 
     def get_host_fields(self) -> dict[str, Any]:
         """Return what `start_host` needs beside the node's own facts."""
+        port = self._listener.getsockname()[1]
+        seat = Seat(epoch=self._first_epoch, host=self._ip, port=port)
         return {
-            "coordinator": self._id,
-            "coordinator_host": self._ip,
-            "coordinator_port": self._listener.getsockname()[1],
-            "secret": self._secret,
+            "session": self._session.id,
+            "seat": asdict(seat),
+            "secret": self._session.secret,
             "lease_s": self._config.fault.lease_s,
             "disk": self._disk,
             "config": self._config_fields,
@@ -277,6 +302,7 @@ class Coordinator:
         """End all hosts, close the books and return their summary; the caller then kills the actor."""
         self._closing = True
         self._wake_out.send(b"x")
+        self._hosts_told.wait(HOST_SILENT_S)  # or they would look for another coordinator
         try:
             self._books.close(time.time())
             self._opened.close()
@@ -312,8 +338,8 @@ class Coordinator:
         if self._out.done is None:
             self._decide(Stop(reason="its driver is gone"))
             return
-        self.close()
         self._end_hosts("its driver is gone")
+        self.close()
         os._exit(0)
 
     def _end_hosts(self, reason: str, *, forget: bool = False) -> None:
@@ -324,6 +350,7 @@ class Coordinator:
         """
         for host in list(self._hosts.values()):
             host.link.send("end", reason=reason, forget=forget)
+        self._hosts_told.set()
 
     def _exit_without_driver(self) -> None:
         """End the actor once nobody asks it any more: one that is detached outlives its cluster's last job."""
@@ -344,7 +371,7 @@ class Coordinator:
             return
         self._selector.unregister(link)
         hello = messages[0] if messages else {}
-        if hello.get("kind") != "host" or not secrets.compare_digest(str(hello.get("secret")), self._secret):
+        if hello.get("kind") != "host" or not secrets.compare_digest(str(hello.get("secret")), self._session.secret):
             link.close()
             return
         host = _Host(
@@ -384,7 +411,10 @@ class Coordinator:
 
     def _hear_trainer(self, slot: Slot, attempt: int, message: Message) -> None:
         """Take what a trainer of the current attempt says; an older one has nothing to say any more."""
-        if attempt != self._state.attempt or self._rows.take(slot, attempt, message):
+        is_ours = (
+            attempt == self._state.attempt and slot in self._state.members
+        )  # else of a coordinator before this one
+        if not is_ours or self._rows.take(slot, attempt, message):
             return
         now_s = time.time()
         match message["kind"]:
@@ -513,7 +543,7 @@ class Coordinator:
             self._books.follow_nodes(nodes, now_s)
             self._labels = {node.id: NodeLabels(zone=node.zone, capacity=node.capacity) for node in nodes.values()}
             for node_id in nodes.keys() - self._hosts.keys():
-                if now_s - started.get(node_id, 0.0) > self._config.fault.lease_s:
+                if now_s - started.get(node_id, 0.0) > self._config.fault.lease_s / 6:  # a host looks for us for a half
                     started[node_id] = now_s
                     adapter.run_on_node(node_id, start_host, node_id, self.get_host_fields())
             draining = {node: deadline_s for node, deadline_s in adapter.get_draining_nodes().items() if node in nodes}

@@ -1,7 +1,8 @@
 """The driver, what `solvent train` runs: it finds or starts the coordinator, has Ray Train hold agents, and watches.
 
 It decides nothing about membership. If it is killed, its job's agents die with it; the coordinator keeps the
-trainers going for half a lease, so that the same command, given again, finds them at work.
+trainers going for half a lease, so that the same command, given again, finds them at work. If the coordinator dies, the
+driver creates another one, and the hosts keep the trainers going for as long.
 """
 
 import dataclasses
@@ -17,7 +18,8 @@ from typing import Any
 
 from cluster.runtime import adapter
 from cluster.runtime.agent import run_agent
-from cluster.runtime.coordinator import DRIVER_BUSY_S, Coordinator, Update
+from cluster.runtime.coordinator import DRIVER_BUSY_S, Coordinator, Session, Update
+from cluster.runtime.start_host import new_session
 from cluster.types import Scene
 from elastic.config import RunConfig
 from elastic.errors import SolventError, StorageError
@@ -25,6 +27,11 @@ from elastic.errors import SolventError, StorageError
 POLL_S = 0.5
 _AGENTS_END_S = 30.0
 _RAY_TRAIN_RETRIES = 5
+_MOST_RETURNS = 3
+"""A coordinator that dies more often within `_RETURNS_WITHIN_S` has a reason that another one would only meet again."""
+_RETURNS_WITHIN_S = 600.0
+_GONE_S = 30.0
+"""Ray may know a dead actor by its name for this long."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +59,7 @@ def train(
 
     Raises:
         StorageError: another driver leads a run of this name.
-        SolventError: the coordinator died.
+        SolventError: the coordinator does not answer, or died again and again.
     """
     config = with_absolute_paths(config)
     adapter.connect(address, config.cluster)
@@ -80,24 +87,31 @@ def get_coordinator_name(config: RunConfig) -> str:
 
 
 def _lead(config: RunConfig, on_update: Callable[[Update], None]) -> Ending:
-    name = get_coordinator_name(config)
-    driver = secrets.token_hex(8)
-    coordinator = _attach(name, driver, config)
+    seat = _Seat(config)
+    coordinator = seat.take()
     start_agents = partial(
-        *(adapter.AgentRun, run_agent, {"coordinator_name": name}, config), find_lost=partial(_find_lost_nodes, name)
+        *(adapter.AgentRun, run_agent, {"coordinator_name": seat.name}, config),
+        find_lost=partial(_find_lost_nodes, seat.name),
     )
     agents = start_agents()
     retries = 0
-    stopping = False
+    is_stopping, told_to_stop = False, None
     while True:
         try:
-            update: Update | None = adapter.call(coordinator.poll, driver)
+            try:
+                if is_stopping and told_to_stop is not coordinator:
+                    told_to_stop = coordinator
+                    adapter.call(coordinator.stop, "interrupted from the keyboard")
+                update: Update | None = adapter.call(coordinator.poll, seat.driver)
+            except adapter.ActorGoneError as error:
+                coordinator = seat.take_again(error)
+                continue
             if update is None:
                 raise StorageError(
                     f"run={config.run!r} is led by another driver now, so this one stops. Look at the other one's "
                     "output, or train under another run name."
                 )
-            on_update(update)
+            on_update(seat.add_news(update))
             if update.done:
                 break
             if agents.is_over:  # Ray Train gave up; trainers go on, so only the agents are started again
@@ -107,10 +121,9 @@ def _lead(config: RunConfig, on_update: Callable[[Update], None]) -> Ending:
                 agents = start_agents()
             time.sleep(POLL_S)
         except KeyboardInterrupt:
-            if stopping:
+            if is_stopping:
                 raise
-            stopping = True
-            adapter.call(coordinator.stop, "interrupted from the keyboard")
+            is_stopping = True
     books, done = update.books, update.done
     reason = done["reason"]
     try:
@@ -123,36 +136,86 @@ def _lead(config: RunConfig, on_update: Callable[[Update], None]) -> Ending:
     return Ending(kind=done["kind"], reason=reason, exit_code=done["exit_code"], books=books)
 
 
-def _attach(name: str, driver: str, config: RunConfig) -> Any:
-    """Return the run's coordinator, led by this driver from now on; create it if there is none.
+class _Seat:
+    """The driver's hold on its run's coordinator, whichever that is by now."""
 
-    Raises:
-        StorageError: a living driver leads this run, on this cluster or elsewhere.
-    """
-    fields = asdict(config)
-    # A killed driver is known as such after a while; a run under another configuration saves, then makes room.
-    patience_s = {"busy": DRIVER_BUSY_S + POLL_S, "changed": config.fault.lease_s}
-    start_s = time.monotonic()
-    while True:
-        coordinator = adapter.get_coordinator(name)
-        if coordinator is None:
-            coordinator = adapter.create_coordinator(name, Coordinator, config=fields)
-        try:
-            answer = adapter.call(coordinator.attach, driver, fields)
-        except StorageError:  # another cluster, or none, has the run: this coordinator has touched nothing
-            adapter.kill(coordinator)
-            raise
-        if answer == "ok":
-            return coordinator
-        if time.monotonic() - start_s > patience_s[answer]:
-            raise StorageError(
-                f"run={config.run!r} is being trained by another driver (process or job) right now. Wait for it, stop "
-                "it, or train under another run name."
-            )
-        if answer == "changed" and adapter.call(coordinator.is_over):
-            adapter.call(coordinator.close)
-            adapter.kill(coordinator)
-        time.sleep(POLL_S)
+    def __init__(self, config: RunConfig) -> None:
+        self.name = get_coordinator_name(config)
+        self.driver = secrets.token_hex(8)
+        self._config = config
+        run_digest = self.name.rpartition("-")[2]
+        self._session = Session(id=new_session(run_digest), secret=secrets.token_hex(16))
+        self._lost_s: float | None = None
+        self._returns_s: list[float] = []
+        self._news: list[str] = []
+
+    def take(self) -> Any:
+        """Return the run's coordinator, led by this driver from now on; create it if there is none.
+
+        Raises:
+            StorageError: a living driver leads this run, on this cluster or elsewhere.
+            ActorGoneError: it died at once.
+        """
+        config = self._config
+        fields = asdict(config)
+        # A killed driver is known as such after a while, and so is a dead coordinator; a run under another
+        # configuration saves, then makes room.
+        patience_s = {"busy": DRIVER_BUSY_S + POLL_S, "changed": config.fault.lease_s, "gone": _GONE_S}
+        start_s = time.monotonic()
+        while True:
+            coordinator = adapter.get_coordinator(self.name)
+            is_new = coordinator is None
+            if coordinator is None:
+                parts = {"config": fields, "session": self._session, "lost_s": self._lost_s}
+                coordinator = adapter.create_coordinator(self.name, Coordinator, **parts)
+            try:
+                answer = adapter.call(coordinator.attach, self.driver, fields)
+                if answer == "ok":
+                    self._session, self._lost_s = adapter.call(coordinator.get_session), None
+                    return coordinator
+                if answer == "changed" and adapter.call(coordinator.is_over):
+                    adapter.call(coordinator.close)
+                    adapter.kill(coordinator)
+            except StorageError:  # another cluster, or none, has the run: this coordinator has touched nothing
+                adapter.kill(coordinator)
+                raise
+            except adapter.ActorGoneError:
+                if is_new or time.monotonic() - start_s > patience_s["gone"]:
+                    raise
+                answer = "gone"
+            if time.monotonic() - start_s > patience_s[answer]:
+                raise StorageError(
+                    f"run={config.run!r} is being trained by another driver (process or job) right now. Wait for it, "
+                    "stop it, or train under another run name."
+                )
+            time.sleep(POLL_S)
+
+    def take_again(self, error: adapter.ActorGoneError) -> Any:
+        """Return the coordinator after the one that did not answer: the same if it does again, else another one.
+
+        Raises:
+            SolventError: too many have died.
+            StorageError, ActorGoneError: as `take`.
+        """
+        now_s = time.time()
+        self._returns_s = [time_s for time_s in self._returns_s if now_s - time_s < _RETURNS_WITHIN_S]
+        if len(self._returns_s) >= _MOST_RETURNS:
+            raise SolventError(
+                f"{error}. It has died {_MOST_RETURNS + 1} times within {_RETURNS_WITHIN_S / 60:g} minutes, so another "
+                "one would as well. Look for the reason in Ray's log of the actor and the head's memory, then start "
+                "the same command again: it resumes."
+            ) from error
+        self._returns_s.append(now_s)
+        self._lost_s = now_s
+        coordinator = self.take()
+        took_s = time.time() - now_s
+        self._news.append(f"the coordinator was gone; its seat is taken again after {took_s:.1f} s")
+        return coordinator
+
+    def add_news(self, update: Update) -> Update:
+        """Put what happened to the coordinator before what it says itself."""
+        news, self._news = self._news, []
+        return dataclasses.replace(update, lines=[*news, *update.lines])
 
 
 def look(config: RunConfig) -> Scene | None:

@@ -7,10 +7,14 @@ It leaves that process behind (double fork and a session of its own: all that Ra
 - warm: torch, the model code and FSDP have been imported and used once, with a fake process group;
 - a parent: its trainers die with it (PR_SET_PDEATHSIG), and their end is known at once (pidfd); the keeper of its
   snapshots, which outlives them, dies with it too;
-- a tenant: it ends with its raylet, with its coordinator, or when no agent has claimed a slot for `lease_s`.
+- a tenant: it ends with its raylet, when no agent has claimed a slot for `lease_s`, or without a coordinator for half
+  as long.
 
 Agents claim slots, and each claimed slot has a trainer that is warm and waits; the coordinator, over TCP, decides which
 of them join a world. A trainer outlives its worlds; where one has died, the next is forked. Ray is never imported here.
+
+A coordinator that dies leaves all of this as it is: the world trains on until another one has taken the seat. That one
+is told who is here once the trainers have left the world that it does not know.
 """
 
 import contextlib
@@ -30,9 +34,15 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from cluster.runtime.link import Link, Message
+from cluster.runtime.seat import read_seat
 from elastic.checkpoint.keeping import KeeperProcess, start_keeper
 
 BEAT_S = 1.0
+_CONNECT_S = 2.0
+_SEND_S = 10.0
+"""A coordinator that takes nothing for this long is gone."""
+_LEAVE_S = 2.0
+"""A trainer that has not left its world this long after it was asked to is killed, as the controller would."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -43,11 +53,10 @@ class HostSpec:
     node: str
     node_ip: str
     folder: str
-    """Socket, lock and logs of this host; removed when it ends."""
+    """Socket, lock and logs of this host, and the seat of its coordinator; removed when it ends."""
     raylet_pid: int
-    coordinator_host: str
-    coordinator_port: int
     secret: str
+    """The coordinator knows it, and whoever follows it."""
     lease_s: float
     config: dict[str, Any]
     """What its trainers train, as `dataclasses.asdict` made it."""
@@ -73,6 +82,8 @@ class Trainer:
     """The last one it told."""
     is_talking: bool = True
     """Its end of the link is open; what it sent may still lie there after its death."""
+    leave_until_s: float | None = None
+    """It was asked to leave a world that the coordinator does not know, and is killed if it has not by then."""
     said: Message | None = None
     """Its last word about how it ended, if it ends with its world."""
     killed: bool = False
@@ -88,8 +99,9 @@ class Place:
     agent: Link | None
     unclaimed_since_s: float = 0.0
     trainer: Trainer | None = None
-    news: Message | None = None
-    """What the coordinator is told of the newest claim, once the trainer is warm."""
+    claim: Message | None = None
+    """What the coordinator is told of the newest claim, once the trainer is warm and in no world of another's."""
+    is_told: bool = False
 
 
 @dataclass(kw_only=True)
@@ -98,10 +110,13 @@ class Host:
 
     spec: HostSpec
     raylet_pidfd: int
-    coordinator: Link
     listener: socket.socket
     keeper: KeeperProcess | None
     """None: snapshots are not kept in memory."""
+    coordinator: Link | None = None
+    """None while there is none; what it would be told is dropped, and it is told how things stand when it is there."""
+    lost_s: float = field(default_factory=time.monotonic)
+    """Since when there is none."""
     places: dict[str, Place] = field(default_factory=dict[str, Place])
     selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
     unclaimed_since_s: float = field(default_factory=time.monotonic)
@@ -111,7 +126,6 @@ class Host:
     def serve(self) -> NoReturn:
         """Serve agents, trainers and the coordinator until one of the reasons to end comes up."""
         self._watch(self.listener, self._accept)
-        self._watch(self.coordinator, self._hear_coordinator)
         self._watch(self.raylet_pidfd, lambda: self.end("its raylet ended"))
         next_beat_s, last_s = 0.0, time.monotonic()
         while True:
@@ -119,13 +133,16 @@ class Host:
                 if key.fd in self.selector.get_map():  # an earlier event of this round may have closed it
                     key.data()
             now_s = time.monotonic()
-            if now_s >= next_beat_s:
+            if self.coordinator is None:
+                self._look_for_coordinator(now_s)
+            elif now_s >= next_beat_s:
                 next_beat_s = now_s + BEAT_S
                 if not self.coordinator.send("beat"):
-                    self.end("its coordinator ended")
+                    self._lose_coordinator()
             self.awake_s += min(now_s - last_s, BEAT_S)
             last_s = now_s
             self._expire_leases(now_s)
+            self._end_stragglers(now_s)
             self._tell_silent()
 
     def end(self, reason: str) -> NoReturn:
@@ -157,6 +174,8 @@ class Host:
         for message in messages:
             if message["kind"] == "claim":
                 self._claim(agent, message)
+            elif message["kind"] == "abandoned" and self.coordinator is None:  # by who starts hosts for the run anew
+                self.end("its coordinator ended, and the run has other hosts by now")
 
     def _claim(self, agent: Link, message: Message) -> None:
         """Give the agent its slot; an agent of an older worker group than the slot's last one is refused."""
@@ -173,16 +192,19 @@ class Host:
         place.group, place.agent, place.env = group, agent, message["env"]
         trainer_pid = place.trainer.pid if place.trainer else None
         agent.send("claimed", slot=name, trainer_pid=trainer_pid, log=str(self._get_log(name)))
-        place.news = {"slot": name, "group": group, "group_size": message["group_size"], "pid": message["pid"]}
+        place.claim = {"slot": name, "group": group, "group_size": message["group_size"], "pid": message["pid"]}
+        place.is_told = False
         if place.trainer is None:
             self._fork(place)
-        elif place.trainer.is_warm:
+        else:
             self._tell_claim(place)
 
     def _tell_claim(self, place: Place) -> None:
-        if place.news:
-            self.coordinator.send("claimed", **place.news)
-            place.news = None
+        """Tell a claim that is news, unless its trainer could not join a world yet."""
+        trainer = place.trainer
+        is_busy = trainer is not None and (not trainer.is_warm or trainer.leave_until_s is not None)
+        if place.claim and not place.is_told and not is_busy:
+            place.is_told = self._tell("claimed", **place.claim)
 
     def _pick_slot(self, group: int) -> str:
         """Return the first slot that no agent of this group holds (without GPUs, one slot is as good as another)."""
@@ -201,7 +223,7 @@ class Host:
             if place.agent is None and now_s - place.unclaimed_since_s > self.spec.lease_s
         ]
         for place in expired:
-            self.coordinator.send("expired", slot=place.name)
+            self._tell("expired", slot=place.name)
             self._end_trainer(place)
             del self.places[place.name]
         if not self.places and now_s - self.unclaimed_since_s > self.spec.lease_s:
@@ -209,10 +231,54 @@ class Host:
 
     # ---- coordinator
 
+    def _look_for_coordinator(self, now_s: float) -> None:
+        """Report to whoever has the seat; end if nobody has had it for too long."""
+        if now_s - self.lost_s > self.spec.lease_s / 2:
+            self.end("its coordinator ended")
+        seat = read_seat(Path(self.spec.folder))
+        if seat is None:
+            return
+        try:
+            connection = socket.create_connection((seat.host, seat.port), timeout=_CONNECT_S)
+        except OSError:  # it is the seat of one that is gone
+            return
+        connection.settimeout(_SEND_S)
+        self.coordinator = Link(connection)
+        self._watch(self.coordinator, self._hear_coordinator)
+        address = (self.spec.node_ip, self.keeper.port) if self.keeper else None
+        self._tell("host", node=self.spec.node, secret=self.spec.secret, pid=os.getpid(), keeper=address)
+        for place in self.places.values():
+            place.is_told = False
+            trainer = place.trainer
+            if trainer and trainer.attempt is not None:
+                trainer.leave_until_s = now_s + _LEAVE_S
+                trainer.link.send("leave", attempt=trainer.attempt)
+            self._tell_claim(place)
+
+    def _lose_coordinator(self) -> None:
+        """Go on without it for a while: another one may take its seat."""
+        assert self.coordinator is not None
+        _log("the coordinator is gone")
+        self._unwatch(self.coordinator)
+        self.coordinator, self.lost_s = None, time.monotonic()
+
+    def _end_stragglers(self, now_s: float) -> None:
+        """End trainers that do not leave the world of a coordinator that is gone; others take their places."""
+        for place in self.places.values():
+            trainer = place.trainer
+            if trainer and trainer.leave_until_s is not None and now_s > trainer.leave_until_s and not trainer.killed:
+                self._kill(trainer)
+
+    def _tell(self, kind: str, **fields: object) -> bool:
+        """Tell the coordinator, if there is one."""
+        return self.coordinator is not None and self.coordinator.send(kind, **fields)
+
     def _hear_coordinator(self) -> None:
+        assert self.coordinator is not None
         messages = self.coordinator.receive()
         if messages is None:
-            self.end("its coordinator ended")
+            self._lose_coordinator()
+            return
         for message in messages:
             if message["kind"] == "end":
                 if message["forget"]:
@@ -253,7 +319,7 @@ class Host:
             return
         _log("the keeper is gone; its snapshots with it")
         self.keeper = _start_keeper(self.spec)
-        self.coordinator.send("keeper", address=(self.spec.node_ip, self.keeper.port))
+        self._tell("keeper", address=(self.spec.node_ip, self.keeper.port))
 
     def _fork(self, place: Place) -> None:
         self._replace_dead_keeper()
@@ -326,14 +392,16 @@ class Host:
                     self._tell_claim(place)
                 case "outcome" if message["stays"]:
                     attempt, trainer.attempt, trainer.heard_s = trainer.attempt, None, None
+                    trainer.leave_until_s = None
                     assert attempt is not None
                     self._tell_ended(place.name, attempt, message["outcome"], message["reason"], message["exit_code"])
+                    self._tell_claim(place)
                 case "outcome":
                     trainer.said = message
                 case "alive":
                     pass
                 case _:
-                    self.coordinator.send("trainer", slot=place.name, attempt=trainer.attempt, message=message)
+                    self._tell("trainer", slot=place.name, attempt=trainer.attempt, message=message)
 
     def _tell_silent(self) -> None:
         """Complain in the name of trainers that cannot."""
@@ -346,7 +414,7 @@ class Host:
                 trainer.heard_s = self.awake_s  # the next complaint waits as long
                 _log(f"the trainer of {place.name} is frozen: no sign of life for {silent_s:g} s")
                 stall = {"kind": "stalled", "step": trainer.step, "where": "silent", "waited_s": silent_s}
-                self.coordinator.send("trainer", slot=place.name, attempt=trainer.attempt, message=stall)
+                self._tell("trainer", slot=place.name, attempt=trainer.attempt, message=stall)
 
     def _kill(self, trainer: Trainer) -> None:
         trainer.killed = True
@@ -382,11 +450,13 @@ class Host:
         else:
             how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
             self._tell_ended(place.name, attempt, "crashed", f"trainer ended with {how}")
-        if then == "replace" and not said:
-            self._fork(place)
+        if then == "replace":
+            if not said:
+                self._fork(place)
+            self._tell_claim(place)
 
     def _tell_ended(self, slot: str, attempt: int, outcome: str, reason: str, exit_code: int = 1) -> None:
-        self.coordinator.send("ended", slot=slot, attempt=attempt, outcome=outcome, reason=reason, exit_code=exit_code)
+        self._tell("ended", slot=slot, attempt=attempt, outcome=outcome, reason=reason, exit_code=exit_code)
 
     # ---- plumbing
 
@@ -440,7 +510,7 @@ def main() -> None:
 
 
 def _start(spec: HostSpec, folder: Path) -> Host:
-    """Warm up, report to the coordinator and open the door to agents."""
+    """Warm up and open the door to agents."""
     raylet_pidfd = os.pidfd_open(spec.raylet_pid)  # fails if the node is going down already
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"  # a thread pool would make forking unsafe; trainers set their own number
@@ -457,18 +527,14 @@ def _start(spec: HostSpec, folder: Path) -> Host:
     gc.freeze()  # trainers share these pages, and a collection in them never walks torch again
     num_threads = len(os.listdir("/proc/self/task"))  # noqa: PTH208
     _log(f"warm after {time.monotonic() - started_s:.1f} s with {num_threads} thread(s)")
-    connection = socket.create_connection((spec.coordinator_host, spec.coordinator_port), timeout=10)
-    coordinator = Link(connection)
     is_keeping = spec.config["checkpoint"]["memory"] != "off"
     keeper = _start_keeper(spec) if is_keeping else None
-    address = (spec.node_ip, keeper.port) if keeper else None
-    coordinator.send("host", node=spec.node, secret=spec.secret, pid=os.getpid(), keeper=address)
     listener = socket.socket(socket.AF_UNIX)
     with contextlib.suppress(FileNotFoundError):
         (folder / "socket").unlink()
     listener.bind(str(folder / "socket"))
     listener.listen()
-    return Host(spec=spec, raylet_pidfd=raylet_pidfd, coordinator=coordinator, listener=listener, keeper=keeper)
+    return Host(spec=spec, raylet_pidfd=raylet_pidfd, listener=listener, keeper=keeper)
 
 
 if __name__ == "__main__":

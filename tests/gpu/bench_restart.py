@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from cluster.runtime.link import Link
+from cluster.runtime.seat import Seat, write_seat
 from elastic.config import CheckpointConfig, DataConfig, FaultConfig, ModelConfig, RunConfig, TrainConfig, WandbConfig
 from elastic.data.prepare import prepare
 
@@ -67,12 +68,12 @@ class Coordinator:
             "node_ip": "127.0.0.1",
             "folder": str(folder / "host"),
             "raylet_pid": self.raylet.pid,
-            "coordinator_host": "127.0.0.1",
-            "coordinator_port": listener.getsockname()[1],
             "secret": "s3cret",
             "lease_s": 600.0,
             "config": asdict(config),
         }
+        (folder / "host").mkdir()
+        write_seat(folder / "host", Seat(epoch=1, host="127.0.0.1", port=listener.getsockname()[1]))
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
         command = [sys.executable, "-m", "cluster.runtime.host"]
         subprocess.run(command, input=json.dumps(spec).encode(), env=env, cwd=ROOT, check=True)

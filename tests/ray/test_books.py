@@ -3,11 +3,13 @@
 import pytest
 
 from cluster.controller import Policy, State
+from cluster.ledger import check_tiling, read_ledger
 from cluster.runtime.adapter import WorkerNode
 from cluster.runtime.books import open_books
-from cluster.types import Slot
+from cluster.types import AttemptStarted, Slot
 from elastic.config import RunConfig
-from elastic.rundir import read_rows
+from elastic.ports import Progress
+from elastic.rundir import RunDir, append_row, format_utc, read_rows
 
 
 @pytest.mark.parametrize("stage", ["clearing", "waiting", "forming"])
@@ -29,3 +31,48 @@ def test_a_lost_node_is_idle_though_it_is_a_member_of_the_world_that_ends(tmp_pa
     states = {row["node"]: row["state"] for row in read_rows(books.run_dir.ledger)}
     assert states["lost"] == "idle"
     assert states["survivor"] != "idle"
+
+
+def write_step(run_dir, step, time_s):
+    """As rank 0 of attempt 1 does, each second."""
+    time_utc = format_utc(time_s)
+    row = {"step": step, "tokens": 10 * step, "attempt": 1, "world_size": 2, "step_s": 1.0, "time_utc": time_utc}
+    append_row(run_dir.metrics, row)
+
+
+def test_a_coordinator_that_follows_a_dead_one_books_the_steps_that_were_done_without_any(tmp_path):
+    run_dir, nodes = RunDir(tmp_path), {"n": WorkerNode(id="n", num_workers=2, offer="")}
+    first = open_books(str(tmp_path), RunConfig())
+    first.follow_nodes(nodes, 100.0)
+    for step in (1, 2):
+        write_step(run_dir, step, 101.0 + step)
+    first.flush(110.0)  # up to 105 s; what came after died with it
+
+    second = open_books(str(tmp_path), RunConfig(), lost_s=110.5)
+    second.follow_nodes(nodes, 111.0)
+    write_step(run_dir, 3, 112.0)  # the world is not over yet
+    members = (Slot("n", "cpu0"),)
+    second.attempt_started(AttemptStarted(attempt=2, members=members), 113.0)
+    second.restored(members[0], Progress(step=1, tokens=10), "memory", 114.0)
+    second.stepped(members[0], Progress(step=2, tokens=20), [], 115.0)
+    second.close(116.0)
+
+    (torn,) = read_rows(run_dir.attempts)
+    assert (torn["attempt"], torn["end"], torn["change"], torn["last_step"]) == (1, "lost", "coordinator_lost", 3)
+    (incident,) = read_rows(run_dir.incidents)
+    assert (incident["kind"], incident["world"], incident["resumed_from"]) == ("coordinator_lost", "2 -> 1", "memory")
+    # 3 steps were done and 1 was in memory; from the row of step 3 to that of step 2 anew
+    assert (incident["detected_s"], incident["lost_steps"], incident["outage_s"]) == (110.5, 2, 3.0)
+    assert sum(incident["phases_s"].values()) == pytest.approx(3.0)
+    tiles = read_ledger(read_rows(run_dir.ledger))
+    assert check_tiling(tiles) == []
+    assert (tiles[0].start_ms, tiles[-1].end_ms) == (100_000, 116_000)
+
+
+def test_a_coordinator_that_died_before_any_world_leaves_nothing_to_book(tmp_path):
+    books = open_books(str(tmp_path), RunConfig(), lost_s=10.0)
+    books.attempt_started(AttemptStarted(attempt=2, members=(Slot("n", "cpu0"),)), 11.0)
+    books.restored(Slot("n", "cpu0"), Progress(), "scratch", 12.0)
+    books.stepped(Slot("n", "cpu0"), Progress(step=1, tokens=10), [], 13.0)
+    assert not list(read_rows(books.run_dir.incidents))
+    assert not list(read_rows(books.run_dir.attempts))

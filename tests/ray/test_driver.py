@@ -12,11 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from cluster.ledger import check_tiling, read_ledger
 from elastic.attempts import final_rows
-from elastic.rundir import read_rows
+from elastic.rundir import RunDir, read_rows
+from tests.ray._exact import read_losses, read_samples
 from tests.ray._nodes import get_env
 from tests.ray._runs import Run
-from tests.ray._traces import find_hosts, find_processes, find_trainers, is_alive, wait_until
+from tests.ray._traces import find_hosts, find_keepers, find_processes, find_trainers, is_alive, wait_until
 
 LEASE_S = 14
 LONG = 100_000
@@ -177,11 +179,92 @@ def test_whoever_else_trains_a_run_is_refused_and_harms_nothing(run, nodes, tmp_
     assert {row["attempt"] for row in run.rows()} == {1}
 
 
-def test_a_coordinator_that_dies_ends_the_run_with_a_message_and_nothing_stays(run, nodes):
+def kill_coordinator(run) -> int:
+    """Kill the run's coordinator as the kernel would; return its process id."""
+    (pid,) = find_coordinators(run)
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def find_coordinators(run) -> list[int]:
+    return [pid for pid, command in find_own(run.nodes).items() if "ray::Coordinator" in command]
+
+
+@pytest.mark.parametrize("led_by", ["the driver that created it", "a driver that found it"])
+def test_a_coordinator_that_dies_is_followed_by_another_under_which_the_same_trainers_train_on(run, nodes, led_by):
+    run.overrides |= {"fault.lease_s": 60, "checkpoint.memory_every_steps": 5, "optim.min_lr_ratio": 1}
+    run.start()
+    run.wait_for_step(10, world_size=3, timeout_s=90)
+    if led_by == "a driver that found it":
+        kill(run)
+        run.start()
+        run.wait_for(lambda: "ranks 3" in run.get_output(newest=True), timeout_s=60, what="the new driver shows a step")
+    hosts, keepers, trainers = (find(nodes.folder) for find in (find_hosts, find_keepers, find_trainers))
+    agents = [pid for pid, command in find_own(nodes).items() if "ray::RayTrainWorker" in command]
+    step = run.last_row()["step"]
+    kill_coordinator(run)
+
+    run.wait_for(lambda: run.last_row()["attempt"] == 2, timeout_s=60, what="the world of another coordinator")
+    run.wait_for_step(run.last_row()["step"] + 20)
+    assert run.last_row()["world_size"] == 3
+    assert (hosts, keepers, trainers) == tuple(find(nodes.folder) for find in (find_hosts, find_keepers, find_trainers))
+    assert set(agents) <= find_own(nodes).keys()
+    assert "the coordinator was gone; its seat is taken again" in run.get_output(newest=True)
+    run.driver.send_signal(signal.SIGINT)
+    assert run.wait() == 3, run.get_output()
+
+    first, second = read_rows(run.dir.attempts)
+    assert (first["end"], first["change"], first["world_size"]) == ("lost", "coordinator_lost", 3)
+    assert first["last_step"] >= step
+    assert (second["resumed_from"], second["end"]) == ("memory", "interrupted")
+    assert second["first_step"] + second["lost_steps"] == first["last_step"] + 1
+    (incident,) = read_rows(run.dir.incidents)
+    assert (incident["kind"], incident["resumed_from"], incident["world"]) == ("coordinator_lost", "memory", "3 -> 3")
+    assert incident["outage_s"] == pytest.approx(sum(incident["phases_s"].values()), abs=0.1)
+    ledger = read_ledger(read_rows(run.dir.ledger))
+    assert check_tiling(ledger) == []
+    assert {row.node for row in ledger} == set(nodes.ids)
+
+    unbroken = finish_both(run, last=run.last_row()["step"] + 5)
+    assert read_samples(run.dir) == read_samples(unbroken)
+    assert read_losses(run.dir) == pytest.approx(read_losses(unbroken), rel=1e-4)
+
+
+def finish_both(run, *, last) -> RunDir:
+    """Train the run to a step, and another one without any loss; return the other one."""
+    unbroken = RunDir(run.storage / "unbroken")
+    changes = [f"{key}={value}" for key, value in run.overrides.items() if key not in ("run", "train.steps")]
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "elastic",
+                run.storage / "tiny.yaml",
+                *changes,
+                f"run={name}",
+                f"train.steps={last}",
+            ],
+            env=get_env(run.nodes.folder),
+            cwd=run.storage,
+        )
+        for name in (run.dir.root.name, unbroken.root.name)
+    ]
+    assert [process.wait() for process in processes] == [0, 0]
+    return unbroken
+
+
+def test_coordinators_that_die_again_and_again_end_the_run_with_a_message_and_nothing_stays(run, nodes):
     run.start()
     run.wait_for_step(10, timeout_s=90)
-    (coordinator,) = (pid for pid, command in find_own(nodes).items() if "ray::Coordinator" in command)
-    os.kill(coordinator, signal.SIGKILL)
+    for _ in range(4):
+        killed = kill_coordinator(run)
+        wait_until(
+            lambda killed=killed: run.driver.poll() is not None or find_coordinators(run) not in ([], [killed]),
+            timeout_s=60,
+            what="another coordinator, or the end",
+        )
+
     assert run.wait(timeout_s=60) == 1
-    assert "the coordinator does not answer" in run.get_output()
-    wait_until_gone(nodes)
+    assert re.search(r"the coordinator does not answer.*It has died 4 times within 10 minutes", run.get_output(), re.S)
+    wait_until_gone(nodes, timeout_s=LEASE_S / 2 + 10)

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from cluster.runtime.link import Link
+from cluster.runtime.seat import Seat, write_seat
 from elastic.config import RunConfig
 from tests.ray._traces import assert_nothing_left, find_hosts, find_keepers, get_parent, is_alive, wait_until
 
@@ -60,46 +61,71 @@ class Peer:
 class HostUnderTest:
     """A started host with all that it depends on."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, lease_s):
         self.folder = folder
         self.config = RunConfig(storage=str(folder / "host" / "runs"))
         self.raylet = subprocess.Popen(["sleep", "600"], env={"TMPDIR": str(folder)})
-        listener = socket.create_server(("127.0.0.1", 0))
+        (folder / "host").mkdir()
+        self.log = folder / "host" / "host.log"
+        self.take_seat(epoch=1)
         self.spec = {
             "node": "n" * 56,
             "node_ip": "127.0.0.1",
             "folder": str(folder / "host"),
             "raylet_pid": self.raylet.pid,
-            "coordinator_host": "127.0.0.1",
-            "coordinator_port": listener.getsockname()[1],
             "secret": "s3cret",
-            "lease_s": LEASE_S,
+            "lease_s": lease_s,
             "config": asdict(self.config),
         }
         self.start()
-        listener.settimeout(60)
-        with listener:
-            self.coordinator = Peer(listener.accept()[0])
-        self.hello = self.coordinator.expect("host")
+        self.hello = self.meet()
         self.agents = []
 
     def start(self):
-        subprocess.run(
-            [sys.executable, "-m", "cluster.runtime.host"],
-            input=json.dumps(self.spec).encode(),
-            cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.folder)},
-            check=True,
+        with self.log.open("ab") as log:
+            subprocess.run(
+                [sys.executable, "-m", "cluster.runtime.host"],
+                input=json.dumps(self.spec).encode(),
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.folder)},
+                check=True,
+            )
+
+    def take_seat(self, epoch):
+        """Be the coordinator from now on."""
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener.settimeout(60)
+        write_seat(
+            self.folder / "host",
+            Seat(epoch=epoch, host="127.0.0.1", port=self.listener.getsockname()[1]),
         )
 
-    def claim(self, group, slot="cpu0"):
-        """Come as an agent; return its end of the link."""
+    def meet(self):
+        """Let the host come; return what it says first."""
+        self.coordinator = Peer(self.listener.accept()[0])
+        return self.coordinator.expect("host")
+
+    def leave_seat(self):
+        """End as the coordinator; return once the host has noticed."""
+        self.listener.close()
+        self.coordinator.link.close()
+        wait_until(lambda: "the coordinator is gone" in self.log.read_text(), timeout_s=20, what="it is noticed")
+
+    def connect(self):
+        """Return a new connection of an agent."""
         sock = socket.socket(socket.AF_UNIX)
         wait_until((self.folder / "host" / "socket").exists, timeout_s=5, what="the host listens")
         sock.connect(str(self.folder / "host" / "socket"))
         agent = Peer(sock)
-        agent.link.send("claim", group=group, group_size=1, pid=1, slot=slot, env={"CUDA_VISIBLE_DEVICES": ""})
         self.agents.append(agent)
+        return agent
+
+    def claim(self, group, slot="cpu0"):
+        """Come as an agent; return its end of the link."""
+        agent = self.connect()
+        agent.link.send("claim", group=group, group_size=1, pid=1, slot=slot, env={"CUDA_VISIBLE_DEVICES": ""})
         return agent
 
     def join(self, attempt=1, slot="cpu0"):
@@ -112,14 +138,15 @@ class HostUnderTest:
     def close(self):
         self.raylet.kill()
         self.raylet.wait()
+        self.listener.close()
         for peer in (self.coordinator, *self.agents):
             peer.link.close()
 
 
 @contextmanager
-def run_host() -> Iterator[HostUnderTest]:
+def run_host(lease_s=LEASE_S) -> Iterator[HostUnderTest]:
     folder = Path(tempfile.mkdtemp(prefix="t-"))
-    host = HostUnderTest(folder)
+    host = HostUnderTest(folder, lease_s)
     try:
         yield host
     finally:
@@ -139,6 +166,17 @@ def host():
     with run_host() as host:
         host.agent = host.claim(1)
         host.agent.expect("claimed")
+        yield host
+
+
+@pytest.fixture
+def patient_host():
+    """One that waits a minute for another coordinator; its trainer is in the world of attempt 7."""
+    with run_host(lease_s=120.0) as host:
+        host.agent = host.claim(3)
+        host.agent.expect("claimed")
+        host.coordinator.expect("claimed", slot="cpu0", group=3)
+        host.pid = host.join(7)
         yield host
 
 
@@ -270,11 +308,77 @@ def test_a_host_and_its_trainers_end_with_their_raylet(host):
     assert time.monotonic() - start_s < 1
 
 
-def test_a_host_and_its_trainers_end_with_their_coordinator(host):
+def test_a_host_and_its_trainers_end_if_nobody_takes_the_seat_of_their_coordinator_in_half_a_lease(host):
     pid = host.join()
+    host.listener.close()
     host.coordinator.link.close()
-    assert host.agent.expect("bye", timeout_s=5)["reason"] == "its coordinator ended"
+    start_s = time.monotonic()
+    assert host.agent.expect("bye", timeout_s=LEASE_S / 2 + 5)["reason"] == "its coordinator ended"
+    assert time.monotonic() - start_s >= LEASE_S / 2
     wait_until(lambda: not is_alive(pid), timeout_s=1, what="the trainer ends")
+
+
+def test_a_host_that_is_abandoned_ends_at_once_but_not_under_its_coordinator(patient_host):
+    host = patient_host
+    stranger = host.connect()
+    stranger.link.send("abandoned")
+    host.coordinator.messages.clear()
+    for _ in range(3):
+        host.coordinator.expect("beat")
+    assert is_alive(host.pid)
+
+    host.leave_seat()
+    stranger.link.send("abandoned")
+    reason = "its coordinator ended, and the run has other hosts by now"
+    assert host.agent.expect("bye", timeout_s=20)["reason"] == reason
+    wait_until(lambda: not is_alive(host.pid), timeout_s=1, what="the trainer ends")
+
+
+def test_the_next_coordinator_is_told_who_is_there_once_the_trainers_have_left_the_world_before(patient_host):
+    host = patient_host
+    host.leave_seat()
+    assert is_alive(host.pid)
+
+    host.take_seat(epoch=8)
+    assert host.meet() == host.hello  # its process, its keeper and so the snapshots in it are the same
+
+    claimed = host.coordinator.expect("claimed", slot="cpu0", group=3)
+    assert (claimed["group_size"], claimed["pid"]) == (1, 1)
+    # said before the claim, or it would not have been there to be found
+    assert [m["outcome"] for m in host.coordinator.messages if m["kind"] == "ended"] == ["lost"]
+    assert host.join(8) == host.pid
+
+
+def test_a_trainer_that_does_not_leave_the_world_of_a_dead_coordinator_is_replaced(patient_host):
+    host = patient_host
+    os.kill(host.pid, signal.SIGSTOP)
+    host.leave_seat()
+    host.take_seat(epoch=8)
+    host.meet()
+    host.coordinator.expect("claimed", slot="cpu0", group=3)
+    assert not is_alive(host.pid)
+    assert host.join(8) != host.pid
+
+
+def test_claims_that_nobody_could_be_told_of_are_told_to_the_next_coordinator(patient_host):
+    host = patient_host
+    host.claim(3, "cpu1").expect("claimed")
+    host.coordinator.expect("claimed", slot="cpu1")
+    host.leave_seat()
+    host.claim(4, "cpu1").expect("claimed")
+    host.take_seat(epoch=8)
+    host.meet()
+    assert host.coordinator.expect("claimed", slot="cpu1")["group"] == 4
+    assert host.coordinator.expect("claimed", slot="cpu0")["group"] == 3
+    assert not [m for m in host.coordinator.messages if m["kind"] == "claimed"]
+
+
+def test_a_host_comes_back_to_a_coordinator_that_lives_when_only_the_connection_broke(patient_host):
+    host = patient_host
+    host.coordinator.link.close()
+    assert host.meet() == host.hello
+    host.coordinator.expect("claimed", slot="cpu0", group=3)
+    assert host.join(8) == host.pid
 
 
 def test_trainers_die_with_a_host_that_is_killed(host):
