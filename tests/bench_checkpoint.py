@@ -3,7 +3,9 @@
     python -m tests.bench_checkpoint                           # one GPU, 1.5 B parameters, 16.8 GiB of state
     torchrun --nproc-per-node 3 -m tests.bench_checkpoint      # CPU, a small model
 
-Ours takes a snapshot every `EVERY` steps, the first one included, and writes to the disk as often as that takes it. The
+Ours takes a snapshot every `EVERY` steps, the first one included, and writes to the disk as often as that takes it. So
+many steps without saves and so many with them take turns, because other work on the machine comes and goes: the ratio
+is the median of those of the turns, and that of CPU seconds (of rank 0 without its keeper) is shown beside it. The
 others save once each. Every step ends with a synchronisation of the device. Prints a line `RESULT {json}` per way.
 """
 
@@ -15,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -71,10 +74,17 @@ class Bench:
         tokens_BS = torch.randint(self.config.model.vocab_size, (batch, seq_len + 1), device=self.device)
         self.batch = (tokens_BS[:, :-1].contiguous(), tokens_BS[:, 1:].contiguous())
 
-    def run(self, num_steps: int, *, before_update: Callable[[], None], after: Callable[[int], None]) -> list[float]:
+    def run(
+        self,
+        num_steps: int,
+        *,
+        before_update: Callable[[], None],
+        after: Callable[[int], None],
+        first_step: int = 1,
+    ) -> list[float]:
         """Return the seconds of each step, all that `after` does included."""
         took_s = []
-        for step in range(1, num_steps + 1):
+        for step in range(first_step, first_step + num_steps):
             start_s = time.perf_counter()
             train_step(
                 self.trainable,
@@ -93,6 +103,15 @@ class Bench:
     def get_state(self) -> dict:
         model, optimizer = get_state_dict(self.trainable.model, self.trainable.optimizer)
         return {"model": model, "optimizer": optimizer}
+
+    def remove(self, name: str) -> None:
+        """Remove a folder once no rank needs it any more."""
+        if self.world.world_size > 1:
+            dist.barrier()
+        if self.world.rank == 0:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        if self.world.world_size > 1:
+            dist.barrier()
 
     def report(self, way: str, took_s: list[float], base_s: float | None, **more: object) -> None:
         if self.world.rank == 0:
@@ -113,8 +132,9 @@ def nothing(*_: object) -> None:
     """Do nothing."""
 
 
-def bench_ours(bench: Bench, base_s: float) -> None:
-    """Save to memory every few steps, and to the disk as often as that takes it."""
+def bench_ours(bench: Bench) -> float:
+    """Save to memory every few steps, and to the disk as often as that takes it; return the seconds of other steps."""
+    bench.remove("ours")  # of an earlier bench that was cut short
     storage = open_storage(str(bench.folder / "ours"))
     keeper = start_keeper(node="bench", ip="127.0.0.1", secret="bench")
     memory = Memory(keeper.open_connection(), node="bench", secret="bench")
@@ -137,15 +157,29 @@ def bench_ours(bench: Bench, base_s: float) -> None:
         else:
             checkpointer.poll()
 
-    took_s = bench.run(bench.steps, before_update=checkpointer.wait_staged, after=after)
-    checkpointer.finish("memory")
-    checkpointer.finish()
+    without_s, with_s, ratios, cpu_ratios = [], [], [], []
+    for first_step in range(EVERY // 2, bench.steps, EVERY):  # saves are in the middle, so that their cost is in it too
+        cpu_s = [time.process_time()]
+        without_s.append(bench.run(EVERY, before_update=nothing, after=nothing))
+        cpu_s.append(time.process_time())
+        with_s.append(bench.run(EVERY, before_update=checkpointer.wait_staged, after=after, first_step=first_step))
+        checkpointer.finish("memory")
+        checkpointer.finish()
+        cpu_s.append(time.process_time())
+        ratios.append(statistics.median(with_s[-1]) / statistics.median(without_s[-1]))
+        cpu_ratios.append((cpu_s[2] - cpu_s[1]) / (cpu_s[1] - cpu_s[0]))
     manifest = read_manifest(storage, list_committed(storage)[-1])
     held_bytes = memory._client.fetch_held_bytes()
+    base, took_s = list(chain(*without_s)), list(chain(*with_s))
+    base_s = statistics.median(base)
+    bench.report("no saves", base, base_s)
     bench.report(
         "solvent",
         took_s,
         base_s,
+        median_ratio=round(statistics.median(ratios), 3),
+        cpu_ratio=round(statistics.median(cpu_ratios), 3),
+        first_ms=round(1000 * took_s[0], 1),
         snapshots=len(kept),
         durable_saves=len(durable),
         seconds_to_durable=round(checkpointer.get_usual_s("storage") or 0, 2),
@@ -154,9 +188,10 @@ def bench_ours(bench: Bench, base_s: float) -> None:
         snapshot_memory_gib=round(held_bytes / GIB, 3),
         five_worst_ms=[round(1000 * s, 1) for s in sorted(took_s)[-5:]],
     )
+    bench.remove("ours")
     checkpointer.close()
     keeper.close()
-    shutil.rmtree(bench.folder / "ours", ignore_errors=True)
+    return base_s
 
 
 def bench_dcp(bench: Bench, base_s: float, way: str) -> None:
@@ -188,10 +223,7 @@ def bench_dcp(bench: Bench, base_s: float, way: str) -> None:
     for future in futures:
         getattr(future, "upload_completion", future).result()
     bench.report(way, took_s, base_s, seconds_to_durable=round(time.perf_counter() - start_s, 2))
-    if bench.world.rank == 0:
-        shutil.rmtree(bench.folder / way, ignore_errors=True)
-    if bench.world.world_size > 1:
-        dist.barrier()
+    bench.remove(way)
 
 
 def main() -> None:
@@ -204,10 +236,7 @@ def main() -> None:
     torch.manual_seed(int(os.environ.get("RANK", "0")))
     bench = Bench(folder)
     bench.run(10, before_update=nothing, after=nothing)
-    base = bench.run(40, before_update=nothing, after=nothing)
-    base_s = statistics.median(base)
-    bench.report("no saves", base, None)
-    bench_ours(bench, base_s)
+    base_s = bench_ours(bench)
     for way in ("dcp.save", "dcp.async_save", "dcp.async_save with its stager"):
         try:
             bench_dcp(bench, base_s, way)

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 CONFIG = RunConfig(checkpoint=CheckpointConfig(keep_last=2), fault=FaultConfig(collective_timeout_s=30))
 
 
-def run_ranks(work, num_ranks, run_dir, *args):
+def run_ranks(work, num_ranks, run_dir, *args, timeout_s=60):
     """Return what `work(run_dir, *args)` returned on each rank: None for a rank that was killed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "torch._dynamo"])  # optimizers import it: seconds per rank
@@ -41,7 +41,7 @@ def run_ranks(work, num_ranks, run_dir, *args):
     results = []
     try:
         for process, pipe in ranks:
-            assert pipe.poll(60), "a rank hangs"
+            assert pipe.poll(timeout_s), "a rank hangs"
             try:
                 error, result = pipe.recv()
             except EOFError:

@@ -1,7 +1,6 @@
 """Killed with -9 before any single I/O operation of its saves, a run goes on from what had been committed."""
 
 import os
-import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -12,39 +11,27 @@ import torch.distributed as dist
 from elastic.checkpoint.load import restore
 from elastic.checkpoint.save import Checkpointer
 from elastic.storage import open_storage
+from tests.distributed._crash_points import count_operations, run_forked
 from tests.distributed._spawn_ckpt import CONFIG, CPU, build, get_values, make_progress, run_ranks
 from tests.distributed._spawn_ckpt import train as train_steps
 
 STEPS = (1, 2, 3)
 
 
-def count_operations(kind, fatal, counter):
-    """Let the process die before operation number `fatal` (None: never); `counter` collects their names."""
-
-    def wrap(owner, name):
-        operate = getattr(owner, name)
-
-        def counted(*args, **kwargs):
-            if len(counter) == fatal:
-                os.kill(os.getpid(), signal.SIGKILL)
-            counter.append(name)
-            return operate(*args, **kwargs)
-
-        setattr(owner, name, counted)
-
+def list_operations(kind):
+    """Return the functions that reach the storage, each with what has it."""
     if kind == "local":
-        for name in ("open", "write", "fsync"):
-            wrap(os, name)
-        for name in ("rename", "hardlink_to", "unlink", "rmdir", "mkdir"):
-            wrap(Path, name)
-    else:
-        import obstore
+        paths = ("rename", "hardlink_to", "unlink", "rmdir", "mkdir")
+        return [*((os, name) for name in ("open", "write", "fsync")), *((Path, name) for name in paths)]
+    import obstore
 
-        for name in ("put", "get", "head", "list", "delete"):
-            wrap(obstore, name)
+    return [(obstore, name) for name in ("put", "get", "head", "list", "delete")]
 
 
-def save_three(url, say):
+def save_three(say, url, kind, fatal):
+    """Save three times; say each step whose save returned, and each operation."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    count_operations(list_operations(kind), fatal, say)
     model, optimizer = build("single")
     config = replace(CONFIG, checkpoint=replace(CONFIG.checkpoint, keep_last=1))
     checkpointer = Checkpointer(open_storage(url), config, device=CPU, epoch=1)
@@ -54,42 +41,23 @@ def save_three(url, say):
         if checkpointer.finish() == make_progress(step):
             say(f"{step}")
         for thread in threading.enumerate():
-            if thread.name == "checkpoint":
+            if thread.name == "save-storage":
                 thread.join()  # it prunes after the commit
 
 
-def run_forked(url, kind, fatal):
-    """Save three times in a process of its own; return the last step whose save returned, and the operations."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            write, operations = os.write, []
-
-            def say(text):
-                write(writer, f"{text}\n".encode())
-
-            count_operations(kind, fatal, operations)
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-            del operations[:]
-            save_three(url, say)
-            say(" ".join(operations))
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as pipe:
-        lines = pipe.read().splitlines()
-    os.waitpid(child, 0)
+def run(url, kind, fatal):
+    """Return the last step whose save returned, and the operations, of a process that dies at one of them."""
+    lines, _ = run_forked(save_three, url, kind, fatal)
     steps = [int(line) for line in lines if line.isdigit()]
-    return max(steps, default=0), lines[-1].split() if lines else []
+    return max(steps, default=0), [line for line in lines if not line.isdigit()]
 
 
 def kill_everywhere(_run_dir, base, kind, environment):
     """Return the operations of a whole run, what loads after a kill before each of them, and what should."""
     os.environ |= environment  # that of the fork server is older than the S3 server
     dist.destroy_process_group()  # children make groups of their own
-    operations = run_forked(f"{base}/whole", kind, None)[1]
-    returned = [run_forked(f"{base}/{fatal}", kind, fatal)[0] for fatal in range(len(operations))]
+    operations = run(f"{base}/whole", kind, None)[1]
+    returned = [run(f"{base}/{fatal}", kind, fatal)[0] for fatal in range(len(operations))]
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     loaded = []
     for fatal in range(len(operations)):

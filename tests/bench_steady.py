@@ -1,0 +1,128 @@
+"""What elasticity costs while nothing happens: the same training with a cluster around it and without, in turn.
+
+    python -m tests.bench_steady [--repeat N] [--steps N] [--json FILE]
+
+Without: `torchrun -m elastic`, three ranks. With: `solvent train` on a local Ray cluster of three nodes with one rank
+each: snapshots in memory, copies for peers, heartbeats, books and watches are on, and the raylets of the nodes run.
+Both train the model of `bench_recovery` on the same batches and save to the disk at the same steps. A step lasts from
+its row to the next row, so that what saves and snapshots hold up counts; the rows' own `step_s`, which leaves that out,
+is shown beside it. The first steps do not count. Medians of each repeat and the median of their ratios are printed.
+
+Three ranks on two cores are noisy: with `--repeat 4 --steps 130`, while other work kept the load average at 7 to 10,
+the ratios were 0.94, 0.98, 1.01 and 1.53 (median 1.00). Only repeats on a machine that is left alone tell a percent.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+import yaml
+
+from elastic.data.prepare import prepare
+from elastic.rundir import RunDir, parse_utc, read_rows
+from tests.bench_recovery import LIMIT_S, MODEL, NUM_NODES, SETTINGS, write_text
+from tests.ray._nodes import Nodes, get_env
+from tests.ray._runs import TINY, Run
+
+WARM_UP_STEPS = 30
+SETTINGS = {
+    **SETTINGS,
+    "checkpoint.every_steps": 50,
+    "cluster.min_workers": NUM_NODES,
+    "cluster.max_workers": NUM_NODES,
+}
+
+
+def train_without(folder: Path, *, steps: int, number: int) -> list[dict]:
+    """Train without a cluster; return the rows."""
+    name = f"without-{number}"
+    config = folder / "plain.yaml"
+    config.write_text(yaml.safe_dump(TINY))
+    changes = {**SETTINGS, "run": name, "storage": folder, "data.path": folder / "data", "train.steps": steps}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(NUM_NODES), "-m", "elastic"]
+    subprocess.run(
+        [*launch, config, *(f"{key}={value}" for key, value in changes.items())],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        env=get_env(folder),
+        timeout=LIMIT_S,
+    )
+    return list(read_rows(RunDir(folder / name).metrics))
+
+
+def train_with(folder: Path, *, steps: int, number: int) -> list[dict]:
+    """Train on a cluster that is there for this run only; return the rows."""
+    nodes = Nodes(folder, num_nodes=NUM_NODES)
+    try:
+        settings = {**SETTINGS, "train.steps": steps, "run": f"with-{number}"}
+        run = Run(nodes, folder / "data", folder, **settings)
+        run.start()
+        code = run.wait(timeout_s=LIMIT_S)
+        assert code == 0, run.get_output()
+        return run.rows()
+    finally:
+        nodes.close()
+
+
+def summarize(rows: list[dict]) -> dict:
+    """Return median milliseconds of the steps that count.
+
+    Raises:
+        RuntimeError: the world was not the same throughout, so that the numbers are of something else.
+    """
+    if {(row["attempt"], row["world_size"]) for row in rows} != {(1, NUM_NODES)}:
+        raise RuntimeError(
+            f"something happened during the run: {rows[-1]}. Run it again on a machine that is left alone."
+        )
+    counted = rows[WARM_UP_STEPS:]
+    times_s = [parse_utc(row["time_utc"]) for row in counted]
+    return {
+        "step_ms": round(1e3 * median(b - a for a, b in pairwise(times_s)), 2),
+        "row_step_ms": round(1e3 * median(row["step_s"] for row in counted), 2),
+        "steps": len(counted),
+        "last_loss": rows[-1]["loss"],
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--repeat", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=180)
+    parser.add_argument("--json", type=Path, help="file for the result")
+    args = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="s-"))
+    repeats = []
+    try:
+        prepare([write_text(folder)], folder / "data", vocab_size=MODEL["vocab_size"])
+        for number in range(args.repeat):
+            ways = {"without": train_without, "with": train_with}
+            order = list(ways) if number % 2 == 0 else list(reversed(ways))  # a machine that slows down favours neither
+            repeat = {way: summarize(ways[way](folder, steps=args.steps, number=number)) for way in order}
+            for key in ("step_ms", "row_step_ms"):
+                repeat[f"{key}_ratio"] = round(repeat["with"][key] / repeat["without"][key], 4)
+            repeats.append({"load_average": os.getloadavg()[0], **repeat})
+            print(json.dumps(repeats[-1]), flush=True)
+    finally:
+        shutil.rmtree(folder)
+    result = {
+        "cores": os.cpu_count(),
+        "ranks": NUM_NODES,
+        "step_ms_ratio": round(median(repeat["step_ms_ratio"] for repeat in repeats), 4),
+        "row_step_ms_ratio": round(median(repeat["row_step_ms_ratio"] for repeat in repeats), 4),
+        "repeats": repeats,
+    }
+    print(json.dumps({key: value for key, value in result.items() if key != "repeats"}))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
