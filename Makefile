@@ -18,7 +18,7 @@ test: lint ## lint, then all tests (those of processes, Ray and a browser one at
 	$(BIN)/python -m pytest -n 2 $(PARALLEL_TESTS)
 	$(BIN)/python -m pytest $(PARALLEL_TESTS:%=--ignore=%)
 
-test-long: $(INSTALLED) ## minutes each: chaos by lot, submitted and supervised runs, ends of pods, the guide's commands
+test-long: $(INSTALLED) ## minutes each: chaos by lot, submitted and supervised runs, ends of pods, machines cut off, the guide's commands
 	$(BIN)/python -m pytest -m long
 
 lint: $(INSTALLED) ## style, types and who may import whom
