@@ -60,6 +60,8 @@ def start_host(node: str, fields: dict[str, Any]) -> Path:
     Raises:
         SolventError: the raylet is set to adopt and kill what its workers leave behind; no daemon survives that.
     """
+    from ray.util import get_node_ip_address  # noqa: PLC0415 (`solvent doctor` reads this file without Ray)
+
     if os.environ.get(SUBREAPER, "0").lower() in ("1", "true"):
         raise SolventError(
             f"{SUBREAPER} is set on this node: Ray would kill the host, which must outlive its workers. "
@@ -74,7 +76,7 @@ def start_host(node: str, fields: dict[str, Any]) -> Path:
     spec = {
         **fields,
         "node": node,
-        "node_ip": os.environ.get("RAY_NODE_IP_ADDRESS", "127.0.0.1"),
+        "node_ip": get_node_ip_address(),
         "folder": str(folder),
         "raylet_pid": raylet_pid,
     }

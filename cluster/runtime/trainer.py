@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
+from cluster.runtime.interface import find_interface
 from cluster.runtime.link import Link, Message
 from cluster.runtime.relayed import RelayedRun, RelayedSink
 from elastic import config as configs
@@ -155,6 +156,7 @@ def run(
     """
     config = configs.from_dict(config_fields)
     torch.set_num_threads(config.cluster.threads_per_worker)
+    _choose_interface(node_ip)
     _open_device(config)
     store = open_store(node_ip, timeout_s=config.fault.collective_timeout_s)
     memory = Memory(keeper, node=node, secret=secret) if keeper else None
@@ -165,6 +167,16 @@ def run(
         world = orders.worlds.get()
         link.send("ready", store_host=store.host, store_port=store.port, pid=os.getpid())
         stays = _train_in(world, link, config, node=node, store=store, memory=memory, folder=folder)
+
+
+def _choose_interface(node_ip: str) -> None:
+    """Have gloo meet the other nodes where this one is reached, unless its user has named an interface.
+
+    Left to itself it listens at the address that the machine's own name stands for. In the /etc/hosts of Debian and
+    Ubuntu that is a loop-back one, and no other machine would ever get through.
+    """
+    if interface := find_interface(node_ip):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 def _open_device(config: RunConfig) -> None:

@@ -35,6 +35,11 @@ class Nodes:
         answer = self._read()
         self.address: str = answer["address"]
         self.ids: list[str] = answer["nodes"]
+        self.driver_env = get_env(folder)
+
+    def enter(self) -> list[str]:
+        """Return what goes before a driver's command: nothing, it runs on this machine."""
+        return []
 
     def add(self) -> str:
         node = self._ask("add")["node"]

@@ -8,6 +8,8 @@ import sys
 import urllib.request
 from pathlib import Path
 
+from cluster.runtime.ray_token import MODE
+from tests.ray._network import Network
 from tests.ray._nodes import get_env
 from tests.ray._runs import SOLVENT
 from tests.ray._traces import wait_until
@@ -16,10 +18,15 @@ SOLVENT_COMMAND = [sys.executable, "-c", SOLVENT]
 
 
 class Rented:
-    """One head and its nodes on this machine, with a token, ports and a folder of their own."""
+    """One head and its nodes on this machine, with a token, ports and a folder of their own.
 
-    def __init__(self, folder: Path, *, env: dict[str, str] | None = None) -> None:
+    Args:
+        network: where the head is machine 0 and the nodes are as `join` says; None: all have this machine's address.
+    """
+
+    def __init__(self, folder: Path, *, env: dict[str, str] | None = None, network: Network | None = None) -> None:
         self.folder = folder
+        self.network = network
         self.port, self.dashboard_port, self._agent_port = get_free_ports(3)
         self.env = {**get_env(folder), "HOME": str(folder), "RAY_TMPDIR": str(folder), **(env or {})}
         self.num_logs = 0
@@ -30,18 +37,32 @@ class Rented:
     def token(self) -> str:
         return (self.folder / ".ray" / "auth_token").read_text()
 
+    @property
+    def address(self) -> str:
+        """Where nodes join and drivers connect."""
+        return f"{self.network.get_ip(0) if self.network else get_own_ip()}:{self.port}"
+
+    @property
+    def driver_env(self) -> dict[str, str]:
+        return {**self.env, MODE: "token"}
+
+    def enter(self, machine: int = 0) -> list[str]:
+        """Return what goes before a command that shall run on a machine: the head, if none is named."""
+        return self.network.enter(machine) if self.network else []
+
     def start_head(self) -> None:
         ports = [f"--port={self.port}", f"--dashboard-port={self.dashboard_port}"]
         agent = [f"--ray-arg=--dashboard-agent-listen-port={self._agent_port}"]
-        self.head = self._start("nodes", "head", *ports, *agent)
+        own = [f"--ip={self.network.get_ip(0)}"] if self.network else []
+        self.head = self._start("nodes", "head", *ports, *agent, *own)
         wait_until(self._is_up, timeout_s=180, what=self.get_output, every_s=0.3)
 
-    def join(self, *words: str, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+    def join(self, *words: str, env: dict[str, str] | None = None, machine: int = 0) -> subprocess.Popen[bytes]:
         # a folder of its own, as on a machine of its own: two nodes in one unpack a package over each other's
         agent = [f"--ray-arg=--dashboard-agent-listen-port={get_free_ports(1)[0]}"]
         agent += [f"--ray-arg=--temp-dir={self.folder}/n{self.num_logs}"]
-        head = f"--head={get_own_ip()}:{self.port}"
-        node = self._start("nodes", "join", head, "--cpus=1", "--gpus=0", *agent, *words, env=env)
+        head = f"--head={self.address}"
+        node = self._start("nodes", "join", head, "--cpus=1", "--gpus=0", *agent, *words, env=env, machine=machine)
         self.joined.append(node)
         log = self._get_log(self.num_logs)
         # two that start at one moment on one machine take each other's ports, and one of them starts again
@@ -65,11 +86,11 @@ class Rented:
     def get_output(self) -> str:
         return "\n".join(path.read_text() for path in sorted(self.folder.glob("node-*.log")))
 
-    def _start(self, *words: str, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+    def _start(self, *words: str, env: dict[str, str] | None = None, machine: int = 0) -> subprocess.Popen[bytes]:
         self.num_logs += 1
         with self._get_log(self.num_logs).open("wb") as log:
             return subprocess.Popen(
-                [*SOLVENT_COMMAND, *words],
+                [*self.enter(machine), *SOLVENT_COMMAND, *words],
                 env={**self.env, **(env or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -81,6 +102,8 @@ class Rented:
 
     def _is_up(self) -> bool:
         assert self.head.poll() is None, self.get_output()
+        if self.network:  # its dashboard is out of our reach
+            return "Ray runtime started" in self._get_log(1).read_text()
         request = urllib.request.Request(f"http://127.0.0.1:{self.dashboard_port}/api/version")
         try:
             request.add_header("Authorization", f"Bearer {self.token}")

@@ -3,11 +3,11 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Protocol
 
 import yaml
 
 from elastic.rundir import RunDir, read_rows
-from tests.ray._nodes import Nodes, get_env
 from tests.ray._traces import wait_until
 
 SOLVENT = "import sys; from cluster.cli import main; sys.exit(main())"
@@ -24,10 +24,26 @@ TINY = {
 """A step takes some tens of milliseconds."""
 
 
+class Cluster(Protocol):
+    """Where a run goes."""
+
+    folder: Path
+
+    @property
+    def address(self) -> str: ...
+
+    @property
+    def driver_env(self) -> dict[str, str]: ...
+
+    def enter(self) -> list[str]:
+        """Return what goes before the driver's command."""
+        ...
+
+
 class Run:
     """One run name on one cluster; `start` may be called again after its driver has ended."""
 
-    def __init__(self, nodes: Nodes, data: Path, storage: Path, **overrides: object) -> None:
+    def __init__(self, nodes: Cluster, data: Path, storage: Path, **overrides: object) -> None:
         self.nodes = nodes
         self.storage = storage
         self.overrides = {"run": "r", "storage": storage, "data.path": data, **overrides}
@@ -44,11 +60,11 @@ class Run:
         self.num_starts += 1
         with self._get_log(self.num_starts).open("wb") as log:
             self.driver = subprocess.Popen(
-                [sys.executable, "-c", SOLVENT, "train", config, *changes],
+                [*self.nodes.enter(), sys.executable, "-c", SOLVENT, "train", config, *changes],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**get_env(self.nodes.folder), "RAY_ADDRESS": self.nodes.address},
+                env={**self.nodes.driver_env, "RAY_ADDRESS": self.nodes.address},
                 cwd=self.storage,
             )
         return self.driver
