@@ -48,7 +48,7 @@ RUN = {
 
 
 STATE_TOLERANCE = 1e-3
-"""Of the largest value of a tensor: thousands of steps make more of a rounding; one update lost or done twice is 5e-3."""
+"""Of the largest value of a tensor; thousands of steps make more of a rounding than hundreds do."""
 
 
 @pytest.fixture(scope="module")
