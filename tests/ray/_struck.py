@@ -1,6 +1,7 @@
 """`solvent chaos` as users start it, and the same run without faults."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -65,7 +66,7 @@ def strike(folder: Path, name: str, rows: Sequence[Row], *, data: Path, temporar
     config.write_text(yaml.safe_dump(TINY))
     faults.write_text(yaml.safe_dump(list(rows)))
     start_s = time.monotonic()
-    done = subprocess.run(
+    process = subprocess.Popen(
         [
             *(sys.executable, "-c", SOLVENT, "chaos", config, "--faults", faults, "--nodes", str(NUM_NODES), "--json"),
             *("--steps-after", str(STEPS_AFTER)),
@@ -74,17 +75,19 @@ def strike(folder: Path, name: str, rows: Sequence[Row], *, data: Path, temporar
         ],
         env=get_env(temporary or folder),
         cwd=folder,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
+        start_new_session=True,  # it is interrupted once, by us
     )
-    assert done.stdout, done.stderr
-    return Struck(
-        exit_code=done.returncode,
-        result=json.loads(done.stdout),
-        log=done.stderr,
-        wall_s=time.monotonic() - start_s,
-    )
+    try:
+        out, log = process.communicate()
+    except BaseException:
+        process.send_signal(signal.SIGINT)  # it parks the run and ends its cluster
+        process.communicate()
+        raise
+    assert out, log
+    return Struck(exit_code=process.returncode, result=json.loads(out), log=log, wall_s=time.monotonic() - start_s)
 
 
 def finish(struck: Struck, folder: Path, *, data: Path) -> tuple[RunDir, RunDir]:
@@ -104,7 +107,12 @@ def finish(struck: Struck, folder: Path, *, data: Path) -> tuple[RunDir, RunDir]
         )
         for run_dir in runs
     ]
-    assert [process.wait() for process in processes] == [0, 0]
+    try:
+        assert [process.wait() for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
     return runs
 
 
