@@ -20,8 +20,9 @@ from pathlib import Path
 import pytest
 
 from cluster.runtime.coordinator import HOST_SILENT_S
-from elastic.epochs import get_newest_epoch
-from elastic.rundir import RunDir, read_rows
+from elastic.checkpoint.layout import list_committed, read_manifest
+from elastic.epochs import CHECK_EVERY_S, get_newest_epoch
+from elastic.rundir import RunDir, parse_utc, read_rows
 from elastic.storage import open_storage
 from tests.ray._exact import compare
 from tests.ray._network import Network, NoNetworkError
@@ -96,6 +97,16 @@ def find_members(rented: Rented) -> list[Member]:
         trainers = [pid for pid in find_trainers(rented.folder) if rented.network.holds(machine, pid)]
         found += [Member(machine=machine, node=get_node(pid), trainer=pid, host=get_parent(pid)) for pid in trainers]
     return sorted(found, key=lambda member: member.node)
+
+
+def find_raylet(rented: Rented, machine: int) -> int:
+    """Return Ray's daemon on a machine."""
+    (raylet,) = (
+        pid
+        for pid in find_processes(rented.folder)
+        if rented.network.holds(machine, pid) and Path(f"/proc/{pid}/comm").read_text().strip() == "raylet"
+    )
+    return raylet
 
 
 def wait_for_end(rented: Rented, *pids: int, timeout_s: float = 120) -> None:
@@ -250,3 +261,45 @@ def test_who_is_out_of_the_world_writes_no_row(scene):
 
 def test_nothing_is_lost_or_repeated_and_the_run_is_exact(scene, tmp_path):
     check_exact(scene.run, tmp_path)
+
+
+def test_a_trainer_that_goes_on_alone_is_fenced_once_another_took_over(rented, data, tmp_path):
+    """The worst that can come back: its world is whole, its storage works, and nothing there ends it.
+
+    Steps are slow, so that what its host cannot send does not fill the connection before Ray gives the node up.
+    """
+    small = {"cluster.max_workers": 1, "train.global_batch": 480}
+    run = Run(rented, data, tmp_path, **{**RUN, **small, "run": "alone", "checkpoint.every_steps": 10})
+    network = rented.network
+    run.start()
+    try:
+        run.wait_for_step(12, timeout_s=180)
+        (stale,) = find_members(rented)
+        raylet = find_raylet(rented, stale.machine)
+        os.kill(raylet, signal.SIGSTOP)  # it would end its node once it has missed the head for long enough
+        cut_s = time.time()
+        network.cut(stale.machine)
+        run.wait_for_step(run.last_row()["step"] + 10)
+        assert run.last_row()["attempt"] == 1
+        run.wait_for(lambda: run.last_row()["attempt"] == 2, what="another one takes over", timeout_s=300)
+        took_s = time.time()
+        assert is_alive(stale.trainer), "nothing stale was left that had to be fenced"
+        say(f"taken over after {took_s - cut_s:.1f} s")
+        wait_for_end(rented, stale.trainer)
+        say(f"fenced after {time.time() - took_s:.1f} s")
+        network.mend(stale.machine)
+        os.kill(raylet, signal.SIGCONT)
+        wait_for_end(rented, stale.host)
+        run.wait_for_step(run.last_row()["step"] + 12)
+        interrupt(run)
+    finally:
+        tell(rented, run)
+    # for a moment it may still write rows: they carry its attempt, and those of a newer one count
+    until_s = took_s + CHECK_EVERY_S + SLACK_S
+    assert not [row for row in run.rows() if row["attempt"] == 1 and parse_utc(row["time_utc"]) > until_s]
+    storage = open_storage(run.dir.root)
+    resumed_step = next(row["first_step"] for row in read_rows(run.dir.attempts) if row["attempt"] == 2) - 1
+    newer = [checkpoint for checkpoint in list_committed(storage) if checkpoint.step > resumed_step]
+    assert newer
+    assert all(read_manifest(storage, checkpoint).epoch >= 2 for checkpoint in newer)
+    check_exact(run, tmp_path)
