@@ -1,6 +1,5 @@
 """A world whose run was taken over while it trained: a host's trainers leave it and join the next; others end."""
 
-
 from elastic.epochs import take_epoch
 from elastic.errors import StaleEpochError
 from elastic.ports import Finished, Lost, Progress
