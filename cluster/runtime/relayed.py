@@ -45,12 +45,16 @@ class Send(Protocol):
 
 
 @dataclass(kw_only=True)
-class _Stream:
-    """The rows of one file in one world."""
+class Stream:
+    """The rows of one file in one world, as far as they are not known to be safe."""
 
     num_kept: int = 0
     """The first ones, which are in the storage."""
     unkept: deque[Mapping[str, object]] = field(default_factory=deque[Mapping[str, object]])
+
+
+Streams = dict[tuple[int, str], Stream]
+"""By attempt and file."""
 
 
 class RelayedRun(SpooledRun):
@@ -58,6 +62,9 @@ class RelayedRun(SpooledRun):
 
     Args:
         folder: does not exist yet.
+        attempt: number of the world.
+        streams: of this process, from world to world: what one did not find safe is sent again in the next, because a
+            coordinator that has followed another never heard what was said in between.
         answers: what the coordinator says about rows.
     """
 
@@ -66,6 +73,8 @@ class RelayedRun(SpooledRun):
         storage: Storage,
         folder: Path,
         *,
+        attempt: int,
+        streams: Streams,
         send: Send,
         answers: "queue.SimpleQueue[Message]",
         answer_s: float = ANSWER_S,
@@ -75,17 +84,23 @@ class RelayedRun(SpooledRun):
         self._send = send
         self._answers = answers
         self._answer_s = answer_s
-        self._streams: dict[str, _Stream] = {}
+        self._attempt = attempt
+        self._streams = streams
         self._sending = threading.Lock()
         self._asking = threading.Lock()
         self._num_asks = 0
+        for key in list(streams):
+            self._send_again(key)
+            if not streams[key].unkept:
+                del streams[key]
 
     def append(self, path: Path, row: Mapping[str, object]) -> None:
         """Send a row; it is held until `push` has found it in the storage."""
         with self._sending:
-            stream = self._streams.setdefault(path.name, _Stream())
+            stream = self._streams.setdefault((self._attempt, path.name), Stream())
             stream.unkept.append(row)
-            self._send("row", file=path.name, number=stream.num_kept + len(stream.unkept), row=row)
+            number = stream.num_kept + len(stream.unkept)
+            self._send("row", attempt=self._attempt, file=path.name, number=number, row=row)
 
     def fence(self, sink: MetricSink, guard: EpochGuard) -> MetricSink:  # noqa: ARG002 (see `OpenRun`)
         """Return the sink: the coordinator, which writes the row, looks, and no step waits for the store's answer."""
@@ -105,10 +120,11 @@ class RelayedRun(SpooledRun):
                     return
                 kept = self._ask(wanted)
                 self._take(kept)
-                wanted = {file: number for file, number in wanted.items() if kept.get(file, 0) < number}
+                wanted = {key: number for key, number in wanted.items() if kept.get(key, 0) < number}
         if wanted:
+            files = ", ".join(sorted({file for _, file in wanted}))
             raise StorageError(
-                f"storage: rows of {', '.join(sorted(wanted))} were sent to the run's coordinator {_MOST_ASKS} times "
+                f"storage: rows of {files} were sent to the run's coordinator {_MOST_ASKS} times "
                 "and are not there, so nothing new is committed; checkpoints committed before are unharmed. Look at "
                 "the head's log, then start the same command again: it resumes."
             )
@@ -121,14 +137,14 @@ class RelayedRun(SpooledRun):
             logger.warning("files of this rank could not be brought to %s: %s", self.storage.url, error)
         shutil.rmtree(self.dir.root, ignore_errors=True)
 
-    def _count_unkept(self) -> dict[str, int]:
+    def _count_unkept(self) -> dict[tuple[int, str], int]:
         with self._sending:
-            return {file: s.num_kept + len(s.unkept) for file, s in self._streams.items() if s.unkept}
+            return {key: s.num_kept + len(s.unkept) for key, s in self._streams.items() if s.unkept}
 
-    def _ask(self, wanted: Mapping[str, int]) -> Mapping[str, int]:
-        """Return how many rows of each file are in the storage."""
+    def _ask(self, wanted: Mapping[tuple[int, str], int]) -> Mapping[tuple[int, str], int]:
+        """Return how many rows of each stream are in the storage."""
         self._num_asks += 1
-        self._send("keep", ask=self._num_asks, files=list(wanted))
+        self._send("keep", ask=self._num_asks, streams=list(wanted))
         while True:
             try:
                 answer = self._answers.get(timeout=self._answer_s)
@@ -142,18 +158,22 @@ class RelayedRun(SpooledRun):
                 break
         if answer["problem"]:
             raise StorageError(answer["problem"])
-        return answer["kept"]
+        return {(attempt, file): number for attempt, file, number in answer["kept"]}
 
-    def _take(self, kept: Mapping[str, int]) -> None:
+    def _take(self, kept: Mapping[tuple[int, str], int]) -> None:
         """Forget the rows that are safe, and send all others again: behind one that is missing none was taken."""
         with self._sending:
-            for file, number in kept.items():
-                stream = self._streams[file]
+            for key, number in kept.items():
+                stream = self._streams[key]
                 while stream.unkept and stream.num_kept < number:
                     stream.unkept.popleft()
                     stream.num_kept += 1
-                for offset, row in enumerate(stream.unkept, start=1):
-                    self._send("row", file=file, number=stream.num_kept + offset, row=row)
+                self._send_again(key)
+
+    def _send_again(self, key: tuple[int, str]) -> None:
+        stream, (attempt, file) = self._streams[key], key
+        for offset, row in enumerate(stream.unkept, start=1):
+            self._send("row", attempt=attempt, file=file, number=stream.num_kept + offset, row=row)
 
 
 class RelayedSink:
@@ -186,8 +206,8 @@ class _Ask:
     slot: Slot
     attempt: int
     number: int
-    has: Mapping[str, int]
-    """Rows of each file that were here when the trainer asked."""
+    has: list[tuple[int, str, int]]
+    """Attempt, file, and its rows that were here when the trainer asked."""
 
 
 class RowKeeper:
@@ -215,17 +235,17 @@ class RowKeeper:
         """
         match message["kind"]:
             case "row":
-                self._take_row(attempt, message)
+                self._take_row(message)
             case "keep":
-                has = {file: self._count(file, attempt) for file in message["files"]}
+                has = [(number, file, self._count(file, number)) for number, file in message["streams"]]
                 self._asks.put(_Ask(slot=slot, attempt=attempt, number=message["ask"], has=has))
             case _:
                 return False
         return True
 
-    def _take_row(self, attempt: int, message: Message) -> None:
+    def _take_row(self, message: Message) -> None:
         """Append a row unless it is here, or one before it is missing: those are sent again when they are asked for."""
-        file = message["file"]
+        file, attempt = message["file"], message["attempt"]
         if message["number"] == self._count(file, attempt) + 1:
             self._check_lead()
             append_row(self._run.dir.root / file, message["row"])

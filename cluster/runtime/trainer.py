@@ -19,7 +19,7 @@ from torch.distributed.distributed_c10d import Store
 
 from cluster.runtime.interface import find_interface
 from cluster.runtime.link import Link, Message
-from cluster.runtime.relayed import RelayedRun, RelayedSink
+from cluster.runtime.relayed import RelayedRun, RelayedSink, Streams
 from elastic import config as configs
 from elastic import run as elastic_run
 from elastic.checkpoint.memory import Memory
@@ -160,13 +160,13 @@ def run(
     _open_device(config)
     store = open_store(node_ip, timeout_s=config.fault.collective_timeout_s)
     memory = Memory(keeper, node=node, secret=secret) if keeper else None
-    orders = Orders(link)
+    orders, streams = Orders(link), Streams()
     link.send("warm")
     stays = True
     while stays:
         world = orders.worlds.get()
         link.send("ready", store_host=store.host, store_port=store.port, pid=os.getpid())
-        stays = _train_in(world, link, config, node=node, store=store, memory=memory, folder=folder)
+        stays = _train_in(world, link, config, node=node, store=store, memory=memory, folder=folder, streams=streams)
 
 
 def _choose_interface(node_ip: str) -> None:
@@ -198,6 +198,7 @@ def _train_in(
     store: Store,
     memory: Memory | None,
     folder: Path,
+    streams: Streams,
 ) -> bool:
     """Train in one world and say how it ended; return whether this process is good for another one."""
     go = world.go.get()
@@ -228,7 +229,9 @@ def _train_in(
         if is_url(config.storage):
             storage = open_storage(join_url(config.storage, config.run))
             own = folder / f"files-{spec.attempt}-{spec.rank}"
-            run = RelayedRun(storage, own, send=link.send, answers=world.rows_kept)
+            run = RelayedRun(
+                storage, own, attempt=spec.attempt, streams=streams, send=link.send, answers=world.rows_kept
+            )
         outcome = elastic_run.train(
             config,
             spec,

@@ -46,9 +46,18 @@ class Coordinator:
 class Trainer:
     """One rank; what it hears is put where `trainer.WorldOrders` puts it."""
 
-    def __init__(self, storage, folder, link, *, answer_s=60):
-        self.answers = queue.SimpleQueue()
-        self.run = RelayedRun(storage, folder, send=link.send, answers=self.answers, answer_s=answer_s)
+    def __init__(self, storage, folder, link, *, answer_s=60, attempt=ATTEMPT, streams=None):
+        self.answers, self.attempt = queue.SimpleQueue(), attempt
+        self.streams = {} if streams is None else streams
+        self.run = RelayedRun(
+            storage,
+            folder,
+            attempt=attempt,
+            streams=self.streams,
+            send=link.send,
+            answers=self.answers,
+            answer_s=answer_s,
+        )
         self.sink = RelayedSink(self.run)
         threading.Thread(target=self._listen, args=(link,), daemon=True).start()
 
@@ -58,8 +67,8 @@ class Trainer:
                 self.answers.put(message)
 
     def step(self, number):
-        self.sink.write({"step": number, "attempt": ATTEMPT})
-        self.run.append(self.run.dir.samples(attempt=ATTEMPT, rank=0), {"step": number, "ids": [number]})
+        self.sink.write({"step": number, "attempt": self.attempt})
+        self.run.append(self.run.dir.samples(attempt=self.attempt, rank=0), {"step": number, "ids": [number]})
 
 
 @pytest.fixture
@@ -111,6 +120,26 @@ def test_rows_that_a_coordinator_did_not_hear_are_sent_again_and_none_twice(s3_u
         trainer.step(4)
         trainer.run.push()
         assert read_store(f"{s3_url}/a", tmp_path) == [[1, 2, 3, 4], [1, 2, 3, 4]]
+        for link in second_links:
+            link.close()
+
+
+def test_rows_of_a_world_that_no_coordinator_heard_reach_the_one_that_leads_the_next_world(s3_url, tmp_path, links):
+    with open_run(s3_url, "a") as run:
+        Coordinator(run, links[0]).is_deaf = True
+        first = Trainer(run.storage, tmp_path / "first", links[1])
+        first.step(1)
+        first.step(2)
+        first.run.close()
+        second_links = connect()
+        Coordinator(run, second_links[0])
+        streams, attempt = first.streams, ATTEMPT + 1
+        second = Trainer(run.storage, tmp_path / "second", second_links[1], attempt=attempt, streams=streams)
+        second.step(3)
+        second.run.push()
+        rows, samples = read_store(f"{s3_url}/a", tmp_path)
+        assert (rows, samples) == ([1, 2, 3], [1, 2])
+        assert not any(stream.unkept for stream in streams.values())
         for link in second_links:
             link.close()
 

@@ -162,7 +162,7 @@ def test_rows_up_to_a_commit_outlive_the_head_and_later_ones_its_processes(nodes
     os.kill(coordinator, signal.SIGKILL)
     run.driver.kill()
     run.driver.wait()
-    wait_until(lambda: not find_trainers(nodes.folder), timeout_s=60, what="the trainers end with their coordinator")
+    wait_until(lambda: not find_trainers(nodes.folder), timeout_s=120, what="trainers wait half a lease for another")
     (committed,) = run.get_committed_steps()[-1:]
     left = run.rows()
     stored = run.fetch(tmp_path / "then")
