@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from copy import copy
-from types import SimpleNamespace
 
 import pytest
 
@@ -152,7 +151,8 @@ def test_whoever_else_trains_a_run_is_refused_and_harms_nothing(run, nodes, tmp_
     assert "run='r' is being trained by another driver" in second.get_output()
 
     elsewhere = copy(run)
-    elsewhere.nodes = SimpleNamespace(folder=nodes.folder, address="")  # a cluster of its own
+    elsewhere.nodes = copy(nodes)
+    elsewhere.nodes.address = ""  # a cluster of its own
     elsewhere.start(**{"wandb.mode": "offline"})
     alone = subprocess.run(
         [sys.executable, "-m", "elastic", str(run.dir.config), "cluster.max_workers=1", "wandb.mode=offline"],
@@ -181,7 +181,8 @@ def test_whoever_else_trains_a_run_is_refused_and_harms_nothing(run, nodes, tmp_
 
 def kill_coordinator(run) -> int:
     """Kill the run's coordinator as the kernel would; return its process id."""
-    (pid,) = find_coordinators(run)
+    # Ray writes the title of a process anew at each call, and whoever reads it at that moment sees none
+    (pid,) = wait_until(lambda: find_coordinators(run), timeout_s=5, what=lambda: f"a coordinator\n{run.get_output()}")
     os.kill(pid, signal.SIGKILL)
     return pid
 
