@@ -66,9 +66,9 @@ def _train(config: RunConfig) -> int:
     from cluster.chaos.injector import Injector
     from cluster.chaos.schedule import Schedule
     from cluster.runtime.adapter import drain_node
-    from cluster.runtime.coordinator import Update
     from cluster.runtime.driver import look, train
     from cluster.runtime.local_cluster import LocalCluster
+    from cluster.runtime.published import Update
     from cluster.runtime.view import View
 
     steps = config.train.steps

@@ -16,7 +16,6 @@ import socket
 import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -28,6 +27,7 @@ from cluster.runtime import adapter
 from cluster.runtime.books import open_books
 from cluster.runtime.link import Link, Message
 from cluster.runtime.notices import Watches
+from cluster.runtime.published import Published, Update
 from cluster.runtime.relayed import RowKeeper
 from cluster.runtime.seat import Seat
 from cluster.runtime.start_host import start_host
@@ -97,33 +97,6 @@ class _Host:
     """On the monotonic clock, as the clock may be set."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Update:
-    """What the driver learns in one poll."""
-
-    rows: list[dict[str, Any]]
-    lines: list[str]
-    stage: str
-    attempt: int
-    workers: list[Worker]
-    """The trainers of the current world, by rank; empty while it forms."""
-    books: dict[str, Any]
-    done: dict[str, Any] | None
-
-
-@dataclass(kw_only=True)
-class _Published:
-    """What actor methods may read; written by the serving thread under the lock."""
-
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    rows: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    lines: deque[str] = field(default_factory=lambda: deque[str](maxlen=10_000))
-    stage: controller.Stage = "waiting"
-    attempt: int = 0
-    workers: list[Worker] = field(default_factory=list[Worker])
-    done: Done | None = None
-
-
 class Coordinator:
     """See the module; public methods are the actor's interface."""
 
@@ -176,7 +149,7 @@ class Coordinator:
         self._hosts: dict[str, _Host] = {}
         self._lost_s: dict[str, float] = {}
         """When the last host of a node went, on the monotonic clock; none has come since."""
-        self._out = _Published()
+        self._out = Published()
         self._watches = Watches(adapter.get_own_actor(), self._config)
         self._told_by_watch: set[str] = set()
         self._resumed_step = self._safe_step = 0
@@ -213,20 +186,7 @@ class Coordinator:
         if driver != self._driver:
             return None
         self._driver_heard_s = time.time()
-        out = self._out
-        with out.lock:
-            rows, out.rows = out.rows, []
-            lines = list(out.lines)
-            out.lines.clear()
-            return Update(
-                rows=rows,
-                lines=lines,
-                stage=out.stage,
-                attempt=out.attempt,
-                workers=out.workers,
-                books=self._books.summary(),
-                done=asdict(out.done) if out.done else None,
-            )
+        return self._out.take(self._books.summary())
 
     def look(self) -> Scene:
         """Return the run as it is now, without taking anything from what `poll` hands out."""
@@ -275,13 +235,13 @@ class Coordinator:
     def relay(self, lines: list[str]) -> None:
         """Pass on what an agent wants the driver to show: the log lines of its trainer."""
         for line in lines:
-            self._say(line)
+            self._out.say(line)
 
     def hear_watch(self, node: str, news: News) -> None:
         """Take what the watch of a node has learned from its provider."""
         self._watches.hear(node, news)
         for line in news.lines:
-            self._say(f"node {node[:8]}: {line}")
+            self._out.say(f"node {node[:8]}: {line}")
         if departure := news.departure:
             self._told_by_watch.add(node)
             reason = f"{departure.provider}: {departure.reason}"
@@ -387,7 +347,7 @@ class Coordinator:
         self._lost_s.pop(host.node, None)
         self._selector.register(link, selectors.EVENT_READ, lambda: self._hear(host))
         self._books.host_ready(host.node, time.time())
-        self._say(f"node {host.node[:8]} is warm")
+        self._out.say(f"node {host.node[:8]} is warm")
         self._hear_all(host, messages[1:] if messages else [])
 
     def _hear(self, host: _Host) -> None:
@@ -429,8 +389,7 @@ class Coordinator:
                 progress = Progress(**message["progress"])
                 if slot == self._state.members[0]:
                     self._attempt_step = progress.step
-                    with self._out.lock:
-                        self._out.rows.append(message["row"])
+                    self._out.add_row(message["row"])
                 self._books.stepped(slot, progress, message["phases"], now_s)
                 self._decide(Stepped(attempt=attempt, progress=progress))
             case "restored":
@@ -448,11 +407,11 @@ class Coordinator:
                 if slot not in self._state.stalls:
                     rank = self._state.members.index(slot)
                     where = "frozen" if message["where"] == "silent" else message["where"]
-                    self._say(f"rank {rank} makes no progress for {message['waited_s']:.0f} s: {where}")
+                    self._out.say(f"rank {rank} makes no progress for {message['waited_s']:.0f} s: {where}")
                 self._decide(Stalled(slot=slot, attempt=attempt, step=message["step"], where=message["where"]))
             case "committed":
                 self._safe_step = max(self._safe_step, message["progress"]["step"])
-                self._say(f"checkpoint of step {message['progress']['step']} committed")
+                self._out.say(f"checkpoint of step {message['progress']['step']} committed")
             case _:
                 raise ValueError(f"unknown message from a trainer: {message}")
 
@@ -475,17 +434,15 @@ class Coordinator:
             self._publish_stage()
 
     def _publish_stage(self) -> None:
-        state, out = self._state, self._out
+        state = self._state
         at_work = state.members if state.stage in ("running", "parking") else ()
-        with out.lock:
-            out.stage, out.attempt = state.stage, state.attempt
-            out.workers = [
-                Worker(rank=rank, node=slot.node, slot=slot.name, pid=self._pids[slot])
-                for rank, slot in enumerate(at_work)
-            ]
+        workers = [
+            Worker(rank=rank, node=slot.node, slot=slot.name, pid=self._pids[slot]) for rank, slot in enumerate(at_work)
+        ]
+        self._out.enter(state.stage, state.attempt, workers)
         if state.stage == "waiting":
             usable, least = len(controller.get_usable(state)), state.policy.world_sizes[0]
-            self._say(f"waiting for nodes: {usable} of at least {least} worker(s)")
+            self._out.say(f"waiting for nodes: {usable} of at least {least} worker(s)")
 
     def _carry_out(self, action: Action, now_s: float) -> None:
         match action:
@@ -498,16 +455,15 @@ class Coordinator:
                 self._pids, self._attempt_step = {}, 0
                 self._books.attempt_started(action, now_s)
                 nodes = ", ".join(sorted({slot.node[:8] for slot in action.members}))
-                self._say(f"attempt {action.attempt}: {len(action.members)} worker(s) on {nodes}")
+                self._out.say(f"attempt {action.attempt}: {len(action.members)} worker(s) on {nodes}")
             case AttemptEnded():
                 self._books.attempt_ended(action, now_s)
                 where = f" (node {action.cause[:8]})" if action.cause else ""
-                self._say(f"attempt {action.attempt} {action.kind}: {action.reason}{where}")
+                self._out.say(f"attempt {action.attempt} {action.kind}: {action.reason}{where}")
                 if action.denied:
-                    self._say(f"node {action.denied[:8]} is left out: its trainers ended too many worlds in a row")
+                    self._out.say(f"node {action.denied[:8]} is left out: its trainers ended too many worlds in a row")
             case Done():
-                with self._out.lock:
-                    self._out.done = action
+                self._out.end(action)
 
     def _find_memories(self, slot: Slot) -> dict[str, Any]:
         """Return what a trainer must know of the memory tier: who serves what, and who gets its copies."""
@@ -526,10 +482,6 @@ class Coordinator:
     def _tell(self, slot: Slot, kind: str, **fields: Any) -> None:
         if host := self._hosts.get(slot.node):
             host.link.send(kind, slot=slot.name, **fields)
-
-    def _say(self, line: str) -> None:
-        with self._out.lock:
-            self._out.lines.append(line)
 
     # ---- the watching thread
 
@@ -579,8 +531,7 @@ class Coordinator:
         try:
             body()
         except SolventError as error:
-            with self._out.lock:
-                self._out.done = Done(kind="failed", reason=str(error), exit_code=error.exit_code)
+            self._out.end(Done(kind="failed", reason=str(error), exit_code=error.exit_code))
             self._end_hosts("the run failed")
             self._closing = True
             self._exit_without_driver()

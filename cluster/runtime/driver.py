@@ -18,7 +18,8 @@ from typing import Any
 
 from cluster.runtime import adapter
 from cluster.runtime.agent import run_agent
-from cluster.runtime.coordinator import DRIVER_BUSY_S, Coordinator, Session, Update
+from cluster.runtime.coordinator import DRIVER_BUSY_S, Coordinator, Session
+from cluster.runtime.published import Update
 from cluster.runtime.start_host import new_session
 from cluster.types import Scene
 from elastic.config import RunConfig

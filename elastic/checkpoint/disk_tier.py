@@ -4,7 +4,7 @@ import logging
 import time
 from concurrent.futures import Future
 
-from elastic.checkpoint.keeper import Snapshot
+from elastic.checkpoint.holdings import Snapshot
 from elastic.checkpoint.memory import Memory
 
 logger = logging.getLogger(__name__)

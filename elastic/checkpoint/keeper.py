@@ -20,13 +20,14 @@ import sys
 import threading
 import traceback
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from elastic.checkpoint.arena import GIB, Arena, allocate_arena
+from elastic.checkpoint.holdings import Holding, Snapshot, SupersededError, check_current, cut, describe
 from elastic.checkpoint.node_disk import NodeDisk, StateName
 from elastic.checkpoint.wire import PIECE_BYTES, Channel, Header, WireError, authenticate, connect
 from elastic.errors import CheckpointError
@@ -51,43 +52,6 @@ class KeeperSpec:
     """Folder of this run on a disk of the node's own; empty: snapshots are in memory only."""
 
 
-@dataclass(frozen=True, kw_only=True, order=True)
-class Snapshot:
-    """What an arena holds: the shard of one rank after one step of one attempt."""
-
-    epoch: int
-    step: int
-    world_size: int
-    rank: int
-
-
-@dataclass(kw_only=True)
-class Holding:
-    """One arena and what is known about it. The same `origin` and `index` always mean the same arena or copy of it."""
-
-    origin: str
-    """The trainer that fills it."""
-    index: int
-    arena: Arena
-    is_copy: bool
-    is_on_disk: bool = False
-    """Its arena is a file that an earlier keeper wrote."""
-    epoch: int = 0
-    """Of the attempt that filled it last, or began to."""
-    snapshot: Snapshot | None = None
-    """None while it is being filled."""
-    num_bytes: int = 0
-    chunks: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
-    """Offset and size of each chunk that has a checksum of its own."""
-    checksums: list[int] = field(default_factory=list[int])
-    record: Any = None
-    """The trainer's own JSON value."""
-    generation: int = 0
-    """Counts the fillings, so that work for an earlier one gives up."""
-    checked: threading.Event = field(default_factory=threading.Event)
-    """`checksums` are those of this filling, or it was given up."""
-
-
 @dataclass(kw_only=True)
 class _Trainer:
     """A connected trainer and what goes on for it in the background."""
@@ -97,10 +61,6 @@ class _Trainer:
     copies: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "copy"))
     peer: Channel | None = None
     peer_address: tuple[str, int] | None = None
-
-
-class _SupersededError(Exception):
-    """The arena is being filled again, or nobody waits for the result any more."""
 
 
 class Keeper:
@@ -193,7 +153,7 @@ class Keeper:
             self._checksum(holding, generation)
             if message["peer"]:
                 self._copy(trainer, holding, generation, tuple(message["peer"]))
-        except _SupersededError:
+        except SupersededError:
             problem = "superseded"
         except OSError as error:
             problem = str(error)
@@ -206,7 +166,7 @@ class Keeper:
             parts = [view[offset : offset + size] for offset, size in holding.chunks]
             checksums = list(self._checksummers.map(zlib.crc32, parts))
             with self._lock:
-                _check_current(holding, generation)
+                check_current(holding, generation)
                 holding.checksums = checksums
         finally:
             done.set()
@@ -217,13 +177,13 @@ class Keeper:
                 trainer.peer, trainer.peer_address = connect(address, self._spec.secret), address
                 trainer.peer.set_timeout(_PEER_TIMEOUT_S)
             with self._lock:
-                _check_current(holding, generation)
-                header = {"kind": "push", **_describe(holding, self._spec.node), "capacity": holding.arena.num_bytes}
-            trainer.peer.send(header, _cut(holding, generation), num_bytes=holding.num_bytes)
+                check_current(holding, generation)
+                header = {"kind": "push", **describe(holding, self._spec.node), "capacity": holding.arena.num_bytes}
+            trainer.peer.send(header, cut(holding, generation), num_bytes=holding.num_bytes)
             answer = trainer.peer.receive()
             if answer is None or answer["kind"] != "pushed":
                 raise WireError(f"the copy was refused: {(answer or {}).get('problem', 'the peer is gone')}")
-        except (OSError, _SupersededError):
+        except (OSError, SupersededError):
             _forget_peer(trainer)
             raise
 
@@ -244,7 +204,7 @@ class Keeper:
         for holding, generation in holdings:
             try:
                 self._store_one(disk, state, holding, generation)
-            except (OSError, _SupersededError) as error:
+            except (OSError, SupersededError) as error:
                 if holding.origin == trainer.origin:  # a copy is better than none, but its origin has its own disk
                     problem = str(error) or "superseded"
         with contextlib.suppress(OSError):  # what cannot be removed does no harm
@@ -254,11 +214,11 @@ class Keeper:
     def _store_one(self, disk: NodeDisk, state: StateName, holding: Holding, generation: int) -> None:
         holding.checked.wait()
         with self._lock:
-            _check_current(holding, generation)
-            about = _describe(holding, self._spec.node)
+            check_current(holding, generation)
+            about = describe(holding, self._spec.node)
         rank, world_size = about["snapshot"]["rank"], about["snapshot"]["world_size"]
         shard = f"{rank}-of-{world_size}{'-copy' if holding.is_copy else ''}"
-        disk.write(state, shard, about, _cut(holding, generation))
+        disk.write(state, shard, about, cut(holding, generation))
 
     def _find_stored(self, disk: NodeDisk) -> None:
         """Offer what an earlier keeper has written."""
@@ -302,7 +262,7 @@ class Keeper:
             while (message := channel.receive()) is not None:
                 self._obey_anyone(channel, message)
             channel.close()
-        except (WireError, KeyError, TypeError, ValueError, _SupersededError) as error:
+        except (WireError, KeyError, TypeError, ValueError, SupersededError) as error:
             _log(f"a connection ended: {error!r}")
             connection.close()
 
@@ -330,7 +290,7 @@ class Keeper:
         for holding in holdings:
             holding.checked.wait()
         with self._lock:
-            return [_describe(holding, self._spec.node) for holding in holdings if holding.snapshot is not None]
+            return [describe(holding, self._spec.node) for holding in holdings if holding.snapshot is not None]
 
     def _take_copy(self, channel: Channel, message: Header) -> None:
         """Receive what another node's trainer has filled, into memory that mirrors its arena."""
@@ -405,36 +365,6 @@ def _forget_peer(trainer: _Trainer) -> None:
     if trainer.peer is not None:
         trainer.peer.close()
         trainer.peer = None
-
-
-def _cut(holding: Holding, generation: int) -> Iterator[memoryview]:
-    view = holding.arena.view[: holding.num_bytes]
-    for start in range(0, holding.num_bytes, PIECE_BYTES):
-        _check_current(holding, generation)
-        yield view[start : start + PIECE_BYTES]
-    _check_current(holding, generation)
-
-
-def _check_current(holding: Holding, generation: int) -> None:
-    if holding.generation != generation:
-        raise _SupersededError
-
-
-def _describe(holding: Holding, node: str) -> dict[str, Any]:
-    """Return a holding as it is listed and sent."""
-    assert holding.snapshot is not None
-    return {
-        "origin": holding.origin,
-        "index": holding.index,
-        "snapshot": asdict(holding.snapshot),
-        "num_bytes": holding.num_bytes,
-        "chunks": holding.chunks,
-        "checksums": holding.checksums,
-        "record": holding.record,
-        "is_copy": holding.is_copy,
-        "is_on_disk": holding.is_on_disk,
-        "node": node,
-    }
 
 
 def _check_memory(num_bytes: int) -> None:

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from elastic.checkpoint.arena import Arena
-from elastic.checkpoint.keeper import KeeperSpec, Snapshot
+from elastic.checkpoint.holdings import Snapshot
+from elastic.checkpoint.keeper import KeeperSpec
 from elastic.checkpoint.wire import Channel, Header, WireError, connect
 
 _READY_TIMEOUT_S = 30.0

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 import torch
 
 from elastic.checkpoint.arena import GIB, Arena
-from elastic.checkpoint.keeper import Snapshot, get_available_bytes
+from elastic.checkpoint.holdings import Snapshot
+from elastic.checkpoint.keeper import get_available_bytes
 from elastic.checkpoint.keeping import Held, KeeperClient, RemoteKeeper
 from elastic.checkpoint.layout import Manifest
 from elastic.checkpoint.plan import SavePlan

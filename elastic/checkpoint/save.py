@@ -23,8 +23,8 @@ from elastic.checkpoint.disk_tier import DiskTier
 from elastic.checkpoint.durable import BuildManifest, DurableWriter
 from elastic.checkpoint.fit import get_computing_config, get_config_hash
 from elastic.checkpoint.flight import Flight, Tier
+from elastic.checkpoint.holdings import Snapshot
 from elastic.checkpoint.interval import SaveCost
-from elastic.checkpoint.keeper import Snapshot
 from elastic.checkpoint.layout import FileRecord, Manifest, TensorRecord
 from elastic.checkpoint.memory import Memory
 from elastic.checkpoint.pace import Pace

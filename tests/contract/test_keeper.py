@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from elastic.checkpoint.arena import allocate_arena
-from elastic.checkpoint.keeper import Snapshot
+from elastic.checkpoint.holdings import Snapshot
 from elastic.checkpoint.keeping import KeeperClient, RemoteKeeper, start_keeper
 from elastic.checkpoint.wire import Channel, WireError, connect
 
@@ -211,7 +211,7 @@ def test_a_copy_that_was_damaged_on_the_way_is_refused():
 OWNER = """
 import sys, time
 from elastic.checkpoint.arena import allocate_arena
-from elastic.checkpoint.keeper import Snapshot
+from elastic.checkpoint.holdings import Snapshot
 from elastic.checkpoint.keeping import KeeperClient, start_keeper
 keeper = start_keeper(node="a", ip="127.0.0.1", secret="x")
 client = KeeperClient(keeper.open_connection(), origin="1-0")

@@ -7,7 +7,7 @@ import zlib
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.checkpoint.keeper import Snapshot
+from elastic.checkpoint.holdings import Snapshot
 from elastic.checkpoint.keeping import Held
 from elastic.checkpoint.layout import BLOCK_BYTES, Manifest, TensorRecord
 from elastic.checkpoint.reads import plan_reads
