@@ -60,7 +60,7 @@ def start_host(node: str, fields: dict[str, Any]) -> Path:
     Raises:
         SolventError: the raylet is set to adopt and kill what its workers leave behind; no daemon survives that.
     """
-    from ray.util import get_node_ip_address  # noqa: PLC0415 (`solvent doctor` reads this file without Ray)
+    from cluster.runtime import adapter  # noqa: PLC0415 (`solvent doctor` reads this file without Ray)
 
     if os.environ.get(SUBREAPER, "0").lower() in ("1", "true"):
         raise SolventError(
@@ -76,7 +76,7 @@ def start_host(node: str, fields: dict[str, Any]) -> Path:
     spec = {
         **fields,
         "node": node,
-        "node_ip": get_node_ip_address(),
+        "node_ip": adapter.get_own_ip(),
         "folder": str(folder),
         "raylet_pid": raylet_pid,
     }
