@@ -174,14 +174,13 @@ class Scene:
         self.run.wait_for_step(step + 20)
 
     def lose_for_a_moment(self) -> None:
-        """Ray may not even notice; what the machine had running is there when it comes back, and ends then."""
+        """Ray may not even notice; what the machine had running is there when it comes back, and reports again."""
         member = find_members(self.rented)[-1]
         self.cut_off(member)
         step = self.run.wait_for_step(0, world_size=2)
         self.run.wait_for_step(step + 20)
         assert is_alive(member.trainer), "nothing stale was left that could come back"
         self.mend(member)
-        wait_for_end(self.rented, member.host, member.trainer)
 
     def lose_rank_0_for_long(self) -> None:
         """Its trainer serves the store and writes the rows; all that trained there ends by itself."""
@@ -203,7 +202,6 @@ class Scene:
             self.cut_off(victim)
             self.run.wait_for_step(0, world_size=2)
             self.mend(victim)
-            wait_for_end(self.rented, victim.host, victim.trainer)
             row = next(row for row in read_rows(self.run.dir.attempts) if row["attempt"] == newest + 1)
             if row["first_step"] is None:
                 return
