@@ -3,10 +3,10 @@
     python -m tests.bench_checkpoint                           # one GPU, 1.5 B parameters, 16.8 GiB of state
     torchrun --nproc-per-node 3 -m tests.bench_checkpoint      # CPU, a small model
 
-Ours takes a snapshot every `EVERY` steps, the first one included, and writes to the disk as often as that takes it. So
-many steps without saves and so many with them take turns, because other work on the machine comes and goes: the ratio
-is the median of those of the turns, and that of CPU seconds (of rank 0 without its keeper) is shown beside it. The
-others save once each. Every step ends with a synchronisation of the device. Prints a line `RESULT {json}` per way.
+Ours takes a snapshot every `EVERY` steps, the first one included, and writes to the disk as often as that takes it. Some
+steps without saves and as many with them take turns, because other work on the machine comes and goes: the ratio is the
+median of those of the turns, and that of CPU seconds (of rank 0 without its keeper) is shown beside it. The others save
+once each. Every step ends with a synchronisation of the device. Prints a line `RESULT {json}` per way.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from elastic.storage import open_storage
 from elastic.world import close_world, get_device, open_world
 
 EVERY = 20
+TURN = 2 * EVERY
 GIB = 2**30
 LARGE = ModelConfig(
     dim=2048, num_layers=16, num_heads=32, num_kv_heads=8, ffn_dim=8192, vocab_size=128256, tied_head=False
@@ -49,7 +50,7 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         is_gpu = torch.cuda.is_available()
         self.folder = folder
-        self.steps = 200 if is_gpu else 100
+        self.steps = 200
         self.config = RunConfig(
             model=LARGE if is_gpu else SMALL,
             precision="bf16" if is_gpu else "fp32",
@@ -158,11 +159,11 @@ def bench_ours(bench: Bench) -> float:
             checkpointer.poll()
 
     without_s, with_s, ratios, cpu_ratios = [], [], [], []
-    for first_step in range(EVERY // 2, bench.steps, EVERY):  # saves are in the middle, so that their cost is in it too
+    for first_step in range(EVERY // 2, bench.steps, TURN):  # saves are in the middle, so that their cost is in it too
         cpu_s = [time.process_time()]
-        without_s.append(bench.run(EVERY, before_update=nothing, after=nothing))
+        without_s.append(bench.run(TURN, before_update=nothing, after=nothing))
         cpu_s.append(time.process_time())
-        with_s.append(bench.run(EVERY, before_update=checkpointer.wait_staged, after=after, first_step=first_step))
+        with_s.append(bench.run(TURN, before_update=checkpointer.wait_staged, after=after, first_step=first_step))
         checkpointer.finish("memory")
         checkpointer.finish()
         cpu_s.append(time.process_time())

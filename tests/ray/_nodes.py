@@ -1,6 +1,7 @@
 """A `LocalCluster` in a process of its own, led line by line: Ray wants nodes started in a main thread.
 
-As a script it reads commands (`add`, `remove NODE`, `drain NODE SECONDS`) and answers each with a line of JSON.
+As a script it reads commands (`add`, `remove NODE`, `raylet NODE`, `drain NODE SECONDS`) and answers each with a line
+of JSON.
 """
 
 import json
@@ -50,6 +51,10 @@ class Nodes:
         """Kill a node."""
         self._ask("remove", node)
         self.ids.remove(node)
+
+    def get_raylet(self, node: str) -> int:
+        """Return the process id of a node's Ray daemon."""
+        return self._ask("raylet", node)["pid"]
 
     def drain(self, node: str, *, notice_s: float) -> None:
         """Give notice; the node stays until it is removed."""
@@ -115,6 +120,8 @@ def _serve(num_nodes: int) -> None:
                     answer["node"] = cluster.add_node()
                 case ["remove", node]:
                     cluster.remove_node(node)
+                case ["raylet", node]:
+                    answer["pid"] = cluster.get_raylet(node)
                 case ["drain", node, notice_s]:
                     if not is_connected:
                         adapter.connect(cluster.address, ClusterConfig())

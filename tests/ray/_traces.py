@@ -44,6 +44,11 @@ def find_trainers(folder: Path) -> list[int]:
     return [pid for pid in _find_host_like(folder) if _is_trainer(pid)]
 
 
+def find_agents(folder: Path) -> list[int]:
+    """Return the agents among a folder's processes: the workers that Ray Train counts and restarts."""
+    return [pid for pid, command in find_processes(folder).items() if "ray::RayTrainWorker" in command]
+
+
 def find_keepers(folder: Path) -> list[int]:
     """Return the keepers of snapshots among a folder's processes."""
     return [pid for pid, command in find_processes(folder).items() if "elastic.checkpoint.keeper" in command]

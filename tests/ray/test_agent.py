@@ -11,7 +11,7 @@ import pytest
 
 from elastic.rundir import parse_utc
 from tests.ray._runs import Run
-from tests.ray._traces import find_hosts, find_processes, find_trainers, wait_until
+from tests.ray._traces import find_agents, find_hosts, find_processes, find_trainers, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -25,16 +25,12 @@ def running(nodes, data, tmp_path_factory):
     assert run.wait() == 3, run.get_output()
 
 
-def find_agents(run) -> list[int]:
-    return [pid for pid, command in find_processes(run.nodes.folder).items() if "ray::RayTrainWorker" in command]
-
-
 def has_mapped(pid: int, library: str) -> bool:
     return library in Path(f"/proc/{pid}/maps").read_text()
 
 
 def test_agents_and_the_coordinator_carry_no_torch(running):
-    agents = wait_until(lambda: find_agents(running), timeout_s=20, what="agents")
+    agents = wait_until(lambda: find_agents(running.nodes.folder), timeout_s=20, what="agents")
     coordinators = [pid for pid, c in find_processes(running.nodes.folder).items() if "ray::Coordinator" in c]
     assert (len(agents), len(coordinators)) == (3, 1)
     assert not any(has_mapped(pid, "libtorch") for pid in agents + coordinators)
@@ -48,13 +44,15 @@ def test_hosts_and_trainers_carry_neither_ray_nor_pandas(running, library):
 
 
 def test_an_agent_that_is_killed_changes_no_world_and_is_replaced(running):
-    trainers, agents = find_trainers(running.nodes.folder), find_agents(running)
+    trainers, agents = find_trainers(running.nodes.folder), find_agents(running.nodes.folder)
     step = running.last_row()["step"]
     os.kill(agents[0], signal.SIGKILL)
 
     # Ray Train ends all its workers and starts others
-    running.wait_for(lambda: not set(agents) & set(find_agents(running)), timeout_s=60, what="old agents end")
-    running.wait_for(lambda: len(find_agents(running)) == 3, timeout_s=60, what="new agents")
+    running.wait_for(
+        lambda: not set(agents) & set(find_agents(running.nodes.folder)), timeout_s=60, what="old agents end"
+    )
+    running.wait_for(lambda: len(find_agents(running.nodes.folder)) == 3, timeout_s=60, what="new agents")
     time.sleep(3)  # they claim
     running.wait_for_step(running.last_row()["step"] + 10)
 
@@ -66,12 +64,12 @@ def test_an_agent_that_is_killed_changes_no_world_and_is_replaced(running):
 
 
 def test_a_trainer_that_is_killed_is_replaced_without_ray_noticing(running):
-    agents, trainers = find_agents(running), find_trainers(running.nodes.folder)
+    agents, trainers = find_agents(running.nodes.folder), find_trainers(running.nodes.folder)
     running.wait_for_step(running.last_row()["step"] + 5, world_size=3)
     os.kill(trainers[0], signal.SIGKILL)
     running.wait_for(lambda: running.last_row()["attempt"] == 2, what="the next attempt")
     assert running.last_row()["world_size"] == 3
-    assert find_agents(running) == agents
+    assert find_agents(running.nodes.folder) == agents
     told = re.compile(r"attempt 1 lost: trainer ended with signal 9 \(SIGKILL\) \(node \w+\)")
     running.wait_for(lambda: told.search(running.get_output()), what="the driver, which polls, to say so")
 
