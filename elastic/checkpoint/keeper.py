@@ -19,12 +19,13 @@ import socket
 import sys
 import threading
 import traceback
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
+
+from zlib_ng.zlib_ng import crc32
 
 from elastic.checkpoint.arena import GIB, Arena, allocate_arena
 from elastic.checkpoint.holdings import Holding, Snapshot, SupersededError, check_current, cut, describe
@@ -164,7 +165,7 @@ class Keeper:
         try:
             view = holding.arena.view
             parts = [view[offset : offset + size] for offset, size in holding.chunks]
-            checksums = list(self._checksummers.map(zlib.crc32, parts))
+            checksums = list(self._checksummers.map(crc32, parts))
             with self._lock:
                 check_current(holding, generation)
                 holding.checksums = checksums

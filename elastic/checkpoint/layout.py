@@ -12,10 +12,11 @@ Nothing here is ever unpickled: shards are safetensors, the rest is JSON.
 
 import json
 import re
-import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, cast
+
+from zlib_ng.zlib_ng import crc32
 
 from elastic.checkpoint.shards import Box
 from elastic.errors import CheckpointError, StorageError
@@ -238,4 +239,4 @@ def find_damage(storage: Storage, checkpoint: CommittedCheckpoint, manifest: Man
 
 def checksum(data: bytes) -> bytes:
     """Return what `COMMITTED` says of a manifest; CRC-32 finds damage, it is no protection against forgery."""
-    return f"crc32:{zlib.crc32(data):08x}".encode("ascii")
+    return f"crc32:{crc32(data):08x}".encode("ascii")

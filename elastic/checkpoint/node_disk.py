@@ -9,12 +9,13 @@ from scratch has another one.
 
 import json
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from zlib_ng.zlib_ng import crc32
 
 from elastic.checkpoint.arena import Arena
 
@@ -80,7 +81,7 @@ class NodeDisk:
             return
         unfinished = path.with_suffix(_UNFINISHED)
         text = json.dumps(about).encode()
-        tail = len(text).to_bytes(8, "big") + zlib.crc32(text).to_bytes(8, "big")
+        tail = len(text).to_bytes(8, "big") + crc32(text).to_bytes(8, "big")
         try:
             with unfinished.open("wb", buffering=0) as file:
                 for piece in chain(pieces, [memoryview(text + tail)]):
@@ -133,7 +134,7 @@ def _open(path: Path) -> Stored | None:
         text_bytes = int.from_bytes(tail[:8], "big")
         num_bytes = size - _TAIL_BYTES - text_bytes
         text = os.pread(descriptor, text_bytes, num_bytes) if 0 < num_bytes < size else b""
-        if not text or zlib.crc32(text) != int.from_bytes(tail[8:], "big"):
+        if not text or crc32(text) != int.from_bytes(tail[8:], "big"):
             os.close(descriptor)
             return None
         return Stored(name=path.stem, about=json.loads(text), arena=Arena(descriptor, num_bytes))

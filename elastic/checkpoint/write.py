@@ -4,9 +4,10 @@ The arena is the shard file, byte for byte, in host memory: whoever maps it can 
 another one.
 """
 
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+
+from zlib_ng.zlib_ng import crc32
 
 from elastic.checkpoint.layout import BLOCK_BYTES, Chunk, FileRecord, TensorRecord
 from elastic.checkpoint.shards import ShardLayout, Spread
@@ -49,9 +50,9 @@ def write_shard(
 
 def checksum_shard(arena: memoryview, layout: ShardLayout) -> Written:
     """Return the checksums of an arena that is complete."""
-    crc32 = {
+    checksums = {
         name: tuple(
-            zlib.crc32(arena[start : min(start + BLOCK_BYTES, entry.offset + entry.num_bytes)])
+            crc32(arena[start : min(start + BLOCK_BYTES, entry.offset + entry.num_bytes)])
             for start in range(entry.offset, entry.offset + entry.num_bytes, BLOCK_BYTES)
         )
         for name, entry in layout.entries.items()
@@ -59,21 +60,21 @@ def checksum_shard(arena: memoryview, layout: ShardLayout) -> Written:
     record = FileRecord(
         size_bytes=layout.num_bytes,
         header_bytes=len(layout.header),
-        header_crc32=zlib.crc32(arena[: len(layout.header)]),
+        header_crc32=crc32(arena[: len(layout.header)]),
     )
-    return Written(record=record, crc32=crc32)
+    return Written(record=record, crc32=checksums)
 
 
 def build_index(
     spreads: Mapping[str, Spread],
     layouts: Mapping[str, ShardLayout],
-    crc32: Mapping[str, Mapping[str, tuple[int, ...]]],
+    checksums: Mapping[str, Mapping[str, tuple[int, ...]]],
 ) -> dict[str, TensorRecord]:
     """Return where each tensor lies.
 
     Args:
         layouts: of each file.
-        crc32: of each tensor in each file.
+        checksums: of each tensor in each file.
     """
     chunks: dict[str, list[Chunk]] = {name: [] for name in spreads}
     for file, layout in layouts.items():
@@ -85,7 +86,7 @@ def build_index(
                     num_bytes=entry.num_bytes,
                     start=entry.box.start,
                     shape=entry.box.shape,
-                    crc32=crc32[file][name],
+                    crc32=checksums[file][name],
                 )
             )
     return {

@@ -5,9 +5,10 @@ ever in memory.
 """
 
 import math
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+from zlib_ng.zlib_ng import crc32
 
 from elastic.checkpoint.fit import get_computing_config, get_config_hash
 from elastic.checkpoint.hf.families._base import Pair
@@ -134,7 +135,7 @@ class _Shard:
     def record(self) -> FileRecord:
         """The file's line in the manifest."""
         header = self._layout.header
-        return FileRecord(size_bytes=self._layout.num_bytes, header_bytes=len(header), header_crc32=zlib.crc32(header))
+        return FileRecord(size_bytes=self._layout.num_bytes, header_bytes=len(header), header_crc32=crc32(header))
 
     def get_index(self) -> dict[str, TensorRecord]:
         """Return the lines of the tensors; the file must have been written."""
@@ -160,10 +161,10 @@ class _Shard:
         yield self._layout.header
         for name in self._layout.entries:
             tensor = self._folder.tensors[self._theirs[name]]
-            crc32: list[int] = []
+            checksums: list[int] = []
             piece_bytes = _PIECE_BYTES * ITEM_BYTES[tensor.dtype] // ITEM_BYTES["F32"]
             for piece in self._folder.read(tensor, piece_bytes=piece_bytes):
                 data = from_fp32(to_fp32(piece, tensor.dtype), "F32")
-                crc32 += [zlib.crc32(data[i : i + BLOCK_BYTES]) for i in range(0, len(data), BLOCK_BYTES)]
+                checksums += [crc32(data[i : i + BLOCK_BYTES]) for i in range(0, len(data), BLOCK_BYTES)]
                 yield data
-            self._crc32[name] = tuple(crc32)
+            self._crc32[name] = tuple(checksums)

@@ -3,7 +3,8 @@
 import mmap
 import os
 import socket
-import zlib
+
+from zlib_ng import zlib_ng
 
 from tests.distributed._crash_points import count_operations
 
@@ -15,7 +16,7 @@ if log := os.environ.get("CRASH_LOG"):
             *((socket.socket, name) for name in ("accept", "connect")),
             *((os, name) for name in ("memfd_create", "ftruncate", "close")),
             (mmap, "mmap"),
-            (zlib, "crc32"),
+            (zlib_ng, "crc32"),
         ],
         int(fatal) if fatal else None,
         lambda name: write(descriptor, f"{name}\n".encode()),
