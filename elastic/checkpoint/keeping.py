@@ -105,7 +105,7 @@ class KeeperClient:
 
     def __init__(self, connection: socket.socket, *, origin: str) -> None:
         self._channel = Channel(connection)
-        self._origin = origin
+        self.origin = origin
         self._lock = threading.Lock()
         self._answers: dict[int, Future[Any]] = {}
         self._num_asked = 0
@@ -118,7 +118,7 @@ class KeeperClient:
         Raises:
             WireError: the keeper is gone; so for all methods.
         """
-        header = {"kind": "hold", "origin": self._origin, "index": index}
+        header = {"kind": "hold", "origin": self.origin, "index": index}
         self._channel.send({**header, "num_bytes": arena.num_bytes}, descriptor=arena.descriptor)
 
     def release(self, index: int) -> None:

@@ -8,9 +8,7 @@ half a state is never trained on.
 """
 
 import logging
-import queue
 from collections.abc import Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,14 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from elastic.checkpoint.fill import NUM_COPIERS, NUM_READERS, READ_BYTES, fill
 from elastic.checkpoint.fit import check_config, check_tensors, get_unsaved
 from elastic.checkpoint.keeping import Held
 from elastic.checkpoint.layout import CommittedCheckpoint, Manifest, find_damage, list_committed, read_manifest
 from elastic.checkpoint.memory import Memory
-from elastic.checkpoint.reads import Read, plan_checks, plan_reads
+from elastic.checkpoint.reads import plan_checks, plan_reads
 from elastic.checkpoint.shards import get_box
 from elastic.checkpoint.snapshots import WholeSnapshot, assemble
-from elastic.checkpoint.sources import DamageError, ShardSource, StorageSource, read_verified
+from elastic.checkpoint.sources import ShardSource, StorageSource
 from elastic.checkpoint.state import (
     DTYPES,
     get_live_state,
@@ -42,12 +41,6 @@ from elastic.ports import Address, Progress, Source
 from elastic.storage import Storage, is_url
 
 logger = logging.getLogger(__name__)
-
-READ_BYTES = 16 * 2**20
-"""Length of a buffer."""
-NUM_READERS = 4
-"""Reads side by side on each rank, each with a buffer: one stream of an object store gives 50 to 100 MB/s."""
-
 
 _Candidate = CommittedCheckpoint | WholeSnapshot
 
@@ -102,7 +95,9 @@ def restore(
             raise found
         if isinstance(found, Manifest):
             with _open_sources(storage, candidate, memory, keepers or {}) as sources:
-                found = load_state(live, found, sources, device=device, group=group) or found
+                readers = NUM_COPIERS if isinstance(candidate, WholeSnapshot) else NUM_READERS
+                damage = load_state(live, found, sources, device=device, group=group, num_readers=readers)
+                found = damage or found
         if isinstance(found, Manifest):
             source = _get_source(candidate, storage)
             return Restored(progress=found.progress, extra=found.extra, epoch=found.epoch, source=source)
@@ -159,6 +154,7 @@ def load_state(
     *,
     device: torch.device,
     group: dist.ProcessGroup | None,
+    num_readers: int = NUM_READERS,
 ) -> str | None:
     """Fill the live tensors; return what is damaged, the same on all ranks.
 
@@ -189,7 +185,8 @@ def load_state(
     files = {name: record for i, (name, record) in enumerate(manifest.files.items()) if i % world_size == rank}
     reads += plan_checks(others if rank == 0 else {}, files, max_bytes=READ_BYTES)
     try:
-        damage = f"{', '.join(gaps)}: a part is in no file" if gaps else _fill(targets, reads, sources)
+        damage = f"{', '.join(gaps)}: a part is in no file" if gaps else None
+        damage = damage or fill(targets, reads, sources, device=device, num_readers=num_readers)
     except OSError as error:
         damage = explain_unreadable(error, sources[-1].name)
     outcomes: list[Any] = [None] * world_size
@@ -223,33 +220,6 @@ def _inspect(
         changes = ", ".join(f"{key}: {then} -> {now}" for key, (then, now) in sorted(changed.items()))
         logger.warning("resuming at step %d under a changed configuration: %s", manifest.progress.step, changes)
     return damage or manifest
-
-
-def _fill(targets: Mapping[str, Tensor], reads: Sequence[Read], sources: Sequence[ShardSource]) -> str | None:
-    """Read, verify and copy; return what is damaged."""
-    flat: dict[str, Tensor] = {}
-    for name, tensor in targets.items():
-        assert tensor.is_contiguous(), f"{name} does not lie in a row"
-        flat[name] = tensor.detach().view(-1)
-    buffers: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
-    for _ in range(NUM_READERS):
-        buffers.put(bytearray(max((read.num_bytes for read in reads), default=0)))
-
-    def fill(read: Read) -> str | None:
-        buffer = buffers.get()
-        try:
-            read_verified(read, sources, memoryview(buffer)[: read.num_bytes])
-            for piece in read.pieces:
-                data = torch.frombuffer(buffer, dtype=DTYPES[piece.dtype], count=piece.num_elements, offset=piece.start)
-                flat[piece.name][piece.target : piece.target + piece.num_elements].copy_(data)
-        except DamageError as error:
-            return str(error)
-        finally:
-            buffers.put(buffer)
-        return None
-
-    with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="restore") as pool:
-        return next((damage for damage in pool.map(fill, reads) if damage), None)
 
 
 def _from_rank_0(value: Any, group: dist.ProcessGroup | None) -> Any:

@@ -150,16 +150,28 @@ class Memory:
 
     @contextmanager
     def _map(self, shards: Mapping[str, Held]) -> "Generator[_MappedSource]":
-        arenas: dict[str, Arena] = {}
+        views: dict[str, memoryview] = {}
+        arenas: list[Arena] = []
         for file, held in shards.items():
+            if own := self._get_own(held):
+                views[file] = own
+                continue
             with contextlib.suppress(WireError):
                 if arena := self._client.fetch_memory(held):
-                    arenas[file] = arena
+                    arenas.append(arena)
+                    views[file] = arena.view
         try:
-            yield _MappedSource(self.node, arenas)
+            yield _MappedSource(self.node, views)
         finally:
-            for arena in arenas.values():
+            views.clear()
+            for arena in arenas:
                 arena.close()
+
+    def _get_own(self, held: Held) -> memoryview | None:
+        """Return a shard that this process itself has filled: no page of it must be mapped first."""
+        if self._arenas is None or held.origin != self._client.origin or self._filled.get(held.index) != held.snapshot:
+            return None
+        return self._arenas.get(held.index).numpy().data
 
     @contextmanager
     def _read_remotely(self, node: str, held: Mapping[str, Held], address: Address) -> "Generator[_RemoteSource]":
@@ -188,17 +200,21 @@ def _fail(error: WireError) -> "Future[str]":
 class _MappedSource:
     """Shards in the memory of this node, mapped into this process."""
 
-    def __init__(self, node: str, arenas: Mapping[str, Arena]) -> None:
+    def __init__(self, node: str, views: Mapping[str, memoryview]) -> None:
         self.name = f"the memory of node {node[:8]}"
-        self._arenas = arenas
+        self._views = views
 
     def get_files(self) -> list[str]:
         """Return the files that are here."""
-        return list(self._arenas)
+        return list(self._views)
+
+    def get_view(self, file: str, offset: int, num_bytes: int) -> memoryview:
+        """Return the bytes where they are."""
+        return self._views[file][offset : offset + num_bytes]
 
     def read_into(self, file: str, offset: int, out: memoryview) -> None:
         """Copy from memory to memory."""
-        out[:] = self._arenas[file].view[offset : offset + len(out)]
+        out[:] = self.get_view(file, offset, len(out))
 
 
 @dataclass
@@ -219,6 +235,9 @@ class _RemoteSource:
     def get_files(self) -> list[str]:
         """Return the files that are there."""
         return list(self.held)
+
+    def get_view(self, file: str, offset: int, num_bytes: int) -> None:
+        """Return None: it must be read."""
 
     def read_into(self, file: str, offset: int, out: memoryview) -> None:
         """Read over the network; a node that is gone is a file that is gone."""

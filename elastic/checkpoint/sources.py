@@ -5,10 +5,11 @@ those that were saved there. Whatever a source gives is verified; what does not 
 """
 
 import errno
-import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from zlib_ng.zlib_ng import crc32
 
 from elastic.checkpoint.reads import Block, Read
 from elastic.storage import Storage
@@ -27,6 +28,10 @@ class ShardSource(Protocol):
 
     def get_files(self) -> Collection[str] | None:
         """Return the names of the files it has; None: all."""
+        ...
+
+    def get_view(self, file: str, offset: int, num_bytes: int) -> memoryview | None:
+        """Return bytes of a file where they are, if this process has them in its memory; they stay what they are."""
         ...
 
     def read_into(self, file: str, offset: int, out: memoryview) -> None:
@@ -53,6 +58,9 @@ class StorageSource:
     def get_files(self) -> None:
         """Return None: it has all of them."""
 
+    def get_view(self, file: str, offset: int, num_bytes: int) -> None:
+        """Return None: it must be read."""
+
     def read_into(self, file: str, offset: int, out: memoryview) -> None:
         """Read from the storage."""
         self.storage.read_into(f"{self.directory}/{file}", offset, out)
@@ -62,8 +70,11 @@ class DamageError(Exception):
     """What was read is not what was written; the message names file and tensor."""
 
 
-def read_verified(read: Read, sources: Sequence[ShardSource], out: memoryview) -> None:
-    """Fill `out` with the blocks of a read from the first source that has them undamaged.
+def read_verified(read: Read, sources: Sequence[ShardSource], get_buffer: Callable[[], memoryview]) -> memoryview:
+    """Return the blocks of a read from the first source that has them undamaged: where they are, or in a buffer.
+
+    Args:
+        get_buffer: returns at least as much memory as the read is long; the same one each time.
 
     Raises:
         DamageError: no source has them.
@@ -75,22 +86,25 @@ def read_verified(read: Read, sources: Sequence[ShardSource], out: memoryview) -
         if files is not None and read.file not in files:
             continue
         try:
-            source.read_into(read.file, read.offset, out)
+            found = source.get_view(read.file, read.offset, read.num_bytes)
+            if found is None:
+                found = get_buffer()[: read.num_bytes]
+                source.read_into(read.file, read.offset, found)
         except OSError as error:
             if error.errno not in _DAMAGE:
                 raise
             damage.append(f"{read.file} ({_list_names(read.blocks)}): {error.strerror or error}")
             continue
-        broken = [block for block in read.blocks if zlib.crc32(_cut(read, block, out)) != block.crc32]
+        broken = [block for block in read.blocks if crc32(_cut(read, block, found)) != block.crc32]
         if not broken:
-            return
+            return found
         damage.append(f"{read.file} ({_list_names(broken)}): the checksum does not fit")
     raise DamageError("; ".join(damage) or f"{read.file} is nowhere")
 
 
-def _cut(read: Read, block: Block, out: memoryview) -> memoryview:
+def _cut(read: Read, block: Block, data: memoryview) -> memoryview:
     start = block.offset - read.offset
-    return out[start : start + block.num_bytes]
+    return data[start : start + block.num_bytes]
 
 
 def _list_names(blocks: Sequence[Block]) -> str:

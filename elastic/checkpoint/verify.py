@@ -76,8 +76,9 @@ def find_all_damage(storage: Storage, found: Found) -> Iterator[str]:
         return
     manifest, source = found.manifest, StorageSource(storage, CHECKPOINTS + found.name)
     for read in plan_checks({**manifest.tensors, **manifest.generators}, manifest.files, max_bytes=_READ_BYTES):
+        buffer = memoryview(bytearray(read.num_bytes))
         try:
-            read_verified(read, [source], memoryview(bytearray(read.num_bytes)))
+            read_verified(read, [source], lambda buffer=buffer: buffer)
         except DamageError as error:
             yield str(error)
 

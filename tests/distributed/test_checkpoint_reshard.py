@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from elastic.checkpoint.load import NUM_READERS, READ_BYTES, restore
+from elastic.checkpoint.fill import NUM_READERS, READ_BYTES
+from elastic.checkpoint.load import restore
 from elastic.checkpoint.save import Checkpointer
 from elastic.checkpoint.state import get_live_state
 from elastic.storage import open_storage

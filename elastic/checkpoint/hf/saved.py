@@ -50,9 +50,9 @@ class SavedWeights:
         if gaps:
             raise self._fail(f"a part of {name} is in no file")
         for read in reads:
-            data = memoryview(bytearray(read.num_bytes))
+            buffer = memoryview(bytearray(read.num_bytes))
             try:
-                read_verified(read, [self._source], data)
+                data = read_verified(read, [self._source], lambda buffer=buffer: buffer)
             except DamageError as error:
                 raise self._fail(str(error)) from error
             for piece in read.pieces:
