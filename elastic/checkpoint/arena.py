@@ -4,16 +4,12 @@ An arena is anonymous shared memory (a memfd): it has no name in /dev/shm that a
 process holds on to it once it was sent the descriptor, and the kernel frees it with its last holder.
 """
 
-import ctypes
 import mmap
 import os
 
 from elastic.errors import CheckpointError
 
 GIB = 2**30
-_MADV_POPULATE_WRITE = 23
-"""Linux 5.14; Python's mmap does not name it. Source: include/uapi/asm-generic/mman-common.h."""
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Arena:
@@ -29,17 +25,6 @@ class Arena:
         self._map = mmap.mmap(descriptor, num_bytes)
         self.view = memoryview(self._map)
         """Its bytes. What keeps a view of them keeps the memory, also beyond `close`."""
-
-    def get_address(self) -> int:
-        """Return where the first byte lies in this process."""
-        return ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-
-    def populate(self, start: int, num_bytes: int) -> None:
-        """Have the kernel provide the pages of a range now, without the interpreter's lock, instead of on first use.
-
-        A kernel that cannot (before 5.14) provides them on first use, as ever.
-        """
-        _libc.madvise(ctypes.c_void_p(self.get_address() + start), ctypes.c_size_t(num_bytes), _MADV_POPULATE_WRITE)
 
     def close(self) -> None:
         """Let go of the memory; the kernel frees it once nobody else holds it."""

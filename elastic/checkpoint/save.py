@@ -14,6 +14,8 @@ from concurrent.futures import Future
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from operator import is_
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,9 +31,8 @@ from elastic.checkpoint.layout import FileRecord, Manifest, TensorRecord
 from elastic.checkpoint.memory import Memory
 from elastic.checkpoint.pace import Pace
 from elastic.checkpoint.plan import SavePlan, build_plan
-from elastic.checkpoint.shards import Spread
 from elastic.checkpoint.stage import HostArenas, Stager
-from elastic.checkpoint.state import get_live_state, get_mesh_shape, get_rng_name, get_rng_state, get_spread
+from elastic.checkpoint.state import get_live_state, get_mesh_shape, get_rng_name, get_rng_state
 from elastic.checkpoint.votes import Votes
 from elastic.config import RunConfig
 from elastic.errors import SavesFailedError, StaleEpochError, StorageError
@@ -104,7 +105,7 @@ class Checkpointer:
         has_disk = bool(config.checkpoint.node_disk)
         self._disk = DiskTier(memory, every_s=config.checkpoint.node_disk_every_s) if memory and has_disk else None
         self._arenas = memory.get_arenas(device) if memory else HostArenas(device, count=1)
-        self._stager = Stager(self._arenas, device)
+        self._stager = Stager(self._arenas)
         paced = partial(
             Pace,
             start_step=start.step,
@@ -119,13 +120,11 @@ class Checkpointer:
             ),
             "storage": paced(every_steps=config.checkpoint.every_steps, at_first=False, first_cost=_FIRST_COST),
         }
+        self._live: dict[str, Tensor] = {}
+        self._live_moments: list[Any] = []
         self._plan: SavePlan | None = None
-        self._planned: dict[str, Spread] = {}
         self._saves: dict[Tier, Flight] = {}
         self._newest_index = restored_index
-        self._is_ready = device.type == "cpu"
-        """The arenas of all ranks are."""
-        self._is_preparing = False
         self._has_plans = memory is None and config.checkpoint.every_steps > 0
         """The ranks have agreed on intervals, or need none."""
         self._voted_on: frozenset[Tier] = frozenset()
@@ -147,17 +146,6 @@ class Checkpointer:
         """
         took_s = self._save_s if tier == "storage" or self._memory is None else self._kept_s
         return statistics.median(took_s) if took_s else None
-
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Get host memory for the copies; on CUDA it is page-locked while the next steps run.
-
-        The optimizer has its state already: made here, it would count one step too many.
-
-        Raises:
-            CheckpointError: the memory is refused.
-        """
-        assert optimizer.state, "the first save does it"
-        self._prepare(self._get_plan(get_live_state(model, optimizer)))
 
     def get_due(self, step: int) -> Tier | None:
         """Return where the state after this step shall go, if anywhere; the same on all ranks."""
@@ -195,12 +183,9 @@ class Checkpointer:
         if tier in self._saves:
             return False
         start_s = time.monotonic()
-        state = get_live_state(model, optimizer)
+        state = self._get_state(model, optimizer)
         plan = self._get_plan(state)
-        self._prepare(plan)
-        if not self._is_ready:
-            return False
-        self._arenas.wait_ready()
+        self._arenas.make_room(plan.own.num_bytes)
         index = self._choose_arena()
         if index is None:
             return False
@@ -245,7 +230,7 @@ class Checkpointer:
         self._called_s = now_s
         self._count_vote()
         is_storing = self._disk is not None and self._disk.index is not None
-        if self._saves or self._is_preparing or is_storing or not self._has_plans:
+        if self._saves or is_storing or not self._has_plans:
             self._open_vote()
         return self._committed
 
@@ -273,7 +258,6 @@ class Checkpointer:
         """
         if self.finish() != progress:
             self.finish("memory")
-            self._is_ready = True  # it waits for them
             self.start_save(model, optimizer, progress=progress, extra=extra)
             self.finish()
         return self._committed == progress
@@ -291,7 +275,6 @@ class Checkpointer:
         if self._memory:
             self.finish("memory")
             if self._kept != progress:
-                self._is_ready = True
                 self.start_save(model, optimizer, progress=progress, extra=extra, tier="memory")
                 self.finish("memory")
             if self._kept == progress:
@@ -313,6 +296,8 @@ class Checkpointer:
     def close(self) -> None:
         """Give up what is in flight; after this nothing of this world reaches the storage. Works with dead peers."""
         self._writer.close()
+        for save in self._saves.values():
+            save.staged.give_up()  # the next world fills the arenas anew
         self._saves.clear()
         self._votes.close()
 
@@ -326,7 +311,6 @@ class Checkpointer:
         self._voted_on = frozenset(self._saves)
         self._votes.open(
             [
-                self._arenas.is_ready(),
                 all(future.done() for future in kept),
                 all(future.done() and not future.result() for future in kept),
                 all(future.done() for future in committed),
@@ -339,11 +323,10 @@ class Checkpointer:
         outcome = self._votes.count()
         if outcome is None:
             return
-        is_ready, is_over, is_kept, is_written, is_stored, is_stored_well, is_disk_due, *plans = outcome
+        is_over, is_kept, is_written, is_stored, is_stored_well, is_disk_due, *plans = outcome
         if self._disk:
             self._disk.count(is_over=bool(is_stored), is_well=bool(is_stored_well), is_due=bool(is_disk_due))
-        self._is_ready, self._has_plans = self._is_ready or bool(is_ready), True
-        self._is_preparing = self._is_preparing and not self._is_ready
+        self._has_plans = True
         for tier, negative_steps in zip(_TIERS, plans, strict=True):
             self._paces[tier].agree(int(-negative_steps))
         if is_over and "memory" in self._voted_on:
@@ -407,10 +390,6 @@ class Checkpointer:
 
     # ---- one save
 
-    def _prepare(self, plan: SavePlan) -> None:
-        self._arenas.start_preparing(plan.own.num_bytes)
-        self._is_preparing = not self._is_ready
-
     def _choose_arena(self) -> int | None:
         """Return the arena for the next save; None, on all ranks, if it must wait.
 
@@ -455,11 +434,20 @@ class Checkpointer:
 
         return build
 
+    def _get_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """Return the live tensors; collecting them takes percents of a step, and updates leave them where they are."""
+        if not self._live or not all(map(is_, _list_moments(optimizer), self._live_moments)):
+            self._live, self._plan = get_live_state(model, optimizer), None
+            self._live_moments = _list_moments(optimizer)
+        return self._live
+
     def _get_plan(self, state: Mapping[str, Tensor]) -> SavePlan:
-        spreads = {name: get_spread(tensor, world_size=self._world_size) for name, tensor in state.items()}
-        if self._plan is None or spreads != self._planned:
-            self._planned = spreads
+        if self._plan is None:
             self._plan = build_plan(
                 state, device=self._device, epoch=self._epoch, rank=self._rank, world_size=self._world_size
             )
         return self._plan
+
+
+def _list_moments(optimizer: torch.optim.Optimizer) -> list[Any]:
+    return [value for values in optimizer.state.values() for value in values.values()]

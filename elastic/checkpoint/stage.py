@@ -3,11 +3,14 @@
 The copy lies in an arena: one stretch of memory that is, byte for byte, the rank's shard file.
 """
 
+import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
 
+# torch._foreach_*, as torch.optim uses them, are not in torch's __all__:
+# pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
 import torch
 from torch import Tensor
 
@@ -15,21 +18,25 @@ from elastic.checkpoint.arena import Arena, allocate_arena
 from elastic.checkpoint.shards import Box, ShardLayout
 from elastic.checkpoint.state import get_local
 
-_PIN_BYTES = 256 * 2**20
-"""So much is page-locked at a time, so that no launch of a kernel waits long for the driver; no copy may cross the
-border of two such parts."""
 _SPARE_DEVICE_BYTES = 2 * 2**30
 """What copies on the device leave free there."""
+_PIECE_BYTES = 32 * 2**20
+"""So much leaves the device at a time: whatever else goes to the host, like the loss of a step, waits for no more than
+a few of these (0.7 ms each). One engine does all such copies, in the order in which they were asked for."""
+_ALIGNED_BYTES = 512
+"""Where a tensor in device memory begins; torch's allocator uses the same."""
+_NUM_COPIERS = max(1, min(4, (os.cpu_count() or 1) // 4))
 
 
 class HostArenas:
-    """The arenas that one process stages in; they outlive worlds, because page-locking them anew takes seconds.
+    """The arenas that one process stages in; they outlive worlds.
 
-    On CUDA they are prepared by a thread, without stopping training.
+    They are not page-locked: that takes tens of seconds for tens of GiB, and each call for it waits until the device is
+    idle. What leaves a GPU comes through a few buffers that are.
 
     Args:
         count: how many copies are kept.
-        on_allocated: takes each new arena with its number, before it is ready.
+        on_allocated: takes each new arena with its number, before it is used.
         on_released: takes the number of one that will not be used again.
     """
 
@@ -42,7 +49,6 @@ class HostArenas:
         on_released: Callable[[int], None] = lambda _index: None,
     ) -> None:
         self.count = count
-        self._device = device
         self._on_allocated, self._on_released = on_allocated, on_released
         self._arenas: dict[int, Arena] = {}
         self._outgrown: dict[int, Arena] = {}
@@ -51,23 +57,21 @@ class HostArenas:
         self._num_allocated = 0
         self.capacity_bytes = 0
         """What each of them has room for."""
-        self._preparing: threading.Thread | None = None
-        self._problem: BaseException | None = None
+        self.exit = DeviceExit(device) if device.type == "cuda" else None
 
     @property
     def indices(self) -> list[int]:
         """Return the numbers of the arenas in use."""
         return list(self._arenas)
 
-    def start_preparing(self, num_bytes: int) -> None:
-        """Make sure that each arena will have room for so much; they are ready later if that takes long.
+    def make_room(self, num_bytes: int) -> None:
+        """Make sure that each arena has room for so much.
 
         Raises:
             CheckpointError: the memory is refused.
         """
         if num_bytes <= self.capacity_bytes:
             return
-        self.wait_ready()
         self._outgrown |= self._arenas
         self._arenas = {}
         self.capacity_bytes = num_bytes
@@ -77,25 +81,6 @@ class HostArenas:
             self._arenas[index] = arena
             self._tensors[index] = torch.frombuffer(arena.view, dtype=torch.uint8)
             self._on_allocated(index, arena)
-        if self._device.type == "cuda":
-            self._preparing = threading.Thread(target=self._pin, name="pin", daemon=True)
-            self._preparing.start()
-
-    def is_ready(self) -> bool:
-        """Tell whether all arenas may be filled."""
-        return bool(self._arenas) and (self._preparing is None or not self._preparing.is_alive())
-
-    def wait_ready(self) -> None:
-        """Return when all arenas may be filled.
-
-        Raises:
-            RuntimeError: they cannot be page-locked.
-        """
-        if self._preparing is not None:
-            self._preparing.join()
-            self._preparing = None
-        if self._problem is not None:
-            raise self._problem
 
     def get(self, index: int) -> Tensor:
         """Return an arena as bytes."""
@@ -104,27 +89,14 @@ class HostArenas:
     def release_outgrown(self) -> None:
         """Give the memory of arenas back that were too small for this world."""
         for index, arena in self._outgrown.items():
-            if self._device.type == "cuda":
-                for start, _ in _cut(0, arena.num_bytes):
-                    _get_cudart().cudaHostUnregister(arena.get_address() + start)
             self._on_released(index)
             del self._tensors[index]
             arena.close()
         self._outgrown.clear()
 
-    def _pin(self) -> None:
-        try:
-            torch.cuda.set_device(self._device)
-            for arena in self._arenas.values():
-                for start, num_bytes in _cut(0, arena.num_bytes):
-                    arena.populate(start, num_bytes)
-                    torch.cuda.check_error(_get_cudart().cudaHostRegister(arena.get_address() + start, num_bytes, 0))
-        except BaseException as error:  # raised by `wait_ready`
-            self._problem = error
 
-
-def _get_cudart() -> Any:
-    return torch.cuda.cudart()
+class GivenUpError(Exception):
+    """A copy was given up; its arena holds nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,31 +108,41 @@ class Staged:
     index: int
     """Of the arena."""
     arena: memoryview
-    is_free: torch.Event | None
-    """The live state may change."""
-    is_copied: torch.Event | None
+    leaving: "Leaving | None"
+    """What is still on the device."""
 
     def wait_on_device(self) -> None:
-        """Let the device change the live state only after the copy; the calling thread does not wait."""
-        if self.is_free is not None:
-            self.is_free.wait()
+        """Let the device change the live state only after the copy.
+
+        The calling thread waits only if the device had no room to copy the state within it.
+        """
+        if self.leaving is not None:
+            self.leaving.wait_on_device()
 
     def wait_on_host(self) -> None:
-        """Return when `arena` may be read."""
-        if self.is_copied is not None:
-            self.is_copied.synchronize()
+        """Bring what is still on the device to the arena, and return when that may be read; on one thread only.
+
+        Raises:
+            GivenUpError: `give_up` was called.
+        """
+        if self.leaving is not None:
+            self.leaving.bring()
+
+    def give_up(self) -> None:
+        """Return once nothing is written to the arena any more."""
+        if self.leaving is not None:
+            self.leaving.give_up()
 
 
 class Stager:
     """Fills arenas; on CUDA on a stream of its own.
 
-    The way to the host is slow (about 50 GB/s) and a step is short. What fits into free device memory is therefore
-    copied there first, in milliseconds, and leaves it while training goes on; only the rest is in the update's way.
+    The way to the host is slow and a step is short. What fits into free device memory is therefore copied there first,
+    in milliseconds, and leaves it piece by piece while training goes on; only the rest is in the update's way.
     """
 
-    def __init__(self, arenas: HostArenas, device: torch.device) -> None:
+    def __init__(self, arenas: HostArenas) -> None:
         self._arenas = arenas
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def stage(self, live: Mapping[str, Tensor], layout: ShardLayout, held: Mapping[str, Box], *, index: int) -> Staged:
         """Start to copy the chunks of `layout` out of the live tensors into an arena.
@@ -171,20 +153,15 @@ class Stager:
         arena = self._arenas.get(index)[: layout.num_bytes]
         arena[: len(layout.header)] = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
         sources = {name: _find_bytes(live[name], layout, held, name) for name in layout.entries}
-        is_free = is_copied = None
-        if self._stream is None:
-            _copy(sources, layout, arena)
-        else:
-            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-            with torch.cuda.stream(self._stream):
-                clones = _clone_some(sources, self._stream.device)
-                _copy({name: source for name, source in sources.items() if name not in clones}, layout, arena)
-                is_free = self._stream.record_event()
-                _copy(clones, layout, arena)
-                is_copied = self._stream.record_event()
-        return Staged(
-            live=live, layout=layout, index=index, arena=arena.numpy().data, is_free=is_free, is_copied=is_copied
-        )
+        leaving: Leaving | None = None
+        for name, source in sources.items():
+            if not source.is_cuda:
+                offset = layout.entries[name].offset
+                arena[offset : offset + source.numel()].copy_(source)
+        if self._arenas.exit is not None:
+            on_device = {name: source for name, source in sources.items() if source.is_cuda}
+            leaving = Leaving(on_device, layout, arena, self._arenas.exit)
+        return Staged(live=live, layout=layout, index=index, arena=arena.numpy().data, leaving=leaving)
 
 
 def _find_bytes(tensor: Tensor, layout: ShardLayout, held: Mapping[str, Box], name: str) -> Tensor:
@@ -198,29 +175,147 @@ def _find_bytes(tensor: Tensor, layout: ShardLayout, held: Mapping[str, Box], na
     return local.reshape(-1).view(torch.uint8)
 
 
-def _clone_some(sources: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Copy on the device what fits there; on the current stream, which alone may use the memory again."""
-    free_bytes = torch.cuda.mem_get_info(device)[0] - _SPARE_DEVICE_BYTES
-    clones: dict[str, Tensor] = {}
-    for name, source in sources.items():
-        if source.is_cuda and source.numel() <= free_bytes:
-            clones[name] = source.clone()
-            free_bytes -= source.numel()
-    return clones
+class DeviceExit:
+    """The way off one device, for all worlds of a process: a stream, page-locked buffers, and threads to empty them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        """Memory on the device is cached for the stream that used it, so all copies of the state are made on this."""
+        self._cached_bytes = 0
+        """What the allocator keeps for the next copy of the state."""
+        self._in_use: list[int] = []
+        """The sizes of the copies that have not left yet."""
+        buffers = torch.empty(2 * _NUM_COPIERS, _PIECE_BYTES, dtype=torch.uint8, pin_memory=True)
+        self._free = list(buffers.unbind())
+        self._busy: list[tuple[Tensor, Future[None]]] = []
+        self._copiers = ThreadPoolExecutor(_NUM_COPIERS, "leave")
+        self.lock = threading.Lock()
+        """Held by whoever sends."""
+
+    def clone_some(self, sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copy on the device what fits there, on the current stream, which must be this one; `release` takes it back.
+
+        It is one stretch of memory, so that the allocator is asked once and finds the same again.
+        """
+        free_bytes = torch.cuda.mem_get_info(self.device)[0] - _SPARE_DEVICE_BYTES
+        places, num_bytes = plan_clones(
+            {name: source.numel() for name, source in sources.items()},
+            room_bytes=max(free_bytes, 0 if self._in_use else self._cached_bytes),
+        )
+        self._in_use.append(num_bytes)
+        try:
+            memory = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+        except torch.OutOfMemoryError:  # what was cached was needed elsewhere
+            self._cached_bytes = 0
+            return {}
+        self._cached_bytes = max(self._cached_bytes, num_bytes)
+        clones = {name: memory[place : place + sources[name].numel()] for name, place in places.items()}
+        if clones:
+            torch._foreach_copy_(list(clones.values()), [sources[name] for name in clones])
+        return clones
+
+    def release(self) -> None:
+        """Say that the memory of a copy is free again."""
+        self._in_use.pop()
+
+    def send(self, source: Tensor, target: Tensor) -> None:
+        """Copy a piece to the host; returns once the device has been asked to, on the current stream."""
+        if not self._free:
+            buffer, copied = self._busy[0]
+            copied.result()
+            self._free.append(buffer)
+            del self._busy[0]
+        buffer = self._free.pop()
+        buffer[: source.numel()].copy_(source, non_blocking=True)
+        has_left = torch.cuda.Event(blocking=True)
+        has_left.record()
+        self._busy.append((buffer, self._copiers.submit(_empty, buffer, has_left, target)))
+
+    def wait(self) -> None:
+        """Return when all pieces are where they belong, or nothing is under way any more.
+
+        Raises:
+            RuntimeError: the device failed.
+        """
+        self.stream.synchronize()
+        busy, self._busy = self._busy, []
+        self._free += [buffer for buffer, _ in busy]
+        wait([copied for _, copied in busy])
+        for _, copied in busy:
+            copied.result()
 
 
-def _copy(sources: Mapping[str, Tensor], layout: ShardLayout, arena: Tensor) -> None:
-    for name, source in sources.items():
-        offset = layout.entries[name].offset
-        for start, num_bytes in _cut(offset, source.numel()) if source.is_cuda else [(offset, source.numel())]:
-            first = start - offset
-            arena[start : start + num_bytes].copy_(source[first : first + num_bytes], non_blocking=True)
+def plan_clones(num_bytes: Mapping[str, int], *, room_bytes: int) -> tuple[dict[str, int], int]:
+    """Return where in one stretch of memory each tensor is copied to, as far as there is room, and how long that is."""
+    places: dict[str, int] = {}
+    stop = 0
+    for name, size in num_bytes.items():
+        aligned = -(-size // _ALIGNED_BYTES) * _ALIGNED_BYTES
+        if stop + aligned <= room_bytes:
+            places[name] = stop
+            stop += aligned
+    return places, stop
 
 
-def _cut(start: int, num_bytes: int) -> Iterator[tuple[int, int]]:
-    """Yield the parts of a range of an arena that are page-locked together."""
-    stop = start + num_bytes
-    while start < stop:
-        size = min(stop, (start // _PIN_BYTES + 1) * _PIN_BYTES) - start
-        yield start, size
-        start += size
+def _empty(buffer: Tensor, has_left: torch.cuda.Event, target: Tensor) -> None:
+    has_left.synchronize()
+    target.copy_(buffer[: target.numel()])
+
+
+class Leaving:
+    """A state on its way from the device to an arena: `bring` does it, on a thread that has time for it."""
+
+    def __init__(self, sources: dict[str, Tensor], layout: ShardLayout, arena: Tensor, way: DeviceExit) -> None:
+        self._layout, self._arena, self._exit = layout, arena, way
+        way.stream.wait_stream(torch.cuda.current_stream(way.device))
+        with torch.cuda.stream(way.stream):
+            self._clones = way.clone_some(sources)
+            self._is_free = way.stream.record_event()
+        self._late = {name: source for name, source in sources.items() if name not in self._clones}
+        """What found no room on the device."""
+        self._is_asked_for = threading.Event()
+        """The device knows all that it must copy before the live state may change."""
+        if not self._late:
+            self._is_asked_for.set()
+        self._is_given_up = False
+        self._is_over = threading.Event()
+
+    def bring(self) -> None:
+        """Copy it all, then give the memory on the device back."""
+        try:
+            with self._exit.lock:
+                torch.cuda.set_device(self._exit.device)
+                try:
+                    with torch.cuda.stream(self._exit.stream):
+                        if self._late:
+                            self._send(self._late)
+                            self._is_free = self._exit.stream.record_event()
+                            self._is_asked_for.set()
+                        self._send(self._clones)
+                finally:
+                    self._exit.wait()
+        finally:
+            self._clones.clear()
+            self._exit.release()
+            self._is_asked_for.set()
+            self._is_over.set()
+
+    def _send(self, sources: dict[str, Tensor]) -> None:
+        for name in list(sources):
+            source, offset = sources.pop(name), self._layout.entries[name].offset
+            for start in range(0, source.numel(), _PIECE_BYTES):
+                if self._is_given_up:
+                    raise GivenUpError
+                part = source[start : start + _PIECE_BYTES]
+                self._exit.send(part, self._arena[offset + start : offset + start + part.numel()])
+
+    def wait_on_device(self) -> None:
+        """Let the current stream wait until the live state may change."""
+        self._is_asked_for.wait()
+        self._is_free.wait()
+
+    def give_up(self) -> None:
+        """Let `bring`, which may be at it, end early, and wait for that."""
+        self._is_given_up = True
+        self._is_over.wait()

@@ -392,7 +392,7 @@ def test_the_last_save_is_tried_again_until_it_is_committed(tmp_path):
 
 class SlowStager(Stager):
     def __init__(self, arenas, copied):
-        super().__init__(arenas, torch.device("cpu"))
+        super().__init__(arenas)
         self.copied = copied
 
     def stage(self, live, layout, held, *, index):
