@@ -5,6 +5,7 @@ The store belongs to whoever formed the world: torchrun, or the trainer that Sol
 """
 
 import gc
+import logging
 import os
 import socket
 import threading
@@ -22,6 +23,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from elastic.errors import ConfigError
 from elastic.ports import WorldSpec
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,9 +186,10 @@ def open_world(
     # did not form has counted here and not there, and the next one would wait under another name than its peers.
     dist.distributed_c10d._world.group_count = 0  # pyright: ignore[reportPrivateUsage] # no public way to name them
     # A prefix per attempt: keys that a dead world left behind must never be read by the next one.
+    store = dist.PrefixStore(f"attempt-{spec.attempt}", store)
     dist.init_process_group(
-        "nccl" if rank_device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"attempt-{spec.attempt}", store),
+        _choose_backend(store, rank_device, rank=spec.rank, world_size=spec.world_size),
+        store=store,
         rank=spec.rank,
         world_size=spec.world_size,
         timeout=timeout,
@@ -200,6 +204,26 @@ def open_world(
         node=spec.node,
         device=rank_device,
     )
+
+
+def _choose_backend(store: dist.Store, device: torch.device, *, rank: int, world_size: int) -> str:
+    """Return NCCL for GPUs, and gloo for CPUs or if two ranks share a GPU, which NCCL refuses; the same on all ranks.
+
+    gloo takes all that the ranks say to each other through host memory: right for trying things out, and slow.
+    """
+    if device.type != "cuda":
+        return "gloo"
+    if world_size == 1:
+        return "nccl"
+    store.set(f"gpu-{rank}", str(torch.cuda.get_device_properties(device).uuid))
+    keys = [f"gpu-{other}" for other in range(world_size)]
+    store.wait(keys)
+    num_gpus = len({store.get(key) for key in keys})
+    if num_gpus == world_size:
+        return "nccl"
+    if rank == 0:
+        logger.warning("%d ranks share %d GPU(s): they talk through host memory, which is slow", world_size, num_gpus)
+    return "gloo"
 
 
 def close_world(world: World, *, peers: Literal["alive", "lost"] = "alive") -> None:
