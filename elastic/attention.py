@@ -6,6 +6,7 @@ Letters: B batch, S sequence, H query heads, K key/value heads, E size of one he
 import importlib.util
 import logging
 import statistics
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -75,7 +76,8 @@ def choose_attention(config: RunConfig, device: torch.device) -> Kind:
         shape = (config.train.micro_batch, config.data.seq_len)
         _measure(config.attention, config.model, shape, config.precision, device, repeats=1)
         return config.attention
-    return _find_fastest(config.model, config.data.seq_len, config.train.micro_batch, config.precision, device)
+    shape = replace(config.model, num_layers=1)  # however many there are: what was found holds for all
+    return _find_fastest(shape, config.data.seq_len, config.train.micro_batch, config.precision, device)
 
 
 @lru_cache

@@ -36,7 +36,7 @@ from elastic.spikes import Recent
 from elastic.spool import OpenRun, open_run
 from elastic.step import build_trainable, train_step
 from elastic.storage import Storage
-from elastic.timeline import Timeline
+from elastic.timeline import Laps, Timeline
 from elastic.watchdog import Watchdog
 from elastic.world import Breaker, World, close_world, get_device, open_world
 
@@ -73,7 +73,7 @@ def train(
         UserError: configuration, data or storage cannot work; all ranks raise it or are ended by the one that does.
         StepError, CheckpointError: training cannot go on; all ranks raise it.
     """
-    timeline = Timeline(observer, phase="load", start_s=time())
+    timeline, laps = Timeline(observer, phase="load", start_s=time()), Laps()
     progress, is_led, breaker = Progress(), breaker is not None, breaker or Breaker()
     with (
         nullcontext(run) if run else open_run(config.storage, config.run) as opened,
@@ -83,10 +83,15 @@ def train(
         try:
             breaker.arm(get_device(config.device, local_rank=spec.local_rank))
             world = open_world(spec, device=config.device, timeout_s=config.fault.collective_timeout_s, store=store)
+            laps.end("the world")
             sinks_of_rank = open_sinks if world.rank == 0 else list[MetricSink]
             watchers = _Watchers(notices=notices, observer=observer, open_sinks=sinks_of_rank)
             _check_storage(opened.storage, config, world)
-            with _build_parts(config, opened, world, watchers, memory=memory, spec=spec) as (parts, progress, recent):
+            laps.end("storage")
+            built = _build_parts(config, opened, world, watchers, memory=memory, spec=spec, laps=laps)
+            with built as (parts, progress, recent):
+                if world.rank == 0:
+                    log.info("world of %d ready: %s", world.world_size, laps)
                 outcome = run_loop(parts, progress, recent, timeline)
         except StaleEpochError as error:
             if not is_led:
@@ -120,12 +125,20 @@ class _Place(TypedDict):
 
 @contextmanager
 def _build_parts(
-    config: RunConfig, run: OpenRun, world: World, watchers: _Watchers, *, memory: Memory | None, spec: WorldSpec
+    config: RunConfig,
+    run: OpenRun,
+    world: World,
+    watchers: _Watchers,
+    *,
+    memory: Memory | None,
+    spec: WorldSpec,
+    laps: Laps,
 ) -> Generator[tuple[Parts, Progress, Recent]]:
     """Build data, model and checkpointer, restore the newest state, and take it all down again."""
     dataset = open_dataset(config.data.path)
     check_fits(dataset, config)
     trainable = build_trainable(config, world, first_weights="undefined")
+    laps.end("model")
     restored = restore(
         run.storage,
         trainable.model,
@@ -148,6 +161,7 @@ def _build_parts(
         memory.retire(before_epoch=world.attempt, keep_step=progress.step)
         restored_index = memory.find_index(epoch=restored.epoch, step=progress.step)
     watchers.observer.restored(progress, source)
+    laps.end(f"state ({source})")
 
     place = _Place(rank=world.rank, world_size=world.world_size, device=world.device)
     model_file = plugins.load("elastic.models", config.model.kind, key="model.kind")
@@ -169,8 +183,6 @@ def _build_parts(
     )
     with ExitStack() as stack:
         stack.callback(checkpointer.close)
-        if restored:
-            checkpointer.prepare(trainable.model, trainable.optimizer)
         profiler = Profiler(
             at_step=config.profile_at_step,
             num_steps=config.profile_steps,
@@ -179,6 +191,7 @@ def _build_parts(
         )
         stack.callback(profiler.close)
         loader = stack.enter_context(Loader(dataset, config=config, start_step=progress.step, **place))
+        laps.end("saves and data")
         yield (
             Parts(
                 config=config,
@@ -303,7 +316,9 @@ def explain_peer_loss(error: Exception) -> str:
 def warm_up() -> None:
     """Import and use once what a trainer needs, on the CPU with a fake process group, and leave no thread behind.
 
-    A process that was warmed up can be forked: its children start training in a fraction of a second.
+    A process that was warmed up can be forked: its children start training in a fraction of a second. Where torch knows
+    CUDA, no step is made here: autograd would look for GPUs, and no child of a process that did could use one. There
+    each trainer rehearses for itself (`elastic.rehearsal`).
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: PLC0415 (private; the only fake group)
 
@@ -314,6 +329,13 @@ def warm_up() -> None:
     world = World(
         rank=0, world_size=2, local_rank=0, local_world_size=2, attempt=0, node="", device=torch.device("cpu")
     )
+    world.build_mesh(shard=2)
+    if torch.version.cuda is None:
+        _train_a_little(world)
+    close_world(world)
+
+
+def _train_a_little(world: World) -> None:
     config = RunConfig(
         model=ModelConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_dim=16, vocab_size=16),
         data=DataConfig(seq_len=8),
@@ -323,5 +345,3 @@ def warm_up() -> None:
     tokens_BS = torch.zeros(1, 8, dtype=torch.int64)
     train_step(trainable, [(tokens_BS, tokens_BS)], lr=0.0, max_grad_norm=1.0, world=world)
     get_live_state(trainable.model, trainable.optimizer)
-    del trainable
-    close_world(world)

@@ -76,7 +76,7 @@ class Trainer:
     attempt: int | None = None
     """Whose world it is in; None: it waits for one."""
     is_warm: bool = False
-    """It has opened its device and could join a world."""
+    """It has opened its device, knows its part and could join a world."""
     heard_s: float | None = None
     step: int = 0
     """The last one it told."""
@@ -102,6 +102,7 @@ class Place:
     claim: Message | None = None
     """What the coordinator is told of the newest claim, once the trainer is warm and in no world of another's."""
     is_told: bool = False
+    num_forks: int = 0
 
 
 @dataclass(kw_only=True)
@@ -326,6 +327,7 @@ class Host:
         ours, theirs = socket.socketpair()
         memory = self.keeper.open_connection() if self.keeper else None
         parent_pid = os.getpid()
+        place.num_forks += 1
         pid = os.fork()
         if pid == 0:
             ours.close()
@@ -365,6 +367,7 @@ class Host:
                 keeper=memory,
                 secret=spec.secret,
                 folder=Path(spec.folder),
+                rehearses=place.num_forks == 1,  # one that replaces another is waited for
             )
             code = 0
         except BaseException:

@@ -4,6 +4,7 @@ The process outlives its worlds: when a peer is lost or a change is due it leave
 compiled code and its snapshots, and waits to join the next.
 """
 
+import logging
 import os
 import queue
 import socket
@@ -26,10 +27,13 @@ from elastic.checkpoint.memory import Memory
 from elastic.config import RunConfig
 from elastic.errors import SolventError
 from elastic.ports import Finished, Interrupted, Lost, MetricSink, Notice, Phase, Progress, Source, Stall, WorldSpec
+from elastic.rehearsal import rehearse
 from elastic.rundir import RunDir
 from elastic.sinks import jsonl
 from elastic.storage import is_url, join_url, open_storage
 from elastic.world import Breaker, open_store
+
+logger = logging.getLogger(__name__)
 
 
 class WorldOrders:
@@ -146,6 +150,7 @@ def run(
     keeper: socket.socket | None,
     secret: str,
     folder: Path,
+    rehearses: bool,
 ) -> None:
     """Open device and store, then train in one world after the other until one ends for good.
 
@@ -153,7 +158,9 @@ def run(
         keeper: connection to the node's keeper; None: snapshots are not kept in memory.
         secret: opens the keepers of the other nodes.
         folder: goes with the host.
+        rehearses: nobody waits for this trainer yet.
     """
+    logging.basicConfig(level=os.environ.get("SOLVENT_LOG", "WARNING"), format="%(message)s")
     config = configs.from_dict(config_fields)
     torch.set_num_threads(config.cluster.threads_per_worker)
     _choose_interface(node_ip)
@@ -161,6 +168,8 @@ def run(
     store = open_store(node_ip, timeout_s=config.fault.collective_timeout_s)
     memory = Memory(keeper, node=node, secret=secret) if keeper else None
     orders, streams = Orders(link), Streams()
+    if rehearses:
+        _rehearse(config)
     link.send("warm")
     stays = True
     while stays:
@@ -187,6 +196,15 @@ def _open_device(config: RunConfig) -> None:
     if config.device != "cpu" and torch.cuda.is_available():
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         torch.zeros(1, device="cuda")
+
+
+def _rehearse(config: RunConfig) -> None:
+    try:
+        storage = open_storage(join_url(config.storage, config.run))
+    except SolventError as error:
+        logger.warning("the run's storage cannot be opened yet: %s", error)  # the world says so again, and ends the run
+        return
+    rehearse(config, storage)
 
 
 def _train_in(

@@ -1,0 +1,89 @@
+"""What a trainer has rehearsed is compiled: for its own worlds, and for nodes that come later."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from elastic.config import ClusterConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
+from elastic.rehearsal import COMPILED, rehearse
+from elastic.storage import open_storage
+
+CONFIG = RunConfig(
+    device="cpu",
+    model=ModelConfig(dim=32, num_layers=3, num_heads=2, num_kv_heads=2, ffn_dim=64, vocab_size=64),
+    data=DataConfig(seq_len=16),
+    train=TrainConfig(global_batch=4, micro_batch=2),
+    cluster=ClusterConfig(min_workers=1, max_workers=2),
+    compile=True,
+)
+NODE = """
+import json, sys
+import torch
+import torch.distributed as dist
+from torch._dynamo.utils import counters
+from elastic.ports import WorldSpec
+from elastic.rehearsal import rehearse
+from elastic.step import build_trainable, train_step
+from elastic.storage import open_storage
+from elastic.world import close_world, open_world
+from tests.distributed.test_rehearsal import CONFIG
+from dataclasses import replace
+
+rehearse(CONFIG, open_storage(sys.argv[1]))
+found = {"compiled": counters["stats"]["unique_graphs"], "cached": counters["inductor"]["fxgraph_cache_hit"]}
+tokens_BS = torch.zeros(2, 16, dtype=torch.int64)
+for attempt, strategy in enumerate(("fsdp2", "single"), start=1):
+    spec = WorldSpec(
+        rank=0, world_size=1, local_rank=0, local_world_size=1, attempt=attempt, store_host="", store_port=0
+    )
+    world = open_world(spec, device="cpu", timeout_s=60, store=dist.HashStore())
+    alone = replace(CONFIG.cluster, max_workers=1)
+    trainable = build_trainable(replace(CONFIG, strategy=strategy, cluster=alone), world)
+    train_step(trainable, [(tokens_BS, tokens_BS)], lr=0.0, max_grad_norm=1.0, world=world)
+    del trainable
+    close_world(world)
+found["compiled_later"] = counters["stats"]["unique_graphs"] - found["compiled"]
+print(json.dumps(found))
+"""
+
+
+def run_node(folder, name):
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / name), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", NODE, folder / "run"]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout)
+
+
+def test_what_was_rehearsed_is_not_compiled_again_and_a_node_that_comes_later_finds_it(tmp_path):
+    first = run_node(tmp_path, "first")
+    assert first["compiled"] > 0
+    assert first["compiled_later"] == 0
+    (kept,) = (tmp_path / "run" / COMPILED).iterdir()
+    written_ns = kept.stat().st_mtime_ns
+    second = run_node(tmp_path, "second")
+    print(first, second, f"{kept.stat().st_size} bytes kept")
+    assert second["compiled_later"] == 0
+    assert second["cached"] > first["cached"]
+    assert kept.stat().st_mtime_ns == written_ns
+
+
+@pytest.mark.parametrize("damage", [b"", b"no compiled code"])
+def test_what_was_kept_and_is_damaged_is_made_anew(tmp_path, monkeypatch, damage):
+    storage = open_storage(tmp_path)
+    monkeypatch.setattr("elastic.rehearsal._describe", lambda *_: "it")
+    storage.write(f"{COMPILED}it", [damage])
+    rehearse(replace(CONFIG, model=replace(CONFIG.model, dim=48)), storage)
+    assert len(storage.read(f"{COMPILED}it")) > 1000
+
+
+def test_what_goes_wrong_costs_a_warning(tmp_path, caplog):
+    rehearse(replace(CONFIG, attention="flash"), open_storage(tmp_path))  # there is none on a CPU
+    assert "did not work: ConfigError: attention=flash" in caplog.text
+
+
+def test_without_a_gpu_or_a_compiler_nothing_is_done(tmp_path):
+    rehearse(replace(CONFIG, compile=False), open_storage(tmp_path))
+    assert list(tmp_path.iterdir()) == []
