@@ -67,7 +67,7 @@ from elastic.ports import Address, Progress
 from elastic.spool import open_run
 from elastic.storage import is_url
 
-HOST_SILENT_S = 5.0
+HOST_SILENT_S = 4.0
 """A host that has not sent its beat (once a second) for this long is taken for gone: a lost machine sends no FIN."""
 WATCH_EVERY_S = 0.5
 LOST_FOR_S = 30.0

@@ -14,7 +14,7 @@ from tests.ray._traces import find_hosts, find_trainers, get_parent
 
 STEPS = 300
 SILENT_S, HANG_STEP_S, HANG_DATA_S = 4.0, 3.0, 5.0
-HOST_SILENT_S = 5.0
+HOST_SILENT_S = 4.0
 SLACK_S = 6.0
 """For the new world to form and to make its first step, on a machine that does other things as well."""
 
