@@ -3,15 +3,16 @@
     python -m tests.bench_checkpoint                           # one GPU, 1.5 B parameters, 16.8 GiB of state
     torchrun --nproc-per-node 3 -m tests.bench_checkpoint      # CPU, a small model
 
-Ours takes a snapshot every `EVERY` steps, the first one included, and writes to the disk as often as that takes it. Some
-steps without saves and as many with them take turns, because other work on the machine comes and goes: the ratio is the
-median of those of the turns, and that of CPU seconds (of rank 0 without its keeper) is shown beside it. The others save
-once each. Every step ends with a synchronisation of the device. Prints a line `RESULT {json}` per way.
+Ours takes a snapshot every `EVERY` steps, the first one included, and writes to the disk as often as that takes it.
+Some steps without saves and as many with them take turns, because other work on the machine comes and goes: the ratio
+is the median of those of the turns, and that of CPU seconds (of rank 0 without its keeper) is shown beside it. The
+others save once each. Every step ends when the device has done it. Prints a line `RESULT {json}` per way.
 """
 
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import tempfile
@@ -73,6 +74,7 @@ class Bench:
         self.trainable = build_trainable(self.config, self.world)
         batch, seq_len = (4, 4096) if is_gpu else (4, 128)
         tokens_BS = torch.randint(self.config.model.vocab_size, (batch, seq_len + 1), device=self.device)
+        self.kept_alive: list[Memory] = []
         self.batch = (tokens_BS[:, :-1].contiguous(), tokens_BS[:, 1:].contiguous())
 
     def run(
@@ -97,7 +99,7 @@ class Bench:
             )
             after(step)
             if self.device.type == "cuda":
-                torch.cuda.synchronize()
+                torch.cuda.current_stream().synchronize()  # not of the stream that copies to the host
             took_s.append(time.perf_counter() - start_s)
         return took_s
 
@@ -139,6 +141,7 @@ def bench_ours(bench: Bench) -> float:
     storage = open_storage(str(bench.folder / "ours"))
     keeper = start_keeper(node="bench", ip="127.0.0.1", secret="bench")
     memory = Memory(keeper.open_connection(), node="bench", secret="bench")
+    bench.kept_alive.append(memory)  # its arenas stay page-locked, and nobody else may get their addresses
     durable, kept = [], []
     model, optimizer = bench.trainable.model, bench.trainable.optimizer
     checkpointer = Checkpointer(
@@ -151,10 +154,16 @@ def bench_ours(bench: Bench) -> float:
         on_kept=lambda progress: kept.append(progress.step),
     )
 
+    saves: list[int] = []
+    calls_ms: list[float] = []
+
     def after(step: int) -> None:
         due = checkpointer.get_due(step)
         if due:
-            checkpointer.start_save(model, optimizer, progress=Progress(step=step), extra={}, tier=due)
+            start_s = time.perf_counter()
+            if checkpointer.start_save(model, optimizer, progress=Progress(step=step), extra={}, tier=due):
+                saves.append(step)
+                calls_ms.append(round(1000 * (time.perf_counter() - start_s), 1))
         else:
             checkpointer.poll()
 
@@ -171,6 +180,7 @@ def bench_ours(bench: Bench) -> float:
         cpu_ratios.append((cpu_s[2] - cpu_s[1]) / (cpu_s[1] - cpu_s[0]))
     manifest = read_manifest(storage, list_committed(storage)[-1])
     held_bytes = memory._client.fetch_held_bytes()
+    first = EVERY // 2
     base, took_s = list(chain(*without_s)), list(chain(*with_s))
     base_s = statistics.median(base)
     bench.report("no saves", base, base_s)
@@ -185,9 +195,12 @@ def bench_ours(bench: Bench) -> float:
         durable_saves=len(durable),
         seconds_to_durable=round(checkpointer.get_usual_s("storage") or 0, 2),
         seconds_to_memory=round(checkpointer.get_usual_s("memory") or 0, 2),
+        calls_ms=calls_ms,
+        around_saves_ms=[[round(1000 * s, 1) for s in took_s[step - first : step - first + 3]] for step in saves],
         state_gib=round(sum(file.size_bytes for file in manifest.files.values()) / GIB, 3),
         snapshot_memory_gib=round(held_bytes / GIB, 3),
-        five_worst_ms=[round(1000 * s, 1) for s in sorted(took_s)[-5:]],
+        host_peak_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        five_worst=sorted(((round(1000 * s, 1), first + i) for i, s in enumerate(took_s)), reverse=True)[:5],
     )
     bench.remove("ours")
     checkpointer.close()
@@ -231,6 +244,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, help="on the disk to measure")
+    parser.add_argument("--ours", action="store_true", help="and no others")
     args = parser.parse_args()
     shared = args.folder or Path(os.environ.get("BENCH_FOLDER", tempfile.gettempdir()))
     folder = shared / f"bench-{os.environ.get('TORCHELASTIC_RUN_ID', os.getpid())}"
@@ -238,7 +252,7 @@ def main() -> None:
     bench = Bench(folder)
     bench.run(10, before_update=nothing, after=nothing)
     base_s = bench_ours(bench)
-    for way in ("dcp.save", "dcp.async_save", "dcp.async_save with its stager"):
+    for way in ("dcp.save", "dcp.async_save", "dcp.async_save with its stager") if not args.ours else ():
         try:
             bench_dcp(bench, base_s, way)
         except Exception as error:

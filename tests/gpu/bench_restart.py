@@ -1,12 +1,15 @@
 """How soon a trainer trains again on one GPU: in place, forked from its warm host, and as a new process.
 
-    python -m tests.gpu.bench_restart
+    python -m tests.gpu.bench_restart            # one trainer per GPU, over NCCL
+    python -m tests.gpu.bench_restart --share 4  # so many on the first GPU, over gloo
 
-A real host with a real keeper and a real trainer; this script plays the coordinator. NCCL, world size 1, 1.5 B
-parameters, compiled block by block. Prints lines `RESULT {json}`. Needs neither Ray nor W&B; on a CPU it tries a tiny
-model.
+A real host with a real keeper and real trainers; this script plays the coordinator. 1.5 B parameters (0.13 B if a GPU
+is shared), compiled block by block. Prints lines `RESULT {json}`: `compiled` counts the pieces of code that all
+trainers together have compiled for a world, `used_gib` is the memory of all GPUs. Needs neither Ray nor W&B; on a CPU
+it tries a tiny model on two ranks, compiled with `--compile`.
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -21,18 +24,33 @@ from pathlib import Path
 
 import torch
 
+from cluster.controller import Policy
 from cluster.runtime.link import Link
 from cluster.runtime.seat import Seat, write_seat
-from elastic.config import CheckpointConfig, DataConfig, FaultConfig, ModelConfig, RunConfig, TrainConfig, WandbConfig
+from elastic.config import (
+    CheckpointConfig,
+    ClusterConfig,
+    DataConfig,
+    FaultConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    WandbConfig,
+)
 from elastic.data.prepare import prepare
 
 ROOT = Path(__file__).parents[2]
 IS_GPU = torch.cuda.is_available()
+SMALL = ModelConfig(dim=768, num_layers=12, num_heads=12, num_kv_heads=12, ffn_dim=2048, vocab_size=32000)
 MODEL = (
     ModelConfig(dim=2048, num_layers=16, num_heads=32, num_kv_heads=8, ffn_dim=8192, vocab_size=128256, tied_head=False)
     if IS_GPU
     else ModelConfig(dim=64, num_layers=2, num_heads=4, num_kv_heads=4, ffn_dim=128, vocab_size=512)
 )
+LEAVE_S = Policy(world_sizes=(1,), max_failures_without_progress=1).leave_s
+"""As the coordinator, this script kills a trainer that has not left its world by then."""
+MARKS = ("ready:", "rehearsed", "did not work")
+"""Lines of the trainers' logs that are shown."""
 COLD = """
 import json, sys
 from pathlib import Path
@@ -56,8 +74,9 @@ def report(**row: object) -> None:
 class Coordinator:
     """This script's end of the link to a host with one slot per GPU."""
 
-    def __init__(self, folder: Path, config: RunConfig, *, slots: list[str]) -> None:
+    def __init__(self, folder: Path, config: RunConfig, *, slots: list[str], share: int) -> None:
         self.folder = folder
+        self.num_compiled = 0
         self.messages: list[dict] = []
         self.pids: dict[str, int] = {}
         self.attempt = 0
@@ -75,6 +94,7 @@ class Coordinator:
         (folder / "host").mkdir()
         write_seat(folder / "host", Seat(epoch=1, host="127.0.0.1", port=listener.getsockname()[1]))
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+        env |= {"SOLVENT_LOG": "INFO", "TORCH_TRACE": str(folder / "trace")}
         command = [sys.executable, "-m", "cluster.runtime.host"]
         subprocess.run(command, input=json.dumps(spec).encode(), env=env, cwd=ROOT, check=True)
         listener.settimeout(120)
@@ -86,9 +106,10 @@ class Coordinator:
             while agent.connect_ex(str(folder / "host" / "socket")):
                 time.sleep(0.01)
             self.agents.append(Link(agent))
-            devices = {"CUDA_VISIBLE_DEVICES": slot.removeprefix("gpu")} if IS_GPU else {}
+            devices = {"CUDA_VISIBLE_DEVICES": "0" if share else slot.removeprefix("gpu")} if IS_GPU else {}
             self.agents[-1].send("claim", group=1, group_size=1, pid=1, slot=slot, env=devices)
-            self.expect("claimed")
+        for slot in slots:
+            self.expect("claimed", slot=slot)
 
     def expect(self, kind: str, *, timeout_s: float = 100, **fields: object) -> dict:
         """Return the next message of a kind; what a trainer says counts as a message of its own, with its slot."""
@@ -100,8 +121,7 @@ class Coordinator:
                     self.messages.remove(message)
                     return message
             for message in self.link.receive(0.1) or []:
-                inner = message.get("message", message)
-                self.messages.append({**inner, "slot": message.get("slot"), "attempt": message.get("attempt")})
+                self.messages.append({**message, **message.get("message", {})})
         log = "".join(path.read_text()[-1500:] for path in (self.folder / "host").glob("*.log"))
         raise TimeoutError(f"no {wanted}; the logs end: {log}")
 
@@ -121,8 +141,15 @@ class Coordinator:
             self.tell("park", slots, reason="a change", deadline_s=None, keep_in="memory")
         else:
             self.tell("leave", slots)
+        until_s = start_s + LEAVE_S if how != "park" else float("inf")
         for slot in slots:
-            self.expect("ended", slot=slot, attempt=self.attempt)
+            try:
+                self.expect("ended", timeout_s=max(0.0, min(100, until_s - time.monotonic())), slot=slot)
+            except TimeoutError:
+                if how == "park":
+                    raise
+                self.tell("kill", [slot])
+                self.expect("ended", slot=slot)
         return start_s
 
     def measure(self, way: str, slots: list[str], start_s: float, last_step: int = 0) -> int:
@@ -160,8 +187,33 @@ class Coordinator:
             step=step,
             usual_step_s=round(usual["row"]["step_s"], 3),
             new_processes=len(new),
+            compiled=self.count_compiled(),
+            used_gib=get_used_gib(),
         )
         return usual["progress"]["step"]
+
+    def count_compiled(self) -> int:
+        """Return how many pieces of code were compiled since the last time."""
+        before = self.num_compiled
+        logs = (self.folder / "trace").glob("*")
+        self.num_compiled = sum(path.read_text(errors="replace").count('"dynamo_start"') for path in logs)
+        return self.num_compiled - before
+
+    def read_logs(self) -> list[str]:
+        """Return what the parts of each start took."""
+        lines = [
+            line for path in sorted((self.folder / "host").glob("*.log")) for line in path.read_text().splitlines()
+        ]
+        return [line for line in lines if any(mark in line for mark in MARKS)]
+
+
+def get_used_gib() -> float | None:
+    """Return the memory of all GPUs that is in use, by anyone."""
+    if not IS_GPU:
+        return None
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    return round(sum(map(int, lines)) / 1024, 1)
 
 
 def change(coordinator: Coordinator, way: str, how: str, before: list[str], after: list[str]) -> None:
@@ -181,28 +233,34 @@ def change(coordinator: Coordinator, way: str, how: str, before: list[str], afte
 
 def main() -> None:
     """Measure and print."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--share", type=int, default=0, help="trainers on one GPU")
+    parser.add_argument("--compile", action="store_true", help="on a CPU, too")
+    args = parser.parse_args()
+    share: int = args.share
     folder = Path(tempfile.mkdtemp(prefix="r-"))
     lines = [json.dumps({"text": f"In the beginning was the word {n}. " * 8}) for n in range(20_000 if IS_GPU else 500)]
     (folder / "a.jsonl").write_text("\n".join(lines))
     prepare([folder / "a.jsonl"], folder / "data", vocab_size=300, val_fraction=0.05)
+    slots = [f"gpu{index}" for index in range(share or (torch.cuda.device_count() if IS_GPU else 2))]
     config = RunConfig(
         run="r",
         storage=str(folder / "runs"),
-        model=MODEL,
+        model=SMALL if share else MODEL,
         precision="bf16" if IS_GPU else "fp32",
-        compile=IS_GPU,
-        data=DataConfig(path=str(folder / "data"), seq_len=4096 if IS_GPU else 64),
-        train=TrainConfig(steps=100_000, global_batch=4, micro_batch=2, eval_samples=4),
+        compile=IS_GPU or args.compile,
+        data=DataConfig(path=str(folder / "data"), seq_len=(512 if share else 4096) if IS_GPU else 64),
+        train=TrainConfig(steps=100_000, global_batch=8 if share else 4, micro_batch=2, eval_samples=4),
         checkpoint=CheckpointConfig(every_steps=100_000, memory_every_steps=10),
         fault=FaultConfig(collective_timeout_s=120),
+        cluster=ClusterConfig(max_workers=len(slots)),
         wandb=WandbConfig(mode="disabled"),
     )
-    slots = [f"gpu{index}" for index in range(torch.cuda.device_count() if IS_GPU else 2)]
     start_s = time.monotonic()
-    coordinator = Coordinator(folder, config, slots=slots)
-    report(way="host and trainers warm", seconds=round(time.monotonic() - start_s, 2))
+    coordinator = Coordinator(folder, config, slots=slots, share=share)
+    report(way="host warm, trainers rehearsed", seconds=round(time.monotonic() - start_s, 2))
     try:
-        coordinator.measure("first world, nothing compiled yet", slots, time.monotonic())
+        coordinator.measure("first world", slots, time.monotonic())
         if len(slots) > 1:
             one = slots[:1]
             for _ in range(2):
@@ -215,6 +273,7 @@ def main() -> None:
         for _ in range(2):
             change(coordinator, "told to leave, same world", "leave", slots, slots)
             change(coordinator, "the trainer killed -9", "kill", slots, slots)
+        print("\n".join(coordinator.read_logs()), flush=True)
         coordinator.link.send("end", reason="measured", forget=False)
         while coordinator.link.receive() is not None:
             pass
