@@ -288,7 +288,7 @@ def test_a_disk_that_fills_up_during_a_save_is_explained_and_the_older_checkpoin
 
 
 def test_a_disk_that_fills_up_between_saves_is_explained_and_the_run_goes_on_once_there_is_room(saved, mount):
-    place = mount("-t", "tmpfs", "-o", "size=2m", "tmpfs")
+    place = mount("-t", "tmpfs", "-o", "size=8m", "tmpfs")
     metrics = place / "saved" / "metrics.jsonl"
     before, rows = read_tree(place / "saved" / "checkpoints"), metrics.read_bytes()
     where = (saved.config, f"storage={place}", f"data.path={saved.data}")
