@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import IO
 
-_SOLVENT = "import sys; from cluster.cli import main; sys.exit(main())"
+_SOLVENT = "from cluster.cli import enter; enter()"
 
 
 class DriverProcess:

@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import NoReturn, Protocol, cast
 
 from elastic import plugins
 from elastic.errors import SolventError
@@ -80,3 +80,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED_BY_KEYBOARD
+
+
+def enter() -> NoReturn:
+    """Be the command: run one verb and end the process with its exit code.
+
+    Ray's threads are not all gone when `ray.shutdown` returns, and some bring the interpreter down while it ends: a
+    driver that had said why it gave up was seen to return SIGSEGV. So nothing is left to the interpreter's end.
+    """
+    code = main()
+    if "ray" in sys.modules:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

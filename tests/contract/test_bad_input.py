@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOLVENT = [sys.executable, "-c", "import sys; from cluster.cli import main; sys.exit(main())"]
+SOLVENT = [sys.executable, "-c", "from cluster.cli import enter; enter()"]
 ELASTIC = [sys.executable, "-m", "elastic"]
 CONFIG = """
 run: saved

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-VERB = [sys.executable, "-c", "import sys; from cluster.cli import main; sys.exit(main())", "bench"]
+VERB = [sys.executable, "-c", "from cluster.cli import enter; enter()", "bench"]
 TINY = """
 device: cpu
 model: {dim: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, ffn_dim: 32, vocab_size: 64}

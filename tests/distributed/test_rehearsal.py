@@ -70,6 +70,7 @@ def test_what_was_rehearsed_is_not_compiled_again_and_a_node_that_comes_later_fi
     assert kept.stat().st_mtime_ns == written_ns
 
 
+@pytest.mark.filterwarnings("ignore")  # an error while it compiles would end that
 @pytest.mark.parametrize("damage", [b"", b"no compiled code"])
 def test_what_was_kept_and_is_damaged_is_made_anew(tmp_path, monkeypatch, damage):
     storage = open_storage(tmp_path)

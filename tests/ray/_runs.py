@@ -10,7 +10,7 @@ import yaml
 from elastic.rundir import RunDir, read_rows
 from tests.ray._traces import wait_until
 
-SOLVENT = "import sys; from cluster.cli import main; sys.exit(main())"
+SOLVENT = "from cluster.cli import enter; enter()"
 TINY = {
     "device": "cpu",
     "model": {"dim": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 128, "vocab_size": 512},
