@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -254,8 +255,8 @@ def test_storage_that_is_read_only_is_explained(saved, mount, no_ray, command):
 
 
 def fill(place, *, left_bytes):
-    """Write until so many bytes are left, in whole pages."""
-    with (place / "ballast").open("wb") as ballast:
+    """Write until so many bytes are left, in whole pages; fewer, if a run takes some meanwhile."""
+    with suppress(OSError), (place / "ballast").open("wb") as ballast:
         ballast.write(bytes(shutil.disk_usage(place).free - left_bytes))
 
 
