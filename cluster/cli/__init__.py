@@ -5,6 +5,7 @@ it takes and `run(args)` does it and returns the exit code. It imports torch, ra
 """
 
 import argparse
+import atexit
 import os
 import sys
 import traceback
@@ -86,10 +87,12 @@ def enter() -> NoReturn:
     """Be the command: run one verb and end the process with its exit code.
 
     Ray's threads are not all gone when `ray.shutdown` returns, and some bring the interpreter down while it ends: a
-    driver that had said why it gave up was seen to return SIGSEGV. So nothing is left to the interpreter's end.
+    driver that had said why it gave up was seen to return SIGSEGV. So all that is registered for the end is done here,
+    and nothing is left to the interpreter's own.
     """
     code = main()
     if "ray" in sys.modules:
+        atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage] # no public way to run them
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
