@@ -74,7 +74,6 @@ class Bench:
         self.trainable = build_trainable(self.config, self.world)
         batch, seq_len = (4, 4096) if is_gpu else (4, 128)
         tokens_BS = torch.randint(self.config.model.vocab_size, (batch, seq_len + 1), device=self.device)
-        self.kept_alive: list[Memory] = []
         self.batch = (tokens_BS[:, :-1].contiguous(), tokens_BS[:, 1:].contiguous())
 
     def run(
@@ -141,7 +140,6 @@ def bench_ours(bench: Bench) -> float:
     storage = open_storage(str(bench.folder / "ours"))
     keeper = start_keeper(node="bench", ip="127.0.0.1", secret="bench")
     memory = Memory(keeper.open_connection(), node="bench", secret="bench")
-    bench.kept_alive.append(memory)  # its arenas stay page-locked, and nobody else may get their addresses
     durable, kept = [], []
     model, optimizer = bench.trainable.model, bench.trainable.optimizer
     checkpointer = Checkpointer(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from elastic.checkpoint.arena import Arena, allocate_arena
+from elastic.checkpoint.durable import AbandonedError
 from elastic.checkpoint.shards import Box, ShardLayout
 from elastic.checkpoint.state import get_local
 
@@ -95,10 +96,6 @@ class HostArenas:
         self._outgrown.clear()
 
 
-class GivenUpError(Exception):
-    """A copy was given up; its arena holds nothing."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Staged:
     """A copy that is under way (CUDA) or done (CPU); `live` keeps its sources alive."""
@@ -123,7 +120,7 @@ class Staged:
         """Bring what is still on the device to the arena, and return when that may be read; on one thread only.
 
         Raises:
-            GivenUpError: `give_up` was called.
+            AbandonedError: `give_up` was called.
         """
         if self.leaving is not None:
             self.leaving.bring()
@@ -306,7 +303,7 @@ class Leaving:
             source, offset = sources.pop(name), self._layout.entries[name].offset
             for start in range(0, source.numel(), _PIECE_BYTES):
                 if self._is_given_up:
-                    raise GivenUpError
+                    raise AbandonedError
                 part = source[start : start + _PIECE_BYTES]
                 self._exit.send(part, self._arena[offset + start : offset + start + part.numel()])
 
