@@ -17,7 +17,7 @@ from elastic.rundir import RunDir, read_rows
 from tests.ray._exact import read_losses, read_samples
 from tests.ray._nodes import get_env
 from tests.ray._runs import Run
-from tests.ray._traces import find_hosts, find_keepers, find_processes, find_trainers, is_alive, wait_until
+from tests.ray._traces import find_agents, find_hosts, find_keepers, find_processes, find_trainers, is_alive, wait_until
 
 LEASE_S = 14
 LONG = 100_000
@@ -191,10 +191,6 @@ def find_coordinators(run) -> list[int]:
     return [pid for pid, command in find_own(run.nodes).items() if "ray::Coordinator" in command]
 
 
-def find_agents(run) -> set[int]:
-    return {pid for pid, command in find_own(run.nodes).items() if "ray::RayTrainWorker" in command}
-
-
 @pytest.mark.parametrize("led_by", ["the driver that created it", "a driver that found it"])
 def test_a_coordinator_that_dies_is_followed_by_another_under_which_the_same_trainers_train_on(run, nodes, led_by):
     run.overrides |= {"fault.lease_s": 60, "checkpoint.memory_every_steps": 5, "optim.min_lr_ratio": 1}
@@ -205,7 +201,7 @@ def test_a_coordinator_that_dies_is_followed_by_another_under_which_the_same_tra
         run.start()
         run.wait_for(lambda: "ranks 3" in run.get_output(newest=True), timeout_s=60, what="the new driver shows a step")
     hosts, keepers, trainers = (find(nodes.folder) for find in (find_hosts, find_keepers, find_trainers))
-    agents = find_agents(run)
+    agents = find_agents(nodes.folder)
     step = run.last_row()["step"]
     kill_coordinator(run)
 
@@ -214,7 +210,7 @@ def test_a_coordinator_that_dies_is_followed_by_another_under_which_the_same_tra
     assert run.last_row()["world_size"] == 3
     assert (hosts, keepers, trainers) == tuple(find(nodes.folder) for find in (find_hosts, find_keepers, find_trainers))
     if led_by == "the driver that created it":  # or Ray Train may still be forming its group
-        assert agents == find_agents(run)
+        assert set(agents) == set(find_agents(nodes.folder))
     assert "the coordinator was gone; its seat is taken again" in run.get_output(newest=True)
     run.driver.send_signal(signal.SIGINT)
     assert run.wait() == 3, run.get_output()
