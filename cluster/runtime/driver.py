@@ -196,8 +196,22 @@ class _Seat:
 
         Raises:
             SolventError: too many have died.
-            StorageError, ActorGoneError: as `take`.
+            StorageError: as `take`.
         """
+        lost_s = self._lost_s = time.time()
+        while True:
+            self._count_return(error)
+            try:
+                coordinator = self.take()
+                break
+            except adapter.ActorGoneError as another:  # the next one died before it led anything
+                error = another
+        took_s = time.time() - lost_s
+        self._news.append(f"the coordinator was gone; its seat is taken again after {took_s:.1f} s")
+        return coordinator
+
+    def _count_return(self, error: adapter.ActorGoneError) -> None:
+        """Allow for one more coordinator, or raise that too many have died."""
         now_s = time.time()
         self._returns_s = [time_s for time_s in self._returns_s if now_s - time_s < _RETURNS_WITHIN_S]
         if len(self._returns_s) >= _MOST_RETURNS:
@@ -207,11 +221,6 @@ class _Seat:
                 "the same command again: it resumes."
             ) from error
         self._returns_s.append(now_s)
-        self._lost_s = now_s
-        coordinator = self.take()
-        took_s = time.time() - now_s
-        self._news.append(f"the coordinator was gone; its seat is taken again after {took_s:.1f} s")
-        return coordinator
 
     def add_news(self, update: Update) -> Update:
         """Put what happened to the coordinator before what it says itself."""

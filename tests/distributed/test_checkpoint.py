@@ -189,15 +189,16 @@ def test_torch_reads_a_checkpoint_without_us(tmp_path):
 
 
 def save_while_busy(run_dir):
+    may_finish = threading.Event()
+    before_commit = may_finish.wait if dist.get_rank() == 1 else lambda: None
     model, optimizer = build("fsdp2")
-    checkpointer = make_checkpointer(run_dir)
-    gate = checkpointer._writer._fence if dist.get_rank() == 1 else threading.Lock()
-    with gate:  # rank 1 cannot write yet
-        started = checkpointer.start_save(model, optimizer, progress=make_progress(1), extra={})
-        for _ in range(5):
-            checkpointer.poll()
-        again = checkpointer.start_save(model, optimizer, progress=make_progress(2), extra={})
-        newest = checkpointer.poll()
+    checkpointer = make_checkpointer(run_dir, before_commit=before_commit)
+    started = checkpointer.start_save(model, optimizer, progress=make_progress(1), extra={})
+    for _ in range(5):
+        checkpointer.poll()
+    again = checkpointer.start_save(model, optimizer, progress=make_progress(2), extra={})
+    newest = checkpointer.poll()
+    may_finish.set()
     checkpointer.finish()
     third = checkpointer.start_save(model, optimizer, progress=make_progress(3), extra={})
     return started, again, newest, third, checkpointer.finish()
