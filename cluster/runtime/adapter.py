@@ -185,7 +185,7 @@ class SelfDrainLog:
     """
 
     def __init__(self) -> None:
-        self._raylet_pid = int(os.environ["RAY_RAYLET_PID"])
+        self._raylet_pid = get_raylet_pid()
         self._position = 0
         self._found: SelfDrain | None = None
         self._lock = threading.Lock()
@@ -232,6 +232,11 @@ def create_on_node(node: str, cls: type, kwargs: dict[str, Any]) -> Any:
     options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": pin}
     actor: Any = ray.remote(cls)
     return actor.options(**options).remote(**kwargs)
+
+
+def get_raylet_pid() -> int:
+    """Return the process id of the raylet that this worker belongs to."""
+    return int(os.environ["RAY_RAYLET_PID"])
 
 
 def get_own_actor() -> Any:

@@ -27,6 +27,7 @@ from cluster.runtime import adapter
 from cluster.runtime.books import open_books
 from cluster.runtime.link import Link, Message
 from cluster.runtime.notices import Watches
+from cluster.runtime.priority import take_priority_of
 from cluster.runtime.published import Published, Update
 from cluster.runtime.relayed import RowKeeper
 from cluster.runtime.seat import Seat
@@ -106,6 +107,7 @@ class Coordinator:
         Args:
             lost_s: when the coordinator before this one was found dead (Unix seconds), if its hosts live.
         """
+        take_priority_of(adapter.get_raylet_pid())
         self._config_fields = config
         self._config = configs.from_dict(config)
         self._driver = ""

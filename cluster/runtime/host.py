@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from cluster.runtime.link import Link, Message
+from cluster.runtime.priority import take_priority_of
 from cluster.runtime.seat import read_seat
 from elastic.checkpoint.keeping import KeeperProcess, start_keeper
 
@@ -515,6 +516,8 @@ def main() -> None:
 def _start(spec: HostSpec, folder: Path) -> Host:
     """Warm up and open the door to agents."""
     raylet_pidfd = os.pidfd_open(spec.raylet_pid)  # fails if the node is going down already
+    if not take_priority_of(spec.raylet_pid):
+        _log(f"trainers run at niceness {os.nice(0)}, as Ray's workers do; RAY_worker_niceness=0 for the raylet helps")
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"  # a thread pool would make forking unsafe; trainers set their own number
     # torch asks whether there is a GPU when it builds a mesh, even of CPUs. By default that opens the driver, and no

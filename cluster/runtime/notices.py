@@ -15,6 +15,7 @@ from cluster.notices import Departure, Report, find_acknowledgeable
 from cluster.providers import Feed, choose, load
 from cluster.runtime import adapter
 from cluster.runtime.machine import build_machine
+from cluster.runtime.priority import take_priority_of
 from elastic.config import RunConfig
 from elastic.errors import SolventError
 
@@ -24,6 +25,7 @@ class WatchActor:
 
     def __init__(self, coordinator: Any, *, node: str, notices: str, grace_s: float, leave_before_s: float) -> None:
         """Start to read; `coordinator` is the actor whose `hear_watch(node, news)` takes the news."""
+        take_priority_of(adapter.get_raylet_pid())
 
         def tell(news: News) -> None:
             adapter.post(coordinator.hear_watch, node, news)

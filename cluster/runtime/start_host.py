@@ -70,7 +70,7 @@ def start_host(node: str, fields: dict[str, Any]) -> Path:
     fields = dict(fields)
     session, seat = fields.pop("session"), Seat(**fields.pop("seat"))
     folder = get_host_folder(node, session)
-    raylet_pid = int(os.environ["RAY_RAYLET_PID"])
+    raylet_pid = adapter.get_raylet_pid()
     if not _is_running(raylet_pid):
         return folder
     spec = {
