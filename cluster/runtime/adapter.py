@@ -24,6 +24,7 @@ from ray._private.ray_logging import stdout_deduplicator
 from ray._private.worker import get_dashboard_url
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError, RpcError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.config import LoggingConfig
@@ -43,6 +44,8 @@ _TRAIN_SETTINGS = {
     # A placement group of the old size waits this long for a node that died unseen by us too (60 s by default).
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Our own watches tell the coordinator; Ray's, a process per worker group, would tell the agents.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Agents need no working directory of their own, and hosts take over theirs.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
@@ -371,8 +374,10 @@ class _AgentTrainer(DataParallelTrainer):
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         if self.scaling_config.elasticity_enabled:
             parts["scaling_policy"] = self._policy(self.scaling_config)
+        unused: tuple[type, ...] = (DatasetsCallback,)  # a process per worker group, for datasets that there are not
         if not get_dashboard_url():  # it asks the dashboard twice a second, and says so each time there is none
-            parts["callbacks"] = [c for c in parts["callbacks"] if not isinstance(c, PlacementGroupCleanerCallback)]
+            unused = (*unused, PlacementGroupCleanerCallback)
+        parts["callbacks"] = [callback for callback in parts["callbacks"] if not isinstance(callback, unused)]
         return super()._initialize_and_run_controller(**parts)
 
 

@@ -9,6 +9,7 @@ import pytest
 import ray
 from ray._private import state as ray_state
 from ray.train import ScalingConfig
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -56,6 +57,7 @@ def test_the_trainer_hands_its_controller_a_policy_and_callbacks():
     call = inspect.getsource(DataParallelTrainer.fit).partition("self._initialize_and_run_controller(")[2]
     assert "scaling_policy=" in call
     assert "callbacks=" in call
+    assert inspect.isclass(DatasetsCallback)
     assert inspect.isclass(PlacementGroupCleanerCallback)
 
 

@@ -37,6 +37,24 @@ def test_agents_and_the_coordinator_carry_no_torch(running):
     assert all(has_mapped(pid, "libtorch") for pid in find_trainers(running.nodes.folder))  # the look itself works
 
 
+def test_ray_starts_no_process_for_a_worker_group_that_nothing_here_uses(running):
+    commands = " ".join(find_processes(running.nodes.folder).values())
+    assert "ray::RayTrainWorker" in commands  # the look itself works
+    assert not re.search(r"ray::(DatasetManager|PreemptionWatcher)", commands)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may be less nice than Ray's workers")
+def test_trainers_and_who_decides_about_them_are_as_nice_as_the_raylet_and_agents_are_nicer(running):
+    def get_niceness(pids):
+        return {os.getpriority(os.PRIO_PROCESS, pid) for pid in pids}
+
+    folder = running.nodes.folder
+    deciding = [pid for pid, c in find_processes(folder).items() if "ray::Coordinator" in c or "ray::WatchActor" in c]
+    (of_raylets,) = get_niceness(running.nodes.get_raylet(node) for node in running.nodes.ids)
+    assert get_niceness(find_trainers(folder) + find_hosts(folder) + deciding) == {of_raylets}
+    assert min(get_niceness(find_agents(folder))) > of_raylets
+
+
 @pytest.mark.parametrize("library", ["_raylet.so", "/pandas/"])
 def test_hosts_and_trainers_carry_neither_ray_nor_pandas(running, library):
     pids = find_hosts(running.nodes.folder) + find_trainers(running.nodes.folder)
