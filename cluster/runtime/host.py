@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from cluster.runtime.link import Link, Message
-from cluster.runtime.priority import take_priority_of
+from cluster.runtime.priority import AHEAD, take_priority_of
 from cluster.runtime.seat import read_seat
 from elastic.checkpoint.keeping import KeeperProcess, start_keeper
 
@@ -516,7 +516,7 @@ def main() -> None:
 def _start(spec: HostSpec, folder: Path) -> Host:
     """Warm up and open the door to agents."""
     raylet_pidfd = os.pidfd_open(spec.raylet_pid)  # fails if the node is going down already
-    if not take_priority_of(spec.raylet_pid):
+    if not (take_priority_of(spec.raylet_pid, ahead=AHEAD) or take_priority_of(spec.raylet_pid)):
         _log(f"trainers run at niceness {os.nice(0)}, as Ray's workers do; RAY_worker_niceness=0 for the raylet helps")
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"  # a thread pool would make forking unsafe; trainers set their own number

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.runtime.priority import AHEAD
 from elastic.rundir import parse_utc
 from tests.ray._runs import Run
 from tests.ray._traces import find_agents, find_hosts, find_processes, find_trainers, wait_until
@@ -44,14 +45,15 @@ def test_ray_starts_no_process_for_a_worker_group_that_nothing_here_uses(running
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may be less nice than Ray's workers")
-def test_trainers_and_who_decides_about_them_are_as_nice_as_the_raylet_and_agents_are_nicer(running):
+def test_trainers_go_ahead_of_the_raylet_which_is_as_nice_as_who_decides_and_agents_are_nicer(running):
     def get_niceness(pids):
         return {os.getpriority(os.PRIO_PROCESS, pid) for pid in pids}
 
     folder = running.nodes.folder
     deciding = [pid for pid, c in find_processes(folder).items() if "ray::Coordinator" in c or "ray::WatchActor" in c]
     (of_raylets,) = get_niceness(running.nodes.get_raylet(node) for node in running.nodes.ids)
-    assert get_niceness(find_trainers(folder) + find_hosts(folder) + deciding) == {of_raylets}
+    assert get_niceness(deciding) == {of_raylets}
+    assert get_niceness(find_trainers(folder) + find_hosts(folder)) == {of_raylets - AHEAD}
     assert min(get_niceness(find_agents(folder))) > of_raylets
 
 
