@@ -1,9 +1,11 @@
-"""What a trainer does for the first time, done before any world waits for it: compile, and warm the device up.
+"""What is slow the first time, done before a world waits for it: imports in the host, device and compiler in trainers.
 
 Compiled code is kept with the run, so that a node that joins later, or a run that starts again on others, finds it.
 """
 
 import hashlib
+import importlib
+import importlib.util
 import json
 import logging
 import time
@@ -13,18 +15,49 @@ from dataclasses import asdict, replace
 # pyright: reportPrivateImportUsage=false
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from elastic.config import RunConfig
+from elastic.checkpoint.state import get_live_state
+from elastic.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from elastic.loss import IGNORE
 from elastic.ports import WorldSpec
-from elastic.step import build_trainable, eval_loss, train_step
+from elastic.step import Trainable, build_trainable, eval_loss, train_step
 from elastic.storage import Storage
-from elastic.world import close_world, get_device, open_world
+from elastic.world import World, close_world, get_device, open_world
 
 log = logging.getLogger(__name__)
 
 COMPILED = "compiled/"
 """Where the storage of a run has what its compiler made."""
+
+_TINY = RunConfig(
+    model=ModelConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_dim=16, vocab_size=16),
+    data=DataConfig(seq_len=8),
+    train=TrainConfig(global_batch=2, micro_batch=1),
+)
+
+
+def warm_up() -> None:
+    """Import and use once what a trainer needs, on the CPU with a fake process group, and leave no thread behind.
+
+    A process that was warmed up can be forked: its children start training in a fraction of a second. Where torch knows
+    CUDA, no step is made here: autograd would look for GPUs, and no child of a process that did could use one. There
+    each trainer rehearses for itself.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: PLC0415 (private; the only fake group)
+
+    if importlib.util.find_spec("triton"):  # where GPUs are: what torch.compile imports when it first runs
+        importlib.import_module("torch._inductor.compile_fx")
+    torch.set_num_threads(1)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    world = World(
+        rank=0, world_size=2, local_rank=0, local_world_size=2, attempt=0, node="", device=torch.device("cpu")
+    )
+    world.build_mesh(shard=2)
+    if torch.version.cuda is None:
+        trainable, _ = _train_a_step(_TINY, world)
+        get_live_state(trainable.model, trainable.optimizer)
+    close_world(world)
 
 
 def rehearse(config: RunConfig, storage: Storage) -> None:
@@ -64,18 +97,24 @@ def _train_one_block(config: RunConfig) -> None:
     timeout_s = config.fault.collective_timeout_s
     world = open_world(spec, device=config.device, timeout_s=timeout_s, store=dist.HashStore())
     try:
-        trainable = build_trainable(config, world)
-        shape = (config.train.micro_batch, config.data.seq_len)
-        tokens_BS = torch.zeros(shape, dtype=torch.int64, device=world.device)
-        labels_BS = torch.full_like(tokens_BS, IGNORE)
-        labels_BS[:, 0] = 0
-        train_step(trainable, [(tokens_BS, labels_BS)], lr=0.0, max_grad_norm=1.0, world=world)
-        eval_loss(trainable, [(tokens_BS, labels_BS)], world)
+        trainable, batch = _train_a_step(config, world)
+        eval_loss(trainable, [batch], world)
         del trainable
     finally:
         close_world(world)
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _train_a_step(config: RunConfig, world: World) -> tuple[Trainable, tuple[Tensor, Tensor]]:
+    """Return what has trained, and the micro-batch (B, S) of token ids and labels that it has trained on."""
+    trainable = build_trainable(config, world)
+    shape = (config.train.micro_batch, config.data.seq_len)
+    tokens_BS = torch.zeros(shape, dtype=torch.int64, device=world.device)
+    labels_BS = torch.full_like(tokens_BS, IGNORE)
+    labels_BS[:, 0] = 0
+    train_step(trainable, [(tokens_BS, labels_BS)], lr=0.0, max_grad_norm=1.0, world=world)
+    return trainable, (tokens_BS, labels_BS)
 
 
 def _get_strategies(config: RunConfig) -> list[str]:
@@ -100,7 +139,8 @@ def _describe(config: RunConfig, device: torch.device) -> str:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "model": asdict(config.model),
         "shape": (config.train.micro_batch, config.data.seq_len),
-        "how": [config.precision, config.recompute, config.recompute_budget, config.strategy, config.attention],
+        "how": [config.precision, config.recompute, config.recompute_budget, config.attention],
+        "strategies": _get_strategies(config),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

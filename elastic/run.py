@@ -1,7 +1,5 @@
 """The composition root of a trainer: a configuration and a place in a world become parts, a loop and an outcome."""
 
-import importlib
-import importlib.util
 import logging
 import re
 from collections.abc import Callable, Generator, Sequence
@@ -20,9 +18,8 @@ from elastic.checkpoint.keep import remove_orphans
 from elastic.checkpoint.load import restore
 from elastic.checkpoint.memory import Memory
 from elastic.checkpoint.save import Checkpointer
-from elastic.checkpoint.state import get_live_state
 from elastic.checkpoint.storage import check_space, estimate_checkpoint_bytes, explain
-from elastic.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from elastic.config import RunConfig
 from elastic.data.loader import Loader, eval_batches
 from elastic.data.shards import check_fits, open_dataset
 from elastic.epochs import EpochGuard, check_epoch
@@ -34,7 +31,7 @@ from elastic.ports import Lost, MetricSink, NoticeSource, Observer, Outcome, Pro
 from elastic.profile import Profiler
 from elastic.spikes import Recent
 from elastic.spool import OpenRun, open_run
-from elastic.step import build_trainable, train_step
+from elastic.step import build_trainable
 from elastic.storage import Storage
 from elastic.timeline import Laps, Timeline
 from elastic.watchdog import Watchdog
@@ -311,37 +308,3 @@ def explain_peer_loss(error: Exception) -> str:
     words = _SOURCE_LINE.sub("", (str(error).splitlines() or [type(error).__name__])[0])
     what = "a peer did not answer" if "timed out" in words.lower() else "a peer went away"
     return f"{what} ({words[:200]})"
-
-
-def warm_up() -> None:
-    """Import and use once what a trainer needs, on the CPU with a fake process group, and leave no thread behind.
-
-    A process that was warmed up can be forked: its children start training in a fraction of a second. Where torch knows
-    CUDA, no step is made here: autograd would look for GPUs, and no child of a process that did could use one. There
-    each trainer rehearses for itself (`elastic.rehearsal`).
-    """
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: PLC0415 (private; the only fake group)
-
-    if importlib.util.find_spec("triton"):  # where GPUs are: what torch.compile imports when it first runs
-        importlib.import_module("torch._inductor.compile_fx")
-    torch.set_num_threads(1)
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    world = World(
-        rank=0, world_size=2, local_rank=0, local_world_size=2, attempt=0, node="", device=torch.device("cpu")
-    )
-    world.build_mesh(shard=2)
-    if torch.version.cuda is None:
-        _train_a_little(world)
-    close_world(world)
-
-
-def _train_a_little(world: World) -> None:
-    config = RunConfig(
-        model=ModelConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_dim=16, vocab_size=16),
-        data=DataConfig(seq_len=8),
-        train=TrainConfig(global_batch=2),
-    )
-    trainable = build_trainable(config, world)
-    tokens_BS = torch.zeros(1, 8, dtype=torch.int64)
-    train_step(trainable, [(tokens_BS, tokens_BS)], lr=0.0, max_grad_norm=1.0, world=world)
-    get_live_state(trainable.model, trainable.optimizer)

@@ -188,7 +188,7 @@ def open_world(
     # A prefix per attempt: keys that a dead world left behind must never be read by the next one.
     store = dist.PrefixStore(f"attempt-{spec.attempt}", store)
     dist.init_process_group(
-        _choose_backend(store, rank_device, rank=spec.rank, world_size=spec.world_size),
+        _choose_backend(store, _get_gpu(rank_device), rank=spec.rank, world_size=spec.world_size),
         store=store,
         rank=spec.rank,
         world_size=spec.world_size,
@@ -206,19 +206,24 @@ def open_world(
     )
 
 
-def _choose_backend(store: dist.Store, device: torch.device, *, rank: int, world_size: int) -> str:
+def _get_gpu(device: torch.device) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+
+def _choose_backend(store: dist.Store, gpu: str, *, rank: int, world_size: int) -> str:
     """Return NCCL for GPUs, and gloo for CPUs or if two ranks share a GPU, which NCCL refuses; the same on all ranks.
 
     gloo takes all that the ranks say to each other through host memory: right for trying things out, and slow.
+
+    Args:
+        gpu: this rank's, by a name that no other one has; empty: the ranks train on CPUs.
     """
-    if device.type != "cuda":
+    if not gpu:
         return "gloo"
     if world_size == 1:
         return "nccl"
-    store.set(f"gpu-{rank}", str(torch.cuda.get_device_properties(device).uuid))
-    keys = [f"gpu-{other}" for other in range(world_size)]
-    store.wait(keys)
-    num_gpus = len({store.get(key) for key in keys})
+    store.set(f"gpu-{rank}", gpu)
+    num_gpus = len(set(store.multi_get([f"gpu-{other}" for other in range(world_size)])))  # waits for all
     if num_gpus == world_size:
         return "nccl"
     if rank == 0:

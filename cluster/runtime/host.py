@@ -103,7 +103,8 @@ class Place:
     claim: Message | None = None
     """What the coordinator is told of the newest claim, once the trainer is warm and in no world of another's."""
     is_told: bool = False
-    num_forks: int = 0
+    has_forked: bool = False
+    """It has had a trainer."""
 
 
 @dataclass(kw_only=True)
@@ -328,11 +329,11 @@ class Host:
         ours, theirs = socket.socketpair()
         memory = self.keeper.open_connection() if self.keeper else None
         parent_pid = os.getpid()
-        place.num_forks += 1
         pid = os.fork()
         if pid == 0:
             ours.close()
             self._become_trainer(place, Link(theirs), memory, parent_pid)
+        place.has_forked = True
         theirs.close()
         if memory:
             memory.close()
@@ -368,7 +369,7 @@ class Host:
                 keeper=memory,
                 secret=spec.secret,
                 folder=Path(spec.folder),
-                rehearses=place.num_forks == 1,  # one that replaces another is waited for
+                rehearses=not place.has_forked,  # one that replaces another is waited for
             )
             code = 0
         except BaseException:

@@ -22,12 +22,12 @@ from cluster.runtime.interface import find_interface
 from cluster.runtime.link import Link, Message
 from cluster.runtime.relayed import RelayedRun, RelayedSink, Streams
 from elastic import config as configs
+from elastic import rehearsal
 from elastic import run as elastic_run
 from elastic.checkpoint.memory import Memory
 from elastic.config import RunConfig
 from elastic.errors import SolventError
 from elastic.ports import Finished, Interrupted, Lost, MetricSink, Notice, Phase, Progress, Source, Stall, WorldSpec
-from elastic.rehearsal import rehearse
 from elastic.rundir import RunDir
 from elastic.sinks import jsonl
 from elastic.storage import is_url, join_url, open_storage
@@ -138,7 +138,7 @@ class LinkObserver:
 
 def warm_up() -> None:
     """Pay for imports and first uses once, in the host."""
-    elastic_run.warm_up()
+    rehearsal.warm_up()
 
 
 def run(
@@ -204,7 +204,7 @@ def _rehearse(config: RunConfig) -> None:
     except SolventError as error:
         logger.warning("the run's storage cannot be opened yet: %s", error)  # the world says so again, and ends the run
         return
-    rehearse(config, storage)
+    rehearsal.rehearse(config, storage)
 
 
 def _train_in(

@@ -76,7 +76,8 @@ def test_what_was_kept_and_is_damaged_is_made_anew(tmp_path, monkeypatch, damage
     storage = open_storage(tmp_path)
     monkeypatch.setattr("elastic.rehearsal._describe", lambda *_: "it")
     storage.write(f"{COMPILED}it", [damage])
-    rehearse(replace(CONFIG, model=replace(CONFIG.model, dim=48)), storage)
+    alone = replace(CONFIG, cluster=ClusterConfig(max_workers=1), model=replace(CONFIG.model, dim=48))
+    rehearse(alone, storage)
     assert len(storage.read(f"{COMPILED}it")) > 1000
 
 
