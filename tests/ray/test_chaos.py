@@ -7,16 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.ray._exact import compare
-from tests.ray._struck import (
-    INTERRUPTED,
-    LOSS_TOLERANCE,
-    MOST_WORKERS,
-    NUM_NODES,
-    STATE_TOLERANCE,
-    finish,
-    strike,
-)
+from tests.ray._exact import LOSS_TOLERANCE, compare
+from tests.ray._struck import INTERRUPTED, MOST_WORKERS, NUM_NODES, finish, strike
 from tests.ray._traces import assert_nothing_left
 from tests.ray._walks import BLOWS, plan_walk
 
@@ -76,7 +68,7 @@ def test_no_sample_is_lost_or_repeated(struck, difference):
 
 def test_losses_and_final_state_are_those_of_an_unbroken_run(difference):
     assert difference.loss <= LOSS_TOLERANCE
-    assert difference.state <= STATE_TOLERANCE
+    assert difference.state <= difference.state_tolerance
 
 
 def test_the_goodput_of_the_ledger_and_of_the_rows_stand_beside_young_s_prediction(struck):

@@ -18,7 +18,7 @@ from elastic.attempts import final_rows
 from elastic.rundir import RunDir, read_rows
 from elastic.storage import open_storage
 from tests.flaky_proxy import FATES, open_proxy
-from tests.ray._exact import compare, read_samples
+from tests.ray._exact import LOSS_TOLERANCE, compare, read_samples
 from tests.ray._nodes import ROOT, get_env, open_nodes
 from tests.ray._runs import TINY, Run
 from tests.ray._traces import find_processes, find_trainers, wait_until
@@ -111,8 +111,8 @@ def test_it_ends_as_an_unbroken_run_on_a_disk(recovered, requests, tmp_path, cap
     difference = compare(run_dir, RunDir(tmp_path / run_dir.root.name))
     assert [row["step"] for row in final_rows(read_rows(run_dir.metrics))] == list(range(1, STEPS + 1))
     assert (difference.steps, difference.samples) == (0, 0)
-    assert difference.loss < 1e-4
-    assert difference.state < 1e-3
+    assert difference.loss <= LOSS_TOLERANCE
+    assert difference.state <= difference.state_tolerance
     with capsys.disabled():
         print(f"\n{difference}\nrequests: {dict(requests)}")
     assert sum(requests[fate] for fate in FATES) > 0

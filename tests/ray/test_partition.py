@@ -24,12 +24,11 @@ from elastic.checkpoint.layout import list_committed, read_manifest
 from elastic.epochs import CHECK_EVERY_S, get_newest_epoch
 from elastic.rundir import RunDir, parse_utc, read_rows
 from elastic.storage import open_storage
-from tests.ray._exact import compare
+from tests.ray._exact import COMPARABLE, LOSS_TOLERANCE, compare
 from tests.ray._network import Network, NoNetworkError
 from tests.ray._nodes import get_env
 from tests.ray._rented import Rented
 from tests.ray._runs import Run
-from tests.ray._struck import LOSS_TOLERANCE
 from tests.ray._traces import find_processes, find_trainers, get_node, get_parent, is_alive, wait_until
 
 pytestmark = [
@@ -41,15 +40,7 @@ pytestmark = [
 MACHINES = (1, 2, 3)
 SLACK_S = 10.0
 """For a machine that does other things as well: to look, to form a world and to make its first step."""
-RUN = {
-    "train.steps": 100_000,
-    "optim.min_lr_ratio": 1,  # or the loss of a step would depend on the length of the run
-    "optim.eps": 1e-5,  # or Adam makes a whole update of the rounding in the gradient of a token that is never seen
-}
-
-
-STATE_TOLERANCE = 1e-3
-"""Of the largest value of a tensor; thousands of steps make more of a rounding than hundreds do."""
+RUN = {"train.steps": 100_000, **COMPARABLE}
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +140,7 @@ def check_exact(run: Run, folder: Path) -> None:
     print(difference)
     assert (difference.steps, difference.samples) == (0, 0)
     assert difference.loss <= LOSS_TOLERANCE
-    assert difference.state <= STATE_TOLERANCE
+    assert difference.state <= difference.state_tolerance
 
 
 class Scene:
