@@ -84,6 +84,12 @@ def nodes(requests):
         yield nodes
 
 
+def fetch_running(url: str) -> dict[str, object] | None:
+    with open_rows(url) as rows:
+        status = get_status(rows, now_s=time.time())
+    return status if status["state"] == "running" else None
+
+
 @pytest.fixture(scope="module")
 def recovered(nodes, data, tmp_path_factory):
     """The run, after the loss of a trainer and of a node, its status before, and a copy of what is in the bucket."""
@@ -94,8 +100,8 @@ def recovered(nodes, data, tmp_path_factory):
     os.kill(find_trainers(nodes.folder)[0], signal.SIGKILL)
     run.wait_for(lambda: run.last_row()["attempt"] == 2, what="a trainer takes the place of the killed one")
     step = run.wait_for_step(run.last_row()["step"] + 20, world_size=3)
-    with open_rows(run.url) as rows:
-        status = get_status(rows, now_s=time.time())
+    # the bucket is some seconds behind: at first it has the end of the world that was lost, and no row of the next one
+    status = run.wait_for(lambda: fetch_running(run.url), what="the bucket's status shows the new world")
     nodes.remove(nodes.ids[-1])
     run.wait_for_step(step + 1, world_size=2)
     assert run.wait(timeout_s=240) == 0, run.get_output()
