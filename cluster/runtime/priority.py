@@ -1,8 +1,8 @@
 """The processor time of what trains and what decides, beside Ray's other processes.
 
 Ray starts its workers at niceness 15 (RAY_worker_niceness), and what they start inherits it: a trainer would give way
-to every daemon of its machine. And a worker that starts imports for seconds before it is nice: Ray replaces all workers
-of a group after a loss, while others train on.
+to every daemon of its machine. And Ray replaces all workers of a group after a loss: they import for seconds, while the
+trainers train on.
 
 The kernel compares niceness within a container or slice; on a machine that has neither, within a session, and then
 sessions by their own (sched_autogroup_enabled, see sched(7)).
