@@ -66,7 +66,7 @@ class Claimed:
 
 @dataclass(frozen=True, kw_only=True)
 class Expired:
-    """No agent claimed a slot within its lease; the host ended its trainer."""
+    """Nobody held a slot, and nobody renewed its lease; the host ended its trainer."""
 
     slot: Slot
 

@@ -4,13 +4,15 @@
 
     machine.py    the stages of an attempt, and what each event means in them
     worlds.py     which slots the next world is made of, and when the running one should make room for it
+    leases.py     which slots Ray Train has no use for any more
     stalls.py     which member holds up a world that makes no progress
     failures.py   what failures in a row lead to: a node that is left out, a run that stops
     state.py      everything the decisions depend on
 """
 
+from cluster.controller.leases import Holder, find_surplus
 from cluster.controller.machine import decide
 from cluster.controller.state import Policy, Stage, State
 from cluster.controller.worlds import get_usable, get_wanted
 
-__all__ = ["Policy", "Stage", "State", "decide", "get_usable", "get_wanted"]
+__all__ = ["Holder", "Policy", "Stage", "State", "decide", "find_surplus", "get_usable", "get_wanted"]

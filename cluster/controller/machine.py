@@ -70,7 +70,7 @@ def _take(state: State, event: Event, now_s: float) -> list[Action]:  # noqa: PL
             return _lose(state, gone, Blame.NODE, event.reason, now_s)
         case Expired():
             state.claims.pop(event.slot, None)
-            return _lose(state, [event.slot], Blame.NODE, "no agent claimed it in time", now_s)
+            return _lose(state, [event.slot], Blame.NODE, "Ray Train has a whole group without it", now_s)
         case Claimed():
             if event.group > state.group:
                 state.group, state.group_size = event.group, event.group_size

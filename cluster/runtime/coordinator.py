@@ -71,6 +71,7 @@ from elastic.storage import is_url
 HOST_SILENT_S = 4.0
 """A host that has not sent its beat (once a second) for this long is taken for gone: a lost machine sends no FIN."""
 WATCH_EVERY_S = 0.5
+RENEW_EVERY_S = 1.0
 LOST_FOR_S = 30.0
 """For so long after the end of its host a node takes no new agents, unless another host shows that it lives."""
 _GROUPS_PER_EPOCH = 1_000_000
@@ -96,6 +97,8 @@ class _Host:
     """Where the memory of the node is served."""
     heard_s: float
     """On the monotonic clock, as the clock may be set."""
+    holders: dict[Slot, controller.Holder | None] = field(default_factory=dict[Slot, controller.Holder | None])
+    """Whose agents hold its slots, as it said last."""
 
 
 class Coordinator:
@@ -275,6 +278,7 @@ class Coordinator:
     # ---- the serving thread
 
     def _serve(self) -> None:
+        next_renewal_s = 0.0
         while not self._closing:
             self._check_lead()
             asked_s = time.monotonic()
@@ -288,10 +292,23 @@ class Coordinator:
                 if asked_s - host.heard_s > HOST_SILENT_S:
                     self._drop(host, f"its host has been silent for {HOST_SILENT_S:g} s")
             self._decide(Tick())
+            if asked_s >= next_renewal_s:
+                next_renewal_s = asked_s + RENEW_EVERY_S
+                self._renew_leases()
             self._books.flush(now_s)
             self._end_if_orphaned(now_s)
         done = self._out.done
         self._end_hosts("the run is over", forget=done is not None and done.kind == "finished")
+
+    def _renew_leases(self) -> None:
+        """Have the hosts keep what Ray Train may yet send an agent for, and themselves while they have no slots.
+
+        This ends with the actor, so it ends with the driver: nobody else would ever form a group.
+        """
+        hosts = self._hosts.values()
+        surplus = controller.find_surplus({slot: held for host in hosts for slot, held in host.holders.items()})
+        for host in hosts:
+            host.link.send("renew", slots=[slot.name for slot in host.holders if slot not in surplus])
 
     def _end_if_orphaned(self, now_s: float) -> None:
         """Without a driver nobody would ever release the nodes: save, then go."""
@@ -364,9 +381,12 @@ class Coordinator:
         for message in messages:
             if message["kind"] == "keeper":
                 host.keeper = _to_address(message["address"])
+            elif message["kind"] == "beat":
+                host.holders = {Slot(host.node, name): _to_holder(held) for name, held in message["holders"].items()}
             elif message["kind"] == "trainer":
                 self._hear_trainer(Slot(host.node, message["slot"]), message["attempt"], message["message"])
-            elif event := _to_event(host.node, message):
+            else:
+                event = _to_event(host.node, message)
                 if isinstance(event, Claimed):
                     self._agents[event.slot] = message["pid"]
                 self._decide(event)
@@ -553,7 +573,11 @@ def _to_address(value: Sequence[Any] | None) -> Address | None:
     return (value[0], value[1]) if value else None
 
 
-def _to_event(node: str, message: Message) -> Event | None:
+def _to_holder(value: Message | None) -> controller.Holder | None:
+    return controller.Holder(**value) if value else None
+
+
+def _to_event(node: str, message: Message) -> Event:
     match message["kind"]:
         case "claimed":
             slot = Slot(node, message["slot"])
@@ -568,7 +592,5 @@ def _to_event(node: str, message: Message) -> Event | None:
                 reason=message["reason"],
                 exit_code=message["exit_code"],
             )
-        case "beat":
-            return None
         case _:
             raise ValueError(f"unknown message from a host: {message}")

@@ -7,11 +7,13 @@ It leaves that process behind (double fork and a session of its own: all that Ra
 - warm: torch, the model code and FSDP have been imported and used once, with a fake process group;
 - a parent: its trainers die with it (PR_SET_PDEATHSIG), and their end is known at once (pidfd); the keeper of its
   snapshots, which outlives them, dies with it too;
-- a tenant: it ends with its raylet, when no agent has claimed a slot for `lease_s`, or without a coordinator for half
-  as long.
+- a tenant: it ends with its raylet, with its last lease, or without a coordinator for half as long.
 
 Agents claim slots, and each claimed slot has a trainer that is warm and waits; the coordinator, over TCP, decides which
-of them join a world. A trainer outlives its worlds; where one has died, the next is forked. Ray is never imported here.
+of them join a world. A slot is leased: an agent's hold renews the lease, and so does the coordinator for as long as it
+expects another agent, however long Ray Train takes to form its group. Without either it runs out after `lease_s`, so
+nothing stays on a node whose cluster is dead. A trainer outlives its worlds; where one has died, the next is forked.
+Ray is never imported here.
 
 A coordinator that dies leaves all of this as it is: the world trains on until another one has taken the seat. That one
 is told who is here once the trainers have left the world that it does not know.
@@ -29,6 +31,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -98,13 +101,21 @@ class Place:
     env: dict[str, str]
     group: int
     agent: Link | None
-    unclaimed_since_s: float = 0.0
+    renewed_s: float = 0.0
+    """Without an agent, the last renewal of its lease (`Host.awake_s`)."""
     trainer: Trainer | None = None
     claim: Message | None = None
     """What the coordinator is told of the newest claim, once the trainer is warm and in no world of another's."""
     is_told: bool = False
     has_forked: bool = False
     """It has had a trainer."""
+
+    def get_holder(self) -> Message | None:
+        """Return the worker group of the agent that holds it, and the group's size; None without an agent."""
+        if self.agent is None:
+            return None
+        assert self.claim is not None  # an agent comes with one
+        return {"group": self.group, "group_size": self.claim["group_size"]}
 
 
 @dataclass(kw_only=True)
@@ -122,9 +133,10 @@ class Host:
     """Since when there is none."""
     places: dict[str, Place] = field(default_factory=dict[str, Place])
     selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
-    unclaimed_since_s: float = field(default_factory=time.monotonic)
     awake_s: float = 0.0
-    """Seconds in which this process ran: it must not take its own sleep for its trainers' silence."""
+    """Seconds in which this process ran: it must not take its own sleep for the silence of others."""
+    renewed_s: float = 0.0
+    """When the coordinator last renewed leases, by that clock; one without slots has it renew its own."""
 
     def serve(self) -> NoReturn:
         """Serve agents, trainers and the coordinator until one of the reasons to end comes up."""
@@ -140,11 +152,10 @@ class Host:
                 self._look_for_coordinator(now_s)
             elif now_s >= next_beat_s:
                 next_beat_s = now_s + BEAT_S
-                if not self.coordinator.send("beat"):
-                    self._lose_coordinator()
+                self._beat(self.coordinator)
             self.awake_s += min(now_s - last_s, BEAT_S)
             last_s = now_s
-            self._expire_leases(now_s)
+            self._expire_leases()
             self._end_stragglers(now_s)
             self._tell_silent()
 
@@ -215,22 +226,24 @@ class Host:
         return free[0] if free else f"cpu{len(self.places)}"
 
     def _release(self, place: Place) -> None:
-        place.agent, place.unclaimed_since_s = None, time.monotonic()
-        if all(p.agent is None for p in self.places.values()):
-            self.unclaimed_since_s = time.monotonic()
+        place.agent, place.renewed_s = None, self.awake_s
 
-    def _expire_leases(self, now_s: float) -> None:
-        expired = [
-            place
-            for place in self.places.values()
-            if place.agent is None and now_s - place.unclaimed_since_s > self.spec.lease_s
-        ]
+    def _renew_leases(self, slots: Collection[str]) -> None:
+        self.renewed_s = self.awake_s
+        for place in self.places.values():
+            if place.name in slots:
+                place.renewed_s = self.awake_s
+
+    def _expire_leases(self) -> None:
+        """End what nobody holds and nobody expects an agent for; with its last slot, the host and its snapshots."""
+        oldest_s = self.awake_s - self.spec.lease_s
+        expired = [place for place in self.places.values() if place.agent is None and place.renewed_s < oldest_s]
         for place in expired:
             self._tell("expired", slot=place.name)
             self._end_trainer(place)
             del self.places[place.name]
-        if not self.places and now_s - self.unclaimed_since_s > self.spec.lease_s:
-            self.end(f"no agent for {self.spec.lease_s:g} s")
+        if not self.places and (expired or self.renewed_s < oldest_s):
+            self.end(f"nobody has renewed its lease for {self.spec.lease_s:g} s")
 
     # ---- coordinator
 
@@ -272,6 +285,12 @@ class Host:
             if trainer and trainer.leave_until_s is not None and now_s > trainer.leave_until_s and not trainer.killed:
                 self._kill(trainer)
 
+    def _beat(self, coordinator: Link) -> None:
+        """Give a sign of life, and say whose agents hold the slots now."""
+        holders = {place.name: place.get_holder() for place in self.places.values()}
+        if not coordinator.send("beat", holders=holders):
+            self._lose_coordinator()
+
     def _tell(self, kind: str, **fields: object) -> bool:
         """Tell the coordinator, if there is one."""
         return self.coordinator is not None and self.coordinator.send(kind, **fields)
@@ -287,6 +306,9 @@ class Host:
                 if message["forget"]:
                     shutil.rmtree(self.spec.disk, ignore_errors=True)
                 self.end(message["reason"])
+            if message["kind"] == "renew":
+                self._renew_leases(message["slots"])
+                continue
             place = self.places.get(message["slot"])
             trainer = place.trainer if place else None
             if message["kind"] == "join":

@@ -128,6 +128,13 @@ class HostUnderTest:
         agent.link.send("claim", group=group, group_size=1, pid=1, slot=slot, env={"CUDA_VISIBLE_DEVICES": ""})
         return agent
 
+    def renew(self, *slots, for_s):
+        """Renew the leases of these slots, as a coordinator does that expects agents for them."""
+        until_s = time.monotonic() + for_s
+        while time.monotonic() < until_s:
+            self.coordinator.link.send("renew", slots=slots)
+            time.sleep(LEASE_S / 4)
+
     def join(self, attempt=1, slot="cpu0"):
         """Have a slot's trainer join a world; return its process id once it waits for its place."""
         self.coordinator.link.send("join", slot=slot, attempt=attempt)
@@ -279,7 +286,7 @@ def test_a_keeper_that_dies_is_replaced_with_the_trainers_that_hung_on_it(host):
     assert keeper not in find_keepers(host.folder)
 
 
-def test_without_an_agent_the_trainer_ends_after_the_lease_and_then_the_host(host):
+def test_without_an_agent_and_a_word_of_its_coordinator_the_trainer_ends_after_the_lease_and_then_the_host(host):
     pid = host.join()
     host.agent.link.close()
     start_s = time.monotonic()
@@ -287,6 +294,43 @@ def test_without_an_agent_the_trainer_ends_after_the_lease_and_then_the_host(hos
     assert LEASE_S <= time.monotonic() - start_s < LEASE_S + 1
     wait_until(lambda: not is_alive(pid), timeout_s=1, what="the trainer ends")
     host.coordinator.expect_end(timeout_s=1.0)
+
+
+def test_a_trainer_without_an_agent_stays_for_as_long_as_its_coordinator_renews_its_lease(host):
+    pid = host.join()
+    other = host.claim(1, "cpu1")
+    other.expect("claimed")
+    held = {"group": 1, "group_size": 1}
+    host.coordinator.expect("beat", holders={"cpu0": held, "cpu1": held})
+    for agent in (host.agent, other):
+        agent.link.close()
+    host.coordinator.expect("beat", holders={"cpu0": None, "cpu1": None})
+    host.renew("cpu0", for_s=2 * LEASE_S)
+    host.coordinator.expect("expired", slot="cpu1")
+    assert host.claim(2).expect("claimed")["trainer_pid"] == pid
+    assert is_alive(pid)
+
+
+def test_a_host_without_slots_stays_for_as_long_as_its_coordinator_renews_its_lease():
+    with run_host() as host:
+        host.renew(for_s=2 * LEASE_S)
+        assert is_alive(host.hello["pid"])
+        host.coordinator.expect_end(timeout_s=LEASE_S + 1)
+
+
+def test_a_host_that_was_frozen_does_not_take_that_for_the_silence_of_its_coordinator():
+    lease_s = 3 * LEASE_S
+    with run_host(lease_s) as host:
+        agent = host.claim(1)
+        agent.expect("claimed")
+        pid = host.join()
+        agent.link.close()
+        host.coordinator.expect("beat", holders={"cpu0": None})
+        os.kill(host.hello["pid"], signal.SIGSTOP)
+        time.sleep(lease_s)
+        os.kill(host.hello["pid"], signal.SIGCONT)
+        host.coordinator.expect("beat")
+        assert host.claim(2).expect("claimed")["trainer_pid"] == pid
 
 
 def test_a_new_agent_within_the_lease_finds_its_trainer_at_work(host):
