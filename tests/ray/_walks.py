@@ -14,7 +14,6 @@ LIMITS: Mapping[str, object] = {
     "fault.hang_step_s": 4,
     "fault.silent_s": 5,
     "fault.hang_data_s": 5,
-    "fault.lease_s": 180,  # Ray needs more than the usual minute to form its group again where all cores are taken
     "checkpoint.max_failed_saves": 100,
     "fault.max_node_failures": 100,
     "fault.max_failures_without_progress": 100,
