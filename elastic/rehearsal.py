@@ -30,6 +30,10 @@ log = logging.getLogger(__name__)
 COMPILED = "compiled/"
 """Where the storage of a run has what its compiler made."""
 
+_SMALL_VOCAB = 256
+_OTHERS_BYTES = 2**30
+"""Memory of the device that a rehearsal beside another process leaves free."""
+
 _TINY = RunConfig(
     model=ModelConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_dim=16, vocab_size=16),
     data=DataConfig(seq_len=8),
@@ -60,7 +64,7 @@ def warm_up() -> None:
     close_world(world)
 
 
-def rehearse(config: RunConfig, storage: Storage) -> None:
+def rehearse(config: RunConfig, storage: Storage, *, is_beside_others: bool = False) -> None:
     """Train one step, and evaluate, with one block of the model in a world of one rank; nothing of that is kept.
 
     Without a GPU or a compiler there is nothing that would be slow the first time, and nothing is done. What goes wrong
@@ -69,27 +73,41 @@ def rehearse(config: RunConfig, storage: Storage) -> None:
     Args:
         storage: the run's; compiled code is read from there, or put there by whoever is the first. It is code: whoever
             may write there decides what runs here.
+        is_beside_others: another process trains on this device. What that leaves free is not used up, and a small
+            vocabulary will do, as only blocks are compiled.
     """
     device = get_device(config.device, local_rank=0)
     if device.type == "cpu" and not config.compile:
         return
     start_s = time.monotonic()
+    if is_beside_others and device.type == "cuda":
+        _spare_memory(device)
     key = f"{COMPILED}{_describe(config, device)}"
     try:
         is_known = config.compile and _load_compiled(storage, key)
         for strategy in _get_strategies(config):
             alone = replace(config.cluster, min_workers=1, max_workers=1)
-            model = replace(config.model, num_layers=1)
+            vocab_size = min(config.model.vocab_size, _SMALL_VOCAB) if is_beside_others else config.model.vocab_size
+            model = replace(config.model, num_layers=1, vocab_size=vocab_size)
             _train_one_block(replace(config, strategy=strategy, cluster=alone, model=model))
         if config.compile and not is_known:
             _keep_compiled(storage, key)
     except Exception as error:  # whatever it is: training can do without, and says what is really wrong
         log.warning("what would have made the first step fast did not work: %s: %s", type(error).__name__, error)
         return
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
     how = (
         "with the compiled code of this run" if is_known else "and compiled" if config.compile else "without a compiler"
     )
     log.info("rehearsed in %.1f s, %s", time.monotonic() - start_s, how)
+
+
+def _spare_memory(device: torch.device) -> None:
+    """Let this process run out of memory before another one on its device does."""
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    torch.cuda.set_per_process_memory_fraction(max(free_bytes - _OTHERS_BYTES, 0) / total_bytes, device)
 
 
 def _train_one_block(config: RunConfig) -> None:

@@ -20,7 +20,6 @@ is told who is here once the trainers have left the world that it does not know.
 """
 
 import contextlib
-import ctypes
 import fcntl
 import gc
 import json
@@ -36,6 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from cluster.runtime.forked import Trainer, fork_trainer
 from cluster.runtime.link import Link, Message
 from cluster.runtime.priority import AHEAD, take_priority_of
 from cluster.runtime.seat import read_seat
@@ -47,7 +47,8 @@ _SEND_S = 10.0
 """A coordinator that takes nothing for this long is gone."""
 _LEAVE_S = 2.0
 """A trainer that has not left its world this long after it was asked to is killed, as the controller would."""
-_PR_SET_PDEATHSIG = 1
+_SPARE_AFTER_STEPS = 20
+"""A spare trainer rehearses beside one that trains. By then that one has all the GPU memory that it needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,31 +70,6 @@ class HostSpec:
 
 
 @dataclass(kw_only=True)
-class Trainer:
-    """A forked trainer, as its parent sees it."""
-
-    pid: int
-    pidfd: int
-    link: Link
-    keeper: KeeperProcess | None
-    """The one that holds its snapshots."""
-    attempt: int | None = None
-    """Whose world it is in; None: it waits for one."""
-    is_warm: bool = False
-    """It has opened its device, knows its part and could join a world."""
-    heard_s: float | None = None
-    step: int = 0
-    """The last one it told."""
-    is_talking: bool = True
-    """Its end of the link is open; what it sent may still lie there after its death."""
-    leave_until_s: float | None = None
-    """It was asked to leave a world that the coordinator does not know, and is killed if it has not by then."""
-    said: Message | None = None
-    """Its last word about how it ended, if it ends with its world."""
-    killed: bool = False
-
-
-@dataclass(kw_only=True)
 class Place:
     """One slot: who claims it and what runs in it."""
 
@@ -104,6 +80,10 @@ class Place:
     renewed_s: float = 0.0
     """Without an agent, the last renewal of its lease (`Host.awake_s`)."""
     trainer: Trainer | None = None
+    spare: Trainer | None = None
+    """Takes the trainer's place when that dies."""
+    has_spares: bool = True
+    """Until one has ended by itself."""
     claim: Message | None = None
     """What the coordinator is told of the newest claim, once the trainer is warm and in no world of another's."""
     is_told: bool = False
@@ -132,7 +112,7 @@ class Host:
     lost_s: float = field(default_factory=time.monotonic)
     """Since when there is none."""
     places: dict[str, Place] = field(default_factory=dict[str, Place])
-    selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
+    selector: selectors.EpollSelector = field(default_factory=selectors.EpollSelector)
     awake_s: float = 0.0
     """Seconds in which this process ran: it must not take its own sleep for the silence of others."""
     renewed_s: float = 0.0
@@ -163,9 +143,9 @@ class Host:
         """End the trainers, tell the agents, remove every trace and exit."""
         _log(f"host ends: {reason}")
         for place in self.places.values():
-            if place.trainer:
-                os.kill(place.trainer.pid, signal.SIGKILL)
-                os.waitpid(place.trainer.pid, 0)
+            for trainer in filter(None, (place.trainer, place.spare)):
+                trainer.kill()
+                os.waitpid(trainer.pid, 0)
             if place.agent:
                 place.agent.send("bye", reason=reason)
         shutil.rmtree(self.spec.folder, ignore_errors=True)
@@ -209,7 +189,7 @@ class Host:
         place.claim = {"slot": name, "group": group, "group_size": message["group_size"], "pid": message["pid"]}
         place.is_told = False
         if place.trainer is None:
-            self._fork(place)
+            self._provide_trainer(place)
         else:
             self._tell_claim(place)
 
@@ -241,6 +221,7 @@ class Host:
         for place in expired:
             self._tell("expired", slot=place.name)
             self._end_trainer(place)
+            self._end_spare(place)
             del self.places[place.name]
         if not self.places and (expired or self.renewed_s < oldest_s):
             self.end(f"nobody has renewed its lease for {self.spec.lease_s:g} s")
@@ -283,7 +264,7 @@ class Host:
         for place in self.places.values():
             trainer = place.trainer
             if trainer and trainer.leave_until_s is not None and now_s > trainer.leave_until_s and not trainer.killed:
-                self._kill(trainer)
+                trainer.kill()
 
     def _beat(self, coordinator: Link) -> None:
         """Give a sign of life, and say whose agents hold the slots now."""
@@ -318,7 +299,7 @@ class Host:
                     self._join(place, message["attempt"])
             elif trainer and trainer.attempt == message["attempt"]:
                 if message["kind"] == "kill":
-                    self._kill(trainer)
+                    trainer.kill()
                 else:  # go, park, leave
                     trainer.link.send(**message)
 
@@ -332,10 +313,10 @@ class Host:
         if trainer is not None and (trainer.attempt is not None or trainer.keeper is not self.keeper):
             self._end_trainer(place)
         if place.trainer is None:
-            self._fork(place)
+            self._provide_trainer(place)
         trainer = place.trainer
         assert trainer is not None
-        trainer.attempt, trainer.step = attempt, 0
+        trainer.attempt, trainer.step, trainer.num_steps = attempt, 0, 0
         trainer.link.send("join", attempt=attempt)
 
     def _replace_dead_keeper(self) -> None:
@@ -346,62 +327,66 @@ class Host:
         self.keeper = _start_keeper(self.spec)
         self._tell("keeper", address=(self.spec.node_ip, self.keeper.port))
 
-    def _fork(self, place: Place) -> None:
+    def _provide_trainer(self, place: Place) -> None:
+        """Give a slot that has none a trainer: its spare, if that is ready, else one that is forked now."""
         self._replace_dead_keeper()
-        ours, theirs = socket.socketpair()
-        memory = self.keeper.open_connection() if self.keeper else None
-        parent_pid = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            ours.close()
-            self._become_trainer(place, Link(theirs), memory, parent_pid)
+        spare = place.spare
+        if spare and spare.is_warm and spare.keeper is self.keeper:
+            place.trainer, place.spare = spare, None
+            return
+        self._end_spare(place)
+        # one that replaces another is waited for
+        place.trainer = self._fork(place, rehearses="not" if place.has_forked else "fully")
         place.has_forked = True
-        theirs.close()
-        if memory:
-            memory.close()
-        trainer = place.trainer = Trainer(pid=pid, pidfd=os.pidfd_open(pid), link=Link(ours), keeper=self.keeper)
-        self._watch(trainer.link, lambda: self._hear_trainer(place, trainer))
-        self._watch(trainer.pidfd, lambda: self._reap(place))
 
-    def _become_trainer(self, place: Place, link: Link, memory: socket.socket | None, parent_pid: int) -> NoReturn:
-        """Turn the forked child into a trainer: nothing of the host's is left open, and it dies with the host."""
-        from cluster.runtime import trainer  # noqa: PLC0415 (loaded by warm_up; torch stays out of host start-up errors)
+    def _fork(self, place: Place, *, rehearses: Literal["fully", "sparingly", "not"]) -> Trainer:
+        from cluster.runtime import trainer as life  # noqa: PLC0415 (loaded by warm_up; torch stays out of host start-up errors)
 
-        code = 1
-        try:
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent_pid:
-                os._exit(1)
-            for key in list(self.selector.get_map().values()):
-                with contextlib.suppress(OSError):
-                    os.close(key.fd)
-            self.selector.close()
-            if self.keeper:
-                self.keeper.channel.forget()
-            log = os.open(self._get_log(place.name), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            os.environ.update(place.env)
-            spec = self.spec
-            trainer.run(
+        spec = self.spec
+
+        def run(link: Link, keeper: socket.socket | None) -> None:
+            life.run(
                 link,
                 spec.config,
                 node=spec.node,
                 node_ip=spec.node_ip,
-                keeper=memory,
+                keeper=keeper,
                 secret=spec.secret,
                 folder=Path(spec.folder),
-                rehearses=not place.has_forked,  # one that replaces another is waited for
+                rehearses=rehearses,
             )
-            code = 0
-        except BaseException:
-            import traceback  # noqa: PLC0415
 
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+        trainer = fork_trainer(
+            run,
+            keeper=self.keeper,
+            env=place.env,
+            log=self._get_log(place.name),
+            inherited=[self.selector.fileno(), *(key.fd for key in self.selector.get_map().values())],
+        )
+        self._watch(trainer.link, lambda: self._hear_trainer(place, trainer))
+        self._watch(trainer.pidfd, lambda: self._reap_spare(place) if trainer is place.spare else self._reap(place))
+        return trainer
+
+    def _fork_spare(self, place: Place) -> None:
+        """Have a process ready, with device and compiled code, for when the trainer of a slot dies."""
+        self._replace_dead_keeper()
+        place.spare = self._fork(place, rehearses="sparingly")
+
+    def _reap_spare(self, place: Place) -> None:
+        """Do without spares in a slot whose spare ends by itself: its GPU may allow one process only."""
+        self._end_spare(place)
+        place.has_spares = False
+        _log(f"the spare trainer of {place.name} ended; it gets no other")
+
+    def _end_spare(self, place: Place) -> None:
+        spare, place.spare = place.spare, None
+        if spare is None:
+            return
+        spare.kill()
+        os.waitpid(spare.pid, 0)
+        self._unwatch(spare.pidfd)
+        if spare.is_talking:
+            self._unwatch(spare.link)
 
     def _hear_trainer(self, place: Place, trainer: Trainer) -> None:
         messages = trainer.link.receive()
@@ -413,9 +398,15 @@ class Host:
             trainer.heard_s = self.awake_s if message["kind"] == "alive" else trainer.heard_s
             if message["kind"] in ("restored", "stepped"):
                 trainer.step = message["progress"]["step"]
+            if message["kind"] == "stepped":
+                trainer.num_steps += 1
+                if trainer.num_steps == _SPARE_AFTER_STEPS and self._wants_spare(place):
+                    self._fork_spare(place)
             match message["kind"]:
                 case "warm":
                     trainer.is_warm = True
+                    if trainer is place.spare:
+                        _log(f"the spare trainer of {place.name} is ready")
                     self._tell_claim(place)
                 case "outcome" if message["stays"]:
                     attempt, trainer.attempt, trainer.heard_s = trainer.attempt, None, None
@@ -443,14 +434,16 @@ class Host:
                 stall = {"kind": "stalled", "step": trainer.step, "where": "silent", "waited_s": silent_s}
                 self._tell("trainer", slot=place.name, attempt=trainer.attempt, message=stall)
 
-    def _kill(self, trainer: Trainer) -> None:
-        trainer.killed = True
-        os.kill(trainer.pid, signal.SIGKILL)
+    def _wants_spare(self, place: Place) -> bool:
+        """Tell whether a trainer that is forked when it is needed would be slow: where code is compiled."""
+        config = self.spec.config
+        is_wanted = config["compile"] and config["cluster"]["spare_trainers"]
+        return is_wanted and place.has_spares and place.spare is None
 
     def _end_trainer(self, place: Place) -> None:
         """End a slot's trainer, if it has one; none takes its place."""
         if place.trainer:
-            self._kill(place.trainer)
+            place.trainer.kill()
             self._reap(place, then="nothing")
 
     def _reap(self, place: Place, *, then: Literal["replace", "nothing"] = "replace") -> None:
@@ -479,7 +472,7 @@ class Host:
             self._tell_ended(place.name, attempt, "crashed", f"trainer ended with {how}")
         if then == "replace":
             if not said:
-                self._fork(place)
+                self._provide_trainer(place)
             self._tell_claim(place)
 
     def _tell_ended(self, slot: str, attempt: int, outcome: str, reason: str, exit_code: int = 1) -> None:
@@ -551,7 +544,7 @@ def _start(spec: HostSpec, folder: Path) -> Host:
     started_s = time.monotonic()
     from cluster.runtime import trainer  # noqa: PLC0415 (torch: after the fork, with the thread count set)
 
-    trainer.warm_up()
+    trainer.rehearsal.warm_up()
     gc.collect()
     gc.freeze()  # trainers share these pages, and a collection in them never walks torch again
     num_threads = len(os.listdir("/proc/self/task"))  # noqa: PTH208

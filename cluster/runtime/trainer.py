@@ -12,7 +12,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -136,11 +136,6 @@ class LinkObserver:
         return phases
 
 
-def warm_up() -> None:
-    """Pay for imports and first uses once, in the host."""
-    rehearsal.warm_up()
-
-
 def run(
     link: Link,
     config_fields: Mapping[str, Any],
@@ -150,7 +145,7 @@ def run(
     keeper: socket.socket | None,
     secret: str,
     folder: Path,
-    rehearses: bool,
+    rehearses: Literal["fully", "sparingly", "not"],
 ) -> None:
     """Open device and store, then train in one world after the other until one ends for good.
 
@@ -158,7 +153,7 @@ def run(
         keeper: connection to the node's keeper; None: snapshots are not kept in memory.
         secret: opens the keepers of the other nodes.
         folder: goes with the host.
-        rehearses: nobody waits for this trainer yet.
+        rehearses: sparingly beside a trainer that must not run out of memory, not at all where somebody waits.
     """
     logging.basicConfig(level=os.environ.get("SOLVENT_LOG", "WARNING"), format="%(message)s")
     config = configs.from_dict(config_fields)
@@ -168,8 +163,8 @@ def run(
     store = open_store(node_ip, timeout_s=config.fault.collective_timeout_s)
     memory = Memory(keeper, node=node, secret=secret) if keeper else None
     orders, streams = Orders(link), Streams()
-    if rehearses:
-        _rehearse(config)
+    if rehearses != "not":
+        _rehearse(config, is_beside_others=rehearses == "sparingly")
     link.send("warm")
     stays = True
     while stays:
@@ -198,13 +193,13 @@ def _open_device(config: RunConfig) -> None:
         torch.zeros(1, device="cuda")
 
 
-def _rehearse(config: RunConfig) -> None:
+def _rehearse(config: RunConfig, *, is_beside_others: bool) -> None:
     try:
         storage = open_storage(join_url(config.storage, config.run))
     except SolventError as error:
         logger.warning("the run's storage cannot be opened yet: %s", error)  # the world says so again, and ends the run
         return
-    rehearsal.rehearse(config, storage)
+    rehearsal.rehearse(config, storage, is_beside_others=is_beside_others)
 
 
 def _train_in(

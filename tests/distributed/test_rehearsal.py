@@ -33,7 +33,8 @@ from elastic.world import close_world, open_world
 from tests.distributed.test_rehearsal import CONFIG
 from dataclasses import replace
 
-rehearse(CONFIG, open_storage(sys.argv[1]))
+CONFIG = replace(CONFIG, model=replace(CONFIG.model, vocab_size=int(sys.argv[2])))
+rehearse(CONFIG, open_storage(sys.argv[1]), is_beside_others=sys.argv[3] == "sparingly")
 found = {"compiled": counters["stats"]["unique_graphs"], "cached": counters["inductor"]["fxgraph_cache_hit"]}
 tokens_BS = torch.zeros(2, 16, dtype=torch.int64)
 for attempt, strategy in enumerate(("fsdp2", "single"), start=1):
@@ -51,9 +52,9 @@ print(json.dumps(found))
 """
 
 
-def run_node(folder, name):
+def run_node(folder, name, *, vocab_size=64, how="fully"):
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / name), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", NODE, folder / "run"]
+    command = [sys.executable, "-c", NODE, folder / "run", str(vocab_size), how]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout)
 
 
@@ -68,6 +69,10 @@ def test_what_was_rehearsed_is_not_compiled_again_and_a_node_that_comes_later_fi
     assert second["compiled_later"] == 0
     assert second["cached"] > first["cached"]
     assert kept.stat().st_mtime_ns == written_ns
+
+
+def test_what_was_rehearsed_sparingly_is_not_compiled_again(tmp_path):
+    assert run_node(tmp_path, "first", vocab_size=1000, how="sparingly")["compiled_later"] == 0
 
 
 @pytest.mark.filterwarnings("ignore")  # an error while it compiles would end that

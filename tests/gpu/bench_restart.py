@@ -49,7 +49,7 @@ MODEL = (
 )
 LEAVE_S = Policy(world_sizes=(1,), max_failures_without_progress=1).leave_s
 """As the coordinator, this script kills a trainer that has not left its world by then."""
-MARKS = ("ready:", "rehearsed", "did not work")
+MARKS = ("ready:", " left:", "restored:", "rehearsed", "did not work", "spare")
 """Lines of the trainers' logs that are shown."""
 COLD = """
 import json, sys
@@ -76,6 +76,7 @@ class Coordinator:
 
     def __init__(self, folder: Path, config: RunConfig, *, slots: list[str], share: int) -> None:
         self.folder = folder
+        self.config = config
         self.num_compiled = 0
         self.messages: list[dict] = []
         self.pids: dict[str, int] = {}
@@ -96,7 +97,10 @@ class Coordinator:
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
         env |= {"SOLVENT_LOG": "INFO", "TORCH_TRACE": str(folder / "trace")}
         command = [sys.executable, "-m", "cluster.runtime.host"]
-        subprocess.run(command, input=json.dumps(spec).encode(), env=env, cwd=ROOT, check=True)
+        self.host_log = folder / "host.log"
+        with self.host_log.open("w") as log:
+            subprocess.run(command, input=json.dumps(spec).encode(), env=env, cwd=ROOT, stdout=log, check=True)
+        self.num_spares = dict.fromkeys(slots, 0)
         listener.settimeout(120)
         self.link = Link(listener.accept()[0])
         self.keeper = self.expect("host")["keeper"]
@@ -133,6 +137,8 @@ class Coordinator:
         """Have the world left (or parked, or a trainer killed); return when that was asked for."""
         start_s = time.monotonic()
         if how == "kill":
+            self.wait_for_spare(slots[-1])
+            start_s = time.monotonic()
             os.kill(self.pids[slots[-1]], signal.SIGKILL)
             self.expect("ended", slot=slots[-1], attempt=self.attempt)
             self.tell("leave", slots[:-1])
@@ -151,6 +157,19 @@ class Coordinator:
                 self.tell("kill", [slot])
                 self.expect("ended", slot=slot)
         return start_s
+
+    def wait_for_spare(self, slot: str) -> None:
+        """Return when the slot has a spare trainer that is ready, if its trainers are such that it gets one."""
+        if not self.config.compile:
+            return
+        self.num_spares[slot] += 1
+        deadline_s = time.monotonic() + 60
+        while self.host_log.read_text().count(f"spare trainer of {slot} is ready") < self.num_spares[slot]:
+            if time.monotonic() > deadline_s:
+                self.num_spares[slot] -= 1
+                report(way="no spare trainer", slot=slot)
+                return
+            self.messages += [{**m, **m.get("message", {})} for m in self.link.receive(0.1) or []]
 
     def measure(self, way: str, slots: list[str], start_s: float, last_step: int = 0) -> int:
         """Form a world; report the seconds from `start_s` to its first step; return the last step seen."""
@@ -202,7 +221,9 @@ class Coordinator:
     def read_logs(self) -> list[str]:
         """Return what the parts of each start took."""
         lines = [
-            line for path in sorted((self.folder / "host").glob("*.log")) for line in path.read_text().splitlines()
+            line
+            for path in [self.host_log, *sorted((self.folder / "host").glob("*.log"))]
+            for line in path.read_text().splitlines()
         ]
         return [line for line in lines if any(mark in line for mark in MARKS)]
 

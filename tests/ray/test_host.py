@@ -61,9 +61,9 @@ class Peer:
 class HostUnderTest:
     """A started host with all that it depends on."""
 
-    def __init__(self, folder, lease_s):
+    def __init__(self, folder, lease_s, config):
         self.folder = folder
-        self.config = RunConfig(storage=str(folder / "host" / "runs"))
+        self.config = RunConfig(storage=str(folder / "host" / "runs"), **config)
         self.raylet = subprocess.Popen(["sleep", "600"], env={"TMPDIR": str(folder)})
         (folder / "host").mkdir()
         self.log = folder / "host" / "host.log"
@@ -142,6 +142,12 @@ class HostUnderTest:
         assert message["message"]["kind"] == "ready"
         return message["message"]["pid"]
 
+    def go(self, attempt, slot):
+        """Let a trainer that waits for its place train alone."""
+        place = dict.fromkeys(("rank", "local_rank"), 0) | dict.fromkeys(("world_size", "local_world_size"), 1)
+        store = {"store_host": "127.0.0.1", "store_port": 0, "keepers": {}, "peer": None, "mean_s_between_losses": 60.0}
+        self.coordinator.link.send("go", slot=slot, attempt=attempt, **place, **store)
+
     def close(self):
         self.raylet.kill()
         self.raylet.wait()
@@ -151,9 +157,9 @@ class HostUnderTest:
 
 
 @contextmanager
-def run_host(lease_s=LEASE_S) -> Iterator[HostUnderTest]:
+def run_host(lease_s=LEASE_S, **config) -> Iterator[HostUnderTest]:
     folder = Path(tempfile.mkdtemp(prefix="t-"))
-    host = HostUnderTest(folder, lease_s)
+    host = HostUnderTest(folder, lease_s, config)
     try:
         yield host
     finally:
@@ -255,9 +261,7 @@ def test_a_trainer_is_ready_within_a_second_and_is_killed_only_under_its_own_att
 def test_a_configuration_that_the_trainer_refuses_ends_it_as_failed_with_the_reason(shared_host):
     shared_host.claim(1, "refuse").expect("claimed")
     shared_host.join(1, "refuse")
-    go = dict.fromkeys(("rank", "local_rank"), 0) | dict.fromkeys(("world_size", "local_world_size"), 1)
-    store = {"store_host": "127.0.0.1", "store_port": 0, "keepers": {}, "peer": None, "mean_s_between_losses": 60.0}
-    shared_host.coordinator.link.send("go", slot="refuse", attempt=1, **go, **store)
+    shared_host.go(1, "refuse")
     ended = shared_host.coordinator.expect("ended", slot="refuse")
     assert ended["outcome"] == "failed"
     assert ended["exit_code"] == 2

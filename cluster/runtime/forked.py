@@ -1,0 +1,107 @@
+"""A trainer that the host has forked: what its parent knows of it, and what the child does first. No torch here."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from cluster.runtime.link import Link, Message
+from elastic.checkpoint.keeping import KeeperProcess
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """A forked trainer, as its parent sees it."""
+
+    pid: int
+    pidfd: int
+    link: Link
+    keeper: KeeperProcess | None
+    """The one that holds its snapshots."""
+    attempt: int | None = None
+    """Whose world it is in; None: it waits for one."""
+    is_warm: bool = False
+    """It has opened its device, knows its part and could join a world."""
+    heard_s: float | None = None
+    step: int = 0
+    """The last one it told."""
+    num_steps: int = 0
+    """Those of its world that it told."""
+    is_talking: bool = True
+    """Its end of the link is open; what it sent may still lie there after its death."""
+    leave_until_s: float | None = None
+    """It was asked to leave a world that the coordinator does not know, and is killed if it has not by then."""
+    said: Message | None = None
+    """Its last word about how it ended, if it ends with its world."""
+    killed: bool = False
+
+    def kill(self) -> None:
+        """End it; its parent has yet to wait for that."""
+        self.killed = True
+        os.kill(self.pid, signal.SIGKILL)
+
+
+def fork_trainer(
+    run: Callable[[Link, socket.socket | None], None],
+    *,
+    keeper: KeeperProcess | None,
+    env: dict[str, str],
+    log: Path,
+    inherited: Iterable[int],
+) -> Trainer:
+    """Fork a trainer from this process, which is warm and has one thread.
+
+    Args:
+        run: its life, with its end of the link to its parent and its connection to the keeper.
+        env: what its agent was given, such as the devices.
+        inherited: descriptors that are none of the child's business.
+
+    Raises:
+        WireError: the keeper is gone.
+    """
+    ours, theirs = socket.socketpair()
+    memory = keeper.open_connection() if keeper else None
+    parent_pid = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        ours.close()
+        for descriptor in inherited:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+        if keeper:
+            keeper.channel.forget()
+        _live(lambda: run(Link(theirs), memory), env=env, log=log, parent_pid=parent_pid)
+    theirs.close()
+    if memory:
+        memory.close()
+    return Trainer(pid=pid, pidfd=os.pidfd_open(pid), link=Link(ours), keeper=keeper)
+
+
+def _live(run: Callable[[], None], *, env: dict[str, str], log: Path, parent_pid: int) -> NoReturn:
+    """Be a process of its own that dies with its parent."""
+    code = 1
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent_pid:
+            os._exit(1)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.environ.update(env)
+        run()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
