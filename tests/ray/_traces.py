@@ -72,9 +72,10 @@ def _is_trainer(pid: int) -> bool:
 
 
 def is_alive(pid: int) -> bool:
-    """Tell whether a process runs (one that has ended but was not reaped does not)."""
+    """Tell whether a process runs (one that could be reaped does not; it cannot before its last thread has ended)."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        is_zombie = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return not is_zombie or len(list(Path(f"/proc/{pid}/task").iterdir())) > 1
     except FileNotFoundError:
         return False
 
