@@ -48,10 +48,10 @@ SMALL = ModelConfig(dim=256, num_layers=4, num_heads=4, num_kv_heads=4, ffn_dim=
 class Bench:
     """One rank with a model to train."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, num_turns: int) -> None:
         is_gpu = torch.cuda.is_available()
         self.folder = folder
-        self.steps = 200
+        self.steps = num_turns * TURN
         self.config = RunConfig(
             model=LARGE if is_gpu else SMALL,
             precision="bf16" if is_gpu else "fp32",
@@ -243,11 +243,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, help="on the disk to measure")
     parser.add_argument("--ours", action="store_true", help="and no others")
+    parser.add_argument("--turns", type=int, default=5, help=f"of {TURN} steps without and as many with saves")
     args = parser.parse_args()
     shared = args.folder or Path(os.environ.get("BENCH_FOLDER", tempfile.gettempdir()))
     folder = shared / f"bench-{os.environ.get('TORCHELASTIC_RUN_ID', os.getpid())}"
     torch.manual_seed(int(os.environ.get("RANK", "0")))
-    bench = Bench(folder)
+    bench = Bench(folder, num_turns=args.turns)
     bench.run(10, before_update=nothing, after=nothing)
     base_s = bench_ours(bench)
     for way in ("dcp.save", "dcp.async_save", "dcp.async_save with its stager") if not args.ours else ():

@@ -35,7 +35,7 @@ from elastic.errors import CheckpointError
 
 _PR_SET_PDEATHSIG = 1
 _NICENESS = 10  # on a machine without a core to spare, training goes first
-_CHECKSUM_THREADS = max(1, min(4, (os.cpu_count() or 1) // 4))
+_CHECKSUM_THREADS = max(1, min(8, (os.cpu_count() or 1) // 2))  # whoever restores the newest snapshot waits for them
 _PEER_TIMEOUT_S = 30.0
 """A lost machine sends no FIN; a living one takes its bytes and checks a copy sooner than this."""
 

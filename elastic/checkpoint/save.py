@@ -129,6 +129,10 @@ class Checkpointer:
         """The ranks have agreed on intervals, or need none."""
         self._voted_on: frozenset[Tier] = frozenset()
         """The saves that the open vote is about."""
+        self._leaving: Tier | None = None
+        """The save that may still be on the device of some rank: there is no room for another one beside it."""
+        self._late: Tier | None = None
+        """The save that waits for that."""
         self._save_s: list[float] = []
         self._kept_s: list[float] = []
         self._step_s: deque[float] = deque(maxlen=_RECENT_STEPS)
@@ -149,6 +153,8 @@ class Checkpointer:
 
     def get_due(self, step: int) -> Tier | None:
         """Return where the state after this step shall go, if anywhere; the same on all ranks."""
+        if self._late:
+            return self._late
         if self._paces["storage"].is_due(step):
             return "storage"
         return "memory" if self._memory and self._paces["memory"].is_due(step) else None
@@ -164,8 +170,8 @@ class Checkpointer:
     ) -> bool:
         """Start to save the state as it is now, unless the last save of its kind is still under way.
 
-        One that is due while the storage still takes the last one goes to memory only. The state must not change before
-        `wait_staged`.
+        One that is due while the storage still takes the last one goes to memory only. One that is due while another is
+        on its way off the device is due again after the next step. The state must not change before `wait_staged`.
 
         Args:
             extra: JSON values that `restore` gives back; rank 0's count.
@@ -181,6 +187,9 @@ class Checkpointer:
         if tier == "storage" and "storage" in self._saves and self._memory:
             tier = "memory"  # the storage is slower than the rhythm; memory is not
         if tier in self._saves:
+            return False
+        self._late = tier if self._leaving else None
+        if self._late:
             return False
         start_s = time.monotonic()
         state = self._get_state(model, optimizer)
@@ -202,6 +211,7 @@ class Checkpointer:
         )
         save.stall_s = time.monotonic() - start_s
         self._saves[tier], self._newest_index = save, index
+        self._leaving = tier if self._device.type == "cuda" else None
         for kind in ("memory", "storage") if tier == "storage" else ("memory",):
             self._paces[kind].started(progress.step)
         # a daemon: a thread that waits for a frozen peer must not keep the process from leaving
@@ -275,6 +285,7 @@ class Checkpointer:
         if self._memory:
             self.finish("memory")
             if self._kept != progress:
+                self._wait_left()
                 self.start_save(model, optimizer, progress=progress, extra=extra, tier="memory")
                 self.finish("memory")
             if self._kept == progress:
@@ -314,6 +325,7 @@ class Checkpointer:
                 all(future.done() for future in kept),
                 all(future.done() and not future.result() for future in kept),
                 all(future.done() for future in committed),
+                all(save.staged.has_left for save in self._saves.values()),
                 *(self._disk.get_ballot() if self._disk else (True, True, False)),
                 *(-self._paces[tier].plan(step_s) for tier in _TIERS),  # the longest counts
             ]
@@ -323,10 +335,12 @@ class Checkpointer:
         outcome = self._votes.count()
         if outcome is None:
             return
-        is_over, is_kept, is_written, is_stored, is_stored_well, is_disk_due, *plans = outcome
+        is_over, is_kept, is_written, has_left, is_stored, is_stored_well, is_disk_due, *plans = outcome
         if self._disk:
             self._disk.count(is_over=bool(is_stored), is_well=bool(is_stored_well), is_due=bool(is_disk_due))
         self._has_plans = True
+        if has_left and self._leaving in self._voted_on:
+            self._leaving = None
         for tier, negative_steps in zip(_TIERS, plans, strict=True):
             self._paces[tier].agree(int(-negative_steps))
         if is_over and "memory" in self._voted_on:
@@ -334,9 +348,23 @@ class Checkpointer:
         if is_written and "storage" in self._voted_on:
             self._settle(self._saves["storage"])
 
+    def _wait_left(self) -> None:
+        """Return once no save is on the device of any rank."""
+        self._count_vote()
+        if self._leaving:
+            self._saves[self._leaving].staged.wait_left()
+            self._votes.agree(1)
+            self._leaving = None
+
+    def _forget(self, tier: Tier) -> None:
+        """Take a save that is over, on all ranks, out of the books."""
+        del self._saves[tier]
+        if self._leaving == tier:
+            self._leaving = None
+
     def _settle_kept(self, save: Flight, *, is_kept: bool) -> None:
         """Take the end of a snapshot."""
-        del self._saves["memory"]
+        self._forget("memory")
         self._paces["memory"].measured(SaveCost(stall_s=save.stall_s, busy_s=save.kept_s))
         if is_kept:
             self._take_kept(save)
@@ -359,7 +387,7 @@ class Checkpointer:
             self._on_kept(save.progress)
 
     def _settle(self, save: Flight) -> None:
-        del self._saves["storage"]
+        self._forget("storage")
         try:
             self._save_s.append(save.committed_s.result())
         except StaleEpochError:

@@ -26,14 +26,15 @@ _PIECE_BYTES = 32 * 2**20
 a few of these (0.7 ms each). One engine does all such copies, in the order in which they were asked for."""
 _ALIGNED_BYTES = 512
 """Where a tensor in device memory begins; torch's allocator uses the same."""
-_NUM_COPIERS = max(1, min(4, (os.cpu_count() or 1) // 4))
+_NUM_COPIERS = max(1, min(2, (os.cpu_count() or 1) // 4))  # with four neither a snapshot nor a step was faster
 
 
 class HostArenas:
     """The arenas that one process stages in; they outlive worlds.
 
-    They are not page-locked: that takes tens of seconds for tens of GiB, and each call for it waits until the device is
-    idle. What leaves a GPU comes through a few buffers that are.
+    They are not page-locked: for tens of GiB that takes as many seconds, in which no other call that has to do with
+    memory gets through to the device, at a save or anywhere else; and restoring was no faster. What leaves a GPU comes
+    through a few buffers that are.
 
     Args:
         count: how many copies are kept.
@@ -108,6 +109,11 @@ class Staged:
     leaving: "Leaving | None"
     """What is still on the device."""
 
+    @property
+    def has_left(self) -> bool:
+        """The device is free for the next copy."""
+        return self.leaving is None or self.leaving.is_over
+
     def wait_on_device(self) -> None:
         """Let the device change the live state only after the copy.
 
@@ -124,6 +130,11 @@ class Staged:
         """
         if self.leaving is not None:
             self.leaving.bring()
+
+    def wait_left(self) -> None:
+        """Return once the device is free for the next copy."""
+        if self.leaving is not None:
+            self.leaving.wait()
 
     def give_up(self) -> None:
         """Return once nothing is written to the arena any more."""
@@ -311,6 +322,15 @@ class Leaving:
         """Let the current stream wait until the live state may change."""
         self._is_asked_for.wait()
         self._is_free.wait()
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing of it is on the device any more."""
+        return self._is_over.is_set()
+
+    def wait(self) -> None:
+        """Return once it is over."""
+        self._is_over.wait()
 
     def give_up(self) -> None:
         """Let `bring`, which may be at it, end early, and wait for that."""

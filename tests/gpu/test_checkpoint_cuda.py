@@ -6,7 +6,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from elastic.checkpoint.keeping import start_keeper
 from elastic.checkpoint.load import restore
+from elastic.checkpoint.memory import Memory
 from elastic.checkpoint.save import Checkpointer
 from elastic.checkpoint.state import get_live_state, get_local
 from elastic.config import RunConfig
@@ -62,13 +64,47 @@ def check_saves(device, storage):
     checkpointer.close()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_what_is_restored_is_bit_for_bit_what_was_there_when_the_save_started(tmp_path):
+def check_snapshots(device, storage, memory, keepers):
+    """Save to memory and load from there."""
+    config = RunConfig()
+    model, optimizer = build(device, seed=0)
+    checkpointer = Checkpointer(storage, config, device=device, epoch=1, memory=memory)
+    train(model, optimizer, device, checkpointer, 1)
+    for step in range(1, 4):
+        saved = copy_bits(model, optimizer)
+        assert checkpointer.start_save(model, optimizer, progress=Progress(step=step), extra={}, tier="memory")
+        assert not checkpointer.start_save(model, optimizer, progress=Progress(step=step), extra={}, tier="storage")
+        assert checkpointer.get_due(step) == "storage", "there is no room for two on the device, but none is forgotten"
+        train(model, optimizer, device, checkpointer, 5)
+        checkpointer.finish("memory")
+        twin, twin_optimizer = build(device, seed=1)
+        restored = restore(storage, twin, twin_optimizer, config=config, device=device, memory=memory, keepers=keepers)
+        assert restored is not None
+        assert (restored.progress.step, restored.source) == (step, "memory")
+        loaded = copy_bits(twin, twin_optimizer)
+        assert [name for name in saved if not torch.equal(saved[name], loaded[name])] == []
+    checkpointer.close()
+
+
+@pytest.fixture
+def device():
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=device)
-    try:
-        check_saves(device, open_storage(tmp_path))
-    finally:
-        dist.destroy_process_group()
+    yield device
+    dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_is_restored_is_bit_for_bit_what_was_there_when_the_save_started(device, tmp_path):
+    check_saves(device, open_storage(tmp_path))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_is_restored_from_memory_is_the_same(device, tmp_path):
+    keeper = start_keeper(node="a", ip="127.0.0.1", secret="s")
+    memory = Memory(keeper.open_connection(), node="a", secret="s")
+    check_snapshots(device, open_storage(tmp_path), memory, {"a": ("127.0.0.1", keeper.port)})
+    keeper.close()
