@@ -89,7 +89,10 @@ def train(
             with built as (parts, progress, recent):
                 if world.rank == 0:
                     log.info("world of %d ready: %s", world.world_size, laps)
-                outcome = run_loop(parts, progress, recent, timeline)
+                try:
+                    outcome = run_loop(parts, progress, recent, timeline)
+                finally:
+                    laps.start()
         except StaleEpochError as error:
             if not is_led:
                 raise
@@ -99,9 +102,13 @@ def train(
                 raise
             outcome = Lost(progress=progress, reason=explain_peer_loss(error))
         finally:
+            laps.end("model")
             breaker.disarm()
+            laps.end("breaker")
         if world is not None:
             close_world(world, peers="lost" if isinstance(outcome, Lost) else "alive")
+            laps.end("the world")
+            log.info("world of %d left: %s", world.world_size, laps)
     return outcome
 
 
@@ -179,6 +186,7 @@ def _build_parts(
         mean_s_between_losses=spec.mean_s_between_losses,
     )
     with ExitStack() as stack:
+        stack.callback(laps.end, "saves")
         stack.callback(checkpointer.close)
         profiler = Profiler(
             at_step=config.profile_at_step,
@@ -187,6 +195,7 @@ def _build_parts(
             path=run.dir.profile(attempt=world.attempt, rank=world.rank),
         )
         stack.callback(profiler.close)
+        stack.callback(laps.end, "data")
         loader = stack.enter_context(Loader(dataset, config=config, start_step=progress.step, **place))
         laps.end("saves and data")
         yield (

@@ -61,6 +61,10 @@ class Laps:
     """What the parts of a phase took, for a line of the log."""
 
     def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Begin the first part; what was measured before is forgotten."""
         self._ended_s = time.monotonic()
         self._laps: list[str] = []
 

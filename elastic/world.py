@@ -193,7 +193,9 @@ def open_world(
         rank=spec.rank,
         world_size=spec.world_size,
         timeout=timeout,
-        device_id=rank_device if rank_device.type == "cuda" else None,
+        # NCCL sets up its communicator now and not in the first step; one rank may never need it, and to abort it takes
+        # most of a second
+        device_id=rank_device if rank_device.type == "cuda" and spec.world_size > 1 else None,
     )
     return World(
         rank=spec.rank,

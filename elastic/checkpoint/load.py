@@ -39,6 +39,7 @@ from elastic.config import RunConfig
 from elastic.errors import CheckpointError, SolventError
 from elastic.ports import Address, Progress, Source
 from elastic.storage import Storage, is_url
+from elastic.timeline import Laps
 
 logger = logging.getLogger(__name__)
 
@@ -83,23 +84,28 @@ def restore(
         CheckpointError: the state is of another shape, of another format, or no checkpoint is whole.
         StorageError: the storage cannot be read.
     """
-    rank = dist.get_rank(group)
+    rank, laps = dist.get_rank(group), Laps()
     held = memory.fetch_all(keepers or {}) if memory and rank == 0 else []
     candidates = _from_rank_0(_find_candidates(storage, held) if rank == 0 else [], group)
     if isinstance(candidates, SolventError):
         raise candidates
+    laps.end("looked")
     live = get_live_state(model, optimizer) if candidates else {}
+    laps.end("live state")
     for candidate in candidates:
         found = _from_rank_0(_inspect(storage, candidate, config, live) if rank == 0 else None, group)
         if isinstance(found, SolventError):
             raise found
         if isinstance(found, Manifest):
+            laps.end("manifest")
             with _open_sources(storage, candidate, memory, keepers or {}) as sources:
                 readers = NUM_COPIERS if isinstance(candidate, WholeSnapshot) else NUM_READERS
                 damage = load_state(live, found, sources, device=device, group=group, num_readers=readers)
                 found = damage or found
+            laps.end("read")
         if isinstance(found, Manifest):
             source = _get_source(candidate, storage)
+            logger.info("step %d restored: %s", found.progress.step, laps)
             return Restored(progress=found.progress, extra=found.extra, epoch=found.epoch, source=source)
         if rank == 0:
             logger.warning("%s is damaged (%s); falling back to the one before", _describe(candidate, storage), found)
@@ -189,8 +195,9 @@ def load_state(
         damage = damage or fill(targets, reads, sources, device=device, num_readers=num_readers)
     except OSError as error:
         damage = explain_unreadable(error, sources[-1].name)
-    outcomes: list[Any] = [None] * world_size
-    dist.all_gather_object(outcomes, damage, group=group)
+    outcomes: list[Any] = [damage] * world_size
+    if world_size > 1:
+        dist.all_gather_object(outcomes, damage, group=group)
     for outcome in outcomes:
         if isinstance(outcome, SolventError):
             raise outcome
@@ -223,6 +230,8 @@ def _inspect(
 
 
 def _from_rank_0(value: Any, group: dist.ProcessGroup | None) -> Any:
+    if dist.get_world_size(group) == 1:  # NCCL would set up a communicator for this alone
+        return value
     holder = [value]
     dist.broadcast_object_list(holder, src=0, group=group)
     return holder[0]

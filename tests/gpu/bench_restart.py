@@ -5,7 +5,7 @@
 
 A real host with a real keeper and real trainers; this script plays the coordinator. 1.5 B parameters (0.13 B if a GPU
 is shared), compiled block by block. Prints lines `RESULT {json}`: `compiled` counts the pieces of code that all
-trainers together have compiled for a world, `used_gib` is the memory of all GPUs. Needs neither Ray nor W&B; on a CPU
+trainers together have compiled for a world, `used_gib` is the memory of these GPUs. Needs neither Ray nor W&B; on a CPU
 it tries a tiny model on two ranks, compiled with `--compile`.
 """
 
@@ -41,6 +41,7 @@ from elastic.data.prepare import prepare
 
 ROOT = Path(__file__).parents[2]
 IS_GPU = torch.cuda.is_available()
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
 SMALL = ModelConfig(dim=768, num_layers=12, num_heads=12, num_kv_heads=12, ffn_dim=2048, vocab_size=32000)
 MODEL = (
     ModelConfig(dim=2048, num_layers=16, num_heads=32, num_kv_heads=8, ffn_dim=8192, vocab_size=128256, tied_head=False)
@@ -110,7 +111,7 @@ class Coordinator:
             while agent.connect_ex(str(folder / "host" / "socket")):
                 time.sleep(0.01)
             self.agents.append(Link(agent))
-            devices = {"CUDA_VISIBLE_DEVICES": "0" if share else slot.removeprefix("gpu")} if IS_GPU else {}
+            devices = {"CUDA_VISIBLE_DEVICES": GPUS[0 if share else int(slot.removeprefix("gpu"))]} if IS_GPU else {}
             self.agents[-1].send("claim", group=1, group_size=1, pid=1, slot=slot, env=devices)
         for slot in slots:
             self.expect("claimed", slot=slot)
@@ -229,10 +230,11 @@ class Coordinator:
 
 
 def get_used_gib() -> float | None:
-    """Return the memory of all GPUs that is in use, by anyone."""
+    """Return the memory of our GPUs that is in use, by anyone."""
     if not IS_GPU:
         return None
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    query = ["--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", f"--id={','.join(GPUS)}", *query]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     return round(sum(map(int, lines)) / 1024, 1)
 
@@ -257,6 +259,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--share", type=int, default=0, help="trainers on one GPU")
     parser.add_argument("--compile", action="store_true", help="on a CPU, too")
+    parser.add_argument("--rounds", type=int, default=2, help="of all changes")
     args = parser.parse_args()
     share: int = args.share
     folder = Path(tempfile.mkdtemp(prefix="r-"))
@@ -284,14 +287,14 @@ def main() -> None:
         coordinator.measure("first world", slots, time.monotonic())
         if len(slots) > 1:
             one = slots[:1]
-            for _ in range(2):
+            for _ in range(args.rounds):
                 change(coordinator, "told to leave, same world", "leave", slots, slots)
                 change(coordinator, "one trainer killed -9", "kill", slots, slots)
                 change(coordinator, "parked, shrink", "park", slots, one)
                 change(coordinator, "parked, grow", "park", one, slots)
             change(coordinator, "parked, shrink", "park", slots, one)
             slots = one
-        for _ in range(2):
+        for _ in range(args.rounds):
             change(coordinator, "told to leave, same world", "leave", slots, slots)
             change(coordinator, "the trainer killed -9", "kill", slots, slots)
         print("\n".join(coordinator.read_logs()), flush=True)
