@@ -20,6 +20,8 @@ _SNAPSHOTS = 4
 _GIB = 2**30
 # Estimates, not measured: what a process with torch and CUDA holds of host memory, and the rest of a node.
 _TRAINER_GIB = 6.0
+_SPARE_GIB = 3.0
+"""A spare trainer has opened its device and loaded compiled code, and holds no state."""
 _NODE_GIB = 4.0
 _CPUS_FOR_RAY = 2
 OBJECT_STORE_BYTES = 200 * 2**20
@@ -98,6 +100,8 @@ def estimate_memory_gib(config: RunConfig, workers_per_node: int) -> int:
     if not config.cluster.gpus_per_worker:
         held = parameters / (1 if config.strategy in ("ddp", "single") else ranks)
         trainer_bytes += held * (_STATE_BYTES_PER_PARAMETER + _CPU_BYTES_PER_PARAMETER)
+    if config.compile and config.cluster.spare_trainers:
+        trainer_bytes += _SPARE_GIB * _GIB
     return math.ceil(_NODE_GIB + workers_per_node * trainer_bytes / _GIB)
 
 

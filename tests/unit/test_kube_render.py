@@ -167,6 +167,15 @@ def test_memory_of_a_node_counts_the_snapshots_that_it_holds():
     assert plan_sizes(config, make_options(gpus_per_node=2, memory_gib_per_node=100)).memory_gib == 100
 
 
+def test_memory_of_a_node_counts_the_spare_trainers_of_a_run_that_is_compiled():
+    config, options = make_config(min_workers=2, max_workers=2), make_options(gpus_per_node=2)
+    compiled = dataclasses.replace(config, compile=True)
+    without = dataclasses.replace(compiled, cluster=dataclasses.replace(config.cluster, spare_trainers=False))
+    memory_gib = plan_sizes(config, options).memory_gib
+    assert plan_sizes(compiled, options).memory_gib == memory_gib + 2 * 3
+    assert plan_sizes(without, options).memory_gib == memory_gib
+
+
 @pytest.mark.parametrize(
     ("profile", "grace_s"), [("gke-spot", 15), ("aks-spot", 25), ("generic", 30), ("eks-spot", 120)]
 )
