@@ -278,7 +278,7 @@ class ClusterConfig:
     """Intra-op threads of a trainer; on a GPU node 1 is enough."""
     spare_trainers: bool = True
     """Where code is compiled, keep a second process per GPU that is ready when the one that trains dies; takes some
-    0.6 GiB of the GPU's memory."""
+    0.7 GiB of the GPU's memory."""
     notices: str = "auto"
     """Whose notices of preemption the nodes read: auto (whatever they find they are), off, or a provider (`solvent
     doctor` lists them)."""

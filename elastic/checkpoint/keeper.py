@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +36,8 @@ from elastic.errors import CheckpointError
 _PR_SET_PDEATHSIG = 1
 _NICENESS = 10  # on a machine without a core to spare, training goes first
 _CHECKSUM_THREADS = max(1, min(8, (os.cpu_count() or 1) // 2))  # whoever restores the newest snapshot waits for them
+_BATCH = 16
+"""Blocks that a thread checksums at a time; handing them out one by one takes as long as the sums themselves."""
 _PEER_TIMEOUT_S = 30.0
 """A lost machine sends no FIN; a living one takes its bytes and checks a copy sooner than this."""
 
@@ -165,7 +167,8 @@ class Keeper:
         try:
             view = holding.arena.view
             parts = [view[offset : offset + size] for offset, size in holding.chunks]
-            checksums = list(self._checksummers.map(crc32, parts))
+            batches = [parts[first : first + _BATCH] for first in range(0, len(parts), _BATCH)]
+            checksums = [one for batch in self._checksummers.map(_checksum_all, batches) for one in batch]
             with self._lock:
                 check_current(holding, generation)
                 holding.checksums = checksums
@@ -404,6 +407,10 @@ def _swallow(channel: Channel, num_bytes: int) -> None:
 def _reply(trainer: _Trainer, message: Header, *, kind: str, **fields: object) -> None:
     with contextlib.suppress(WireError):  # it is gone; nobody is left to tell
         trainer.channel.send({"kind": kind, "id": message["id"], **fields})
+
+
+def _checksum_all(parts: Sequence[memoryview]) -> list[int]:
+    return [crc32(part) for part in parts]
 
 
 def _start_thread(target: Callable[..., None], *args: object) -> None:
