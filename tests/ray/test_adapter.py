@@ -17,6 +17,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from cluster.runtime import adapter
 from elastic.config import ClusterConfig
 from elastic.errors import SolventError
+from tests.ray._traces import wait_until
 
 
 def parameters(function) -> list[str]:
@@ -86,8 +87,15 @@ def test_a_coordinator_is_found_by_its_name_and_its_silence_is_an_error(connecte
     actor = adapter.create_coordinator("c", Silent)
     assert adapter.call(adapter.get_coordinator("c").name) == "silent"
     adapter.kill(actor)
-    with pytest.raises(SolventError, match="does not answer"):
+    wait_until(lambda: is_silent(actor), timeout_s=10, what="it ends")  # Ray does not wait for that
+
+
+def is_silent(actor) -> bool:
+    try:
         adapter.call(actor.name)
+    except SolventError as error:
+        return "does not answer" in str(error)
+    return False
 
 
 @pytest.mark.parametrize("spell", [lambda node: "", lambda node: "f" * len(node), bytes.fromhex, str.upper])
