@@ -125,10 +125,13 @@ class Coordinator:
                 if message.items() >= wanted.items():
                     self.messages.remove(message)
                     return message
-            for message in self.link.receive(0.1) or []:
-                self.messages.append({**message, **message.get("message", {})})
+            self.read()
         log = "".join(path.read_text()[-1500:] for path in (self.folder / "host").glob("*.log"))
         raise TimeoutError(f"no {wanted}; the logs end: {log}")
+
+    def read(self) -> None:
+        """Take what has come, for a moment."""
+        self.messages += [{**message, **message.get("message", {})} for message in self.link.receive(0.1) or []]
 
     def tell(self, kind: str, slots: list[str], **fields: object) -> None:
         for slot in slots:
@@ -136,10 +139,10 @@ class Coordinator:
 
     def end(self, how: str, slots: list[str]) -> float:
         """Have the world left (or parked, or a trainer killed); return when that was asked for."""
-        start_s = time.monotonic()
         if how == "kill":
             self.wait_for_spare(slots[-1])
-            start_s = time.monotonic()
+        start_s = time.monotonic()
+        if how == "kill":
             os.kill(self.pids[slots[-1]], signal.SIGKILL)
             self.expect("ended", slot=slots[-1], attempt=self.attempt)
             self.tell("leave", slots[:-1])
@@ -170,7 +173,7 @@ class Coordinator:
                 self.num_spares[slot] -= 1
                 report(way="no spare trainer", slot=slot)
                 return
-            self.messages += [{**m, **m.get("message", {})} for m in self.link.receive(0.1) or []]
+            self.read()
 
     def measure(self, way: str, slots: list[str], start_s: float, last_step: int = 0) -> int:
         """Form a world; report the seconds from `start_s` to its first step; return the last step seen."""
