@@ -8,10 +8,13 @@ import gc
 import logging
 import os
 import socket
+import struct
 import threading
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from time import monotonic, sleep
 from typing import Literal
 
 # torch.distributed re-exports its stores without listing them in __all__:
@@ -25,6 +28,12 @@ from elastic.errors import ConfigError
 from elastic.ports import WorldSpec
 
 logger = logging.getLogger(__name__)
+
+_STILL_S = 0.02
+"""So long without a byte means that no message is under way: a thread on a busy machine goes on sooner."""
+_STILL_PATIENCE_S = 0.5
+_TCP_INFO_BYTES = 136
+"""Up to and with `tcpi_bytes_acked` and `tcpi_bytes_received` in Linux' `struct tcp_info` (since 4.1)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +74,10 @@ class Breaker:
 
     Without it a collective with a peer that sends no FIN lasts until its time-out. gloo has no call for this (abort and
     destroy leave a collective under way alone), so the connections that this process opened for the world are shut
-    down beneath it; NCCL has one.
+    down beneath it; NCCL has one. While a message is half received they must not be: gloo tells no one who waits for
+    such a message that its connection is gone (its `Pair::signalException` skips it), and the wait would last until its
+    time-out. So a world is broken when no byte has moved for a moment. A message that has begun ends without any help
+    from the threads that train, and those stop at their next step, or hang on a peer.
     """
 
     def __init__(self) -> None:
@@ -93,9 +105,11 @@ class Breaker:
             self._before = None
 
     def break_world(self) -> None:
-        """End the world, or do not let it begin; from any thread."""
+        """End the world, or do not let it begin; from any thread but the one that trains."""
         with self._lock:
             self.is_broken = True
+        self._wait_until_still()
+        with self._lock:
             if self._before is None:
                 return
             for descriptor, inode in _list_sockets():
@@ -103,6 +117,18 @@ class Breaker:
                     _shut_down(descriptor, inode)
             if self._has_nccl and dist.is_initialized():
                 _abort_all()
+
+    def _wait_until_still(self) -> None:
+        """Wait until no message is under way, but not for long: a frozen peer may never take the rest of one."""
+        deadline_s = monotonic() + _STILL_PATIENCE_S
+        moved, still_since_s = -1, monotonic()
+        while (before := self._before) is not None and (now_s := monotonic()) < deadline_s:
+            last, moved = moved, sum(_count_moved_bytes(*each) for each in _list_sockets() if each not in before)
+            if moved != last:
+                still_since_s = now_s
+            elif now_s - still_since_s >= _STILL_S:
+                return
+            sleep(_STILL_S / 4)
 
 
 def _list_sockets() -> list[tuple[int, int]]:
@@ -116,13 +142,30 @@ def _list_sockets() -> list[tuple[int, int]]:
     return found
 
 
+@contextmanager
+def _borrow_connection(descriptor: int, inode: int) -> Generator[socket.socket | None]:
+    """Lend a socket if it is a TCP connection, and not closed meanwhile with its number used again."""
+    with socket.socket(fileno=os.dup(descriptor)) as connection:
+        is_same = os.fstat(connection.fileno()).st_ino == inode
+        is_internet = connection.family in (socket.AF_INET, socket.AF_INET6)
+        is_listening = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        yield connection if is_same and is_internet and not is_listening else None
+
+
 def _shut_down(descriptor: int, inode: int) -> None:
     """Shut a connection down; a listening socket is left alone, since gloo aborts the process if its own fails."""
-    with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
-        is_same = os.fstat(connection.fileno()).st_ino == inode  # else closed meanwhile, and the number used again
-        is_internet = connection.family in (socket.AF_INET, socket.AF_INET6)
-        if is_same and is_internet and not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+    with suppress(OSError), _borrow_connection(descriptor, inode) as connection:
+        if connection:
             connection.shutdown(socket.SHUT_RDWR)
+
+
+def _count_moved_bytes(descriptor: int, inode: int) -> int:
+    """Return how many bytes a connection's peer has acknowledged and has sent; other sockets have none."""
+    with suppress(OSError, struct.error), _borrow_connection(descriptor, inode) as connection:  # an older kernel
+        if connection:
+            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+            return sum(struct.unpack_from("=QQ", info, _TCP_INFO_BYTES - 16))
+    return 0
 
 
 def _abort_all() -> None:

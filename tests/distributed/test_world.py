@@ -1,6 +1,9 @@
 """Worlds open, end and follow each other in processes that live on."""
 
+import random
+import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -9,9 +12,13 @@ import torch.distributed as dist
 
 from elastic.errors import ConfigError
 from elastic.step import build_trainable
-from elastic.world import close_world, get_device, open_world
+from elastic.world import Breaker, close_world, get_device, open_world
 from tests.distributed._ranks import in_world, run_ranks, spec
 from tests.distributed._tiny import CONFIG, train
+
+NUM_BROKEN = 12
+HUNG_S = 4.0
+"""The time-out of collectives: a rank that missed the end of its world takes as long."""
 
 
 def _sum_in_worlds_of_2_and_1(rank: int, port: int):
@@ -77,6 +84,41 @@ def _meet_after_one_waited_in_vain(rank: int, port: int):
 
 def test_a_world_forms_after_one_that_did_not():
     assert run_ranks(_meet_after_one_waited_in_vain, 2) == [2, 2]
+
+
+def _break_amid_messages(rank: int, port: int):
+    """Leave world after world in which large messages never stop, when another thread says so."""
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    left_s = []
+    for attempt in range(NUM_BROKEN):
+        breaker = Breaker()
+        breaker.arm(torch.device("cpu"))
+        world = open_world(spec(rank, port, world_size=3, attempt=attempt), device="cpu", timeout_s=HUNG_S)
+        thread = threading.Timer(random.Random(attempt).random() / 20 + rank / 1000, breaker.break_world)
+        numbers, step, start_s = torch.ones(5_000_000), 0, 0.0
+        with suppress(RuntimeError):
+            while True:
+                if step == 4:
+                    start_s = time.monotonic()
+                    thread.start()
+                if breaker.is_broken and step % 4 == 0:  # as a training loop, which looks once a step
+                    break
+                world.sum_(numbers)
+                step += 1
+        left_s.append(time.monotonic() - start_s)
+        breaker.disarm()
+        close_world(world, peers="lost")
+        thread.join()
+        # the next world begins together
+        store.add(f"left-{attempt}", 1)
+        while store.add(f"left-{attempt}", 0) < 3:
+            time.sleep(0.005)
+    return left_s
+
+
+def test_a_world_that_is_broken_while_messages_are_under_way_is_left_at_once():
+    left_s = run_ranks(_break_amid_messages, 3)
+    assert max(map(max, left_s)) < HUNG_S / 2, left_s
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
