@@ -208,7 +208,7 @@ def lead(storage: Storage, *, who: str, at_least: int = 1, lease_s: float = LEAS
         if newest and not _is_free(lease, newest):
             _wait_for_silence(storage, newest, lease, lease_s=lease_s)
         epoch = max(newest + 1, at_least)
-        take_epoch(storage, epoch, who=who)
+        take_epoch(storage, epoch, who=who, patience_s=_TAKE_PATIENCE_S if newest else 0.0)
     except StaleEpochError:
         raise _refuse(storage, describe_taker(storage, get_newest_epoch(storage))) from None
     except OSError as error:
@@ -225,6 +225,15 @@ def lead(storage: Storage, *, who: str, at_least: int = 1, lease_s: float = LEAS
         token=secrets.token_hex(8),
     )
     return Leadership(storage, lease, renew_s=lease_s * RENEW_S / LEASE_S)
+
+
+def was_led(storage: Storage) -> bool:
+    """Tell whether anybody ever trained the run whose files are in `storage`.
+
+    Raises:
+        OSError: the storage does not say.
+    """
+    return storage.get_size(KEY) is not None
 
 
 def _wait_for_silence(storage: Storage, newest: int, lease: Lease | None, *, lease_s: float) -> None:

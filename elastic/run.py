@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from time import monotonic, sleep, time
+from time import time
 from typing import TypedDict, cast
 
 import torch
@@ -18,7 +18,7 @@ from elastic.checkpoint.keep import remove_orphans
 from elastic.checkpoint.load import restore
 from elastic.checkpoint.memory import Memory
 from elastic.checkpoint.save import Checkpointer
-from elastic.checkpoint.storage import check_space, estimate_checkpoint_bytes, explain
+from elastic.checkpoint.storage import PATIENCE_S, check_space, estimate_checkpoint_bytes, explain, keep_trying
 from elastic.config import RunConfig
 from elastic.data.loader import Loader, eval_batches
 from elastic.data.shards import check_fits, open_dataset
@@ -38,9 +38,6 @@ from elastic.watchdog import Watchdog
 from elastic.world import Breaker, World, close_world, get_device, open_world
 
 log = logging.getLogger(__name__)
-
-_STORAGE_PATIENCE_S = 30.0
-_STORAGE_RETRY_S = 0.5
 
 
 def train(
@@ -260,22 +257,20 @@ def _check_storage(storage: Storage, config: RunConfig, world: World) -> None:
 
 
 def _prepare_storage(storage: Storage, mark: str, config: RunConfig, world: World) -> StorageError | None:
-    """Return what is wrong, at once for a new run; one that has trained waits for storage that is full for a while."""
-    patience_s = min(_STORAGE_PATIENCE_S, config.fault.collective_timeout_s / 2) if world.attempt > 1 else 0.0
-    deadline_s = monotonic() + patience_s
-    while (problem := _try_storage(storage, mark, config, world)) and monotonic() < deadline_s:
-        sleep(_STORAGE_RETRY_S)
-    return problem
+    """Return what is wrong, at once for a new run; one that has trained waits for a while."""
+    model = plugins.load("elastic.models", config.model.kind, key="model.kind")
 
-
-def _try_storage(storage: Storage, mark: str, config: RunConfig, world: World) -> StorageError | None:
-    try:
-        model = plugins.load("elastic.models", config.model.kind, key="model.kind")
+    def look() -> None:
         check_space(storage, estimate_checkpoint_bytes(model.num_params(config.model)))
-        remove_orphans(storage, epoch=world.attempt)
-        storage.write(mark, [b""])
-    except OSError as error:
-        return explain(error, storage.url)
+        try:
+            remove_orphans(storage, epoch=world.attempt)
+            storage.write(mark, [b""])
+        except OSError as error:
+            raise explain(error, storage.url) from error
+
+    patience_s = min(PATIENCE_S, config.fault.collective_timeout_s / 2) if world.attempt > 1 else 0.0
+    try:
+        keep_trying(look, patience_s=patience_s)
     except StorageError as error:
         return error
     return None

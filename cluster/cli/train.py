@@ -76,6 +76,8 @@ def open_sinks(config: RunConfig, run_dir: RunDir) -> list[MetricSink]:
 def check_before_paying(config: RunConfig) -> None:
     """Find what is wrong with sizes, prices, provider, data, storage and the run to resume before a node is claimed.
 
+    Storage that is full makes a run that has trained wait for a while, and refuses a new one at once.
+
     Raises:
         UserError: one of these cannot be used, or the run cannot go on under this configuration.
         CheckpointError: another version of Solvent wrote its checkpoints.
@@ -84,20 +86,31 @@ def check_before_paying(config: RunConfig) -> None:
     from elastic.checkpoint.fit import check_config
     from elastic.checkpoint.layout import list_committed, read_manifest
     from elastic.checkpoint.storage import (
+        PATIENCE_S,
         check_space,
         check_writable,
         estimate_checkpoint_bytes,
         explain_unreadable,
+        keep_trying,
     )
     from elastic.data.shards import check_fits, open_dataset
+    from elastic.leader import was_led
 
     load_prices(config.cost)
     check_choice(config.cluster.notices)
     config.get_world_sizes()
     check_fits(open_dataset(config.data.path), config)
     storage = open_storage(join_url(config.storage, config.run))
-    check_writable(storage)
-    check_space(storage, estimate_checkpoint_bytes(config.model.num_matrix_params))  # a trainer knows it to the byte
+
+    def look() -> None:
+        check_writable(storage)
+        check_space(storage, estimate_checkpoint_bytes(config.model.num_matrix_params))  # trainers know it to the byte
+
+    try:
+        has_trained = was_led(storage)
+    except OSError:  # of a URL, any part may be wrong
+        has_trained = not is_url(storage.url)
+    keep_trying(look, patience_s=PATIENCE_S if has_trained else 0.0)
     try:
         for newest in list_committed(storage)[-1:]:
             check_config(config, read_manifest(storage, newest))

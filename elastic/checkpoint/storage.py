@@ -1,12 +1,23 @@
 """Whether a run's storage can be used, and what its errors mean for the user. No torch here."""
 
 import errno
+import logging
 import secrets
+from collections.abc import Callable
+from time import monotonic, sleep
 
 from elastic.errors import StorageError
 from elastic.storage import Storage, is_url
 
+log = logging.getLogger(__name__)
+
 GIB = 2**30
+
+PATIENCE_S = 30.0
+"""How long a run that has trained waits for its storage; who cleans a full disk up needs about as long to notice."""
+_RETRY_S = 0.5
+_PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EAGAIN, errno.ETIMEDOUT, errno.EIO}
+"""What may pass without anybody who mends the command, the mount or the permissions."""
 
 _HINTS = {
     errno.ENOSPC: "Free some space, lower checkpoint.keep_last, or set storage to a larger file system.",
@@ -50,6 +61,27 @@ def explain_unreadable(error: OSError, where: str) -> StorageError:
 def _get_hint(error: OSError, where: str) -> str:
     hints = _HINTS | (_URL_HINTS if is_url(where) else {})
     return hints.get(error.errno or 0, "Check that the storage is mounted and healthy, or set it elsewhere.")
+
+
+def keep_trying(look: Callable[[], None], *, patience_s: float) -> None:
+    """Look at the storage again until it can be used: what is full or does not answer now may be well in a moment.
+
+    Raises:
+        StorageError: it could not be used for `patience_s` seconds.
+    """
+    deadline_s = monotonic() + patience_s
+    is_told = False
+    while True:
+        try:
+            return look()
+        except StorageError as error:
+            cause = error.__cause__
+            if monotonic() >= deadline_s or (isinstance(cause, OSError) and cause.errno not in _PASSING):
+                raise
+            if not is_told:
+                log.warning("%s Trying for %.0f s.", error, patience_s)
+                is_told = True
+        sleep(_RETRY_S)
 
 
 def check_writable(storage: Storage) -> None:

@@ -265,9 +265,20 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(s
     place = mount("-t", "tmpfs", "-o", "size=2m", "tmpfs")
     fill(place, left_bytes=32 << 10)
     before = read_tree(place)
-    result = call(command, saved.config, f"storage={place}", f"data.path={saved.data}", "train.steps=4", **no_ray)
-    assert_explained(result, f"storage: {place / 'saved'} has", "GiB free", "Free some space")
+    result = call(command, saved.config, f"storage={place}", f"data.path={saved.data}", "run=new", **no_ray)
+    assert_explained(result, f"storage: {place / 'new'} has", "GiB free", "Free some space")
     assert read_tree(place) == before
+
+
+def test_a_run_that_has_trained_waits_for_room_before_it_starts_again(saved, mount, no_ray):
+    place = mount("-t", "tmpfs", "-o", "size=2m", "tmpfs")
+    fill(place, left_bytes=0)
+    with start([*SOLVENT, "train"], saved.config, f"storage={place}", f"data.path={saved.data}", **no_ray) as command:
+        told = command.stderr.readline()
+        assert f"{place / 'saved'}" in told and told.endswith("Trying for 30 s.\n"), told
+        assert command.poll() is None
+        (place / "ballast").unlink()
+        assert "Ray was imported" in command.communicate(timeout=60)[1]
 
 
 def test_a_disk_that_fills_up_during_a_save_is_explained_and_the_older_checkpoint_still_loads(saved, mount):

@@ -2,7 +2,13 @@ import errno
 
 import pytest
 
-from elastic.checkpoint.storage import check_space, check_writable, estimate_checkpoint_bytes, explain
+from elastic.checkpoint.storage import (
+    check_space,
+    check_writable,
+    estimate_checkpoint_bytes,
+    explain,
+    keep_trying,
+)
 from elastic.errors import StorageError
 from elastic.storage import open_storage
 
@@ -30,3 +36,19 @@ def test_a_full_disk_is_explained_with_what_to_do():
     error = explain(OSError(errno.ENOSPC, "No space left on device"), "runs/a")
     assert "No space left on device" in str(error)
     assert "lower checkpoint.keep_last" in str(error)
+
+
+def test_storage_that_is_full_for_a_moment_is_waited_for_and_one_that_stays_full_is_not(caplog):
+    looks = []
+
+    def look():
+        looks.append(None)
+        if len(looks) < 3:
+            raise StorageError("storage: full.")
+
+    with pytest.raises(StorageError, match="full"):
+        keep_trying(look, patience_s=0)
+    assert len(looks) == 1
+    keep_trying(look, patience_s=30)
+    assert len(looks) == 3
+    assert caplog.messages == ["storage: full. Trying for 30 s."]
