@@ -10,6 +10,18 @@ RAY_HEAD_ENV: Mapping[str, str] = {"RAY_health_check_period_ms": "1000"}
 """What every head of ours is started with: it asks a silent node five times before it calls it dead, by default every
 three seconds, and what Ray still takes for alive is paid for and waited for."""
 
+_LEAVE_S, _LEAVE_GPUS_S = 2.0, 4.0
+
+
+def get_leave_limit_s(*, uses_gpus: bool) -> float:
+    """Return how long a trainer that was asked to leave its world may take; after that it is killed.
+
+    Without GPUs half a second is long. To abort NCCL's communicators took 0.4 to 1.2 s on H100s, before which a step
+    that is under way has to end; a survivor that is killed too soon costs 5 s more than one that is waited for.
+    """
+    return _LEAVE_GPUS_S if uses_gpus else _LEAVE_S
+
+
 OutcomeKind = Literal["finished", "interrupted", "lost", "failed"]
 Change = Literal[
     "finished",

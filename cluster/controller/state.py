@@ -5,7 +5,7 @@ from enum import IntEnum
 from typing import Literal
 
 from cluster.controller.failures import Failures
-from cluster.types import AttemptEnded, Done, Slot, Stalled, TrainerReady
+from cluster.types import AttemptEnded, Done, Slot, Stalled, TrainerReady, get_leave_limit_s
 
 Stage = Literal["waiting", "forming", "running", "parking", "clearing", "done"]
 
@@ -25,7 +25,7 @@ class Policy:
     """A world that has not formed within this is given up."""
     park_s: float = 120.0
     """A world that has not parked within this is killed; a nearer deadline of the notice wins."""
-    leave_s: float = 2.0
+    leave_s: float = get_leave_limit_s(uses_gpus=False)
     """A trainer that was asked to leave its world, and has not after this, is killed."""
     notice_window_s: float = 1.0
     """A notice waits so long for others: one provider takes nodes in batches, and one park can serve all of them."""

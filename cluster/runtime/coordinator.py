@@ -57,6 +57,7 @@ from cluster.types import (
     TrainerReady,
     Undrained,
     Worker,
+    get_leave_limit_s,
 )
 from elastic import config as configs
 from elastic.attempts import next_attempt
@@ -138,6 +139,7 @@ class Coordinator:
                 world_sizes=self._config.get_world_sizes(),
                 max_failures_without_progress=self._config.fault.max_failures_without_progress,
                 max_node_failures=self._config.fault.max_node_failures,
+                leave_s=get_leave_limit_s(uses_gpus=bool(self._config.cluster.gpus_per_worker)),
             ),
             attempt=self._leader.epoch - 1,
             failures=self._books.failures,

@@ -39,14 +39,13 @@ from cluster.runtime.forked import Trainer, fork_trainer
 from cluster.runtime.link import Link, Message
 from cluster.runtime.priority import AHEAD, take_priority_of
 from cluster.runtime.seat import read_seat
+from cluster.types import get_leave_limit_s
 from elastic.checkpoint.keeping import KeeperProcess, start_keeper
 
 BEAT_S = 1.0
 _CONNECT_S = 2.0
 _SEND_S = 10.0
 """A coordinator that takes nothing for this long is gone."""
-_LEAVE_S = 2.0
-"""A trainer that has not left its world this long after it was asked to is killed, as the controller would."""
 _SPARE_AFTER_STEPS = 20
 """A spare trainer rehearses beside one that trains. By then that one has all the GPU memory that it needs."""
 
@@ -248,7 +247,8 @@ class Host:
             place.is_told = False
             trainer = place.trainer
             if trainer and trainer.attempt is not None:
-                trainer.leave_until_s = now_s + _LEAVE_S
+                uses_gpus = bool(self.spec.config["cluster"]["gpus_per_worker"])
+                trainer.leave_until_s = now_s + get_leave_limit_s(uses_gpus=uses_gpus)
                 trainer.link.send("leave", attempt=trainer.attempt)
             self._tell_claim(place)
 

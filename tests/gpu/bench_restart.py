@@ -24,9 +24,9 @@ from pathlib import Path
 
 import torch
 
-from cluster.controller import Policy
 from cluster.runtime.link import Link
 from cluster.runtime.seat import Seat, write_seat
+from cluster.types import get_leave_limit_s
 from elastic.config import (
     CheckpointConfig,
     ClusterConfig,
@@ -48,7 +48,7 @@ MODEL = (
     if IS_GPU
     else ModelConfig(dim=64, num_layers=2, num_heads=4, num_kv_heads=4, ffn_dim=128, vocab_size=512)
 )
-LEAVE_S = Policy(world_sizes=(1,), max_failures_without_progress=1).leave_s
+LEAVE_S = get_leave_limit_s(uses_gpus=IS_GPU)
 """As the coordinator, this script kills a trainer that has not left its world by then."""
 MARKS = ("ready:", " left:", "restored:", "rehearsed", "did not work", "spare")
 """Lines of the trainers' logs that are shown."""
