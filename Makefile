@@ -20,7 +20,7 @@ tested = $(BIN)/python -m pytest $(1) $(2) || $(BIN)/python -m pytest --last-fai
 
 test: lint ## lint, then all tests (those of processes, Ray and a browser one at a time)
 	$(call tested,-n 2,$(PARALLEL_TESTS))
-	$(call tested,,$(PARALLEL_TESTS:%=--ignore=%))
+	$(call tested,--durations=25,$(PARALLEL_TESTS:%=--ignore=%))
 
 test-long: $(INSTALLED) ## minutes each: chaos by lot, supervised runs, ends of pods, machines cut off, the guide's commands
 	$(call tested,,-m long)
