@@ -22,7 +22,7 @@ test: lint ## lint, then all tests (those of processes, Ray and a browser one at
 	$(call tested,-n 2,$(PARALLEL_TESTS))
 	$(call tested,--durations=25,$(PARALLEL_TESTS:%=--ignore=%))
 
-test-long: $(INSTALLED) ## minutes each: chaos by lot, supervised runs, ends of pods, machines cut off, the guide's commands
+test-long: $(INSTALLED) ## minutes each: chaos by lot, supervised runs, ends of pods, machines cut off, lost heads, leases, the guide
 	$(call tested,,-m long)
 
 lint: $(INSTALLED) ## style, types and who may import whom

@@ -191,7 +191,9 @@ def find_coordinators(run) -> list[int]:
     return [pid for pid, command in find_own(run.nodes).items() if "ray::Coordinator" in command]
 
 
-@pytest.mark.parametrize("led_by", ["the driver that created it", "a driver that found it"])
+@pytest.mark.parametrize(
+    "led_by", [pytest.param("the driver that created it", marks=pytest.mark.long), "a driver that found it"]
+)
 def test_a_coordinator_that_dies_is_followed_by_another_under_which_the_same_trainers_train_on(run, nodes, led_by):
     run.overrides |= {"fault.lease_s": 60, "checkpoint.memory_every_steps": 5, "optim.min_lr_ratio": 1}
     run.start()

@@ -12,6 +12,8 @@ from elastic.rundir import read_rows
 from tests.ray._runs import Run
 from tests.ray._traces import find_agents, find_hosts, find_keepers, find_processes, find_trainers, wait_until
 
+pytestmark = pytest.mark.long
+
 LEASE_S = 12.0
 """Half of it must do for a driver on a busy machine."""
 
@@ -54,7 +56,6 @@ def test_whoever_trains_goes_on_for_as_long_as_ray_train_takes_to_form_its_group
     assert list(read_rows(running.dir.incidents)) == []
 
 
-@pytest.mark.long
 def test_a_slot_that_a_whole_group_has_left_out_ends_after_the_lease_and_nobody_else_does(running):
     """An agent of an older group takes it late, and ends."""
     nodes = running.nodes

@@ -159,6 +159,7 @@ def test_status_and_report_read_the_bucket(recovered, capsys):
     assert open_storage(run.url).read("report.html").lstrip().lower().startswith(b"<!doctype html>")
 
 
+@pytest.mark.long
 def test_rows_up_to_a_commit_outlive_the_head_and_later_ones_its_processes(nodes, data, tmp_path):
     """Killed: driver and coordinator, as by the kernel of a head that has no memory left."""
     run = StoredRun(nodes, data, tmp_path, **{"train.steps": STEPS, "run": "killed"})
