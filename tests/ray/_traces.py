@@ -54,6 +54,11 @@ def find_keepers(folder: Path) -> list[int]:
     return [pid for pid, command in find_processes(folder).items() if "elastic.checkpoint.keeper" in command]
 
 
+def find_at_work(folder: Path) -> tuple[list[int], list[int], list[int]]:
+    """Return the hosts, keepers and trainers among a folder's processes: those who must outlive what else dies."""
+    return find_hosts(folder), find_keepers(folder), find_trainers(folder)
+
+
 def get_node(trainer: int) -> str:
     """Return the first digits of the node that a trainer is on."""
     log = Path(f"/proc/{trainer}/fd/1").readlink()

@@ -17,7 +17,7 @@ from elastic.rundir import RunDir, read_rows
 from tests.ray._exact import read_losses, read_samples
 from tests.ray._nodes import get_env
 from tests.ray._runs import Run
-from tests.ray._traces import find_agents, find_hosts, find_keepers, find_processes, find_trainers, is_alive, wait_until
+from tests.ray._traces import find_agents, find_at_work, find_hosts, find_processes, find_trainers, is_alive, wait_until
 
 LEASE_S = 14
 LONG = 100_000
@@ -202,7 +202,7 @@ def test_a_coordinator_that_dies_is_followed_by_another_under_which_the_same_tra
         kill(run)
         run.start()
         run.wait_for(lambda: "ranks 3" in run.get_output(newest=True), timeout_s=60, what="the new driver shows a step")
-    hosts, keepers, trainers = (find(nodes.folder) for find in (find_hosts, find_keepers, find_trainers))
+    at_work = find_at_work(nodes.folder)
     agents = find_agents(nodes.folder)
     step = run.last_row()["step"]
     kill_coordinator(run)
@@ -210,7 +210,7 @@ def test_a_coordinator_that_dies_is_followed_by_another_under_which_the_same_tra
     run.wait_for(lambda: run.last_row()["attempt"] == 2, timeout_s=60, what="the world of another coordinator")
     run.wait_for_step(run.last_row()["step"] + 20)
     assert run.last_row()["world_size"] == 3
-    assert (hosts, keepers, trainers) == tuple(find(nodes.folder) for find in (find_hosts, find_keepers, find_trainers))
+    assert find_at_work(nodes.folder) == at_work
     if led_by == "the driver that created it":  # or Ray Train may still be forming its group
         assert set(agents) == set(find_agents(nodes.folder))
     assert "the coordinator was gone; its seat is taken again" in run.get_output(newest=True)

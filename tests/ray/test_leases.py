@@ -10,7 +10,7 @@ import pytest
 from cluster.runtime.link import Link
 from elastic.rundir import read_rows
 from tests.ray._runs import Run
-from tests.ray._traces import find_agents, find_hosts, find_keepers, find_processes, find_trainers, wait_until
+from tests.ray._traces import find_agents, find_at_work, find_processes, find_trainers, wait_until
 
 pytestmark = pytest.mark.long
 
@@ -30,13 +30,9 @@ def running(nodes, data, tmp_path_factory):
     assert run.wait() == 3, run.get_output()
 
 
-def find_at_work(nodes) -> tuple[list[int], ...]:
-    return tuple(find(nodes.folder) for find in (find_hosts, find_keepers, find_trainers))
-
-
 def test_whoever_trains_goes_on_for_as_long_as_ray_train_takes_to_form_its_group_again(running):
     nodes = running.nodes
-    at_work = find_at_work(nodes)
+    at_work = find_at_work(nodes.folder)
     assert [len(pids) for pids in at_work] == [3, 3, 3]
     agents = wait_until(lambda: find_agents(nodes.folder), timeout_s=20, what="agents")
     (train,) = [pid for pid, command in find_processes(nodes.folder).items() if "ray::TrainController" in command]
@@ -51,7 +47,7 @@ def test_whoever_trains_goes_on_for_as_long_as_ray_train_takes_to_form_its_group
         os.kill(train, signal.SIGCONT)
     wait_until(lambda: len(find_agents(nodes.folder)) == 3, timeout_s=90, what="another group")
     running.wait_for_step(running.last_row()["step"] + 20)
-    assert find_at_work(nodes) == at_work
+    assert find_at_work(nodes.folder) == at_work
     assert {row["attempt"] for row in running.rows()} == {1}
     assert list(read_rows(running.dir.incidents)) == []
 
@@ -59,7 +55,7 @@ def test_whoever_trains_goes_on_for_as_long_as_ray_train_takes_to_form_its_group
 def test_a_slot_that_a_whole_group_has_left_out_ends_after_the_lease_and_nobody_else_does(running):
     """An agent of an older group takes it late, and ends."""
     nodes = running.nodes
-    at_work = find_at_work(nodes)
+    at_work = find_at_work(nodes.folder)
     folder = next(nodes.folder.glob("solvent-*"))
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(str(folder / "socket"))
@@ -72,5 +68,5 @@ def test_a_slot_that_a_whole_group_has_left_out_ends_after_the_lease_and_nobody_
     wait_until(lambda: len(find_trainers(nodes.folder)) == 3, timeout_s=LEASE_S + 10, what="the end of its trainer")
     assert time.monotonic() - start_s > LEASE_S - 2  # the last renewal may have been before
     running.wait_for_step(running.last_row()["step"] + 20)
-    assert find_at_work(nodes) == at_work
+    assert find_at_work(nodes.folder) == at_work
     assert {row["attempt"] for row in running.rows()} == {1}
