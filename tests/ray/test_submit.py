@@ -143,7 +143,7 @@ def journey(cluster, data, tmp_path_factory):
     laptop.wait_for(lambda: "does not answer" in laptop.get_output(), what="the loss is told")
     step = laptop.wait_for_step(laptop.get_step() + 20)
     cluster.proxy.mend()
-    laptop.wait_for(lambda: max(laptop.get_shown_steps()) >= step, what="the log goes on")
+    laptop.wait_for(lambda: max(laptop.get_shown_steps(), default=0) >= step, what="the log goes on")
 
     (driver,) = find_drivers(cluster)
     os.kill(driver, signal.SIGKILL)
