@@ -58,8 +58,7 @@ def cluster():
     finally:
         rented.close()
         left = lambda: find_processes(folder)  # noqa: E731
-        # an agent of Ray's may take most of a minute to see that its raylet is gone
-        wait_until(lambda: not left(), timeout_s=90, what=lambda: f"left: {left()}")
+        wait_until(lambda: not left(), timeout_s=30, what=lambda: f"left: {left()}")
         shutil.rmtree(folder)  # with what those who were killed left there
 
 
