@@ -233,7 +233,7 @@ def was_led(storage: Storage) -> bool:
     Raises:
         OSError: the storage does not say.
     """
-    return storage.get_size(KEY) is not None
+    return get_newest_epoch(storage) > 0
 
 
 def _wait_for_silence(storage: Storage, newest: int, lease: Lease | None, *, lease_s: float) -> None:
