@@ -4,14 +4,16 @@
     python -m tests.gpu.bench_restart --share 4  # so many on the first GPU, over gloo
 
 A real host with a real keeper and real trainers; this script plays the coordinator. 1.5 B parameters (0.13 B if a GPU
-is shared), compiled block by block. Prints lines `RESULT {json}`: `compiled` counts the pieces of code that all
-trainers together have compiled for a world, `used_gib` is the memory of these GPUs. Needs neither Ray nor W&B; on a CPU
-it tries a tiny model on two ranks, compiled with `--compile`.
+is shared), compiled block by block. Prints lines `RESULT {json}`: `compiled` counts the pieces of code that the
+trainers of a world have compiled for it, `compiled_by_survivors` those by trainers of the world before (a spare trainer
+that gets ready meanwhile counts in neither), `used_gib` is the memory of these GPUs. Needs neither Ray nor W&B; on a
+CPU it tries a tiny model on two ranks, compiled with `--compile`.
 """
 
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -78,7 +81,7 @@ class Coordinator:
     def __init__(self, folder: Path, config: RunConfig, *, slots: list[str], share: int) -> None:
         self.folder = folder
         self.config = config
-        self.num_compiled = 0
+        self.num_compiled: Counter[int] = Counter()
         self.messages: list[dict] = []
         self.pids: dict[str, int] = {}
         self.attempt = 0
@@ -182,6 +185,7 @@ class Coordinator:
         self.attempt += 1
         self.tell("join", slots)
         ready = {slot: self.expect("ready", slot=slot) for slot in slots}
+        before = set(self.pids.values())
         new = [slot for slot in slots if self.pids.get(slot) not in (None, ready[slot]["pid"])]
         self.pids |= {slot: message["pid"] for slot, message in ready.items()}
         ready_s = time.monotonic()
@@ -195,7 +199,9 @@ class Coordinator:
         first = self.expect("stepped", slot=slots[0])
         first_s = time.monotonic()
         step = first["progress"]["step"]
+        compiled = self.count_compiled()
         self.expect("kept", slot=slots[0])
+        kept_s = time.monotonic()
         usual = [self.expect("stepped", slot=slots[0]) for _ in range(5)][-1]
         report(
             way=way,
@@ -205,21 +211,23 @@ class Coordinator:
             ready=round(ready_s - left_s, 2),
             load=round(restored_s - ready_s, 2),
             first_step=round(first_s - restored_s, 2),
+            first_snapshot=round(kept_s - first_s, 2),
             resumed_from=restored["source"],
             steps_redone=max(0, last_step - step + 1) if last_step else None,
             step=step,
             usual_step_s=round(usual["row"]["step_s"], 3),
             new_processes=len(new),
-            compiled=self.count_compiled(),
+            compiled=sum(compiled[self.pids[slot]] for slot in slots),
+            compiled_by_survivors=sum(compiled[self.pids[slot]] for slot in slots if self.pids[slot] in before),
             used_gib=get_used_gib(),
         )
         return usual["progress"]["step"]
 
-    def count_compiled(self) -> int:
-        """Return how many pieces of code were compiled since the last time."""
+    def count_compiled(self) -> "Counter[int]":
+        """Return how many pieces of code each process has compiled since the last time."""
         before = self.num_compiled
-        logs = (self.folder / "trace").glob("*")
-        self.num_compiled = sum(path.read_text(errors="replace").count('"dynamo_start"') for path in logs)
+        logs = "\n".join(path.read_text(errors="replace") for path in (self.folder / "trace").glob("*"))
+        self.num_compiled = Counter(int(pid) for pid in re.findall(r'^V\S+ \S+ (\d+) .*"dynamo_start"', logs, re.M))
         return self.num_compiled - before
 
     def read_logs(self) -> list[str]:
