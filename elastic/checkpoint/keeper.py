@@ -79,6 +79,7 @@ class Keeper:
         self._checksummers = ThreadPoolExecutor(_CHECKSUM_THREADS, "checksum")
         self._disk = NodeDisk(Path(spec.disk)) if spec.disk else None
         self._disk_writer = ThreadPoolExecutor(1, "disk")
+        self._freer = ThreadPoolExecutor(1, "free")
 
     def serve(self, listener: socket.socket | None) -> None:
         """Adopt trainers and serve strangers who know the secret, until the owner ends."""
@@ -307,6 +308,7 @@ class Keeper:
         problem = ""
         if holding is None:
             try:
+                self._freer.submit(lambda: None).result()  # what was let go of is free
                 _check_memory(capacity)
                 arena = allocate_arena(capacity, name="copy")
                 holding = Holding(origin=key[0], index=key[1], arena=arena, is_copy=True)
@@ -362,7 +364,7 @@ class Keeper:
         holding.snapshot = None
         holding.checked.set()
         del self._holdings[holding.origin, holding.index]
-        holding.arena.close()
+        self._freer.submit(holding.arena.close)  # takes seconds, and the caller has the lock
 
 
 def _forget_peer(trainer: _Trainer) -> None:

@@ -93,7 +93,7 @@ class HostArenas:
         for index, arena in self._outgrown.items():
             self._on_released(index)
             del self._tensors[index]
-            arena.close()
+            threading.Thread(target=arena.close, name="free", daemon=True).start()  # takes seconds
         self._outgrown.clear()
 
 
