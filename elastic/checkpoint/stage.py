@@ -26,7 +26,8 @@ _PIECE_BYTES = 32 * 2**20
 a few of these (0.7 ms each). One engine does all such copies, in the order in which they were asked for."""
 _ALIGNED_BYTES = 512
 """Where a tensor in device memory begins; torch's allocator uses the same."""
-_NUM_COPIERS = max(1, min(2, (os.cpu_count() or 1) // 4))  # with four neither a snapshot nor a step was faster
+_NUM_COPIERS = max(1, min(4, (os.cpu_count() or 1) // 4))
+"""Empty buffers side by side. Two keep up with the device, but not while the pages of a new arena are found."""
 
 
 class HostArenas:
@@ -83,6 +84,7 @@ class HostArenas:
             self._arenas[index] = arena
             self._tensors[index] = torch.frombuffer(arena.view, dtype=torch.uint8)
             self._on_allocated(index, arena)
+        threading.Thread(target=_populate, args=list(self._arenas.values()), name="populate", daemon=True).start()
 
     def get(self, index: int) -> Tensor:
         """Return an arena as bytes."""
@@ -170,6 +172,11 @@ class Stager:
             on_device = {name: source for name, source in sources.items() if source.is_cuda}
             leaving = Leaving(on_device, layout, arena, self._arenas.exit)
         return Staged(live=live, layout=layout, index=index, arena=arena.numpy().data, leaving=leaving)
+
+
+def _populate(*arenas: Arena) -> None:
+    for arena in arenas:
+        arena.populate()
 
 
 def _find_bytes(tensor: Tensor, layout: ShardLayout, held: Mapping[str, Box], name: str) -> Tensor:
