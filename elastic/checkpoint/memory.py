@@ -134,7 +134,7 @@ class Memory:
         with ExitStack() as stack:
             sources: list[ShardSource] = []
             if self.node in by_node:
-                sources.append(stack.enter_context(self._map(by_node.pop(self.node))))
+                sources.append(stack.enter_context(self._share(by_node.pop(self.node))))
             for node, held in by_node.items():
                 if node in keepers:
                     sources.append(stack.enter_context(self._read_remotely(node, held, keepers[node])))
@@ -149,29 +149,25 @@ class Memory:
             keeper.close()
 
     @contextmanager
-    def _map(self, shards: Mapping[str, Held]) -> "Generator[_MappedSource]":
-        views: dict[str, memoryview] = {}
-        arenas: list[Arena] = []
+    def _share(self, shards: Mapping[str, Held]) -> "Generator[_SharedSource]":
+        own: dict[str, memoryview] = {}
+        others: dict[str, Arena] = {}
         for file, held in shards.items():
-            if own := self._get_own(held):
-                views[file] = own
+            if self._arenas and self._is_own(held):
+                own[file] = self._arenas.get(held.index).numpy().data
                 continue
             with contextlib.suppress(WireError):
                 if arena := self._client.fetch_memory(held):
-                    arenas.append(arena)
-                    views[file] = arena.view
+                    others[file] = arena
         try:
-            yield _MappedSource(self.node, views)
+            yield _SharedSource(self.node, own, others)
         finally:
-            views.clear()
-            for arena in arenas:
+            for arena in others.values():
                 arena.close()
 
-    def _get_own(self, held: Held) -> memoryview | None:
-        """Return a shard that this process itself has filled: no page of it must be mapped first."""
-        if self._arenas is None or held.origin != self._client.origin or self._filled.get(held.index) != held.snapshot:
-            return None
-        return self._arenas.get(held.index).numpy().data
+    def _is_own(self, held: Held) -> bool:
+        """Tell whether this process itself has filled a shard: its pages are mapped."""
+        return held.origin == self._client.origin and self._filled.get(held.index) == held.snapshot
 
     @contextmanager
     def _read_remotely(self, node: str, held: Mapping[str, Held], address: Address) -> "Generator[_RemoteSource]":
@@ -197,24 +193,24 @@ def _fail(error: WireError) -> "Future[str]":
     return problem
 
 
-class _MappedSource:
-    """Shards in the memory of this node, mapped into this process."""
+class _SharedSource:
+    """Shards in the memory of this node: those that this process has filled, and those of others."""
 
-    def __init__(self, node: str, views: Mapping[str, memoryview]) -> None:
+    def __init__(self, node: str, own: Mapping[str, memoryview], others: Mapping[str, Arena]) -> None:
         self.name = f"the memory of node {node[:8]}"
-        self._views = views
+        self._own, self._others = own, others
 
     def get_files(self) -> list[str]:
         """Return the files that are here."""
-        return list(self._views)
+        return [*self._own, *self._others]
 
-    def get_view(self, file: str, offset: int, num_bytes: int) -> memoryview:
-        """Return the bytes where they are."""
-        return self._views[file][offset : offset + num_bytes]
+    def get_view(self, file: str, offset: int, num_bytes: int) -> memoryview | None:
+        """Return the bytes where they are, if this process has filled them."""
+        return self._own[file][offset : offset + num_bytes] if file in self._own else None
 
     def read_into(self, file: str, offset: int, out: memoryview) -> None:
-        """Copy from memory to memory."""
-        out[:] = self.get_view(file, offset, len(out))
+        """Copy what another process has filled."""
+        self._others[file].read_into(offset, out)
 
 
 @dataclass

@@ -8,6 +8,8 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from zlib_ng.zlib_ng import crc32_combine
+
 from elastic.checkpoint.layout import BLOCK_BYTES, Chunk, FileRecord, TensorRecord
 from elastic.checkpoint.shards import ITEM_BYTES, Box
 
@@ -63,6 +65,14 @@ class Read:
     def num_bytes(self) -> int:
         """Return how long it is."""
         return self.blocks[-1].offset + self.blocks[-1].num_bytes - self.offset
+
+    @property
+    def crc32(self) -> int:
+        """Return the checksum of all of it: one sum over a long read lets other threads work longest."""
+        combined = 0
+        for block in self.blocks:
+            combined = crc32_combine(combined, block.crc32, block.num_bytes)
+        return combined
 
 
 def find_runs(saved: Box, wanted: Box) -> Iterator[Run]:

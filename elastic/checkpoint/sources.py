@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 from zlib_ng.zlib_ng import crc32
 
 from elastic.checkpoint.reads import Block, Read
@@ -70,11 +71,14 @@ class DamageError(Exception):
     """What was read is not what was written; the message names file and tensor."""
 
 
-def read_verified(read: Read, sources: Sequence[ShardSource], get_buffer: Callable[[], memoryview]) -> memoryview:
+def read_verified(
+    read: Read, sources: Sequence[ShardSource], get_buffer: Callable[[], memoryview], *, in_buffer: bool = False
+) -> memoryview:
     """Return the blocks of a read from the first source that has them undamaged: where they are, or in a buffer.
 
     Args:
         get_buffer: returns at least as much memory as the read is long; the same one each time.
+        in_buffer: in the buffer in any case.
 
     Raises:
         DamageError: no source has them.
@@ -86,18 +90,20 @@ def read_verified(read: Read, sources: Sequence[ShardSource], get_buffer: Callab
         if files is not None and read.file not in files:
             continue
         try:
-            found = source.get_view(read.file, read.offset, read.num_bytes)
-            if found is None:
-                found = get_buffer()[: read.num_bytes]
+            view = source.get_view(read.file, read.offset, read.num_bytes)
+            found = get_buffer()[: read.num_bytes] if view is None or in_buffer else view
+            if view is None:
                 source.read_into(read.file, read.offset, found)
         except OSError as error:
             if error.errno not in _DAMAGE:
                 raise
             damage.append(f"{read.file} ({_list_names(read.blocks)}): {error.strerror or error}")
             continue
-        broken = [block for block in read.blocks if crc32(_cut(read, block, found)) != block.crc32]
-        if not broken:
+        if view is not None and in_buffer:
+            _copy(view, found)
+        if crc32(found) == read.crc32:
             return found
+        broken = [block for block in read.blocks if crc32(_cut(read, block, found)) != block.crc32]
         damage.append(f"{read.file} ({_list_names(broken)}): the checksum does not fit")
     raise DamageError("; ".join(damage) or f"{read.file} is nowhere")
 
@@ -105,6 +111,11 @@ def read_verified(read: Read, sources: Sequence[ShardSource], get_buffer: Callab
 def _cut(read: Read, block: Block, data: memoryview) -> memoryview:
     start = block.offset - read.offset
     return data[start : start + block.num_bytes]
+
+
+def _copy(source: memoryview, target: memoryview) -> None:
+    """Copy bytes without the interpreter's lock, which assigning to a memoryview keeps."""
+    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
 
 
 def _list_names(blocks: Sequence[Block]) -> str:
