@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from elastic.checkpoint.reads import Read
+from elastic.checkpoint.resident import Rows
 from elastic.checkpoint.sources import DamageError, ShardSource, read_verified
 from elastic.checkpoint.state import DTYPES
 
@@ -34,12 +35,14 @@ def fill(
     sources: Sequence[ShardSource],
     *,
     device: torch.device,
+    rows: Rows | None = None,
     num_readers: int = NUM_READERS,
 ) -> str | None:
     """Read, verify and copy; return what is damaged. All is there when this returns.
 
     Args:
         targets: on `device` or on the host; each lies in a row.
+        rows: what need not be read.
 
     Raises:
         OSError: a source cannot be read for a reason that is not damage.
@@ -49,6 +52,9 @@ def fill(
         assert tensor.is_contiguous(), f"{name} does not lie in a row"
         flat[name] = tensor.detach().view(-1)
     is_cuda = device.type == "cuda"
+    if is_cuda and rows:
+        reads = [read for read in reads if not rows.copy(read, flat)]
+        torch.cuda.current_stream(device).synchronize()
     num_bytes = max((read.num_bytes for read in reads), default=0)
     lanes = (
         [_DeviceLane(num_bytes, device) for _ in range(num_readers + _NUM_LEAVING)]

@@ -23,6 +23,7 @@ from elastic.checkpoint.keeping import Held
 from elastic.checkpoint.layout import CommittedCheckpoint, Manifest, find_damage, list_committed, read_manifest
 from elastic.checkpoint.memory import Memory
 from elastic.checkpoint.reads import plan_checks, plan_reads
+from elastic.checkpoint.resident import Rows
 from elastic.checkpoint.shards import get_box
 from elastic.checkpoint.snapshots import WholeSnapshot, assemble
 from elastic.checkpoint.sources import ShardSource, StorageSource
@@ -99,8 +100,13 @@ def restore(
         if isinstance(found, Manifest):
             laps.end("manifest")
             with _open_sources(storage, candidate, memory, keepers or {}) as sources:
-                readers = NUM_COPIERS if isinstance(candidate, WholeSnapshot) else NUM_READERS
-                damage = load_state(live, found, sources, device=device, group=group, num_readers=readers)
+                damage = load_state(
+                    *(live, found, sources),
+                    device=device,
+                    group=group,
+                    rows=memory.find_resident(candidate) if memory and isinstance(candidate, WholeSnapshot) else None,
+                    num_readers=NUM_COPIERS if isinstance(candidate, WholeSnapshot) else NUM_READERS,
+                )
                 found = damage or found
             laps.end("read")
         if isinstance(found, Manifest):
@@ -160,12 +166,14 @@ def load_state(
     *,
     device: torch.device,
     group: dist.ProcessGroup | None,
+    rows: Rows | None = None,
     num_readers: int = NUM_READERS,
 ) -> str | None:
     """Fill the live tensors; return what is damaged, the same on all ranks.
 
     Args:
         sources: where shards may be read, the best first.
+        rows: what lies on the device, and need not be read.
 
     Raises:
         StorageError: the storage cannot be read; on all ranks.
@@ -192,7 +200,7 @@ def load_state(
     reads += plan_checks(others if rank == 0 else {}, files, max_bytes=READ_BYTES)
     try:
         damage = f"{', '.join(gaps)}: a part is in no file" if gaps else None
-        damage = damage or fill(targets, reads, sources, device=device, num_readers=num_readers)
+        damage = damage or fill(targets, reads, sources, device=device, rows=rows, num_readers=num_readers)
     except OSError as error:
         damage = explain_unreadable(error, sources[-1].name)
     outcomes: list[Any] = [damage] * world_size

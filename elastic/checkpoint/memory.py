@@ -23,6 +23,7 @@ from elastic.checkpoint.keeper import get_available_bytes
 from elastic.checkpoint.keeping import Held, KeeperClient, RemoteKeeper
 from elastic.checkpoint.layout import Manifest
 from elastic.checkpoint.plan import SavePlan
+from elastic.checkpoint.resident import Rows
 from elastic.checkpoint.snapshots import WholeSnapshot, build_record, list_blocks
 from elastic.checkpoint.sources import ShardSource
 from elastic.checkpoint.stage import HostArenas
@@ -123,6 +124,15 @@ class Memory:
 
         with ThreadPoolExecutor(max(1, len(keepers)), "list") as pool:
             return [held for of_node in pool.map(fetch, keepers) for held in of_node]
+
+    def find_resident(self, snapshot: WholeSnapshot) -> Rows | None:
+        """Return what of a snapshot still lies on this process' device, where it was made."""
+        exit_ = self._arenas.exit if self._arenas else None
+        for file, places in snapshot.places.items():
+            for held in places:
+                if exit_ and self._is_own(held) and (rows := exit_.find_resident(held.index, file)):
+                    return rows
+        return None
 
     @contextmanager
     def open_sources(self, snapshot: WholeSnapshot, keepers: Mapping[str, Address]) -> Generator[Sequence[ShardSource]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from elastic.checkpoint.arena import Arena, allocate_arena
 from elastic.checkpoint.durable import AbandonedError
+from elastic.checkpoint.resident import BLOCK_BYTES, Resident, Rows
 from elastic.checkpoint.shards import Box, ShardLayout
 from elastic.checkpoint.state import get_local
 
@@ -170,7 +171,7 @@ class Stager:
                 arena[offset : offset + source.numel()].copy_(source)
         if self._arenas.exit is not None:
             on_device = {name: source for name, source in sources.items() if source.is_cuda}
-            leaving = Leaving(on_device, layout, arena, self._arenas.exit)
+            leaving = Leaving(on_device, layout, arena, self._arenas.exit, index=index)
         return Staged(live=live, layout=layout, index=index, arena=arena.numpy().data, leaving=leaving)
 
 
@@ -201,6 +202,8 @@ class DeviceExit:
         """What the allocator keeps for the next copy of the state."""
         self._in_use: list[int] = []
         """The sizes of the copies that have not left yet."""
+        self.resident: Resident | None = None
+        """The last of the copies that were made on the device."""
         buffers = torch.empty(2 * _NUM_COPIERS, _PIECE_BYTES, dtype=torch.uint8, pin_memory=True)
         self._free = list(buffers.unbind())
         self._busy: list[tuple[Tensor, Future[None]]] = []
@@ -208,31 +211,44 @@ class DeviceExit:
         self.lock = threading.Lock()
         """Held by whoever sends."""
 
-    def clone_some(self, sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def clone_some(self, sources: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, int]]:
         """Copy on the device what fits there, on the current stream, which must be this one; `release` takes it back.
 
-        It is one stretch of memory, so that the allocator is asked once and finds the same again.
+        Returns:
+            One stretch of memory, so that the allocator is asked once and finds the same again, and what begins where.
         """
         free_bytes = torch.cuda.mem_get_info(self.device)[0] - _SPARE_DEVICE_BYTES
         places, num_bytes = plan_clones(
             {name: source.numel() for name, source in sources.items()},
-            room_bytes=max(free_bytes, 0 if self._in_use else self._cached_bytes),
+            room_bytes=max(free_bytes - BLOCK_BYTES, 0 if self._in_use else self._cached_bytes),
         )
+        num_bytes = -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
         self._in_use.append(num_bytes)
         try:
             memory = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
         except torch.OutOfMemoryError:  # what was cached was needed elsewhere
             self._cached_bytes = 0
-            return {}
+            return torch.empty(0, dtype=torch.uint8), {}
         self._cached_bytes = max(self._cached_bytes, num_bytes)
-        clones = {name: memory[place : place + sources[name].numel()] for name, place in places.items()}
-        if clones:
-            torch._foreach_copy_(list(clones.values()), [sources[name] for name in clones])
-        return clones
+        if places:
+            clones = [memory[place : place + sources[name].numel()] for name, place in places.items()]
+            torch._foreach_copy_(clones, [sources[name] for name in places])
+        return memory, places
 
     def release(self) -> None:
         """Say that the memory of a copy is free again."""
         self._in_use.pop()
+
+    def find_resident(self, index: int, file: str) -> Rows | None:
+        """Return what is left on the device of the snapshot that went to an arena, if that was the last one.
+
+        Args:
+            file: name of the shard file that the arena is.
+        """
+        if self.resident is None or self.resident.index != index:
+            return None
+        with torch.cuda.stream(self.stream):
+            return self.resident.find(file)
 
     def send(self, source: Tensor, target: Tensor) -> None:
         """Copy a piece to the host; returns once the device has been asked to, on the current stream."""
@@ -281,12 +297,16 @@ def _empty(buffer: Tensor, has_left: torch.cuda.Event, target: Tensor) -> None:
 class Leaving:
     """A state on its way from the device to an arena: `bring` does it, on a thread that has time for it."""
 
-    def __init__(self, sources: dict[str, Tensor], layout: ShardLayout, arena: Tensor, way: DeviceExit) -> None:
+    def __init__(
+        self, sources: dict[str, Tensor], layout: ShardLayout, arena: Tensor, way: DeviceExit, *, index: int
+    ) -> None:
         self._layout, self._arena, self._exit = layout, arena, way
         way.stream.wait_stream(torch.cuda.current_stream(way.device))
         with torch.cuda.stream(way.stream):
-            self._clones = way.clone_some(sources)
+            memory, places = way.clone_some(sources)
             self._is_free = way.stream.record_event()
+            way.resident = Resident(index, layout, memory, places) if places else None
+        self._clones = {name: memory[place : place + sources[name].numel()] for name, place in places.items()}
         self._late = {name: source for name, source in sources.items() if name not in self._clones}
         """What found no room on the device."""
         self._is_asked_for = threading.Event()

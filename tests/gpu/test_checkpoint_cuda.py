@@ -78,12 +78,33 @@ def check_snapshots(device, storage, memory, keepers):
         train(model, optimizer, device, checkpointer, 5)
         checkpointer.finish("memory")
         twin, twin_optimizer = build(device, seed=1)
-        restored = restore(storage, twin, twin_optimizer, config=config, device=device, memory=memory, keepers=keepers)
-        assert restored is not None
-        assert (restored.progress.step, restored.source) == (step, "memory")
-        loaded = copy_bits(twin, twin_optimizer)
-        assert [name for name in saved if not torch.equal(saved[name], loaded[name])] == []
+
+        def restore_twin(step=step, twin=twin, twin_optimizer=twin_optimizer, saved=saved):
+            model_and_optimizer = (twin, twin_optimizer)
+            restored = restore(
+                storage, *model_and_optimizer, config=config, device=device, memory=memory, keepers=keepers
+            )
+            assert restored is not None
+            assert (restored.progress.step, restored.source) == (step, "memory")
+            loaded = copy_bits(*model_and_optimizer)
+            assert [name for name in saved if not torch.equal(saved[name], loaded[name])] == []
+
+        index = memory.find_index(epoch=1, step=step)
+        in_arena = memory.get_arenas(device).get(index)[checkpointer._plan.own.entries["model.3.weight"].offset :]
+        in_arena[7] ^= 1  # nobody reads what the device still has
+        restore_twin()
+        take_memory(memory.get_arenas(device).exit)
+        with pytest.raises(AssertionError):
+            restore_twin()
+        in_arena[7] ^= 1
+        restore_twin()
     checkpointer.close()
+
+
+def take_memory(exit_):
+    """Put the memory of the last copy on the device to another use."""
+    with torch.cuda.stream(exit_.stream):
+        torch.empty(exit_.resident._num_bytes, dtype=torch.uint8, device=exit_.device).fill_(1)
 
 
 @pytest.fixture
