@@ -3,7 +3,7 @@
     python -m tests.gpu.bench_restart            # one trainer per GPU, over NCCL
     python -m tests.gpu.bench_restart --share 4  # so many on the first GPU, over gloo
 
-A real host with a real keeper and real trainers; this script plays the coordinator. 1.5 B parameters (0.13 B if a GPU
+A real host with a real keeper and real trainers; this script plays the coordinator. 1.5 B parameters (31 M if a GPU
 is shared), compiled block by block. Prints lines `RESULT {json}`: `compiled` counts the pieces of code that the
 trainers of a world have compiled for it, `compiled_by_survivors` those by trainers of the world before (a spare trainer
 that gets ready meanwhile counts in neither), `used_gib` is the memory of these GPUs. Needs neither Ray nor W&B; on a
@@ -45,7 +45,7 @@ from elastic.data.prepare import prepare
 ROOT = Path(__file__).parents[2]
 IS_GPU = torch.cuda.is_available()
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
-SMALL = ModelConfig(dim=768, num_layers=12, num_heads=12, num_kv_heads=12, ffn_dim=2048, vocab_size=32000)
+SMALL = ModelConfig(dim=512, num_layers=8, num_heads=8, num_kv_heads=8, ffn_dim=1536, vocab_size=8192)
 MODEL = (
     ModelConfig(dim=2048, num_layers=16, num_heads=32, num_kv_heads=8, ffn_dim=8192, vocab_size=128256, tied_head=False)
     if IS_GPU
