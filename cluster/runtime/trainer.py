@@ -4,6 +4,7 @@ The process outlives its worlds: when a peer is lost or a change is due it leave
 compiled code and its snapshots, and waits to join the next.
 """
 
+import gc
 import logging
 import os
 import queue
@@ -165,6 +166,8 @@ def run(
     orders, streams = Orders(link), Streams()
     if rehearses != "not":
         _rehearse(config, is_beside_others=rehearses == "sparingly")
+        gc.collect()
+        gc.freeze()  # the compiler's objects live as long as this process; a world that is left need not be told from them
     link.send("warm")
     stays = True
     while stays:
