@@ -167,7 +167,7 @@ def run(
     if rehearses != "not":
         _rehearse(config, is_beside_others=rehearses == "sparingly")
         gc.collect()
-        gc.freeze()  # the compiler's objects live as long as this process; a world that is left need not be told from them
+        gc.freeze()  # the compiler's objects stay for good; a collection when a world is left need not walk them
     link.send("warm")
     stays = True
     while stays:
