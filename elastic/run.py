@@ -182,6 +182,8 @@ def _build_parts(
         restored_index=restored_index,
         mean_s_between_losses=spec.mean_s_between_losses,
     )
+    if restored:
+        checkpointer.plan_ahead(restored.live, trainable.optimizer)
     with ExitStack() as stack:
         stack.callback(laps.end, "saves")
         stack.callback(checkpointer.close)

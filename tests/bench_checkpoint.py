@@ -30,6 +30,7 @@ from elastic.checkpoint.keeping import start_keeper
 from elastic.checkpoint.layout import list_committed, read_manifest
 from elastic.checkpoint.memory import Memory
 from elastic.checkpoint.save import Checkpointer
+from elastic.checkpoint.state import get_live_state
 from elastic.config import CheckpointConfig, ModelConfig, RunConfig
 from elastic.ports import Progress, WorldSpec
 from elastic.step import build_trainable, train_step
@@ -151,6 +152,7 @@ def bench_ours(bench: Bench) -> float:
         on_committed=lambda progress: durable.append(progress.step),
         on_kept=lambda progress: kept.append(progress.step),
     )
+    checkpointer.plan_ahead(get_live_state(model, optimizer), optimizer)  # as in a run that was restored
 
     saves: list[int] = []
     calls_ms: list[float] = []

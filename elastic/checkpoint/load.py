@@ -10,7 +10,7 @@ half a state is never trained on.
 import logging
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -56,6 +56,8 @@ class Restored:
     epoch: int
     """Number of the attempt that saved it."""
     source: Source
+    live: Mapping[str, Tensor] = field(repr=False)
+    """The tensors that were written to."""
 
 
 def restore(
@@ -112,7 +114,7 @@ def restore(
         if isinstance(found, Manifest):
             source = _get_source(candidate, storage)
             logger.info("step %d restored: %s", found.progress.step, laps)
-            return Restored(progress=found.progress, extra=found.extra, epoch=found.epoch, source=source)
+            return Restored(progress=found.progress, extra=found.extra, epoch=found.epoch, source=source, live=live)
         if rank == 0:
             logger.warning("%s is damaged (%s); falling back to the one before", _describe(candidate, storage), found)
     if any(isinstance(candidate, CommittedCheckpoint) for candidate in candidates):

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -122,7 +122,7 @@ class Checkpointer:
         }
         self._live: dict[str, Tensor] = {}
         self._live_moments: list[Any] = []
-        self._plan: SavePlan | None = None
+        self._plan: Future[SavePlan] | None = None
         self._saves: dict[Tier, Flight] = {}
         self._newest_index = restored_index
         self._has_plans = memory is None and config.checkpoint.every_steps > 0
@@ -142,6 +142,17 @@ class Checkpointer:
         self._committed: Progress | None = None
         self._kept: Progress | None = None
         self._problem = ""
+
+    def plan_ahead(self, live: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+        """Get ready for the first save beside the first steps, if the state is all there: it was restored.
+
+        Args:
+            live: from `get_live_state`.
+        """
+        self._live, self._live_moments = dict(live), _list_moments(optimizer)
+        planner = ThreadPoolExecutor(1, "plan")
+        self._plan = planner.submit(self._make_plan)
+        planner.shutdown(wait=False)
 
     def get_usual_s(self, tier: Tier) -> float | None:
         """Return the median seconds until a state was safe in a tier; None before the first.
@@ -193,8 +204,7 @@ class Checkpointer:
             return False
         start_s = time.monotonic()
         state = self._get_state(model, optimizer)
-        plan = self._get_plan(state)
-        self._arenas.make_room(plan.own.num_bytes)
+        plan = self._get_plan()
         index = self._choose_arena()
         if index is None:
             return False
@@ -307,6 +317,8 @@ class Checkpointer:
     def close(self) -> None:
         """Give up what is in flight; after this nothing of this world reaches the storage. Works with dead peers."""
         self._writer.close()
+        if self._plan is not None:
+            wait([self._plan])  # the next world plans with the same arenas
         for save in self._saves.values():
             save.staged.give_up()  # the next world fills the arenas anew
         self._saves.clear()
@@ -469,12 +481,19 @@ class Checkpointer:
             self._live_moments = _list_moments(optimizer)
         return self._live
 
-    def _get_plan(self, state: Mapping[str, Tensor]) -> SavePlan:
+    def _get_plan(self) -> SavePlan:
         if self._plan is None:
-            self._plan = build_plan(
-                state, device=self._device, epoch=self._epoch, rank=self._rank, world_size=self._world_size
-            )
-        return self._plan
+            self._plan = Future()
+            self._plan.set_result(self._make_plan())
+        return self._plan.result()
+
+    def _make_plan(self) -> SavePlan:
+        """Cut the live state into shards, and make room for this rank's."""
+        plan = build_plan(
+            self._live, device=self._device, epoch=self._epoch, rank=self._rank, world_size=self._world_size
+        )
+        self._arenas.make_room(plan.own.num_bytes)
+        return plan
 
 
 def _list_moments(optimizer: torch.optim.Optimizer) -> list[Any]:

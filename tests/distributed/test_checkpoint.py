@@ -94,6 +94,26 @@ def test_a_resumed_run_is_bit_equal_to_an_unbroken_one(tmp_path, strategy):
     assert resumed == unbroken
 
 
+def restore_and_save_again(run_dir, strategy):
+    model, optimizer = build(strategy, model_seed=1)
+    restored = do_restore(run_dir, model, optimizer)
+    checkpointer = make_checkpointer(run_dir, epoch=2)
+    checkpointer.plan_ahead(restored.live, optimizer)
+    train(model, optimizer, 4, 5, checkpointer)
+    assert checkpointer.save_now(model, optimizer, progress=make_progress(5), extra={})
+    checkpointer.close()
+    return get_values(model, optimizer)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+def test_what_was_planned_before_training_went_on_saves_what_came_of_it(tmp_path, strategy):
+    run_ranks(train_and_save, 3, tmp_path, strategy)
+    values = run_ranks(restore_and_save_again, 3, tmp_path, strategy)[0]
+    progress, _, restored = run_ranks(restore_and_train, 2, tmp_path, "fsdp2", 5)[0]
+    assert progress == make_progress(5)
+    assert restored[5] == values
+
+
 def test_one_checkpointer_saves_again_and_again_and_keeps_the_newest(tmp_path):
     orphan = tmp_path / "checkpoints" / "step-00000009"
     orphan.mkdir(parents=True)

@@ -90,7 +90,7 @@ def check_snapshots(device, storage, memory, keepers):
             assert [name for name in saved if not torch.equal(saved[name], loaded[name])] == []
 
         index = memory.find_index(epoch=1, step=step)
-        in_arena = memory.get_arenas(device).get(index)[checkpointer._plan.own.entries["model.3.weight"].offset :]
+        in_arena = memory.get_arenas(device).get(index)[checkpointer._get_plan().own.entries["model.3.weight"].offset :]
         in_arena[7] ^= 1  # nobody reads what the device still has
         restore_twin()
         take_memory(memory.get_arenas(device).exit)
