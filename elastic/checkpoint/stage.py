@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 # torch._foreach_*, as torch.optim uses them, are not in torch's __all__:
 # pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -291,7 +292,7 @@ def plan_clones(num_bytes: Mapping[str, int], *, room_bytes: int) -> tuple[dict[
 
 def _empty(buffer: Tensor, has_left: torch.cuda.Event, target: Tensor) -> None:
     has_left.synchronize()
-    target.copy_(buffer[: target.numel()])
+    np.copyto(target.numpy(), buffer[: target.numel()].numpy())  # torch would copy with as many threads as train
 
 
 class Leaving:
