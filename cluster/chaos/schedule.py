@@ -2,10 +2,10 @@
 
 Faults with `at_step` strike in the order of their steps, those with `at_s` in the order of their times; one that waits
 for a save or for the size of the world holds up those behind it, so that a file reads as a story. One that waits for a
-world to form lets those of its own moment pass, for one of them may make it form; if none of them does, those of later
-moments pass as well. What a target means is decided when it is struck. One who is gone by then (a rank beyond
-the world, a node that was removed) is replaced: the number counts around among those who are left, so that a fault that
-was asked for always happens.
+world to form lets those of its own moment pass, for one of them may make it form; if none of them does, or if that
+world has formed before anyone looked, those of later moments pass as well. What a target means is decided when it is
+struck. One who is gone by then (a rank beyond the world, a node that was removed) is replaced: the number counts around
+among those who are left, so that a fault that was asked for always happens.
 """
 
 import random
@@ -17,6 +17,7 @@ from cluster.types import Scene, Worker
 
 _CHANGE_THE_WORLD = (*NODE_FAULTS, "add", "kill", "freeze")
 _AT_WORK = ("forming", "running", "parking")
+_Moment = tuple[int | None, float | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,8 @@ class Schedule:
             if fault.fault in _CHANGE_THE_WORLD and fault.phase != "starting"
         }
         """Moments after which a world forms."""
+        self._changed: dict[_Moment, int] = {}
+        """The attempt that was at work when a moment's faults brought a new world about."""
 
     @property
     def waiting(self) -> list[Fault]:
@@ -86,11 +89,21 @@ class Schedule:
                 if strike is not None:
                     strikes.append(strike)
                     queue.remove(numbered)
+                    if fault.fault in _CHANGE_THE_WORLD and fault.phase != "starting":
+                        self._changed[_get_moment(fault)] = scene.attempt
                 elif fault.phase != "starting":
                     break
-                elif _get_moment(fault) in self._forming:
+                elif self._is_to_form(_get_moment(fault), scene):
                     held_up_by = fault
         return strikes
+
+    def _is_to_form(self, moment: _Moment, scene: Scene) -> bool:
+        """Tell whether the faults of a moment still bring a world."""
+        if moment not in self._forming:
+            return False
+        was_at_work = self._changed.get(moment)
+        has_formed = scene.stage == "running" and scene.attempt_step > 0
+        return was_at_work is None or scene.attempt == was_at_work or not has_formed
 
     def put_back(self, strike: Strike) -> None:
         """Let a fault wait again, before all others of its kind: who it was to hit had just gone."""
@@ -107,7 +120,7 @@ def get_phase(scene: Scene, *, is_saving: bool) -> Phase | None:
     return None
 
 
-def _get_moment(fault: Fault) -> tuple[int | None, float | None]:
+def _get_moment(fault: Fault) -> _Moment:
     return fault.at_step, fault.at_s
 
 

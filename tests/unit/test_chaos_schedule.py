@@ -13,11 +13,11 @@ from cluster.types import Scene, Worker
 NODES = ["a", "b", "c"]
 
 
-def make_scene(*, stage="running", step=10, attempt_step=10, nodes=("a", "b", "c"), known=None):
+def make_scene(*, stage="running", attempt=1, step=10, attempt_step=10, nodes=("a", "b", "c"), known=None):
     workers = tuple(Worker(rank=rank, node=node, slot="cpu0", pid=100 + rank) for rank, node in enumerate(nodes))
     return Scene(
         stage=stage,
-        attempt=1,
+        attempt=attempt,
         step=step,
         attempt_step=attempt_step,
         world_size=len(workers),
@@ -102,6 +102,22 @@ def test_one_that_waits_for_a_start_holds_up_later_ones_if_its_own_moment_brings
     assert struck == [companion, *(["remove"] if passes else [])]
     left = [s.fault.fault for s in take(schedule, make_scene(step=8, stage="forming", attempt_step=0))]
     assert left == ["add", *([] if passes else ["remove"])]
+
+
+def test_a_start_that_nobody_saw_holds_up_nothing():
+    planned = [
+        Fault(fault="remove", at_step=10),
+        Fault(fault="agent_kill", at_step=10, phase="starting"),
+        Fault(fault="add", at_step=20),
+    ]
+    schedule = Schedule(planned)
+    assert [s.fault.fault for s in take(schedule, make_scene(step=30))] == ["remove"]
+    assert take(schedule, make_scene(step=31)) == [], "the old world is still at work"
+    assert take(schedule, make_scene(step=31, attempt=2, stage="clearing")) == []
+    assert [s.fault.fault for s in take(schedule, make_scene(step=33, attempt=2, attempt_step=2))] == ["add"]
+    assert schedule.waiting == [planned[1]]
+    forming = make_scene(step=40, attempt=3, attempt_step=0, stage="forming")
+    assert [s.fault.fault for s in take(schedule, forming)] == ["agent_kill"]
 
 
 def test_one_that_was_missed_is_first_again_and_hits_the_same():
