@@ -4,14 +4,18 @@ An arena is anonymous shared memory (a memfd): it has no name in /dev/shm that a
 process holds on to it once it was sent the descriptor, and the kernel frees it with its last holder.
 """
 
-import contextlib
 import errno
+import logging
 import mmap
 import os
+import threading
 
 from elastic.errors import CheckpointError
 
+logger = logging.getLogger(__name__)
+
 GIB = 2**30
+_POPULATE_BYTES = 256 * 2**20
 
 
 class Arena:
@@ -28,11 +32,26 @@ class Arena:
         self.view = memoryview(self._map)
         """Its bytes. What keeps a view of them keeps the memory, also beyond `close`."""
 
-    def populate(self) -> None:
-        """Have the kernel find the memory before it is written to, which then goes faster; no error if it cannot."""
-        with contextlib.suppress(OSError):
-            for start in range(0, self.num_bytes, GIB):
-                os.posix_fallocate(self.descriptor, start, min(GIB, self.num_bytes - start))
+    def populate(self) -> threading.Thread:
+        """Have the kernel find the memory before it is written to, which then goes faster; return the thread that does.
+
+        It is no error if the kernel cannot. Once the arena is closed no more is found.
+        """
+        descriptor = os.dup(self.descriptor)  # the number may soon be another file's
+        thread = threading.Thread(target=self._populate, args=(descriptor,), name="populate", daemon=True)
+        thread.start()
+        return thread
+
+    def _populate(self, descriptor: int) -> None:
+        try:
+            for start in range(0, self.num_bytes, _POPULATE_BYTES):
+                if self.descriptor < 0:
+                    break
+                os.posix_fallocate(descriptor, start, min(_POPULATE_BYTES, self.num_bytes - start))
+        except OSError as error:
+            logger.info("memory for a snapshot is found as it is filled, not before: %s", error)
+        finally:
+            os.close(descriptor)
 
     def read_into(self, offset: int, out: memoryview) -> None:
         """Copy bytes to `out` without mapping the pages that they lie in, which takes longer than to copy them once.

@@ -127,10 +127,10 @@ class Memory:
 
     def find_resident(self, snapshot: WholeSnapshot) -> Rows | None:
         """Return what of a snapshot still lies on this process' device, where it was made."""
-        exit_ = self._arenas.exit if self._arenas else None
+        way = self._arenas.exit if self._arenas else None
         for file, places in snapshot.places.items():
             for held in places:
-                if exit_ and self._is_own(held) and (rows := exit_.find_resident(held.index, file)):
+                if way and self._is_own(held) and (rows := way.find_resident(held.index, file)):
                     return rows
         return None
 

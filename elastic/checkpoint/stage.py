@@ -29,7 +29,7 @@ a few of these (0.7 ms each). One engine does all such copies, in the order in w
 _ALIGNED_BYTES = 512
 """Where a tensor in device memory begins; torch's allocator uses the same."""
 _NUM_COPIERS = max(1, min(4, (os.cpu_count() or 1) // 4))
-"""Empty buffers side by side. Two keep up with the device, but not while the pages of a new arena are found."""
+"""Empty buffers side by side. What takes longest is to find the pages of a new arena, which goes on in each of them."""
 
 
 class HostArenas:
@@ -86,7 +86,7 @@ class HostArenas:
             self._arenas[index] = arena
             self._tensors[index] = torch.frombuffer(arena.view, dtype=torch.uint8)
             self._on_allocated(index, arena)
-        threading.Thread(target=_populate, args=list(self._arenas.values()), name="populate", daemon=True).start()
+            arena.populate()
 
     def get(self, index: int) -> Tensor:
         """Return an arena as bytes."""
@@ -174,11 +174,6 @@ class Stager:
             on_device = {name: source for name, source in sources.items() if source.is_cuda}
             leaving = Leaving(on_device, layout, arena, self._arenas.exit, index=index)
         return Staged(live=live, layout=layout, index=index, arena=arena.numpy().data, leaving=leaving)
-
-
-def _populate(*arenas: Arena) -> None:
-    for arena in arenas:
-        arena.populate()
 
 
 def _find_bytes(tensor: Tensor, layout: ShardLayout, held: Mapping[str, Box], name: str) -> Tensor:
