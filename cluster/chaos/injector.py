@@ -132,10 +132,12 @@ class Injector:
             self._first_step_s = time.time()
         staying = [node if node not in self._leaving else None for node in self._cluster.nodes_by_index]
         strikes = self._schedule.take_due(scene, nodes=staying, elapsed_s=self.elapsed_s, is_saving=is_saving)
+        missed: list[Strike] = []
         for strike in strikes:
-            what = self._strike(strike, scene)
+            is_behind = any(strike.comes_after(other) for other in missed)  # a file reads as a story
+            what = None if is_behind else self._strike(strike, scene)
             if what is None:
-                self._schedule.put_back(strike)
+                missed.append(strike)
                 continue
             self._say(f"fault: {what}")
             self.struck.append(
@@ -147,6 +149,8 @@ class Injector:
                     what=what,
                 )
             )
+        for strike in reversed(missed):
+            self._schedule.put_back(strike)
 
     def act_due(self) -> None:
         """Finish the faults whose time is up; works without a view of the run."""

@@ -32,6 +32,10 @@ class Strike:
     node: str | None = None
     """The node that is hit, or that the trainer is on."""
 
+    def comes_after(self, earlier: "Strike") -> bool:
+        """Tell whether this one waits for one before it in the order of what struck."""
+        return (self.fault.at_step is None) == (earlier.fault.at_step is None)
+
 
 class Schedule:
     """The faults that are still to come.

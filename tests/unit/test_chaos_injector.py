@@ -101,6 +101,24 @@ def test_a_process_that_is_no_trainer_any_more_is_spared_and_the_fault_waits(clu
     assert (said, len(injector.missed)) == ([], 1)
 
 
+def test_who_has_just_gone_is_hit_before_what_comes_after(cluster):
+    missing = Fault(fault="agent_kill", at_step=5)
+    after, by_time = Fault(fault="add", at_step=5), Fault(fault="storage_slow", at_s=0)
+    injector, said = build(cluster, missing, after, by_time, spoil_storage=lambda *_: None)
+    injector.watch(make_scene(cluster.raylet.pid))
+    assert cluster.nodes_by_index == ["a"], "the node that is added would change the world that was to be hit"
+    assert injector.missed == [missing, after]
+    assert len(said) == 1, "other stories go on"
+
+    code = [sys.executable, "-c", SLEEP, "RayTrainWorker"]
+    with subprocess.Popen(code, stdin=subprocess.PIPE) as agent:
+        wait_for(lambda: is_of(agent.pid, "RayTrainWorker"))
+        injector.watch(make_scene(cluster.raylet.pid, agent=agent.pid))
+        assert agent.wait() == -signal.SIGKILL
+    assert cluster.nodes_by_index == ["a", "b"]
+    assert injector.is_done
+
+
 def test_a_frozen_trainer_goes_on_when_its_time_is_up_or_the_injector_closes(cluster, trainer):
     for for_s in (0.05, 60):
         injector, _ = build(cluster, Fault(fault="freeze", at_step=5, for_s=for_s))
