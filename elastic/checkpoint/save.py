@@ -150,9 +150,7 @@ class Checkpointer:
             live: from `get_live_state`.
         """
         self._live, self._live_moments = dict(live), _list_moments(optimizer)
-        planner = ThreadPoolExecutor(1, "plan")
-        self._plan = planner.submit(self._make_plan)
-        planner.shutdown(wait=False)
+        self._plan = self._start_plan()
 
     def get_usual_s(self, tier: Tier) -> float | None:
         """Return the median seconds until a state was safe in a tier; None before the first.
@@ -483,9 +481,14 @@ class Checkpointer:
 
     def _get_plan(self) -> SavePlan:
         if self._plan is None:
-            self._plan = Future()
-            self._plan.set_result(self._make_plan())
+            self._plan = self._start_plan()
         return self._plan.result()
+
+    def _start_plan(self) -> Future[SavePlan]:
+        planner = ThreadPoolExecutor(1, "plan")
+        plan = planner.submit(self._make_plan)
+        planner.shutdown(wait=False)
+        return plan
 
     def _make_plan(self) -> SavePlan:
         """Cut the live state into shards, and make room for this rank's."""

@@ -422,6 +422,29 @@ class SlowStager(Stager):
         return staged
 
 
+def save_without_memory(run_dir):
+    model, optimizer = build("fsdp2")
+    checkpointer = make_checkpointer(run_dir)
+
+    def refuse(num_bytes):
+        raise CheckpointError(f"{num_bytes} bytes were refused")
+
+    checkpointer._arenas.make_room = refuse
+    said = []
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="were refused") as error:
+            checkpointer.start_save(model, optimizer, progress=make_progress(1), extra={})
+        said.append(str(error.value))
+    checkpointer.close()
+    return said
+
+
+def test_memory_that_is_refused_is_an_error_and_not_waited_for(tmp_path):
+    ((first, second),) = run_ranks(save_without_memory, 1, tmp_path)
+    assert first == second
+    assert list(tmp_path.iterdir()) == []
+
+
 def close_while_saving(run_dir):
     model, optimizer = build("fsdp2")
     checkpointer = make_checkpointer(run_dir)
