@@ -106,8 +106,7 @@ class Schedule:
         if moment not in self._forming:
             return False
         was_at_work = self._changed.get(moment)
-        has_formed = scene.stage == "running" and scene.attempt_step > 0
-        return was_at_work is None or scene.attempt == was_at_work or not has_formed
+        return was_at_work is None or scene.attempt == was_at_work or not _has_formed(scene)
 
     def put_back(self, strike: Strike) -> None:
         """Let a fault wait again, before all others of its kind: who it was to hit had just gone."""
@@ -137,7 +136,11 @@ def _meets(fault: Fault, scene: Scene, phase: Phase | None) -> bool:
         return False
     if fault.at_world_size is None:
         return True
-    return scene.stage == "running" and scene.attempt_step > 0 and scene.world_size == fault.at_world_size
+    return _has_formed(scene) and scene.world_size == fault.at_world_size
+
+
+def _has_formed(scene: Scene) -> bool:
+    return scene.stage == "running" and scene.attempt_step > 0
 
 
 def _aim(
