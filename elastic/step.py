@@ -164,7 +164,7 @@ def train_step(
     norm = _clip(trainable, max_grad_norm)
     sums = world.sum_(torch.cat([nats_sum.view(1), _to_vote(get_wish("end"), like=nats_sum)]))
     shared = torch.stack([(sums[0] / target_tokens).double(), norm.double(), target_tokens.double()])
-    loss, grad_norm, num_tokens, *votes = torch.cat([shared, sums[1:].double()]).tolist()
+    loss, grad_norm, num_tokens, *votes = _start_reading(torch.cat([shared, sums[1:].double()]))()
 
     verdict = judge_step(loss, grad_norm)
     if verdict == "not_finite" and scaler.is_enabled() and scaler.get_scale() > _MIN_FP16_SCALE:
@@ -190,7 +190,11 @@ def _to_vote(wish: Decision, *, like: Tensor) -> Tensor:
 
 
 def _start_reading(values: Tensor) -> Callable[[], list[float]]:
-    """Start to copy values to the host; the returned function waits for this copy and for no later work."""
+    """Start to copy values to the host; the returned function waits for this copy and for no later work.
+
+    A copy to memory that is not page-locked waits within the driver, which then keeps all other threads of the process
+    from starting copies: for most of a step no piece of a snapshot left the device.
+    """
     if values.device.type != "cuda":
         return values.tolist
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
@@ -222,5 +226,5 @@ def eval_loss(trainable: Trainable, batches: Iterable[tuple[Tensor, Tensor]], wo
             sums[0] += trainable.spread.module(tokens_BS, labels_BS)
         sums[1] += (labels_BS != IGNORE).sum()
     _free_root(trainable.model)
-    nats, tokens = world.sum_(sums).tolist()
+    nats, tokens = _start_reading(world.sum_(sums))()
     return nats / tokens
