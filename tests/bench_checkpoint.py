@@ -141,7 +141,9 @@ def bench_ours(bench: Bench) -> float:
     storage = open_storage(str(bench.folder / "ours"))
     keeper = start_keeper(node="bench", ip="127.0.0.1", secret="bench")
     memory = Memory(keeper.open_connection(), node="bench", secret="bench")
-    durable, kept = [], []
+    durable: list[int] = []
+    kept_s: list[float] = []
+    """What each snapshot took until training heard that it was safe."""
     model, optimizer = bench.trainable.model, bench.trainable.optimizer
     checkpointer = Checkpointer(
         storage,
@@ -150,11 +152,11 @@ def bench_ours(bench: Bench) -> float:
         epoch=1,
         memory=memory,
         on_committed=lambda progress: durable.append(progress.step),
-        on_kept=lambda progress: kept.append(progress.step),
+        on_kept=lambda progress: kept_s.append(round(time.perf_counter() - started_s[progress.step], 2)),
     )
     checkpointer.plan_ahead(get_live_state(model, optimizer), optimizer)  # as in a run that was restored
 
-    saves: list[int] = []
+    started_s: dict[int, float] = {}
     calls_ms: list[float] = []
 
     def after(step: int) -> None:
@@ -162,7 +164,7 @@ def bench_ours(bench: Bench) -> float:
         if due:
             start_s = time.perf_counter()
             if checkpointer.start_save(model, optimizer, progress=Progress(step=step), extra={}, tier=due):
-                saves.append(step)
+                started_s[step] = start_s
                 calls_ms.append(round(1000 * (time.perf_counter() - start_s), 1))
         else:
             checkpointer.poll()
@@ -191,12 +193,13 @@ def bench_ours(bench: Bench) -> float:
         median_ratio=round(statistics.median(ratios), 3),
         cpu_ratio=round(statistics.median(cpu_ratios), 3),
         first_ms=round(1000 * took_s[0], 1),
-        snapshots=len(kept),
+        snapshots=len(kept_s),
         durable_saves=len(durable),
         seconds_to_durable=round(checkpointer.get_usual_s("storage") or 0, 2),
         seconds_to_memory=round(checkpointer.get_usual_s("memory") or 0, 2),
+        each_to_memory_s=kept_s,
         calls_ms=calls_ms,
-        around_saves_ms=[[round(1000 * s, 1) for s in took_s[step - first : step - first + 3]] for step in saves],
+        around_saves_ms=[[round(1000 * s, 1) for s in took_s[step - first : step - first + 3]] for step in started_s],
         state_gib=round(sum(file.size_bytes for file in manifest.files.values()) / GIB, 3),
         snapshot_memory_gib=round(held_bytes / GIB, 3),
         host_peak_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
