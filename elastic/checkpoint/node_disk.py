@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from zlib_ng.zlib_ng import crc32
 
 from elastic.checkpoint.arena import Arena
+from elastic.direct import write_all
 
 _MOST_STATES = 4
 """Of so many states files are kept as long as nobody says which one is complete: short worlds leave one each."""
@@ -85,7 +86,7 @@ class NodeDisk:
         try:
             with unfinished.open("wb", buffering=0) as file:
                 for piece in chain(pieces, [memoryview(text + tail)]):
-                    _write_all(file.fileno(), piece)
+                    write_all(file.fileno(), piece)
                 os.fsync(file.fileno())
         except BaseException:
             unfinished.unlink(missing_ok=True)
@@ -118,11 +119,6 @@ class NodeDisk:
 
     def _list(self) -> list[Path]:
         return list(self._folder.glob(f"*{_SUFFIX}"))
-
-
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
 
 
 def _open(path: Path) -> Stored | None:

@@ -8,6 +8,8 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from elastic.direct import write_all
+
 TEMPORARY_SUFFIX = ".tmp"
 """Ends the name of a file that is still written; the name begins with a dot. It is no key."""
 
@@ -23,7 +25,7 @@ class LocalStorage:
         """Write a temporary file, fsync it, rename it, fsync its directory."""
         path = self._get_path(key)
         with self._temporary(path) as (temporary, descriptor):
-            size = sum(_write_all(descriptor, chunk) for chunk in chunks)
+            size = sum(write_all(descriptor, chunk) for chunk in chunks)
             os.fsync(descriptor)
             temporary.rename(path)
         sync_directory(path.parent)
@@ -33,7 +35,7 @@ class LocalStorage:
         """Write a temporary file, fsync it, link it to its name, which fails if the name is taken."""
         path = self._get_path(key)
         with self._temporary(path) as (temporary, descriptor):
-            _write_all(descriptor, data)
+            write_all(descriptor, data)
             os.fsync(descriptor)
             try:
                 path.hardlink_to(temporary)
@@ -161,13 +163,6 @@ def _make_directory(directory: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename) from error
     for path in reversed(missing):
         sync_directory(path.parent)
-
-
-def _write_all(descriptor: int, data: bytes | bytearray | memoryview) -> int:
-    rest = memoryview(data).cast("B")
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]
-    return memoryview(data).nbytes
 
 
 def _is_temporary(path: Path) -> bool:

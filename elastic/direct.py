@@ -1,0 +1,70 @@
+"""Write large data to a disk without a copy in the kernel's page cache. No torch here.
+
+Nobody reads a checkpoint soon after it was written. Its copy in the cache costs as much memory as the state, and more
+time of a core than all else of a save: 54 MB took 120 ms of it in memory that was new to a virtual machine, and take
+5 ms without (O_DIRECT).
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+
+_ALIGNED_BYTES = 4096
+"""Address, place in the file and length of what is written directly: no disk or file system asks for more."""
+_WORTH_BYTES = 2**20
+"""What is smaller goes through the cache: a direct write returns only once the disk has it."""
+_REFUSALS = (errno.EINVAL, errno.ENOTSUP)
+"""What a file system says that cannot do it."""
+
+
+def write_all(descriptor: int, data: bytes | bytearray | memoryview) -> int:
+    """Write all of `data` at the end of what was written, and return its length; `fsync` makes it durable, as always.
+
+    Args:
+        descriptor: of a file that only this thread writes, from its start.
+
+    Raises:
+        OSError: the disk is full, or does not work.
+    """
+    rest = memoryview(data).cast("B")
+    num_bytes = len(rest)
+    offset = os.lseek(descriptor, 0, os.SEEK_CUR)
+    may_be_direct = True
+    while rest:
+        direct_bytes = _count_direct(rest, offset) if may_be_direct else 0
+        if direct_bytes and not _set_direct(descriptor, is_direct=True):
+            may_be_direct = False
+            continue
+        try:
+            done = os.write(descriptor, rest[: direct_bytes or len(rest)])
+        except OSError as error:
+            if not direct_bytes or error.errno not in _REFUSALS:
+                raise
+            may_be_direct, done = False, 0
+        finally:
+            if direct_bytes:
+                _set_direct(descriptor, is_direct=False)
+        rest, offset = rest[done:], offset + done
+    return num_bytes
+
+
+def _count_direct(data: memoryview, offset: int) -> int:
+    """Return how much of the data, from its start, can be written directly."""
+    whole_bytes = len(data) - len(data) % _ALIGNED_BYTES
+    if whole_bytes < _WORTH_BYTES or offset % _ALIGNED_BYTES or data.readonly:
+        return 0
+    address = ctypes.addressof(ctypes.c_char.from_buffer(data))
+    return 0 if address % _ALIGNED_BYTES else whole_bytes
+
+
+def _set_direct(descriptor: int, *, is_direct: bool) -> bool:
+    """Switch between the two ways of writing; return whether the file system takes that."""
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT if is_direct else flags & ~os.O_DIRECT)
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        return False
+    return True
