@@ -30,23 +30,27 @@ def write_all(descriptor: int, data: bytes | bytearray | memoryview) -> int:
     rest = memoryview(data).cast("B")
     num_bytes = len(rest)
     offset = os.lseek(descriptor, 0, os.SEEK_CUR)
-    may_be_direct = True
     while rest:
-        direct_bytes = _count_direct(rest, offset) if may_be_direct else 0
-        if direct_bytes and not _set_direct(descriptor, is_direct=True):
-            may_be_direct = False
-            continue
-        try:
-            done = os.write(descriptor, rest[: direct_bytes or len(rest)])
-        except OSError as error:
-            if not direct_bytes or error.errno not in _REFUSALS:
-                raise
-            may_be_direct, done = False, 0
-        finally:
-            if direct_bytes:
-                _set_direct(descriptor, is_direct=False)
+        done = _write_directly(descriptor, rest, offset) or os.write(descriptor, rest)
         rest, offset = rest[done:], offset + done
     return num_bytes
+
+
+def _write_directly(descriptor: int, data: memoryview, offset: int) -> int:
+    """Write what can be written directly, and return how much that was: 0 if the file system refuses."""
+    num_bytes = _count_direct(data, offset)
+    if not num_bytes:
+        return 0
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
+        return os.write(descriptor, data[:num_bytes])
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        return 0
+    finally:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
 
 
 def _count_direct(data: memoryview, offset: int) -> int:
@@ -56,15 +60,3 @@ def _count_direct(data: memoryview, offset: int) -> int:
         return 0
     address = ctypes.addressof(ctypes.c_char.from_buffer(data))
     return 0 if address % _ALIGNED_BYTES else whole_bytes
-
-
-def _set_direct(descriptor: int, *, is_direct: bool) -> bool:
-    """Switch between the two ways of writing; return whether the file system takes that."""
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    try:
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT if is_direct else flags & ~os.O_DIRECT)
-    except OSError as error:
-        if error.errno not in _REFUSALS:
-            raise
-        return False
-    return True
