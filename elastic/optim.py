@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from elastic.config import OptimConfig
 from elastic.optim_copies import CopyingAdamW
+from elastic.optim_sharded import ShardedAdamW
 
 
 def build_optimizer(
@@ -27,6 +29,8 @@ def build_optimizer(
     options: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if copies:
         return CopyingAdamW(groups, copies=copies, **options)
+    if isinstance(params[0], DTensor):
+        return ShardedAdamW(groups, **options)
     return torch.optim.AdamW(groups, fused=True, **options)
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from elastic import plugins
 from elastic.attention import choose_attention, set_attention
@@ -21,6 +20,7 @@ from elastic.loss import IGNORE
 from elastic.nn import init_weights
 from elastic.optim import build_optimizer
 from elastic.optim_copies import CopyingAdamW
+from elastic.optim_sharded import ShardedAdamW
 from elastic.precision import build_scaler, check_precision, set_tf32
 from elastic.recompute import set_budget, set_compile, set_recompute
 from elastic.spikes import Recent, Verdict, judge
@@ -110,10 +110,9 @@ def build_trainable(
 
 def _clip(trainable: Trainable, max_norm: float) -> Tensor:
     """Bring the norm of all gradients down to `max_norm`, now or in the update, and return what it was."""
-    if isinstance(trainable.optimizer, CopyingAdamW):
+    if isinstance(trainable.optimizer, CopyingAdamW | ShardedAdamW):
         return trainable.optimizer.clip(max_norm)
-    norm = nn.utils.clip_grad_norm_(trainable.model.parameters(), max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return nn.utils.clip_grad_norm_(trainable.model.parameters(), max_norm)
 
 
 def train_step(
