@@ -17,6 +17,9 @@ URGENCY: tuple[Decision, ...] = ("finish_and_hand_over", "finish_and_save", "han
 GIVE_UP: frozenset[Decision] = frozenset({"hand_over_now", "save_now", "leave_now"})
 """Those that leave the step under way unfinished."""
 
+_REGROUP_S = 5.0
+"""Trainers leave a world and form the next one in less, also where one of them must be killed for it."""
+
 
 def decide(
     *,
@@ -44,6 +47,23 @@ def decide(
     if spare_s > rest_of_step_s:
         return finish
     return "hand_over_now" if keep_in == "memory" else "save_now"
+
+
+def needs_copies(*, seconds_left: float, usual_save_s: float | None, margin: float) -> bool:
+    """Tell whether a state that is handed over must be copied to other nodes as well.
+
+    The next world fetches what it needs from the nodes that leave, if they live for so long: until it is handed over,
+    fetched, and in other memories as part of the next world's first snapshot. Each takes about as long as a save, of
+    which a copy is the longest part where the network is slow; nobody trains while copies are made that nobody reads.
+
+    Args:
+        seconds_left: as for `decide`.
+        usual_save_s: measured seconds until a state is safe in memory, its copies included; None if none was saved yet.
+        margin: so many times the usual time must be left.
+    """
+    if math.isinf(seconds_left):
+        return False
+    return usual_save_s is None or seconds_left < _REGROUP_S + margin * 3 * usual_save_s
 
 
 def agree(counts: Sequence[float]) -> Decision:

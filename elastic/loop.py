@@ -15,7 +15,7 @@ from elastic.config import RunConfig
 from elastic.data.loader import Loader
 from elastic.errors import StepError
 from elastic.optim import learning_rate
-from elastic.ports import Finished, Interrupted, MetricSink, NoticeSource, Observer, Outcome, Progress, Source
+from elastic.ports import Finished, Interrupted, MetricSink, Notice, NoticeSource, Observer, Outcome, Progress, Source
 from elastic.profile import Profiler
 from elastic.rundir import format_utc
 from elastic.step import Abandoned, StepResult, Trainable, eval_loss, train_step
@@ -196,11 +196,26 @@ def get_wish(parts: Parts, timeline: Timeline, when: Literal["start", "end"]) ->
         return "continue"
     usual_step_s = timeline.get_usual_s("train")
     return interrupt.decide(
-        seconds_left=float("inf") if notice.deadline_s is None else notice.deadline_s - time.time(),
+        seconds_left=get_seconds_left(notice),
         rest_of_step_s=0.0 if when == "end" else float("inf") if usual_step_s is None else usual_step_s,
         usual_save_s=parts.checkpointer.get_usual_s(notice.keep_in) or 0.0,
         margin=parts.config.fault.save_margin,
         keep_in=notice.keep_in,
+    )
+
+
+def get_seconds_left(notice: Notice) -> float:
+    """Return how long this node will be there; infinite for a planned change."""
+    return float("inf") if notice.deadline_s is None else notice.deadline_s - time.time()
+
+
+def needs_copies(parts: Parts) -> bool:
+    """Tell whether this rank's part of a state that is handed over must be copied to another node as well."""
+    notice = parts.notices.get_notice()
+    return notice is None or interrupt.needs_copies(
+        seconds_left=get_seconds_left(notice),
+        usual_save_s=parts.checkpointer.get_usual_s("memory"),
+        margin=parts.config.fault.save_margin,
     )
 
 
@@ -238,7 +253,7 @@ def save(
     begin = {
         "memory": partial(checkpointer.start_save, tier="memory"),
         "storage": partial(checkpointer.start_save, tier="storage"),
-        "hand_over": checkpointer.hand_over,
+        "hand_over": partial(checkpointer.hand_over, copies=needs_copies(parts)),
         "now": checkpointer.save_now,
         "last": checkpointer.save_last,
     }[how]

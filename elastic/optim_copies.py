@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class CopyingAdamW(torch.optim.AdamW):
     """AdamW whose gradients may be in low precision, and whose update writes the copies as well.
 
-    State and its names are those of `torch.optim.AdamW(fused=True)`.
+    State and its names are those of `torch.optim.AdamW(fused=True)`, and are there at once.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, copies: Mapping[nn.Parameter, Tensor], **options: Any) -> None:
@@ -25,6 +25,12 @@ class CopyingAdamW(torch.optim.AdamW):
         self._factor: Tensor | None = None
         self._kernels: list[AdamWKernel | None] = [None] * len(self.param_groups)
         self._is_located = False
+        for param in copies:
+            self.state[param] = {
+                "step": torch.zeros((), dtype=torch.float32, device=param.device),
+                "exp_avg": torch.zeros_like(param),
+                "exp_avg_sq": torch.zeros_like(param),
+            }
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:
@@ -76,7 +82,7 @@ class CopyingAdamW(torch.optim.AdamW):
             if not params:
                 continue
             kernel = self._kernels[index] = self._kernels[index] or AdamWKernel(params)
-            states = [self._get_state(param) for param in params]
+            states = [self.state[param] for param in params]
             age = states[0]["step"].double() + 1  # the same for all; in double: 1 - 0.999**age loses digits
             beta1, beta2 = group["betas"]
             multiplier = torch.ones_like(age) if factor is None else factor.double()
@@ -88,13 +94,6 @@ class CopyingAdamW(torch.optim.AdamW):
                 factors=torch.stack([multiplier, 1 - beta1**age, (1 - beta2**age).sqrt()]).float(),
             )
         self._is_located = True
-
-    def _get_state(self, param: nn.Parameter) -> dict[str, Tensor]:
-        state = self.state[param]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
-        return state
 
 
 def _get_grad(param: nn.Parameter) -> Tensor:

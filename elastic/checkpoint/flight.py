@@ -9,7 +9,7 @@ from typing import Literal
 from elastic.checkpoint.durable import BuildManifest, DurableWriter
 from elastic.checkpoint.plan import SavePlan
 from elastic.checkpoint.stage import Staged
-from elastic.ports import Progress
+from elastic.ports import Address, Progress
 
 Tier = Literal["memory", "storage"]
 
@@ -25,6 +25,8 @@ class Flight:
     stall_s: float = 0.0
     """What the call that started it cost the training thread."""
     staged: Staged
+    peer: Address | None
+    """The keeper that gets a copy of it."""
     plan: SavePlan
     build_manifest: BuildManifest
     kept: Future[str] = field(default_factory=Future[str])

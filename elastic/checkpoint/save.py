@@ -176,6 +176,7 @@ class Checkpointer:
         progress: Progress,
         extra: Mapping[str, object],
         tier: Tier = "storage",
+        copies: bool = True,
     ) -> bool:
         """Start to save the state as it is now, unless the last save of its kind is still under way.
 
@@ -184,6 +185,7 @@ class Checkpointer:
 
         Args:
             extra: JSON values that `restore` gives back; rank 0's count.
+            copies: whether what is kept in memory is copied to the peer; without, it is not safe from a loss.
 
         Returns:
             Whether a save was started: the same on all ranks.
@@ -214,6 +216,7 @@ class Checkpointer:
             progress=progress,
             start_s=start_s,
             staged=self._stager.stage(live, plan.own, plan.held, index=index),
+            peer=self._peer if copies else None,
             plan=plan,
             build_manifest=self._describe(state, progress, extra),
         )
@@ -281,11 +284,21 @@ class Checkpointer:
         return self._committed == progress
 
     def hand_over(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, progress: Progress, extra: Mapping[str, object]
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        progress: Progress,
+        extra: Mapping[str, object],
+        copies: bool,
     ) -> bool:
-        """Put the state as it is now where the next world finds it soonest, and return whether it is safe there.
+        """Put the state as it is now where the next world finds it soonest, and return whether it is there.
 
         That is the memory of the nodes; the storage, if that does not work on some rank.
+
+        Args:
+            copies: whether it must outlive this node. Without, a loss before the next world has its own first snapshot
+                falls back on what is older: in this world's memories until all have loaded, then in the storage.
 
         Raises:
             StorageError, CheckpointError: as `poll`.
@@ -294,7 +307,7 @@ class Checkpointer:
             self.finish("memory")
             if self._kept != progress:
                 self._wait_left()
-                self.start_save(model, optimizer, progress=progress, extra=extra, tier="memory")
+                self.start_save(model, optimizer, progress=progress, extra=extra, tier="memory", copies=copies)
                 self.finish("memory")
             if self._kept == progress:
                 return True
@@ -386,11 +399,13 @@ class Checkpointer:
 
     def _take_kept(self, save: Flight) -> None:
         assert self._memory is not None
-        if self._kept is None:  # from now on nothing falls back on what earlier attempts have left
+        is_first, self._kept = self._kept is None, save.progress
+        if save.peer != self._peer:  # handed over: what is older may be needed yet
+            return
+        if is_first:  # from now on nothing falls back on what earlier attempts have left
             self._memory.retire(before_epoch=self._epoch, keep_step=None)
             self._arenas.release_outgrown()
         self._kept_s.append(save.kept_s)
-        self._kept = save.progress
         if self._disk and self._disk.is_due:
             self._disk.start(save.staged.index, self._get_snapshot(save))
         if self._rank == 0:
@@ -441,7 +456,7 @@ class Checkpointer:
     def _keep(self, save: Flight) -> Future[str]:
         assert self._memory is not None
         manifest = save.build_manifest(save.plan.get_shapes(), {})
-        return self._memory.fill(save.staged.index, self._get_snapshot(save), save.plan, manifest, peer=self._peer)
+        return self._memory.fill(save.staged.index, self._get_snapshot(save), save.plan, manifest, peer=save.peer)
 
     def _get_snapshot(self, save: Flight) -> Snapshot:
         return Snapshot(epoch=self._epoch, step=save.progress.step, world_size=self._world_size, rank=self._rank)

@@ -95,7 +95,7 @@ def save_both(run_dir, connections, addresses, strategy="fsdp2"):
     assert checkpointer.save_now(model, optimizer, progress=make_progress(STORED), extra={"at": STORED})
     values = {STORED: get_values(model, optimizer)}
     train(model, optimizer, STORED + 1, KEPT, checkpointer)
-    assert checkpointer.hand_over(model, optimizer, progress=make_progress(KEPT), extra={"at": KEPT})
+    assert checkpointer.hand_over(model, optimizer, progress=make_progress(KEPT), extra={"at": KEPT}, copies=True)
     values[KEPT] = get_values(model, optimizer)
     train(model, optimizer, KEPT + 1, KEPT + 2, checkpointer)  # what comes after is in nobody's memory
     checkpointer.close()
@@ -140,6 +140,37 @@ def test_what_is_left_in_no_memory_comes_from_the_storage(tmp_path, nodes):
     nodes.lose("n0")
     nodes.lose("n1")  # which had the copy of n0
     check(nodes.run(restore_newest, 1, tmp_path), values, source="disk", step=STORED)
+
+
+def hand_over_without_copies(run_dir, connections, addresses):
+    """Keep one state with its copies, hand a later one over without; return both, and which were said to be safe."""
+    model, optimizer = build("fsdp2")
+    others = sorted(addresses)
+    peer = addresses[others[(dist.get_rank() + 1) % len(others)]]
+    safe = []
+    checkpointer = make_checkpointer(run_dir, memory=open_memory(connections), peer=peer, on_kept=safe.append)
+    values = {}
+    for step, copies in ((STORED, True), (KEPT, False)):
+        train(model, optimizer, step, step, checkpointer)
+        assert checkpointer.hand_over(model, optimizer, progress=make_progress(step), extra={"at": step}, copies=copies)
+        values[step] = get_values(model, optimizer)
+    checkpointer.close()
+    return values, [progress.step for progress in safe]
+
+
+def test_what_is_handed_over_without_copies_is_there_for_as_long_as_its_node_is_and_nothing_older_is_given_up(
+    tmp_path, nodes
+):
+    results = nodes.run(hand_over_without_copies, 3, tmp_path)
+    values, safe = results[0]
+    assert safe == [STORED]
+    held = {node: sorted((shard.snapshot.step, shard.is_copy) for shard in nodes.list(node)) for node in nodes.keepers}
+    assert held == dict.fromkeys(nodes.keepers, [(STORED, False), (STORED, True), (KEPT, False)])
+    check(nodes.run(restore_newest, 2, tmp_path), values, source="memory", step=KEPT)
+
+    nodes.run(hand_over_without_copies, 3, tmp_path)
+    nodes.lose("n0")
+    check(nodes.run(restore_newest, 2, tmp_path), values, source="peer", step=STORED)
 
 
 def store_on_disks(run_dir, connections, addresses):
@@ -209,7 +240,7 @@ def keep_on(run_dir, connections, addresses):
         checkpointer = make_checkpointer(run_dir, epoch=epoch, memory=memory, restored_index=index)
         for step in range(3 * epoch - 2, 3 * epoch + 1):
             train(model, optimizer, step, step, checkpointer)
-            assert checkpointer.hand_over(model, optimizer, progress=make_progress(step), extra={})
+            assert checkpointer.hand_over(model, optimizer, progress=make_progress(step), extra={}, copies=True)
         checkpointer.close()
 
 

@@ -5,7 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.interrupt import URGENCY, agree, decide
+from elastic.interrupt import URGENCY, agree, decide, needs_copies
 
 SECONDS = st.floats(min_value=0, max_value=1e6)
 WISHES = st.lists(st.sampled_from(["continue", *URGENCY]), min_size=1, max_size=50)
@@ -53,6 +53,21 @@ def test_what_is_begun_fits_into_what_is_left_if_it_takes_its_usual_time(seconds
     needs_s = {"finish_and_save": rest_of_step_s + usual_save_s, "save_now": usual_save_s, "leave_now": 0.0}
     decision = decide(seconds_left=seconds_left, rest_of_step_s=rest_of_step_s, usual_save_s=usual_save_s, margin=2.0)
     assert needs_s[decision] <= seconds_left * (1 + 1e-9)
+
+
+@given(st.none() | SECONDS)
+def test_a_planned_change_copies_nothing_that_the_next_world_fetches_anyway(usual_save_s):
+    assert not needs_copies(seconds_left=math.inf, usual_save_s=usual_save_s, margin=2.0)
+
+
+def test_a_state_is_copied_if_its_node_may_be_gone_before_the_next_world_is_safe_without_it():
+    # 5 s to form, and 2 x 10 s each to hand over, to fetch and to keep anew
+    assert [needs_copies(seconds_left=s, usual_save_s=10.0, margin=2.0) for s in (65.1, 64.9, 0.0)] == [
+        False,
+        True,
+        True,
+    ]
+    assert needs_copies(seconds_left=1e6, usual_save_s=None, margin=2.0)
 
 
 @given(WISHES)
