@@ -6,6 +6,7 @@ Ceilings are measured, not looked up: a data sheet knows neither the power limit
 import argparse
 import dataclasses
 import json
+import mmap
 import os
 import statistics
 import sys
@@ -22,6 +23,7 @@ import torch.distributed as dist
 
 from elastic import config_load, plugins
 from elastic.config import RunConfig
+from elastic.direct import write_all
 from elastic.errors import SolventError
 from elastic.metrics import get_memory_gib
 from elastic.ports import WorldSpec
@@ -44,7 +46,7 @@ class Ceilings:
     copy_gb_per_s: float
     """Bytes read and written by a copy within the device's memory."""
     storage_write_gb_per_s: float
-    """One file, until it is safe on the disk."""
+    """One file, until it is safe on the disk, past the page cache where the disk can do that: as a checkpoint."""
     storage_read_gb_per_s: float
     """The same file, from the disk where the system can be told to forget it."""
 
@@ -143,18 +145,20 @@ def _time(work: Callable[[], object], device: torch.device, *, repeats: int = 10
 
 def _time_storage(folder: Path) -> tuple[float, float]:
     """Return the seconds to write and to read a file of random bytes."""
-    block = memoryview(os.urandom(16 * 2**20))
-    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+    num_bytes = 16 * 2**20
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file, mmap.mmap(-1, num_bytes) as block:
+        block.write(os.urandom(num_bytes))
         start_s = time.perf_counter()
-        for _ in range(_STORAGE_BYTES // len(block)):
-            file.write(block)
+        for _ in range(_STORAGE_BYTES // num_bytes):
+            with memoryview(block) as data:
+                write_all(file.fileno(), data)
         os.fsync(file.fileno())
         write_s = time.perf_counter() - start_s
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         file.seek(0)
         start_s = time.perf_counter()
-        while file.read(len(block)):
+        while file.read(num_bytes):
             pass
         return write_s, time.perf_counter() - start_s
 
