@@ -10,13 +10,10 @@ report. That one takes the next epoch, so the world that trained on meanwhile is
 
 import os
 import queue
-import secrets
-import selectors
-import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Set
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -25,7 +22,8 @@ from cluster import controller
 from cluster.node_watch import News
 from cluster.runtime import adapter
 from cluster.runtime.books import open_books
-from cluster.runtime.link import Link, Message
+from cluster.runtime.hosts import HOST_SILENT_S, Hosts
+from cluster.runtime.link import Message
 from cluster.runtime.notices import Watches
 from cluster.runtime.priority import take_priority_of
 from cluster.runtime.published import Published, Update
@@ -65,16 +63,12 @@ from elastic.checkpoint.placement import NodeLabels, plan_peers
 from elastic.config import RunConfig
 from elastic.errors import SolventError
 from elastic.leader import Leadership, lead
-from elastic.ports import Address, Progress
+from elastic.ports import Progress
 from elastic.spool import open_run
 from elastic.storage import is_url
 
-HOST_SILENT_S = 4.0
-"""A host that has not sent its beat (once a second) for this long is taken for gone: a lost machine sends no FIN."""
 WATCH_EVERY_S = 0.5
 RENEW_EVERY_S = 1.0
-LOST_FOR_S = 30.0
-"""For so long after the end of its host a node takes no new agents, unless another host shows that it lives."""
 _GROUPS_PER_EPOCH = 1_000_000
 """More than any coordinator will see: the numbers of its worker groups are above those of the one before."""
 DRIVER_BUSY_S = 5.0
@@ -87,19 +81,6 @@ class Session:
 
     id: str
     secret: str = field(repr=False)
-
-
-@dataclass(kw_only=True)
-class _Host:
-    node: str
-    pid: int
-    link: Link
-    keeper: Address | None
-    """Where the memory of the node is served."""
-    heard_s: float
-    """On the monotonic clock, as the clock may be set."""
-    holders: dict[Slot, controller.Holder | None] = field(default_factory=dict[Slot, controller.Holder | None])
-    """Whose agents hold its slots, as it said last."""
 
 
 class Coordinator:
@@ -129,11 +110,19 @@ class Coordinator:
             self._opened.close()
             threading.Thread(target=self._exit_without_driver, name="refused", daemon=True).start()
             return
+        self._ip = adapter.get_own_ip()
+        self._hosts = Hosts(
+            self._ip,
+            secret=session.secret,
+            on_ready=self._take_host,
+            on_message=self._hear,
+            on_gone=self._lose_host,
+        )
         # rows for an object store wait in a spool, and what leaves it is checked: no node's end waits for the store
         is_spooled = is_url(self._config.storage)
         self._check_lead = self._leader.check_known if is_spooled else self._leader.check
         self._books = open_books(str(run.dir.root), self._config, check_lead=self._check_lead, lost_s=lost_s)
-        self._rows = RowKeeper(run, check_lead=self._check_lead, answer=self._tell)
+        self._rows = RowKeeper(run, check_lead=self._check_lead, answer=self._hosts.tell)
         self._state = controller.State(
             policy=controller.Policy(
                 world_sizes=self._config.get_world_sizes(),
@@ -146,16 +135,7 @@ class Coordinator:
         )
         self._session = session
         self._first_epoch = self._leader.epoch
-        self._ip = adapter.get_own_ip()
-        self._listener = socket.create_server((self._ip, 0))
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
-        self._wake_out, wake_in = socket.socketpair()
-        self._selector.register(wake_in, selectors.EVENT_READ, lambda: wake_in.recv(4096))
         self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._hosts: dict[str, _Host] = {}
-        self._lost_s: dict[str, float] = {}
-        """When the last host of a node went, on the monotonic clock; none has come since."""
         self._out = Published()
         self._watches = Watches(adapter.get_own_actor(), self._config)
         self._told_by_watch: set[str] = set()
@@ -210,13 +190,12 @@ class Coordinator:
                 if slot in pids
             ),
             agents=dict(self._agents),
-            hosts={host.node: host.pid for host in list(self._hosts.values())},
+            hosts=self._hosts.get_pids(),
         )
 
     def get_lost_nodes(self) -> frozenset[str]:
         """Return the nodes whose host has just gone: Ray sees the loss of a node many seconds after its peers do."""
-        now_s = time.monotonic()
-        return frozenset(node for node, lost_s in list(self._lost_s.items()) if now_s - lost_s < LOST_FOR_S)
+        return self._hosts.get_lost()
 
     def enter_group(self, key: str) -> int:
         """Number Ray's worker groups in the order in which their first agent shows up, over all coordinators."""
@@ -228,8 +207,7 @@ class Coordinator:
 
     def get_host_fields(self) -> dict[str, Any]:
         """Return what `start_host` needs beside the node's own facts."""
-        port = self._listener.getsockname()[1]
-        seat = Seat(epoch=self._first_epoch, host=self._ip, port=port)
+        seat = Seat(epoch=self._first_epoch, host=self._ip, port=self._hosts.port)
         return {
             "session": self._session.id,
             "seat": asdict(seat),
@@ -268,7 +246,7 @@ class Coordinator:
     def close(self) -> dict[str, Any]:
         """End all hosts, close the books and return their summary; the caller then kills the actor."""
         self._closing = True
-        self._wake_out.send(b"x")
+        self._hosts.wake()
         self._hosts_told.wait(HOST_SILENT_S)  # or they would look for another coordinator
         try:
             self._books.close(time.time())
@@ -283,34 +261,18 @@ class Coordinator:
         next_renewal_s = 0.0
         while not self._closing:
             self._check_lead()
-            asked_s = time.monotonic()
-            for key, _ in self._selector.select(timeout=0.2):
-                key.data()
+            self._hosts.serve(timeout_s=0.2)
             while not self._inbox.empty():
                 self._decide(self._inbox.get())
-            now_s = time.time()
-            for host in list(self._hosts.values()):
-                # what had arrived when we asked was heard: our own time on a slow storage is not the host's silence
-                if asked_s - host.heard_s > HOST_SILENT_S:
-                    self._drop(host, f"its host has been silent for {HOST_SILENT_S:g} s")
             self._decide(Tick())
-            if asked_s >= next_renewal_s:
-                next_renewal_s = asked_s + RENEW_EVERY_S
-                self._renew_leases()
+            if time.monotonic() >= next_renewal_s:
+                next_renewal_s = time.monotonic() + RENEW_EVERY_S
+                self._hosts.renew_leases()  # only while this lives, and so its driver: nobody else would form a group
+            now_s = time.time()
             self._books.flush(now_s)
             self._end_if_orphaned(now_s)
         done = self._out.done
         self._end_hosts("the run is over", forget=done is not None and done.kind == "finished")
-
-    def _renew_leases(self) -> None:
-        """Have the hosts keep what Ray Train may yet send an agent for, and themselves while they have no slots.
-
-        This ends with the actor, so it ends with the driver: nobody else would ever form a group.
-        """
-        hosts = self._hosts.values()
-        surplus = controller.find_surplus({slot: held for host in hosts for slot, held in host.holders.items()})
-        for host in hosts:
-            host.link.send("renew", slots=[slot.name for slot in host.holders if slot not in surplus])
 
     def _end_if_orphaned(self, now_s: float) -> None:
         """Without a driver nobody would ever release the nodes: save, then go."""
@@ -324,13 +286,8 @@ class Coordinator:
         os._exit(0)
 
     def _end_hosts(self, reason: str, *, forget: bool = False) -> None:
-        """End all hosts.
-
-        Args:
-            forget: nobody will go on from what lies on the disks of their nodes.
-        """
-        for host in list(self._hosts.values()):
-            host.link.send("end", reason=reason, forget=forget)
+        """End all hosts; see `Hosts.end_all`."""
+        self._hosts.end_all(reason, forget=forget)
         self._hosts_told.set()
 
     def _exit_without_driver(self) -> None:
@@ -339,59 +296,23 @@ class Coordinator:
             time.sleep(1)
         os._exit(0)
 
-    def _accept(self) -> None:
-        connection, _ = self._listener.accept()
-        connection.settimeout(10)
-        link = Link(connection)
-        self._selector.register(link, selectors.EVENT_READ, lambda: self._greet(link))
+    def _take_host(self, node: str) -> None:
+        self._books.host_ready(node, time.time())
+        self._out.say(f"node {node[:8]} is warm")
 
-    def _greet(self, link: Link) -> None:
-        """Take the first message of a connection: a host that knows the secret, or nobody."""
-        messages = link.receive()
-        if messages == []:
-            return
-        self._selector.unregister(link)
-        hello = messages[0] if messages else {}
-        if hello.get("kind") != "host" or not secrets.compare_digest(str(hello.get("secret")), self._session.secret):
-            link.close()
-            return
-        host = _Host(
-            node=hello["node"],
-            pid=hello["pid"],
-            link=link,
-            keeper=_to_address(hello["keeper"]),
-            heard_s=time.monotonic(),
-        )
-        if previous := self._hosts.get(host.node):
-            self._drop(previous, "a new host took its place")
-        self._hosts[host.node] = host
-        self._lost_s.pop(host.node, None)
-        self._selector.register(link, selectors.EVENT_READ, lambda: self._hear(host))
-        self._books.host_ready(host.node, time.time())
-        self._out.say(f"node {host.node[:8]} is warm")
-        self._hear_all(host, messages[1:] if messages else [])
+    def _lose_host(self, node: str, reason: str) -> None:
+        self._books.host_gone(node, time.time())
+        self._decide(HostGone(node=node, reason=reason))
 
-    def _hear(self, host: _Host) -> None:
-        messages = host.link.receive()
-        if messages is None:
-            self._drop(host, "the node went away")
+    def _hear(self, node: str, message: Message) -> None:
+        """Take what a host says."""
+        if message["kind"] == "trainer":
+            self._hear_trainer(Slot(node, message["slot"]), message["attempt"], message["message"])
             return
-        host.heard_s = time.monotonic()
-        self._hear_all(host, messages)
-
-    def _hear_all(self, host: _Host, messages: list[Message]) -> None:
-        for message in messages:
-            if message["kind"] == "keeper":
-                host.keeper = _to_address(message["address"])
-            elif message["kind"] == "beat":
-                host.holders = {Slot(host.node, name): _to_holder(held) for name, held in message["holders"].items()}
-            elif message["kind"] == "trainer":
-                self._hear_trainer(Slot(host.node, message["slot"]), message["attempt"], message["message"])
-            else:
-                event = _to_event(host.node, message)
-                if isinstance(event, Claimed):
-                    self._agents[event.slot] = message["pid"]
-                self._decide(event)
+        event = _to_event(node, message)
+        if isinstance(event, Claimed):
+            self._agents[event.slot] = message["pid"]
+        self._decide(event)
 
     def _hear_trainer(self, slot: Slot, attempt: int, message: Message) -> None:
         """Take what a trainer of the current attempt says; an older one has nothing to say any more."""
@@ -439,15 +360,6 @@ class Coordinator:
             case _:
                 raise ValueError(f"unknown message from a trainer: {message}")
 
-    def _drop(self, host: _Host, reason: str) -> None:
-        self._selector.unregister(host.link)
-        host.link.close()
-        if self._hosts.get(host.node) is host:
-            del self._hosts[host.node]
-            self._lost_s[host.node] = time.monotonic()
-            self._books.host_gone(host.node, time.time())
-            self._decide(HostGone(node=host.node, reason=reason))
-
     def _decide(self, event: Event) -> None:
         now_s = time.time()
         before = self._state.stage
@@ -473,7 +385,7 @@ class Coordinator:
             case Join() | Go() | Park() | Leave() | Kill():
                 fields = asdict(action) | (self._find_memories(action.slot) if isinstance(action, Go) else {})
                 del fields["slot"]
-                self._tell(action.slot, type(action).__name__.lower(), **fields)
+                self._hosts.tell(action.slot, type(action).__name__.lower(), **fields)
             case AttemptStarted():
                 self._leader.take(action.attempt)
                 self._pids, self._attempt_step = {}, 0
@@ -491,7 +403,7 @@ class Coordinator:
 
     def _find_memories(self, slot: Slot) -> dict[str, Any]:
         """Return what a trainer must know of the memory tier: who serves what, and who gets its copies."""
-        keepers = {node: host.keeper for node, host in self._hosts.items() if host.keeper}
+        keepers = self._hosts.get_keepers()
         members = {slot.node for slot in self._state.members} & keepers.keys()
         labels = {node: self._labels.get(node, NodeLabels()) for node in members}
         has_peer = self._config.checkpoint.memory == "peer"
@@ -502,10 +414,6 @@ class Coordinator:
             "peer": keepers[peer] if peer else None,
             "mean_s_between_losses": self._books.estimate_mean_s_between_losses(assumed_s),
         }
-
-    def _tell(self, slot: Slot, kind: str, **fields: Any) -> None:
-        if host := self._hosts.get(slot.node):
-            host.link.send(kind, slot=slot.name, **fields)
 
     # ---- the watching thread
 
@@ -518,7 +426,7 @@ class Coordinator:
             nodes = {node.id: node for node in adapter.get_worker_nodes(self._config.cluster)}
             self._books.follow_nodes(nodes, now_s)
             self._labels = {node.id: NodeLabels(zone=node.zone, capacity=node.capacity) for node in nodes.values()}
-            for node_id in nodes.keys() - self._hosts.keys():
+            for node_id in nodes.keys() - self._hosts.get_pids().keys():
                 if now_s - started.get(node_id, 0.0) > self._config.fault.lease_s / 6:  # a host looks for us for a half
                     started[node_id] = now_s
                     adapter.run_on_node(node_id, start_host, node_id, self.get_host_fields())
@@ -545,7 +453,7 @@ class Coordinator:
 
     def _post(self, event: Event) -> None:
         self._inbox.put(event)
-        self._wake_out.send(b"x")
+        self._hosts.wake()
 
     def _guard(self, body: Callable[[], None]) -> None:
         """End the run if a thread fails on the user's storage or prices, and the actor if it fails otherwise.
@@ -569,14 +477,6 @@ def _get_disk(config: RunConfig, leader: Leadership) -> str:
     if not config.checkpoint.node_disk:
         return ""
     return f"{config.checkpoint.node_disk}/solvent-{config.run}-{leader.get_life()}"
-
-
-def _to_address(value: Sequence[Any] | None) -> Address | None:
-    return (value[0], value[1]) if value else None
-
-
-def _to_holder(value: Message | None) -> controller.Holder | None:
-    return controller.Holder(**value) if value else None
 
 
 def _to_event(node: str, message: Message) -> Event:

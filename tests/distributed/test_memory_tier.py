@@ -164,8 +164,9 @@ def test_what_is_handed_over_without_copies_is_there_for_as_long_as_its_node_is_
     results = nodes.run(hand_over_without_copies, 3, tmp_path)
     values, safe = results[0]
     assert safe == [STORED]
-    held = {node: sorted((shard.snapshot.step, shard.is_copy) for shard in nodes.list(node)) for node in nodes.keepers}
-    assert held == dict.fromkeys(nodes.keepers, [(STORED, False), (STORED, True), (KEPT, False)])
+    for node in nodes.keepers:
+        held = sorted((shard.snapshot.step, shard.is_copy) for shard in nodes.list(node))
+        assert held == [(STORED, False), (STORED, True), (KEPT, False)]
     check(nodes.run(restore_newest, 2, tmp_path), values, source="memory", step=KEPT)
 
     nodes.run(hand_over_without_copies, 3, tmp_path)

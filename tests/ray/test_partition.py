@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.runtime.coordinator import HOST_SILENT_S
+from cluster.runtime.hosts import HOST_SILENT_S
 from elastic.checkpoint.layout import list_committed, read_manifest
 from elastic.epochs import CHECK_EVERY_S, get_newest_epoch
 from elastic.rundir import RunDir, parse_utc, read_rows

@@ -1,0 +1,180 @@
+"""The coordinator's connections to the hosts, one per node: who is there, and who has gone, with a FIN or without."""
+
+import secrets
+import selectors
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster import controller
+from cluster.runtime.link import Link, Message
+from cluster.types import Slot
+from elastic.ports import Address
+
+HOST_SILENT_S = 4.0
+"""A host that has not sent its beat (once a second) for this long is taken for gone: a lost machine sends no FIN."""
+LOST_FOR_S = 30.0
+"""For so long after the end of its host a node takes no new agents, unless another host shows that it lives."""
+
+
+@dataclass(kw_only=True)
+class _Host:
+    node: str
+    pid: int
+    link: Link
+    keeper: Address | None
+    """Where the memory of the node is served."""
+    heard_s: float
+    """On the monotonic clock, as the clock may be set."""
+    holders: dict[Slot, controller.Holder | None] = field(default_factory=dict[Slot, controller.Holder | None])
+    """Whose agents hold its slots, as it said last."""
+
+
+class Hosts:
+    """Serves them on a port of its own. One thread calls `serve` and is called back from it; any may do the rest.
+
+    Args:
+        ip: of this node, where it listens.
+        secret: what a host must know.
+        on_ready: takes the node of a host that has come.
+        on_message: takes a node and what its host says of trainers and claims.
+        on_gone: takes the node of a host that is gone, and why.
+    """
+
+    def __init__(
+        self,
+        ip: str,
+        *,
+        secret: str,
+        on_ready: Callable[[str], None],
+        on_message: Callable[[str, Message], None],
+        on_gone: Callable[[str, str], None],
+    ) -> None:
+        self._secret = secret
+        self._on_ready, self._on_message, self._on_gone = on_ready, on_message, on_gone
+        self._listener = socket.create_server((ip, 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._wake_out, wake_in = socket.socketpair()
+        self._selector.register(wake_in, selectors.EVENT_READ, lambda: wake_in.recv(4096))
+        self._hosts: dict[str, _Host] = {}
+        self._lost_s: dict[str, float] = {}
+        """When the last host of a node went, on the monotonic clock; none has come since."""
+
+    def serve(self, *, timeout_s: float) -> None:
+        """Take what has come, or comes within this time, and let go of whoever has been silent for too long."""
+        asked_s = time.monotonic()
+        for key, _ in self._selector.select(timeout_s):
+            key.data()
+        for host in list(self._hosts.values()):
+            # what had arrived when we asked was heard: our own time on a slow storage is not the host's silence
+            if asked_s - host.heard_s > HOST_SILENT_S:
+                self._drop(host, f"its host has been silent for {HOST_SILENT_S:g} s")
+
+    def wake(self) -> None:
+        """Have `serve` return."""
+        self._wake_out.send(b"x")
+
+    def tell(self, slot: Slot, kind: str, **fields: Any) -> None:
+        """Tell the host of a slot, if it is there."""
+        if host := self._hosts.get(slot.node):
+            host.link.send(kind, slot=slot.name, **fields)
+
+    def renew_leases(self) -> None:
+        """Have the hosts keep what Ray Train may yet send an agent for, and themselves while they have no slots."""
+        hosts = list(self._hosts.values())
+        surplus = controller.find_surplus({slot: held for host in hosts for slot, held in host.holders.items()})
+        for host in hosts:
+            host.link.send("renew", slots=[slot.name for slot in host.holders if slot not in surplus])
+
+    def end_all(self, reason: str, *, forget: bool) -> None:
+        """End all hosts.
+
+        Args:
+            forget: nobody will go on from what lies on the disks of their nodes.
+        """
+        for host in list(self._hosts.values()):
+            host.link.send("end", reason=reason, forget=forget)
+
+    def get_pids(self) -> dict[str, int]:
+        """Return the processes of the hosts, by node."""
+        return {host.node: host.pid for host in list(self._hosts.values())}
+
+    def get_keepers(self) -> dict[str, Address]:
+        """Return where the memories of the nodes are served."""
+        return {host.node: host.keeper for host in list(self._hosts.values()) if host.keeper}
+
+    def get_lost(self) -> frozenset[str]:
+        """Return the nodes whose host has just gone."""
+        now_s = time.monotonic()
+        return frozenset(node for node, lost_s in list(self._lost_s.items()) if now_s - lost_s < LOST_FOR_S)
+
+    def _accept(self) -> None:
+        connection, _ = self._listener.accept()
+        connection.settimeout(10)
+        link = Link(connection)
+        self._selector.register(link, selectors.EVENT_READ, lambda: self._greet(link))
+
+    def _greet(self, link: Link) -> None:
+        """Take the first message of a connection: a host that knows the secret, or nobody."""
+        messages = link.receive()
+        if messages == []:
+            return
+        self._selector.unregister(link)
+        hello = messages[0] if messages else {}
+        if hello.get("kind") != "host" or not secrets.compare_digest(str(hello.get("secret")), self._secret):
+            link.close()
+            return
+        host = _Host(
+            node=hello["node"],
+            pid=hello["pid"],
+            link=link,
+            keeper=_to_address(hello["keeper"]),
+            heard_s=time.monotonic(),
+        )
+        if previous := self._hosts.get(host.node):
+            self._drop(previous, "a new host took its place")
+        self._hosts[host.node] = host
+        self._lost_s.pop(host.node, None)
+        self._selector.register(link, selectors.EVENT_READ, lambda: self._hear(host))
+        self._on_ready(host.node)
+        self._hear_all(host, messages[1:] if messages else [])
+
+    def _hear(self, host: _Host) -> None:
+        messages = host.link.receive()
+        if messages is None:
+            self._drop(host, "the node went away")
+            return
+        host.heard_s = time.monotonic()
+        self._hear_all(host, messages)
+
+    def _hear_all(self, host: _Host, messages: Sequence[Message]) -> None:
+        for message in messages:
+            match message["kind"]:
+                case "keeper":
+                    host.keeper = _to_address(message["address"])
+                case "beat":
+                    host.holders = {
+                        Slot(host.node, name): _to_holder(held) for name, held in message["holders"].items()
+                    }
+                case _:
+                    self._on_message(host.node, message)
+
+    def _drop(self, host: _Host, reason: str) -> None:
+        self._selector.unregister(host.link)
+        host.link.close()
+        if self._hosts.get(host.node) is host:
+            del self._hosts[host.node]
+            self._lost_s[host.node] = time.monotonic()
+            self._on_gone(host.node, reason)
+
+
+def _to_address(value: Sequence[Any] | None) -> Address | None:
+    return (value[0], value[1]) if value else None
+
+
+def _to_holder(value: Mapping[str, Any] | None) -> controller.Holder | None:
+    return controller.Holder(**value) if value else None

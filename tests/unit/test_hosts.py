@@ -1,0 +1,143 @@
+"""The coordinator's connections to hosts: who may come, who counts as there, and who as gone."""
+
+import socket
+import time
+from collections.abc import Callable
+
+import pytest
+
+from cluster.runtime import hosts as module
+from cluster.runtime.hosts import Hosts
+from cluster.runtime.link import Link
+from cluster.types import Slot
+
+SECRET = "s3cret"
+
+
+class Served:
+    """Hosts, and what they called back with."""
+
+    def __init__(self) -> None:
+        self.ready: list[str] = []
+        self.messages: list[tuple[str, dict]] = []
+        self.gone: list[tuple[str, str]] = []
+        self.links: list[Link] = []
+        self.hosts = Hosts(
+            "127.0.0.1",
+            secret=SECRET,
+            on_ready=self.ready.append,
+            on_message=lambda node, message: self.messages.append((node, message)),
+            on_gone=lambda node, reason: self.gone.append((node, reason)),
+        )
+
+    def connect(self) -> Link:
+        self.links.append(Link(socket.create_connection(("127.0.0.1", self.hosts.port), timeout=5)))
+        return self.links[-1]
+
+    def join(self, node: str, *, pid: int = 1, secret: str = SECRET) -> Link:
+        """Connect as the host of a node would."""
+        link = self.connect()
+        link.send("host", node=node, secret=secret, pid=pid, keeper=["127.0.0.1", 7])
+        return link
+
+    def serve_until(self, is_so: Callable[[], object]) -> None:
+        until_s = time.monotonic() + 5
+        while not is_so():
+            assert time.monotonic() < until_s
+            self.hosts.serve(timeout_s=0.05)
+
+    def close(self) -> None:
+        """Close all sockets; the coordinator's end with its process, so that nobody is cut off amid a last message."""
+        for link in self.links:
+            link.close()
+        selector = self.hosts._selector
+        sockets = [key.fileobj for key in selector.get_map().values()]
+        for each in (selector, self.hosts._wake_out, *sockets):
+            each.close()
+
+
+@pytest.fixture
+def served():
+    served = Served()
+    yield served
+    served.close()
+
+
+def test_a_host_that_knows_the_secret_is_there_until_its_connection_ends(served):
+    link = served.join("n1", pid=12)
+    served.serve_until(lambda: served.ready)
+    assert (served.ready, served.hosts.get_pids()) == (["n1"], {"n1": 12})
+    assert served.hosts.get_keepers() == {"n1": ("127.0.0.1", 7)}
+    assert served.hosts.get_lost() == frozenset()
+
+    link.close()
+    served.serve_until(lambda: served.gone)
+    assert served.gone == [("n1", "the node went away")]
+    assert (served.hosts.get_pids(), served.hosts.get_lost()) == ({}, {"n1"})
+    served.join("n1")
+    served.serve_until(lambda: len(served.ready) == 2)
+    assert served.hosts.get_lost() == frozenset()
+
+
+@pytest.mark.parametrize("first", [{"node": "n1", "secret": "guessed"}, {"node": "n1"}])
+def test_whoever_does_not_know_it_is_sent_away_unheard(served, first):
+    link = served.connect()
+    link.send("host", **first)
+    link.send("ended", slot="cpu0")
+    served.serve_until(lambda: link.receive(0.01) is None)
+    assert (served.ready, served.messages, served.hosts.get_pids()) == ([], [], {})
+
+
+def test_what_it_says_of_itself_is_kept_and_the_rest_is_passed_on(served):
+    link = served.join("n1")
+    link.send("keeper", address=["127.0.0.1", 8])
+    link.send("beat", holders={"cpu0": {"group": 2, "group_size": 1}, "cpu1": None})
+    link.send("expired", slot="cpu1")
+    served.serve_until(lambda: served.messages)
+    assert served.messages == [("n1", {"kind": "expired", "slot": "cpu1"})]
+    assert served.hosts.get_keepers() == {"n1": ("127.0.0.1", 8)}
+
+    served.hosts.renew_leases()
+    served.hosts.tell(Slot("n1", "cpu0"), "join", attempt=3)
+    served.hosts.tell(Slot("n2", "cpu0"), "join", attempt=3)  # nobody
+    served.hosts.end_all("over", forget=True)
+    heard = []
+    while len(heard) < 3:
+        heard += link.receive(5)
+    assert [message["kind"] for message in heard] == ["renew", "join", "end"]
+    assert set(heard[0]["slots"]) <= {"cpu0", "cpu1"}
+    assert heard[1:] == [
+        {"kind": "join", "slot": "cpu0", "attempt": 3},
+        {"kind": "end", "reason": "over", "forget": True},
+    ]
+
+
+def test_of_two_hosts_of_a_node_the_newer_one_counts(served):
+    old = served.join("n1", pid=1)
+    served.serve_until(lambda: served.ready)
+    served.join("n1", pid=2)
+    served.serve_until(lambda: len(served.ready) == 2)
+    assert served.gone == [("n1", "a new host took its place")]
+    assert served.hosts.get_pids() == {"n1": 2}
+    assert old.receive(5) is None
+    assert served.hosts.get_lost() == frozenset()
+
+
+def test_one_that_is_silent_counts_as_gone_but_our_own_sleep_is_not_its_silence(served, monkeypatch):
+    monkeypatch.setattr(module, "HOST_SILENT_S", 0.4)
+    link = served.join("n1")
+    served.serve_until(lambda: served.ready)
+    time.sleep(0.5)
+    link.send("beat", holders={})  # it has arrived when we ask
+    served.hosts.serve(timeout_s=0.05)
+    assert served.gone == []
+    served.serve_until(lambda: served.gone)
+    assert served.gone == [("n1", "its host has been silent for 0.4 s")]
+    assert link.receive(5) is None
+
+
+def test_another_thread_s_wake_ends_the_wait(served):
+    served.hosts.wake()
+    start_s = time.monotonic()
+    served.hosts.serve(timeout_s=5)
+    assert time.monotonic() - start_s < 4
