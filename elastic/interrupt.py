@@ -7,12 +7,25 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-Decision = Literal["continue", "finish_and_hand_over", "finish_and_save", "hand_over_now", "save_now", "leave_now"]
+Decision = Literal[
+    "continue", "settle", "finish_and_hand_over", "finish_and_save", "hand_over_now", "save_now", "leave_now"
+]
 """A state is saved to the storage, or handed over in the memory of the nodes to a world that goes on at once.
+`settle`: train on, but begin no save, until the snapshot under way is safe; then a state is handed over.
 `..._now`: the step under way is given up before its update; the state of the step before is what is saved."""
 
-URGENCY: tuple[Decision, ...] = ("finish_and_hand_over", "finish_and_save", "hand_over_now", "save_now", "leave_now")
-"""The decisions to leave, from calm to urgent: their order is that of the counts."""
+URGENCY: tuple[Decision, ...] = (
+    "settle",
+    "finish_and_hand_over",
+    "finish_and_save",
+    "hand_over_now",
+    "save_now",
+    "leave_now",
+)
+"""What ranks with a notice may want, from calm to urgent: their order is that of the counts."""
+
+STAY: frozenset[Decision] = frozenset({"continue", "settle"})
+"""Those with which the next step is trained."""
 
 GIVE_UP: frozenset[Decision] = frozenset({"hand_over_now", "save_now", "leave_now"})
 """Those that leave the step under way unfinished."""
@@ -28,8 +41,12 @@ def decide(
     usual_save_s: float,
     margin: float,
     keep_in: Literal["memory", "storage"] = "storage",
+    is_keeping: bool = False,
 ) -> Decision:
     """Return what a rank that has a notice wants all ranks to do.
+
+    A state can be handed over once the snapshot before it, if one is under way, is safe. Until then all train on, if
+    there is so much time that nothing need be copied (`needs_copies`).
 
     Args:
         seconds_left: time until this node is gone; infinite for a planned change.
@@ -37,10 +54,15 @@ def decide(
         usual_save_s: measured seconds until a state is safe in `keep_in`; 0 if none was saved there yet.
         margin: a save is begun only if `margin` times its usual time is left.
         keep_in: where the state must be safe.
+        is_keeping: a snapshot is on its way to memory.
     """
     finish: Decision = "finish_and_hand_over" if keep_in == "memory" else "finish_and_save"
+    would_wait = is_keeping and keep_in == "memory"
     if math.isinf(seconds_left):
-        return finish
+        return "settle" if would_wait else finish
+    left_s = seconds_left - rest_of_step_s
+    if would_wait and not needs_copies(seconds_left=left_s, usual_save_s=usual_save_s or None, margin=margin):
+        return "settle"
     spare_s = seconds_left - margin * usual_save_s
     if spare_s <= 0:
         return "leave_now"

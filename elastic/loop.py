@@ -24,6 +24,9 @@ from elastic.world import World
 
 log = logging.getLogger(__name__)
 
+Due = Literal["memory", "storage", "hand_over", "now", "last"]
+"""A save: in the background, to memory or to the storage; for the next world; now; or until it is committed."""
+
 
 class SampleRecorder(Protocol):
     """Notes which samples a rank consumed."""
@@ -93,7 +96,7 @@ def run_loop(parts: Parts, progress: Progress, recent: spikes.Recent, timeline: 
 
         is_bad = result.verdict in ("not_finite", "spike")
         progress = Progress(step=step + 1, tokens=progress.tokens + (0 if is_bad else result.target_tokens))
-        is_last, is_leaving = progress.step == config.train.steps, result.decision != "continue"
+        is_last, is_leaving = progress.step == config.train.steps, result.decision not in interrupt.STAY
         is_eval_due = is_last or (is_due(progress.step, config.train.eval_every_steps) and not is_leaving)
         step_s = wait_s + timeline.begin("eval" if is_eval_due else "data")
         val_loss = eval_loss(parts.trainable, parts.eval_microbatches, parts.world) if is_eval_due else None
@@ -107,7 +110,7 @@ def run_loop(parts: Parts, progress: Progress, recent: spikes.Recent, timeline: 
 
         if result.decision == "leave_now":
             return leave(parts, progress, "no time to save")
-        due = "last" if is_last else get_way_out(result.decision) if is_leaving else checkpointer.get_due(progress.step)
+        due = "last" if is_last else get_due(parts, progress, result.decision)
         if due:
             timeline.begin("save")
             is_saved = save(parts, progress, recent, how=due)
@@ -201,6 +204,7 @@ def get_wish(parts: Parts, timeline: Timeline, when: Literal["start", "end"]) ->
         usual_save_s=parts.checkpointer.get_usual_s(notice.keep_in) or 0.0,
         margin=parts.config.fault.save_margin,
         keep_in=notice.keep_in,
+        is_keeping=parts.checkpointer.is_keeping,
     )
 
 
@@ -219,7 +223,14 @@ def needs_copies(parts: Parts) -> bool:
     )
 
 
-def get_way_out(decision: interrupt.Decision) -> Literal["hand_over", "now"]:
+def get_due(parts: Parts, progress: Progress, decision: interrupt.Decision) -> Due | None:
+    """Return how the state after this step is saved, if it is."""
+    if decision == "settle":
+        return None
+    return parts.checkpointer.get_due(progress.step) if decision == "continue" else get_way_out(decision)
+
+
+def get_way_out(decision: interrupt.Decision) -> Due:
     """Return how the state is saved when all ranks leave."""
     return "hand_over" if decision in ("finish_and_hand_over", "hand_over_now") else "now"
 
@@ -241,9 +252,9 @@ def save(
     progress: Progress,
     recent: spikes.Recent,
     *,
-    how: Literal["memory", "storage", "hand_over", "now", "last"],
+    how: Due,
 ) -> bool:
-    """Save the state as it is now: in the background, or for the next world, or now, or until it is committed.
+    """Save the state as it is now.
 
     Returns:
         Whether a save was started (in the background) or the state is safe.

@@ -1,15 +1,21 @@
-"""A TCP proxy that a test can cut: open connections break, and new ones are refused until it is mended."""
+"""A TCP proxy that a test can cut (open connections break, new ones are refused until it is mended) or make slow."""
 
 import contextlib
 import select
 import socket
 import threading
+import time
 
 
 class TcpProxy:
-    """Passes bytes between its own port on the loop-back interface and a target's."""
+    """Passes bytes between its own port on the loop-back interface and a target's.
 
-    def __init__(self, target_port: int) -> None:
+    Args:
+        delay_s: it waits for so long before it passes on what it has received, at most 64 KiB.
+    """
+
+    def __init__(self, target_port: int, *, delay_s: float = 0.0) -> None:
+        self._delay_s = delay_s
         self._target = ("127.0.0.1", target_port)
         self._pairs: set[tuple[socket.socket, socket.socket]] = set()
         self._lock = threading.Lock()
@@ -71,6 +77,7 @@ class TcpProxy:
                         data = end.recv(1 << 16)
                         if not data:
                             return
+                        time.sleep(self._delay_s)
                         (far if end is near else near).sendall(data)
             except OSError:
                 return

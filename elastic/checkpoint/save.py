@@ -160,6 +160,11 @@ class Checkpointer:
         took_s = self._save_s if tier == "storage" or self._memory is None else self._kept_s
         return statistics.median(took_s) if took_s else None
 
+    @property
+    def is_keeping(self) -> bool:
+        """Tell whether a snapshot is on its way to memory, copies included; the same on all ranks."""
+        return "memory" in self._saves
+
     def get_due(self, step: int) -> Tier | None:
         """Return where the state after this step shall go, if anywhere; the same on all ranks."""
         if self._late:

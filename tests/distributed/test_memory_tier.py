@@ -11,7 +11,7 @@ import torch.distributed as dist
 from elastic.checkpoint.keeping import KeeperClient, RemoteKeeper, start_keeper
 from elastic.checkpoint.load import restore
 from elastic.checkpoint.memory import Memory
-from elastic.ports import Finished
+from elastic.ports import Finished, Interrupted, Notice
 from elastic.run import train as train_run
 from elastic.storage import open_storage
 from tests.distributed._loops import NoNotices, Watcher, make_config, write_data
@@ -27,6 +27,7 @@ from tests.distributed._spawn_ckpt import (
     run_ranks,
     train,
 )
+from tests.tcp_proxy import TcpProxy
 
 SECRET = "s3cret"
 STORED, KEPT = 2, 5
@@ -250,6 +251,50 @@ def test_a_process_that_outlives_its_world_keeps_two_snapshots_and_no_more(tmp_p
     for node in nodes.keepers:
         held = [(shard.snapshot.epoch, shard.snapshot.step) for shard in nodes.list(node)]
         assert sorted(held) == [(2, 5), (2, 6)]
+
+
+class Planned:
+    """Tells of a planned change once it is asked to."""
+
+    def __init__(self):
+        self.notice = None
+
+    def get_notice(self):
+        return self.notice
+
+
+def train_until_planned(folder, rank, port, connections, nodes):
+    """Train until a planned change, which is told while the first snapshot is still copied; return how it ended."""
+    notices, (keepers, peers) = Planned(), nodes
+
+    def tell(rows):
+        if len(rows) == 3:
+            notices.notice = Notice(source="a change", deadline_s=None, keep_in="memory")
+
+    memory = Memory(connections[f"n{rank}"], node=f"n{rank}", secret=SECRET)
+    place = replace(spec(rank, port, world_size=3, attempt=1), node=f"n{rank}", keepers=keepers, peer=peers[rank])
+    config = make_config(folder, "planned", steps=100_000, every_steps=100_000)
+    config = replace(config, checkpoint=replace(config.checkpoint, memory_every_steps=1))
+    return train_run(config, place, notices=notices, observer=Watcher(tell), open_sinks=list, memory=memory)
+
+
+def test_a_planned_change_waits_for_no_copy_all_train_on_until_it_is_made(tmp_path, nodes):
+    write_data(tmp_path)
+    connections = {node: keeper.open_connection() for node, keeper in nodes.keepers.items()}
+    proxies = [TcpProxy(nodes.keepers[f"n{(rank + 1) % 3}"].port, delay_s=0.1) for rank in range(3)]
+    peers = [("127.0.0.1", proxy.port) for proxy in proxies]
+    try:
+        work = partial(train_until_planned, tmp_path)
+        outcomes = run_trainers(work, 3, connections, (nodes.addresses, peers))
+    finally:
+        for each in (*connections.values(), *proxies):
+            each.close()
+    last = outcomes[0].progress.step
+    assert outcomes == [Interrupted(progress=outcomes[0].progress, reason="a change")] * 3
+    assert last > 5
+    for node in nodes.keepers:
+        held = sorted((shard.snapshot.step, shard.is_copy) for shard in nodes.list(node))
+        assert held == [(1, False), (1, True), (last, False)]
 
 
 def start_without_room(folder, rank, port, connections, addresses):

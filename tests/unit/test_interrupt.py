@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from elastic.interrupt import URGENCY, agree, decide, needs_copies
 
 SECONDS = st.floats(min_value=0, max_value=1e6)
+TIERS = st.sampled_from(["memory", "storage"])
 WISHES = st.lists(st.sampled_from(["continue", *URGENCY]), min_size=1, max_size=50)
 
 
@@ -40,10 +41,16 @@ def test_a_deadline_that_has_passed_leaves_at_once_even_if_no_save_was_ever_meas
     assert decide(seconds_left=-0.1, rest_of_step_s=0.0, usual_save_s=0.0, margin=2.0) == "leave_now"
 
 
-@given(SECONDS, SECONDS, SECONDS, SECONDS)
-def test_more_time_never_makes_it_more_urgent(seconds_left, more_s, rest_of_step_s, usual_save_s):
+@given(SECONDS, SECONDS, SECONDS, SECONDS, st.fixed_dictionaries({"keep_in": TIERS, "is_keeping": st.booleans()}))
+def test_more_time_never_makes_it_more_urgent(seconds_left, more_s, rest_of_step_s, usual_save_s, how):
     def at(left_s):
-        return decide(seconds_left=left_s, rest_of_step_s=rest_of_step_s, usual_save_s=usual_save_s, margin=2.0)
+        return decide(
+            seconds_left=left_s,
+            rest_of_step_s=rest_of_step_s,
+            usual_save_s=usual_save_s,
+            margin=2.0,
+            **how,
+        )
 
     assert urgency(at(seconds_left + more_s)) <= urgency(at(seconds_left))
 
@@ -53,6 +60,19 @@ def test_what_is_begun_fits_into_what_is_left_if_it_takes_its_usual_time(seconds
     needs_s = {"finish_and_save": rest_of_step_s + usual_save_s, "save_now": usual_save_s, "leave_now": 0.0}
     decision = decide(seconds_left=seconds_left, rest_of_step_s=rest_of_step_s, usual_save_s=usual_save_s, margin=2.0)
     assert needs_s[decision] <= seconds_left * (1 + 1e-9)
+
+
+def test_all_train_on_until_the_snapshot_under_way_is_safe_if_there_is_time():
+    def at(left_s, *, is_keeping=True, keep_in="memory"):
+        usual = {"rest_of_step_s": 1.0, "usual_save_s": 10.0, "margin": 2.0}
+        return decide(seconds_left=left_s, **usual, keep_in=keep_in, is_keeping=is_keeping)
+
+    # after the step 5 s to form, and three times 2 x 10 s
+    assert [at(s) for s in (math.inf, 66.1, 65.9, 20.5)] == [
+        *("settle", "settle", "finish_and_hand_over", "hand_over_now"),
+    ]
+    assert at(math.inf, is_keeping=False) == "finish_and_hand_over"
+    assert at(math.inf, keep_in="storage") == "finish_and_save"
 
 
 @given(st.none() | SECONDS)
