@@ -267,7 +267,7 @@ def get_coordinator(name: str) -> Any | None:
         return None
 
 
-def call(method: Any, *args: object) -> Any:
+def call(method: Any, *args: object, timeout_s: float = _CALL_TIMEOUT_S) -> Any:
     """Call an actor's method and return its result.
 
     Raises:
@@ -275,7 +275,7 @@ def call(method: Any, *args: object) -> Any:
         SolventError: it does not answer.
     """
     try:
-        return ray.get(method.remote(*args), timeout=_CALL_TIMEOUT_S)
+        return ray.get(method.remote(*args), timeout=timeout_s)
     except RayActorError as error:
         raise ActorGoneError(f"the coordinator does not answer: {error}") from error
     except GetTimeoutError as error:

@@ -5,6 +5,7 @@ the coordinator owns: it ends with it, and nothing is left. While it lives it ke
 and has nothing left to do, so the coordinator lets go of the watches of nodes that it does not need any more.
 """
 
+import contextlib
 import threading
 import time
 from collections.abc import Set as AbstractSet
@@ -19,6 +20,9 @@ from cluster.runtime.priority import take_priority_of
 from elastic.config import RunConfig
 from elastic.errors import SolventError
 
+_HEARD_WITHIN_S = 1.0
+"""A node's drain waits so long until the coordinator has heard why: from Ray it would learn of the drain alone."""
+
 
 class WatchActor:
     """The actor on a node."""
@@ -28,7 +32,11 @@ class WatchActor:
         take_priority_of(adapter.get_raylet_pid())
 
         def tell(news: News) -> None:
-            adapter.post(coordinator.hear_watch, node, news)
+            if news.departure is None:
+                adapter.post(coordinator.hear_watch, node, news)
+                return
+            with contextlib.suppress(SolventError):  # it is gone, or slow: then it hears of the drain
+                adapter.call(coordinator.hear_watch, node, news, timeout_s=_HEARD_WITHIN_S)
 
         def drain(departure: Departure) -> None:
             adapter.drain_node(
