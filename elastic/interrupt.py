@@ -38,7 +38,7 @@ def decide(
     *,
     seconds_left: float,
     rest_of_step_s: float,
-    usual_save_s: float,
+    usual_save_s: float | None,
     margin: float,
     keep_in: Literal["memory", "storage"] = "storage",
     is_keeping: bool = False,
@@ -51,7 +51,7 @@ def decide(
     Args:
         seconds_left: time until this node is gone; infinite for a planned change.
         rest_of_step_s: usual seconds until the update of the step under way is made; infinite if that is unknown.
-        usual_save_s: measured seconds until a state is safe in `keep_in`; 0 if none was saved there yet.
+        usual_save_s: measured seconds until a state is safe in `keep_in`; None if none was saved there yet.
         margin: a save is begun only if `margin` times its usual time is left.
         keep_in: where the state must be safe.
         is_keeping: a snapshot is on its way to memory.
@@ -61,9 +61,9 @@ def decide(
     if math.isinf(seconds_left):
         return "settle" if would_wait else finish
     left_s = seconds_left - rest_of_step_s
-    if would_wait and not needs_copies(seconds_left=left_s, usual_save_s=usual_save_s or None, margin=margin):
+    if would_wait and not needs_copies(seconds_left=left_s, usual_save_s=usual_save_s, margin=margin):
         return "settle"
-    spare_s = seconds_left - margin * usual_save_s
+    spare_s = seconds_left - margin * (usual_save_s or 0.0)
     if spare_s <= 0:
         return "leave_now"
     if spare_s > rest_of_step_s:

@@ -201,7 +201,7 @@ def get_wish(parts: Parts, timeline: Timeline, when: Literal["start", "end"]) ->
     return interrupt.decide(
         seconds_left=get_seconds_left(notice),
         rest_of_step_s=0.0 if when == "end" else float("inf") if usual_step_s is None else usual_step_s,
-        usual_save_s=parts.checkpointer.get_usual_s(notice.keep_in) or 0.0,
+        usual_save_s=parts.checkpointer.get_usual_s(notice.keep_in),
         margin=parts.config.fault.save_margin,
         keep_in=notice.keep_in,
         is_keeping=parts.checkpointer.is_keeping,
@@ -261,11 +261,13 @@ def save(
     """
     extra = {"scaler": parts.trainable.scaler.state_dict(), "recent": asdict(recent)}
     checkpointer = parts.checkpointer
-    begin = {
-        "memory": partial(checkpointer.start_save, tier="memory"),
-        "storage": partial(checkpointer.start_save, tier="storage"),
-        "hand_over": partial(checkpointer.hand_over, copies=needs_copies(parts)),
-        "now": checkpointer.save_now,
-        "last": checkpointer.save_last,
-    }[how]
+    match how:
+        case "memory" | "storage":
+            begin = partial(checkpointer.start_save, tier=how)
+        case "hand_over":
+            begin = partial(checkpointer.hand_over, copies=needs_copies(parts))
+        case "now":
+            begin = checkpointer.save_now
+        case "last":
+            begin = checkpointer.save_last
     return begin(parts.trainable.model, parts.trainable.optimizer, progress=progress, extra=extra)
