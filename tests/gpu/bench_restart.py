@@ -45,6 +45,7 @@ from elastic.data.prepare import prepare
 ROOT = Path(__file__).parents[2]
 IS_GPU = torch.cuda.is_available()
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+NUM_SLOTS = torch.cuda.device_count() if IS_GPU else 2
 SMALL = ModelConfig(dim=512, num_layers=8, num_heads=8, num_kv_heads=8, ffn_dim=1536, vocab_size=8192)
 MODEL = (
     ModelConfig(dim=2048, num_layers=16, num_heads=32, num_kv_heads=8, ffn_dim=8192, vocab_size=128256, tied_head=False)
@@ -230,6 +231,12 @@ class Coordinator:
         self.num_compiled = Counter(int(pid) for pid in re.findall(r'^V\S+ \S+ (\d+) .*"dynamo_start"', logs, re.M))
         return self.num_compiled - before
 
+    def close(self) -> None:
+        """End the host and all that hangs on it; return when it is gone."""
+        self.link.send("end", reason="measured", forget=False)
+        while self.link.receive() is not None:
+            pass
+
     def read_logs(self) -> list[str]:
         """Return what the parts of each start took."""
         lines = [
@@ -248,6 +255,26 @@ def get_used_gib() -> float | None:
     command = ["nvidia-smi", f"--id={','.join(GPUS)}", *query]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     return round(sum(map(int, lines)) / 1024, 1)
+
+
+def build_config(folder: Path, *, num_ranks: int, is_shared: bool, compiles: bool) -> RunConfig:
+    """Prepare text in the folder; return what is trained on it: the large model, or the small one on a shared GPU."""
+    lines = [json.dumps({"text": f"In the beginning was the word {n}. " * 8}) for n in range(20_000 if IS_GPU else 500)]
+    (folder / "a.jsonl").write_text("\n".join(lines))
+    prepare([folder / "a.jsonl"], folder / "data", vocab_size=300, val_fraction=0.05)
+    return RunConfig(
+        run="r",
+        storage=str(folder / "runs"),
+        model=SMALL if is_shared else MODEL,
+        precision="bf16" if IS_GPU else "fp32",
+        compile=compiles,
+        data=DataConfig(path=str(folder / "data"), seq_len=(512 if is_shared else 4096) if IS_GPU else 64),
+        train=TrainConfig(steps=100_000, global_batch=8 if is_shared else 4, micro_batch=2, eval_samples=4),
+        checkpoint=CheckpointConfig(every_steps=100_000, memory_every_steps=10),
+        fault=FaultConfig(collective_timeout_s=120),
+        cluster=ClusterConfig(max_workers=num_ranks),
+        wandb=WandbConfig(mode="disabled"),
+    )
 
 
 def change(coordinator: Coordinator, way: str, how: str, before: list[str], after: list[str]) -> None:
@@ -274,23 +301,8 @@ def main() -> None:
     args = parser.parse_args()
     share: int = args.share
     folder = Path(tempfile.mkdtemp(prefix="r-"))
-    lines = [json.dumps({"text": f"In the beginning was the word {n}. " * 8}) for n in range(20_000 if IS_GPU else 500)]
-    (folder / "a.jsonl").write_text("\n".join(lines))
-    prepare([folder / "a.jsonl"], folder / "data", vocab_size=300, val_fraction=0.05)
-    slots = [f"gpu{index}" for index in range(share or (torch.cuda.device_count() if IS_GPU else 2))]
-    config = RunConfig(
-        run="r",
-        storage=str(folder / "runs"),
-        model=SMALL if share else MODEL,
-        precision="bf16" if IS_GPU else "fp32",
-        compile=IS_GPU or args.compile,
-        data=DataConfig(path=str(folder / "data"), seq_len=(512 if share else 4096) if IS_GPU else 64),
-        train=TrainConfig(steps=100_000, global_batch=8 if share else 4, micro_batch=2, eval_samples=4),
-        checkpoint=CheckpointConfig(every_steps=100_000, memory_every_steps=10),
-        fault=FaultConfig(collective_timeout_s=120),
-        cluster=ClusterConfig(max_workers=len(slots)),
-        wandb=WandbConfig(mode="disabled"),
-    )
+    slots = [f"gpu{index}" for index in range(share or NUM_SLOTS)]
+    config = build_config(folder, num_ranks=len(slots), is_shared=bool(share), compiles=IS_GPU or args.compile)
     start_s = time.monotonic()
     coordinator = Coordinator(folder, config, slots=slots, share=share)
     report(way="host warm, trainers rehearsed", seconds=round(time.monotonic() - start_s, 2))
@@ -309,9 +321,7 @@ def main() -> None:
             change(coordinator, "told to leave, same world", "leave", slots, slots)
             change(coordinator, "the trainer killed -9", "kill", slots, slots)
         print("\n".join(coordinator.read_logs()), flush=True)
-        coordinator.link.send("end", reason="measured", forget=False)
-        while coordinator.link.receive() is not None:
-            pass
+        coordinator.close()
         start_s = time.monotonic()
         cold = subprocess.Popen([sys.executable, "-c", COLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         cold.stdin.write(json.dumps(asdict(config)))
@@ -326,7 +336,7 @@ def main() -> None:
         cold.kill()
         cold.wait()
     finally:
-        coordinator.raylet.kill()
+        coordinator.raylet.kill()  # which ends a host that is still there
         shutil.rmtree(folder, ignore_errors=True)
 
 
