@@ -1,15 +1,16 @@
-"""What elasticity costs while nothing happens: the same training with a cluster around it and without, in turn.
+"""What elasticity costs while nothing happens: the same training on a cluster, beside one, and without, in turn.
 
     python -m tests.bench_steady [--nodes N] [--repeat N] [--steps N] [--json FILE]
 
 Without: `torchrun -m elastic`, a rank per node. With: `solvent train` on a local Ray cluster of so many nodes with one
 rank each: snapshots in memory, copies for peers, heartbeats, books and watches are on, and the raylets of the nodes
-run. Both train the model of `bench_recovery` on the same batches and save to the disk at the same steps. A step lasts
-from its row to the next row, so that what saves and snapshots hold up counts; the rows' own `step_s`, which leaves
-that out, is shown beside it. The first steps do not count. Prints medians of each repeat, and that of their ratios.
+run. Beside: `torchrun` again, while such a cluster is there and has nothing to do. All train the model of
+`bench_recovery` on the same batches and save to the disk at the same steps. A step lasts from its row to the next row,
+so that what saves and snapshots hold up counts; the rows' own `step_s`, which leaves that out, is shown beside it. The
+first steps do not count. Prints medians of each repeat, and that of their ratios to `torchrun` alone.
 
 Here the cluster's own processes (a head, and a raylet per node) take turns with the ranks on the same cores, which no
-real node makes them do: with fewer nodes than cores it is seen what training itself is held up.
+real node makes them do: "beside" shows what they cost, and with fewer nodes than cores neither does.
 """
 
 import argparse
@@ -35,9 +36,9 @@ WARM_UP_STEPS = 30
 SETTINGS = {**SETTINGS, "checkpoint.every_steps": 50, "strategy": "fsdp2"}
 
 
-def train_without(folder: Path, *, num_nodes: int, steps: int, number: int) -> list[dict]:
+def train_without(folder: Path, *, num_nodes: int, steps: int, number: int, name: str = "without") -> list[dict]:
     """Train without a cluster; return the rows."""
-    name = f"without-{number}"
+    name = f"{name}-{number}"
     config = folder / "plain.yaml"
     config.write_text(yaml.safe_dump(TINY))
     changes = {**SETTINGS, "run": name, "storage": folder, "data.path": folder / "data", "train.steps": steps}
@@ -68,6 +69,15 @@ def train_with(folder: Path, *, num_nodes: int, steps: int, number: int) -> list
         nodes.close()
 
 
+def train_beside(folder: Path, *, num_nodes: int, steps: int, number: int) -> list[dict]:
+    """Train without a cluster while one is there; return the rows."""
+    nodes = Nodes(folder, num_nodes=num_nodes)
+    try:
+        return train_without(folder, num_nodes=num_nodes, steps=steps, number=number, name="beside")
+    finally:
+        nodes.close()
+
+
 def summarize(rows: list[dict], *, num_nodes: int) -> dict:
     """Return median milliseconds of the steps that count.
 
@@ -88,6 +98,10 @@ def summarize(rows: list[dict], *, num_nodes: int) -> dict:
     }
 
 
+WAYS = {"without": train_without, "with": train_with, "beside": train_beside}
+RATIOS = [(way, key) for way in ("with", "beside") for key in ("step_ms", "row_step_ms")]
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser()
@@ -101,16 +115,15 @@ def main() -> None:
     try:
         prepare([write_text(folder)], folder / "data", vocab_size=MODEL["vocab_size"])
         for number in range(args.repeat):
-            ways = {"without": train_without, "with": train_with}
-            order = list(ways) if number % 2 == 0 else list(reversed(ways))  # a machine that slows down favours neither
+            order = list(WAYS) if number % 2 == 0 else list(reversed(WAYS))  # a machine that slows down favours none
             repeat = {
                 way: summarize(
-                    ways[way](folder, num_nodes=args.nodes, steps=args.steps, number=number), num_nodes=args.nodes
+                    WAYS[way](folder, num_nodes=args.nodes, steps=args.steps, number=number), num_nodes=args.nodes
                 )
                 for way in order
             }
-            for key in ("step_ms", "row_step_ms"):
-                repeat[f"{key}_ratio"] = round(repeat["with"][key] / repeat["without"][key], 4)
+            for way, key in RATIOS:
+                repeat[f"{way}_{key}_ratio"] = round(repeat[way][key] / repeat["without"][key], 4)
             repeats.append({"load_average": os.getloadavg()[0], **repeat})
             print(json.dumps(repeats[-1]), flush=True)
     finally:
@@ -118,8 +131,10 @@ def main() -> None:
     result = {
         "cores": os.cpu_count(),
         "ranks": args.nodes,
-        "step_ms_ratio": round(median(repeat["step_ms_ratio"] for repeat in repeats), 4),
-        "row_step_ms_ratio": round(median(repeat["row_step_ms_ratio"] for repeat in repeats), 4),
+        **{
+            f"{way}_{key}_ratio": round(median(repeat[f"{way}_{key}_ratio"] for repeat in repeats), 4)
+            for way, key in RATIOS
+        },
         "repeats": repeats,
     }
     print(json.dumps({key: value for key, value in result.items() if key != "repeats"}))
