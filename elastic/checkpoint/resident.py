@@ -1,7 +1,8 @@
-"""What the last snapshot has left on the device: rows that the next world need not fetch from anywhere.
+"""What the last snapshots have left on the device: rows that the next world need not fetch from anywhere.
 
 A snapshot is copied within the device before it leaves. Once it has left, the memory of that copy belongs to nobody, so
-that whoever needs it gets it; mostly nobody does. Whether it still holds the snapshot, sums of its words tell.
+that whoever needs it gets it; mostly nobody does. Whether it still holds the snapshot, sums of its words tell. Of two
+snapshots the older one is the state to fall back on until the other one is safe, so both stay where there is room.
 """
 
 from collections.abc import Mapping
@@ -46,19 +47,18 @@ class Resident:
     """Where the copy of a snapshot was made on a device, and its sums.
 
     Args:
-        index: of the arena that the snapshot goes to.
-        layout: of that arena.
+        layout: of the arena that the snapshot goes to.
         memory: bytes on the device; they are not kept, and sums are taken on the current stream.
         places: where in them each tensor's chunk begins.
     """
 
-    def __init__(self, index: int, layout: ShardLayout, memory: Tensor, places: Mapping[str, int]) -> None:
-        self.index = index
+    def __init__(self, layout: ShardLayout, memory: Tensor, places: Mapping[str, int]) -> None:
+        self.address = memory.data_ptr()
         self._layout, self._places = layout, places
         self._num_bytes, self._device = memory.numel(), memory.device
         self._sums = _sum_blocks(memory)
 
-    def find(self, file: str) -> Rows | None:
+    def find(self, file: str, *, is_alone: bool) -> Rows | None:
         """Return what is still there; None if the memory was put to another use.
 
         Call it on the stream on which the copy was made: memory that is free is found again by whoever had it. Whoever
@@ -66,9 +66,12 @@ class Resident:
 
         Args:
             file: name of the shard file that the arena is.
+            is_alone: no other snapshot has left memory like this, which would be found as well.
         """
         try:
-            memory = torch.empty(self._num_bytes, dtype=torch.uint8, device=self._device)
+            memory = found = torch.empty(self._num_bytes, dtype=torch.uint8, device=self._device)
+            if found.data_ptr() != self.address and not is_alone:  # the allocator chose the other one's
+                memory = torch.empty(self._num_bytes, dtype=torch.uint8, device=self._device)
         except torch.OutOfMemoryError:
             return None
         if not torch.equal(_sum_blocks(memory), self._sums):

@@ -198,8 +198,10 @@ class DeviceExit:
         """What the allocator keeps for the next copy of the state."""
         self._in_use: list[int] = []
         """The sizes of the copies that have not left yet."""
-        self.resident: Resident | None = None
-        """The last of the copies that were made on the device."""
+        self._has_two = False
+        """The allocator keeps memory for two of them."""
+        self._residents: dict[int, Resident] = {}
+        """The last copies that were made on the device, by the arenas they went to, the newest last."""
         buffers = torch.empty(2 * _NUM_COPIERS, _PIECE_BYTES, dtype=torch.uint8, pin_memory=True)
         self._free = list(buffers.unbind())
         self._busy: list[tuple[Tensor, Future[None]]] = []
@@ -207,8 +209,10 @@ class DeviceExit:
         self.lock = threading.Lock()
         """Held by whoever sends."""
 
-    def clone_some(self, sources: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, int]]:
+    def clone_some(self, sources: Mapping[str, Tensor], *, index: int) -> tuple[Tensor, dict[str, int]]:
         """Copy on the device what fits there, on the current stream, which must be this one; `release` takes it back.
+
+        The copy that went to another arena than `index` is spared if there is room.
 
         Returns:
             One stretch of memory, so that the allocator is asked once and finds the same again, and what begins where.
@@ -223,28 +227,46 @@ class DeviceExit:
         try:
             memory = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
         except torch.OutOfMemoryError:  # what was cached was needed elsewhere
-            self._cached_bytes = 0
+            self._cached_bytes, self._has_two = 0, False
             return torch.empty(0, dtype=torch.uint8), {}
         self._cached_bytes = max(self._cached_bytes, num_bytes)
+        others = {copy.address for arena, copy in self._residents.items() if arena != index}
+        if memory.data_ptr() in others and (self._has_two or has_room_for_two(num_bytes, free_bytes=free_bytes)):
+            memory = self._allocate_beside(memory)
         if places:
             clones = [memory[place : place + sources[name].numel()] for name, place in places.items()]
             torch._foreach_copy_(clones, [sources[name] for name in places])
         return memory, places
 
+    def _allocate_beside(self, memory: Tensor) -> Tensor:
+        """Return as much memory elsewhere; the same if there is none."""
+        try:
+            memory = torch.empty_like(memory)
+            self._has_two = True
+        except torch.OutOfMemoryError:
+            self._has_two = False
+        return memory
+
     def release(self) -> None:
         """Say that the memory of a copy is free again."""
         self._in_use.pop()
 
+    def remember(self, index: int, layout: ShardLayout, memory: Tensor, places: Mapping[str, int]) -> None:
+        """Note where the copy for an arena was made, on the current stream, which must be this one."""
+        copy = Resident(layout, memory, places) if places else None
+        spared = [(i, r) for i, r in self._residents.items() if i != index and not (copy and r.address == copy.address)]
+        self._residents = dict(spared[-1:]) | ({index: copy} if copy else {})
+
     def find_resident(self, index: int, file: str) -> Rows | None:
-        """Return what is left on the device of the snapshot that went to an arena, if that was the last one.
+        """Return what is left on the device of the snapshot that went to an arena, if it was one of the last.
 
         Args:
             file: name of the shard file that the arena is.
         """
-        if self.resident is None or self.resident.index != index:
+        if index not in self._residents:
             return None
         with torch.cuda.stream(self.stream):
-            return self.resident.find(file)
+            return self._residents[index].find(file, is_alone=len(self._residents) == 1)
 
     def send(self, source: Tensor, target: Tensor) -> None:
         """Copy a piece to the host; returns once the device has been asked to, on the current stream."""
@@ -273,6 +295,11 @@ class DeviceExit:
             copied.result()
 
 
+def has_room_for_two(num_bytes: int, *, free_bytes: int) -> bool:
+    """Tell whether a second copy of the state may stay on the device: as much again must stay free for others."""
+    return free_bytes >= 2 * num_bytes
+
+
 def plan_clones(num_bytes: Mapping[str, int], *, room_bytes: int) -> tuple[dict[str, int], int]:
     """Return where in one stretch of memory each tensor is copied to, as far as there is room, and how long that is."""
     places: dict[str, int] = {}
@@ -299,9 +326,9 @@ class Leaving:
         self._layout, self._arena, self._exit = layout, arena, way
         way.stream.wait_stream(torch.cuda.current_stream(way.device))
         with torch.cuda.stream(way.stream):
-            memory, places = way.clone_some(sources)
+            memory, places = way.clone_some(sources, index=index)
             self._is_free = way.stream.record_event()
-            way.resident = Resident(index, layout, memory, places) if places else None
+            way.remember(index, layout, memory, places)
         self._clones = {name: memory[place : place + sources[name].numel()] for name, place in places.items()}
         self._late = {name: source for name, source in sources.items() if name not in self._clones}
         """What found no room on the device."""

@@ -1,11 +1,14 @@
 """The copy to page-locked memory overlaps training on CUDA only: the CPU tests cannot see it race."""
 
+from concurrent.futures import ThreadPoolExecutor, wait
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from elastic.checkpoint import stage
 from elastic.checkpoint.keeping import start_keeper
 from elastic.checkpoint.load import restore
 from elastic.checkpoint.memory import Memory
@@ -102,9 +105,13 @@ def check_snapshots(device, storage, memory, keepers):
 
 
 def take_memory(exit_):
-    """Put the memory of the last copy on the device to another use."""
+    """Put the memory of the last copies on the device to another use."""
     with torch.cuda.stream(exit_.stream):
-        torch.empty(exit_.resident._num_bytes, dtype=torch.uint8, device=exit_.device).fill_(1)
+        copies = [
+            torch.empty(copy._num_bytes, dtype=torch.uint8, device=exit_.device) for copy in exit_._residents.values()
+        ]
+        for copy in copies:
+            copy.fill_(1)
 
 
 @pytest.fixture
@@ -128,4 +135,45 @@ def test_what_is_restored_from_memory_is_the_same(device, tmp_path):
     keeper = start_keeper(node="a", ip="127.0.0.1", secret="s")
     memory = Memory(keeper.open_connection(), node="a", secret="s")
     check_snapshots(device, open_storage(tmp_path), memory, {"a": ("127.0.0.1", keeper.port)})
+    keeper.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("has_room", [True, False])
+def test_the_snapshot_before_stays_on_a_device_with_room(device, tmp_path, monkeypatch, has_room):
+    """Give the next one up on its way; what the device has of the one before is taken, whatever the host has."""
+    if not has_room:
+        monkeypatch.setattr(stage, "has_room_for_two", lambda *_, **__: False)
+    config, storage = RunConfig(), open_storage(tmp_path)
+    keeper = start_keeper(node="a", ip="127.0.0.1", secret="s")
+    memory = Memory(keeper.open_connection(), node="a", secret="s")
+    model, optimizer = build(device, seed=0)
+    checkpointer = Checkpointer(storage, config, device=device, epoch=1, memory=memory)
+    train(model, optimizer, device, checkpointer, 1)
+    for step in (1, 2, 3):  # the third has its place on the device from the first
+        saved = copy_bits(model, optimizer)
+        assert checkpointer.start_save(model, optimizer, progress=Progress(step=step), extra={}, tier="memory")
+        train(model, optimizer, device, checkpointer, 1)
+        checkpointer.finish("memory")
+    arenas = memory.get_arenas(device)
+    with ThreadPoolExecutor(1) as pool:
+        with arenas.exit.lock:  # it stays on the device
+            assert checkpointer.start_save(model, optimizer, progress=Progress(step=4), extra={}, tier="memory")
+            closed = pool.submit(checkpointer.close)
+            wait([closed], timeout=0.5)
+        closed.result()
+    torch.cuda.synchronize()
+    index = memory.find_index(epoch=1, step=3)
+    arenas.get(index)[checkpointer._get_plan().own.entries["model.3.weight"].offset + 7] ^= 1
+
+    twin, twin_optimizer = build(device, seed=1)
+    keepers = {"a": ("127.0.0.1", keeper.port)}
+    restored = restore(storage, twin, twin_optimizer, config=config, device=device, memory=memory, keepers=keepers)
+    if has_room:
+        assert (restored.progress.step, restored.source) == (3, "memory")
+        loaded = copy_bits(twin, twin_optimizer)
+        assert [name for name in saved if not torch.equal(saved[name], loaded[name])] == []
+    else:
+        assert restored is None, "what the host has is damaged"
     keeper.close()

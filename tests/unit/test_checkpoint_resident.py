@@ -22,7 +22,7 @@ def leave(tensors, layout, names):
     memory = torch.empty(max(1, -(-num_bytes // BLOCK_BYTES)) * BLOCK_BYTES, dtype=torch.uint8)
     for name, place in places.items():
         memory[place : place + sizes[name]] = cut(tensors[name], layout.entries[name].box).reshape(-1).view(torch.uint8)
-    return Resident(0, layout, memory, places), memory
+    return Resident(layout, memory, places), memory
 
 
 def cut(tensor, box):
@@ -72,7 +72,7 @@ def test_rows_that_are_left_are_taken_and_the_others_are_read(data):
     found, memory = leave(tensors, layouts[0], on_device)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resident.torch, "empty", lambda *_, **__: memory)
-        rows = found.find("f0")
+        rows = found.find("f0", is_alone=True)
     assert rows is not None
 
     wanted = {
@@ -101,13 +101,13 @@ def test_memory_that_was_put_to_another_use_is_not_taken(monkeypatch):
     layout = build_layout({"a": rows_of(tensors["a"], 0, len(tensors["a"]))}, {"a": "F32"})
     found, memory = leave(tensors, layout, ["a"])
     monkeypatch.setattr(resident.torch, "empty", lambda *_, **__: memory)
-    assert found.find("f0") is not None
+    assert found.find("f0", is_alone=True) is not None
     for i in (0, BLOCK_BYTES - 1, BLOCK_BYTES, len(memory) - 1):
         memory[i] ^= 1
-        assert found.find("f0") is None
+        assert found.find("f0", is_alone=True) is None
         memory[i] ^= 1
     memory[:BLOCK_BYTES] = 0
-    assert found.find("f0") is None
+    assert found.find("f0", is_alone=True) is None
 
 
 def test_a_device_without_room_has_nothing(monkeypatch):
@@ -119,4 +119,4 @@ def test_a_device_without_room_has_nothing(monkeypatch):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(resident.torch, "empty", refuse)
-    assert found.find("f0") is None
+    assert found.find("f0", is_alone=True) is None

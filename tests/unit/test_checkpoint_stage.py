@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.checkpoint.stage import plan_clones
+from elastic.checkpoint.stage import has_room_for_two, plan_clones
 
 SIZES = st.lists(st.integers(0, 5000), max_size=20).map(lambda sizes: {f"t{i}": size for i, size in enumerate(sizes)})
 
@@ -23,3 +23,10 @@ def test_copies_lie_side_by_side_in_the_room_there_is(sizes, room_bytes):
 @given(SIZES)
 def test_all_of_it_is_copied_where_there_is_room(sizes):
     assert plan_clones(sizes, room_bytes=512 * 20 + sum(sizes.values()))[0].keys() == sizes.keys()
+
+
+@given(st.integers(1, 10**12), st.integers(0, 10**13))
+def test_a_second_copy_leaves_others_as_much_as_it_takes(num_bytes, free_bytes):
+    if has_room_for_two(num_bytes, free_bytes=free_bytes):
+        assert free_bytes - num_bytes >= num_bytes
+    assert has_room_for_two(num_bytes, free_bytes=free_bytes + 2 * num_bytes)
