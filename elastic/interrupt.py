@@ -5,24 +5,18 @@ The decisions of all ranks are counted in sums that a step needs anyway, so a no
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 Decision = Literal[
     "continue", "settle", "finish_and_hand_over", "finish_and_save", "hand_over_now", "save_now", "leave_now"
 ]
-"""A state is saved to the storage, or handed over in the memory of the nodes to a world that goes on at once.
+"""From calm to urgent. A state is saved to the storage, or handed over in the memory of the nodes to a world that goes
+on at once.
 `settle`: train on, but begin no save, until the snapshot under way is safe; then a state is handed over.
 `..._now`: the step under way is given up before its update; the state of the step before is what is saved."""
 
-URGENCY: tuple[Decision, ...] = (
-    "settle",
-    "finish_and_hand_over",
-    "finish_and_save",
-    "hand_over_now",
-    "save_now",
-    "leave_now",
-)
-"""What ranks with a notice may want, from calm to urgent: their order is that of the counts."""
+URGENCY: tuple[Decision, ...] = get_args(Decision)[1:]
+"""What ranks with a notice may want; their order is that of the counts."""
 
 STAY: frozenset[Decision] = frozenset({"continue", "settle"})
 """Those with which the next step is trained."""
