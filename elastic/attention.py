@@ -3,12 +3,14 @@
 Letters: B batch, S sequence, H query heads, K key/value heads, E size of one head.
 """
 
+import hashlib
 import importlib.util
+import json
 import logging
 import statistics
-from dataclasses import replace
-from functools import lru_cache, partial
-from typing import Any
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F  # noqa: N812 # the name all of torch's own documentation uses
@@ -16,11 +18,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from elastic.config import Attention as Kind
-from elastic.config import ModelConfig, Precision, RunConfig
+from elastic.config import Precision, RunConfig
 from elastic.errors import ConfigError
 from elastic.precision import get_dtype
+from elastic.storage import Storage
 
 logger = logging.getLogger(__name__)
+
+CHOICES = "tuned/attention-"
+"""Where the storage of a run has what was found fastest, for each kind of GPU."""
 
 _BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 _WORTH_IT = 0.97
@@ -59,66 +65,124 @@ def attend(query_BHSE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, *, kind: Ki
         return product(query_BHSE, key_BKSE, value_BKSE)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Case:
+    """What it depends on which back end is the fastest; not the number of layers, nor the vocabulary."""
+
+    gpu: str
+    torch: str
+    precision: Precision
+    micro_batch: int
+    seq_len: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+
+
+_CHOSEN: dict[_Case, Kind] = {}
+"""What this process uses: once it has computed with one back end it never uses another."""
+
+
 def choose_attention(config: RunConfig, device: torch.device) -> Kind:
     """Return the configured back end; for `auto` on a GPU, the one that is fastest there for this run's shape.
 
     Raises:
         ConfigError: the configured one is not there, or cannot do the shape or precision.
     """
-    if device.type != "cuda" or get_dtype(config.precision) == torch.float32:
+    if not _has_choice(config, device):
         if config.attention != "auto":
             raise ConfigError(
                 f"attention={config.attention} needs a GPU and 16-bit precision, but this is device={device.type} with "
                 f"precision={config.precision}. Set attention=auto."
             )
         return "auto"
+    case = _describe(config, device)
     if config.attention != "auto":
-        shape = (config.train.micro_batch, config.data.seq_len)
-        _measure(config.attention, config.model, shape, config.precision, device, repeats=1)
+        _measure(config.attention, case, device, repeats=1)
         return config.attention
-    shape = replace(config.model, num_layers=1)  # however many there are: what was found holds for all
-    return _find_fastest(shape, config.data.seq_len, config.train.micro_batch, config.precision, device)
+    if case not in _CHOSEN:
+        _CHOSEN[case] = _find_fastest(case, device)
+    return _CHOSEN[case]
 
 
-@lru_cache
-def _find_fastest(
-    model: ModelConfig, seq_len: int, micro_batch: int, precision: Precision, device: torch.device
-) -> Kind:
+def agree_on_attention(config: RunConfig, device: torch.device, storage: Storage) -> None:
+    """Let `choose_attention` answer the same in all processes of a run that have GPUs of one kind.
+
+    Times differ from process to process, most of all where one measures beside others, and what another back end
+    computes is rounded otherwise and compiled anew. So the first one writes down what it has found.
+
+    Args:
+        storage: the run's. If it does not work, this process goes by what it finds itself.
+    """
+    if config.attention != "auto" or not _has_choice(config, device):
+        return
+    case = _describe(config, device)
+    if case in _CHOSEN:
+        return
+    key = CHOICES + hashlib.sha256(json.dumps(asdict(case), sort_keys=True).encode()).hexdigest()[:16]
+    try:
+        if storage.get_size(key) is None:
+            storage.put_new(key, choose_attention(config, device).encode())
+        kept = storage.read(key).decode(errors="replace")
+    except OSError as error:
+        logger.warning("which back end of attention this run uses cannot be read or kept: %s", error)
+        return
+    kinds: dict[str, Kind] = {kind: kind for kind in get_args(Kind)}
+    try:
+        _measure(kinds[kept], case, device, repeats=1)
+        _CHOSEN[case] = kinds[kept]
+    except (KeyError, ConfigError) as error:  # damaged, or not installed on this node
+        logger.warning("attention=%s, which this run uses, is not possible here: %s", kept, error)
+
+
+def _has_choice(config: RunConfig, device: torch.device) -> bool:
+    return device.type == "cuda" and get_dtype(config.precision) != torch.float32
+
+
+def _describe(config: RunConfig, device: torch.device) -> _Case:
+    return _Case(
+        gpu=torch.cuda.get_device_name(device),
+        torch=str(torch.__version__),
+        precision=config.precision,
+        micro_batch=config.train.micro_batch,
+        seq_len=config.data.seq_len,
+        num_heads=config.model.num_heads,
+        num_kv_heads=config.model.num_kv_heads,
+        head_size=config.model.head_size,
+    )
+
+
+def _find_fastest(case: _Case, device: torch.device) -> Kind:
     best: Kind = "auto"
     best_ms, times = float("inf"), dict[str, str]()
     candidates: list[Kind] = ["cudnn", "flash", *(["fa4"] if importlib.util.find_spec("flash_attn") else [])]
     for kind in candidates:
         try:
-            kind_ms = _measure(kind, model, (micro_batch, seq_len), precision, device, repeats=10)
+            kind_ms = _measure(kind, case, device, repeats=10)
         except ConfigError:
             continue
         times[kind] = f"{kind_ms:.3f} ms"
         if kind_ms < _WORTH_IT * best_ms:
             best, best_ms = kind, kind_ms
-    logger.info("attention=%s is fastest on %s: %s", best, torch.cuda.get_device_name(device), times)
+    logger.info("attention=%s is fastest on %s: %s", best, case.gpu, times)
     return best
 
 
-def _measure(
-    kind: Kind, model: ModelConfig, shape: tuple[int, int], precision: Precision, device: torch.device, *, repeats: int
-) -> float:
+def _measure(kind: Kind, case: _Case, device: torch.device, *, repeats: int) -> float:
     """Return the median milliseconds of one layer's attention, forward and backward.
 
     Raises:
         ConfigError: it does not run.
     """
-    dtype = get_dtype(precision)
+    dtype = get_dtype(case.precision)
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(num_heads: int) -> Tensor:
         # laid out as a projection leaves it
-        return (
-            torch.randn((*shape, num_heads, model.head_size), dtype=dtype, device=device, generator=generator)
-            .transpose(1, 2)
-            .requires_grad_()
-        )
+        shape = (case.micro_batch, case.seq_len, num_heads, case.head_size)
+        return torch.randn(shape, dtype=dtype, device=device, generator=generator).transpose(1, 2).requires_grad_()
 
-    inputs = (draw(model.num_heads), draw(model.num_kv_heads), draw(model.num_kv_heads))
+    inputs = (draw(case.num_heads), draw(case.num_kv_heads), draw(case.num_kv_heads))
     grad_BHSE = torch.randn_like(inputs[0])
     times_ms: list[float] = []
     try:
@@ -132,8 +196,8 @@ def _measure(
     except (RuntimeError, ImportError, AssertionError) as error:  # what back ends raise for what they cannot do
         why = str(error).partition("\n")[0][:200] or type(error).__name__
         raise ConfigError(
-            f"attention={kind} does not run on {torch.cuda.get_device_name(device)} for heads of {model.head_size} "
-            f"with precision={precision} ({why}). Set attention=auto."
+            f"attention={kind} does not run on {case.gpu} for heads of {case.head_size} with "
+            f"precision={case.precision} ({why}). Set attention=auto."
         ) from error
     return statistics.median(times_ms[3:])
 

@@ -421,7 +421,7 @@ class RunConfig:
     node, on any number of ranks."""
     attention: Attention = "auto"
     """Back end of attention on a GPU: cuDNN, FlashAttention-2 or FlashAttention-4 (the extra `gpu`). auto: what is
-    fastest for the run's shape, measured at the start; name one to keep every bit of a resumed run the same."""
+    fastest for the run's shape, measured once per run and kind of GPU; name one to have it the same in all runs."""
     compile: bool = False
     """torch.compile, block by block."""
     cuda_graph: Literal["auto", "off"] = "auto"

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from elastic.attention import agree_on_attention
 from elastic.checkpoint.state import get_live_state
 from elastic.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from elastic.loss import IGNORE
@@ -84,6 +85,7 @@ def rehearse(config: RunConfig, storage: Storage, *, is_beside_others: bool = Fa
         _spare_memory(device)
     key = f"{COMPILED}{_describe(config, device)}"
     try:
+        agree_on_attention(config, device, storage)
         is_known = config.compile and _load_compiled(storage, key)
         for strategy in _get_strategies(config):
             alone = replace(config.cluster, min_workers=1, max_workers=1)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from elastic import plugins
+from elastic.attention import agree_on_attention
 from elastic.checkpoint.keep import remove_orphans
 from elastic.checkpoint.load import restore
 from elastic.checkpoint.memory import Memory
@@ -81,6 +82,7 @@ def train(
             sinks_of_rank = open_sinks if world.rank == 0 else list[MetricSink]
             watchers = _Watchers(notices=notices, observer=observer, open_sinks=sinks_of_rank)
             _check_storage(opened.storage, config, world)
+            agree_on_attention(config, world.device, opened.storage)
             laps.end("storage")
             built = _build_parts(config, opened, world, watchers, memory=memory, spec=spec, laps=laps)
             with built as (parts, progress, recent):
