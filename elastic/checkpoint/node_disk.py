@@ -19,6 +19,7 @@ from zlib_ng.zlib_ng import crc32
 
 from elastic.checkpoint.arena import Arena
 from elastic.direct import write_all
+from elastic.storage.local import sync
 
 _MOST_STATES = 4
 """Of so many states files are kept as long as nobody says which one is complete: short worlds leave one each."""
@@ -92,11 +93,7 @@ class NodeDisk:
             unfinished.unlink(missing_ok=True)
             raise
         unfinished.rename(path)
-        folder = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync(self._folder)
 
     def retain(self, newest: StateName, *, complete: StateName | None) -> None:
         """Remove the files of the states that nobody needs any more.

@@ -34,6 +34,7 @@ from elastic.data.tokenizer import (
 from elastic.data.verify import write_stamp
 from elastic.data.writer import SplitWriter
 from elastic.errors import DataError
+from elastic.storage.local import sync
 
 SHARD_TOKENS = 1 << 27
 """256 MiB of 16-bit tokens; a corpus of 2 T tokens makes 15 000 files."""
@@ -255,7 +256,7 @@ def _stage_folder(out: Path) -> Generator[Path]:
     try:
         yield staged
         for path in (*staged.iterdir(), staged):
-            _fsync(path)
+            sync(path)
         if out.exists():
             replaced = out.with_name(f".{out.name}.replaced-{secrets.token_hex(4)}")
             out.rename(replaced)
@@ -263,15 +264,7 @@ def _stage_folder(out: Path) -> Generator[Path]:
             shutil.rmtree(replaced)
         else:
             staged.rename(out)
-        _fsync(out.parent)
+        sync(out.parent)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -28,7 +28,7 @@ class LocalStorage:
             size = sum(write_all(descriptor, chunk) for chunk in chunks)
             os.fsync(descriptor)
             temporary.rename(path)
-        sync_directory(path.parent)
+        sync(path.parent)
         return size
 
     def put_new(self, key: str, data: bytes) -> bool:
@@ -41,7 +41,7 @@ class LocalStorage:
                 path.hardlink_to(temporary)
             except FileExistsError:
                 return False
-        sync_directory(path.parent)
+        sync(path.parent)
         return True
 
     def read(self, key: str, *, start: int = 0, size: int | None = None) -> bytes:
@@ -133,7 +133,7 @@ class LocalStorage:
         """Remove a directory and its parents as far as they are empty, but never the root."""
         while True:
             with suppress(FileNotFoundError):
-                sync_directory(directory)
+                sync(directory)
             if directory == self._root:
                 return
             try:
@@ -145,9 +145,9 @@ class LocalStorage:
             directory = directory.parent
 
 
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: Path) -> None:
+    """Make the bytes of a file, or the names in a directory, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -162,7 +162,7 @@ def _make_directory(directory: Path) -> None:
     except FileExistsError as error:  # a file has the name of a directory
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename) from error
     for path in reversed(missing):
-        sync_directory(path.parent)
+        sync(path.parent)
 
 
 def _is_temporary(path: Path) -> bool:
