@@ -198,8 +198,8 @@ class DeviceExit:
         """What the allocator keeps for the next copy of the state."""
         self._in_use: list[int] = []
         """The sizes of the copies that have not left yet."""
-        self._has_two = False
-        """The allocator keeps memory for two of them."""
+        self._has_two, self._num_flushes = False, 0
+        """Whether the allocator keeps memory for two of them, since it last had to give up all that it kept."""
         self._residents: dict[int, Resident] = {}
         """The last copies that were made on the device, by the arenas they went to, the newest last."""
         buffers = torch.empty(2 * _NUM_COPIERS, _PIECE_BYTES, dtype=torch.uint8, pin_memory=True)
@@ -217,6 +217,9 @@ class DeviceExit:
         Returns:
             One stretch of memory, so that the allocator is asked once and finds the same again, and what begins where.
         """
+        num_flushes = torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0)
+        if num_flushes != self._num_flushes:
+            self._has_two, self._num_flushes = False, num_flushes
         free_bytes = torch.cuda.mem_get_info(self.device)[0] - _SPARE_DEVICE_BYTES
         places, num_bytes = plan_clones(
             {name: source.numel() for name, source in sources.items()},
