@@ -69,7 +69,7 @@ class Run:
             )
         return self.driver
 
-    def wait(self, *, timeout_s: float = 120) -> int:
+    def wait(self, *, timeout_s: float = 240) -> int:
         """Return the driver's exit code."""
         assert self.driver is not None
         try:
@@ -77,7 +77,7 @@ class Run:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"the driver goes on:\n{self.get_output()}") from None
 
-    def wait_for(self, condition, *, timeout_s: float = 60, what: str):
+    def wait_for(self, condition, *, timeout_s: float = 180, what: str):
         """Wait for something that training does; fail at once if the driver ends."""
 
         def check():
@@ -87,7 +87,7 @@ class Run:
 
         return wait_until(check, timeout_s=timeout_s, what=lambda: f"{what}\n{self.get_output()}")
 
-    def wait_for_step(self, step: int, *, world_size: int | None = None, timeout_s: float = 60) -> int:
+    def wait_for_step(self, step: int, *, world_size: int | None = None, timeout_s: float = 180) -> int:
         """Wait until a step is done (and then one at this world size); return the last step done."""
 
         def is_done():

@@ -20,7 +20,7 @@ def running(nodes, data, tmp_path_factory):
     """A run at work on three nodes."""
     run = Run(nodes, data, tmp_path_factory.mktemp("run"), **{"train.steps": 100_000, "checkpoint.every_steps": 1000})
     run.start()
-    run.wait_for_step(10, world_size=3, timeout_s=90)
+    run.wait_for_step(10, world_size=3, timeout_s=240)
     yield run
     run.driver.send_signal(signal.SIGINT)
     assert run.wait() == 3, run.get_output()
@@ -70,9 +70,9 @@ def test_an_agent_that_is_killed_changes_no_world_and_is_replaced(running):
 
     # Ray Train ends all its workers and starts others
     running.wait_for(
-        lambda: not set(agents) & set(find_agents(running.nodes.folder)), timeout_s=60, what="old agents end"
+        lambda: not set(agents) & set(find_agents(running.nodes.folder)), timeout_s=180, what="old agents end"
     )
-    running.wait_for(lambda: len(find_agents(running.nodes.folder)) == 3, timeout_s=60, what="new agents")
+    running.wait_for(lambda: len(find_agents(running.nodes.folder)) == 3, timeout_s=180, what="new agents")
     time.sleep(3)  # they claim
     running.wait_for_step(running.last_row()["step"] + 10)
 
@@ -98,5 +98,5 @@ def test_a_host_that_is_killed_is_replaced_on_its_node(running):
     hosts = find_hosts(running.nodes.folder)
     os.kill(hosts[0], signal.SIGKILL)
     running.wait_for(lambda: running.last_row()["world_size"] == 2, what="the others go on")
-    running.wait_for(lambda: running.last_row()["world_size"] == 3, timeout_s=90, what="its node is back")
+    running.wait_for(lambda: running.last_row()["world_size"] == 3, timeout_s=240, what="its node is back")
     assert len(find_hosts(running.nodes.folder)) == 3

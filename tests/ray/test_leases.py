@@ -24,7 +24,7 @@ def running(nodes, data, tmp_path_factory):
     settings = {"train.steps": 100_000, "checkpoint.every_steps": 1000, "fault.lease_s": LEASE_S}
     run = Run(nodes, data, tmp_path_factory.mktemp("run"), **settings)
     run.start()
-    run.wait_for_step(10, world_size=3, timeout_s=90)
+    run.wait_for_step(10, world_size=3, timeout_s=240)
     yield run
     run.driver.send_signal(signal.SIGINT)
     assert run.wait() == 3, run.get_output()
@@ -45,7 +45,7 @@ def test_whoever_trains_goes_on_for_as_long_as_ray_train_takes_to_form_its_group
         running.wait_for_step(running.last_row()["step"] + 20)
     finally:
         os.kill(train, signal.SIGCONT)
-    wait_until(lambda: len(find_agents(nodes.folder)) == 3, timeout_s=90, what="another group")
+    wait_until(lambda: len(find_agents(nodes.folder)) == 3, timeout_s=240, what="another group")
     running.wait_for_step(running.last_row()["step"] + 20)
     assert find_at_work(nodes.folder) == at_work
     assert {row["attempt"] for row in running.rows()} == {1}

@@ -70,7 +70,7 @@ def test_a_run_goes_on_from_the_disks_of_its_nodes(folder, data, tmp_path):
     run.start()
     run.wait_for(
         lambda: sum(len(ranks) == NUM_NODES for ranks in list_states(disk).values()) > 1,
-        timeout_s=120,
+        timeout_s=180,
         what="two states are on the disks",
     )
     kill_all(folder)

@@ -114,7 +114,7 @@ def test_the_leader_acknowledges_an_event_once_others_train_on_without_its_machi
     overrides = {"train.steps": 100_000, "cluster.notices": "azure", "checkpoint.every_steps": 1000}
     run = Run(cluster, data, tmp_path, **overrides)
     run.start()
-    run.wait_for_step(10, world_size=2, timeout_s=120)
+    run.wait_for_step(10, world_size=2, timeout_s=180)
     wait_until(lambda: azure.names == [azure.name], timeout_s=20, what="both watches know their names")
     deadline_s = time.time() + 300
     azure.put(
@@ -189,7 +189,7 @@ def test_sigterm_to_ray_start_drains_with_what_the_machine_grants_instead_of_30_
         )
     try:
         (row,) = wait_until(
-            lambda: [n for n in ray.nodes() if n["Alive"] and n["NodeID"] not in known], timeout_s=60, what="the node"
+            lambda: [n for n in ray.nodes() if n["Alive"] and n["NodeID"] not in known], timeout_s=180, what="the node"
         )
         actor = start_watch(row["NodeID"], notices, listener)
         sent_s = time.time()

@@ -96,7 +96,7 @@ def recovered(nodes, data, tmp_path_factory):
     changes = {"train.steps": STEPS, "wandb.mode": "offline"}
     run = StoredRun(nodes, data, tmp_path_factory.mktemp("driver"), **changes)
     run.start()
-    step = run.wait_for_step(30, world_size=3, timeout_s=120)
+    step = run.wait_for_step(30, world_size=3, timeout_s=180)
     os.kill(find_trainers(nodes.folder)[0], signal.SIGKILL)
     run.wait_for(lambda: run.last_row()["attempt"] == 2, what="a trainer takes the place of the killed one")
     step = run.wait_for_step(run.last_row()["step"] + 20, world_size=3)
@@ -169,7 +169,7 @@ def test_rows_up_to_a_commit_outlive_the_head_and_later_ones_its_processes(nodes
     os.kill(coordinator, signal.SIGKILL)
     run.driver.kill()
     run.driver.wait()
-    wait_until(lambda: not find_trainers(nodes.folder), timeout_s=120, what="trainers wait half a lease for another")
+    wait_until(lambda: not find_trainers(nodes.folder), timeout_s=180, what="trainers wait half a lease for another")
     (committed,) = run.get_committed_steps()[-1:]
     left = run.rows()
     stored = run.fetch(tmp_path / "then")

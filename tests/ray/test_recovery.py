@@ -30,7 +30,7 @@ def recovered(nodes, data, tmp_path_factory):
     """The run's directory after four faults, and the two nodes that were lost."""
     run = Run(nodes, data, tmp_path_factory.mktemp("recovered"), **{"train.steps": STEPS, "wandb.mode": "offline"})
     run.start()
-    step = run.wait_for_step(30, world_size=3, timeout_s=90)
+    step = run.wait_for_step(30, world_size=3, timeout_s=240)
 
     drained = nodes.ids[-1]
     deadline_s = time.monotonic() + NOTICE_S

@@ -51,7 +51,7 @@ def expect_step(host):
 
 def wait_for_spare(host):
     """Return the process id of the spare of a trainer, once it is ready."""
-    wait_until(lambda: read(host).count(READY) > host.num_ready, timeout_s=60, what="the spare is ready")
+    wait_until(lambda: read(host).count(READY) > host.num_ready, timeout_s=180, what="the spare is ready")
     trainers = find_trainers(host.folder)
     assert len(trainers) == 2
     return max(trainers)

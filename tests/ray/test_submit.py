@@ -260,7 +260,7 @@ def test_ctrl_c_leaves_the_run_going_and_delete_ends_it_saved(journey, cluster, 
     assert laptop.wait(timeout_s=20) == 130
     assert "the run goes on without being watched" in laptop.get_output()
     step = laptop.get_step()
-    wait_until(lambda: laptop.get_step() > step + 5, timeout_s=60, what="it goes on")
+    wait_until(lambda: laptop.get_step() > step + 5, timeout_s=180, what="it goes on")
 
     follower = laptop.submit()
     laptop.wait_for(lambda: "-1 is running" in laptop.get_output() and laptop.get_shown_steps(), what="it is found")
@@ -289,7 +289,7 @@ def test_wrong_input_a_missing_secret_and_a_frozen_head_end_with_their_codes_and
     try:
         start_s = time.monotonic()
         laptop.submit("--pending-s", "3")
-        assert laptop.wait(timeout_s=60) == 1
+        assert laptop.wait(timeout_s=180) == 1
     finally:
         os.kill(raylet, signal.SIGCONT)
     assert "its driver was not started within 3 s" in laptop.get_output(), laptop.get_output()
