@@ -17,7 +17,16 @@ from elastic.rundir import RunDir, read_rows
 from tests.ray._exact import read_losses, read_samples
 from tests.ray._nodes import get_env
 from tests.ray._runs import Run
-from tests.ray._traces import find_agents, find_at_work, find_hosts, find_processes, find_trainers, is_alive, wait_until
+from tests.ray._traces import (
+    find_agents,
+    find_at_work,
+    find_hosts,
+    find_processes,
+    find_trainers,
+    is_alive,
+    is_unborn,
+    wait_until,
+)
 
 LEASE_S = 14
 LONG = 100_000
@@ -40,12 +49,14 @@ def find_own(nodes) -> dict[int, str]:
     return {pid: command[:80] for pid, command in find_processes(nodes.folder).items() if ours.search(command)}
 
 
-def wait_until_gone(nodes, *, timeout_s=10):
-    def is_gone():
-        return not find_own(nodes) and not list(nodes.folder.glob("solvent-*"))
+def wait_until_gone(nodes, *, timeout_s=60):
+    def find_folders():
+        return [folder for folder in nodes.folder.glob("solvent-*") if not is_unborn(folder)]
 
-    what = lambda: f"gone: {find_own(nodes)}, {list(nodes.folder.glob('solvent-*'))}"  # noqa: E731
-    wait_until(is_gone, timeout_s=timeout_s, what=what)
+    def is_gone():
+        return not find_own(nodes) and not find_folders()
+
+    wait_until(is_gone, timeout_s=timeout_s, what=lambda: f"gone: {find_own(nodes)}, {find_folders()}")
 
 
 def kill(run) -> None:
@@ -182,7 +193,7 @@ def test_whoever_else_trains_a_run_is_refused_and_harms_nothing(run, nodes, tmp_
 def kill_coordinator(run) -> int:
     """Kill the run's coordinator as the kernel would; return its process id."""
     # Ray writes the title of a process anew at each call, and whoever reads it at that moment sees none
-    (pid,) = wait_until(lambda: find_coordinators(run), timeout_s=5, what=lambda: f"a coordinator\n{run.get_output()}")
+    (pid,) = wait_until(lambda: find_coordinators(run), timeout_s=60, what=lambda: f"a coordinator\n{run.get_output()}")
     os.kill(pid, signal.SIGKILL)
     return pid
 
