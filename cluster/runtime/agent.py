@@ -6,7 +6,6 @@ coordinator is being replaced by another one.
 """
 
 import os
-import socket
 import sys
 import time
 import traceback
@@ -16,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from cluster.runtime import adapter
-from cluster.runtime.link import Link, Message
+from cluster.runtime.link import Link, Message, connect
 from cluster.runtime.start_host import get_host_folder, start_host
+from elastic.errors import SolventError
 
 RETRY_S = 0.2
+_FAILED_START_S = 10.0
 MOST_LINES = 200
 """Of a trainer that floods its log, the driver sees this many lines at a time; the log on the node has all."""
 
@@ -41,7 +42,8 @@ def run_agent(fields: dict[str, Any]) -> None:
                 place = adapter.get_worker_place()
                 if group is None:  # once and for all: to a later coordinator this group would be a new one
                     group = int(adapter.call(coordinator.enter_group, place.group_key))
-                _serve_once(_connect(place.node, coordinator), place, group, log, relay=partial(_relay, name))
+                relay = partial(_relay, name)
+                _serve_once(_connect(place.node, coordinator, relay), place, group, log, relay)
         except adapter.ActorGoneError:  # the driver sees to that
             pass
         except Exception:
@@ -50,7 +52,7 @@ def run_agent(fields: dict[str, Any]) -> None:
 
 
 def _serve_once(
-    link: Link, place: adapter.WorkerPlace, group: int, log: "_LogTail", *, relay: Callable[[list[str]], None]
+    link: Link, place: adapter.WorkerPlace, group: int, log: "_LogTail", relay: Callable[[list[str]], None]
 ) -> None:
     """Claim a slot of the node's host and relay until the host is gone or the slot is taken by a newer agent."""
     link.send(
@@ -79,25 +81,21 @@ def _relay(coordinator_name: str, lines: list[str]) -> None:
         adapter.post(coordinator.relay, lines)
 
 
-def _connect(node: str, coordinator: Any) -> Link:
-    """Connect to the node's host; start one if there is none. It listens once it is warm.
+def _connect(node: str, coordinator: Any, relay: Callable[[list[str]], None]) -> Link:
+    """Connect to the node's host; start one if there is none.
 
     Raises:
         ActorGoneError: nobody knows any more where the host would have to report.
     """
-    host_fields = adapter.call(coordinator.get_host_fields)
-    folder = get_host_folder(node, host_fields["session"])
-    next_start_s = 0.0
     while True:
-        sock = socket.socket(socket.AF_UNIX)
+        host_fields = adapter.call(coordinator.get_host_fields)
+        if link := connect(get_host_folder(node, host_fields["session"]) / "socket"):
+            return link
         try:
-            sock.connect(str(folder / "socket"))
-            return Link(sock)
-        except OSError:
-            sock.close()
-        if time.monotonic() >= next_start_s:  # harmless if one is warming up: it holds the lock
-            next_start_s = time.monotonic() + 10.0
-            start_host(node, adapter.call(coordinator.get_host_fields))
+            start_host(node, host_fields)
+        except SolventError as error:
+            relay([f"{node[:8]} {error}"])
+            time.sleep(_FAILED_START_S)
         time.sleep(RETRY_S)
 
 

@@ -31,6 +31,8 @@ _RAY_TRAIN_RETRIES = 5
 _MOST_RETURNS = 3
 """A coordinator that dies more often within `_RETURNS_WITHIN_S` has a reason that another one would only meet again."""
 _RETURNS_WITHIN_S = 600.0
+_CREATE_S = 120.0
+"""A busy head needs half a minute for a new process that imports Ray."""
 _GONE_S = 30.0
 """Ray may know a dead actor by its name for this long."""
 
@@ -170,7 +172,7 @@ class _Seat:
                 parts = {"config": fields, "session": self._session, "lost_s": self._lost_s}
                 coordinator = adapter.create_coordinator(self.name, Coordinator, **parts)
             try:
-                answer = adapter.call(coordinator.attach, self.driver, fields)
+                answer = adapter.call(coordinator.attach, self.driver, fields, timeout_s=_CREATE_S)
                 if answer == "ok":
                     self._session, self._lost_s = adapter.call(coordinator.get_session), None
                     return coordinator

@@ -1,7 +1,7 @@
 """The host: one daemon per node and run. It is warm with torch, forks trainers in milliseconds and outlives agents.
 
 Started as ``python -m cluster.runtime.host`` with a `HostSpec` as JSON on standard input, by a Ray task on its node.
-It leaves that process behind (double fork and a session of its own: all that Ray 2.60 spares when a worker ends) and is
+It leaves that process behind, tells it once it listens, and is
 
 - single-threaded, because only such a process may fork safely: one selector loop, no torch call that starts a thread;
 - warm: torch, the model code and FSDP have been imported and used once, with a fake process group;
@@ -20,7 +20,6 @@ is told who is here once the trainers have left the world that it does not know.
 """
 
 import contextlib
-import fcntl
 import gc
 import json
 import os
@@ -35,15 +34,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from cluster.runtime.daemon import Starter, detach, take_folder
 from cluster.runtime.forked import Trainer, fork_trainer
 from cluster.runtime.link import Link, Message
 from cluster.runtime.priority import AHEAD, take_priority_of
-from cluster.runtime.seat import read_seat
+from cluster.runtime.seat import Seat, tell_seat
 from cluster.types import get_leave_limit_s
 from elastic.checkpoint.keeping import KeeperProcess, start_keeper
 
 BEAT_S = 1.0
 _CONNECT_S = 2.0
+_RETRY_S = 0.2
 _SEND_S = 10.0
 """A coordinator that takes nothing for this long is gone."""
 _SPARE_AFTER_STEPS = 20
@@ -57,7 +58,9 @@ class HostSpec:
     node: str
     node_ip: str
     folder: str
-    """Socket, lock and logs of this host, and the seat of its coordinator; removed when it ends."""
+    """Socket, lock and logs of this host, which makes it and removes it when it ends."""
+    seat: Seat
+    """Of its coordinator."""
     raylet_pid: int
     secret: str
     """The coordinator knows it, and whoever follows it."""
@@ -106,6 +109,8 @@ class Host:
     listener: socket.socket
     keeper: KeeperProcess | None
     """None: snapshots are not kept in memory."""
+    seat: Seat
+    """The newest that it was told of."""
     coordinator: Link | None = None
     """None while there is none; what it would be told is dropped, and it is told how things stand when it is there."""
     lost_s: float = field(default_factory=time.monotonic)
@@ -167,6 +172,9 @@ class Host:
         for message in messages:
             if message["kind"] == "claim":
                 self._claim(agent, message)
+            elif message["kind"] == "seat":
+                seat = Seat(**message["seat"])
+                self.seat = max(self.seat, seat, key=lambda seat: seat.epoch)
             elif message["kind"] == "abandoned" and self.coordinator is None:  # by who starts hosts for the run anew
                 self.end("its coordinator ended, and the run has other hosts by now")
 
@@ -231,11 +239,8 @@ class Host:
         """Report to whoever has the seat; end if nobody has had it for too long."""
         if now_s - self.lost_s > self.spec.lease_s / 2:
             self.end("its coordinator ended")
-        seat = read_seat(Path(self.spec.folder))
-        if seat is None:
-            return
         try:
-            connection = socket.create_connection((seat.host, seat.port), timeout=_CONNECT_S)
+            connection = socket.create_connection((self.seat.host, self.seat.port), timeout=_CONNECT_S)
         except OSError:  # it is the seat of one that is gone
             return
         connection.settimeout(_SEND_S)
@@ -502,29 +507,25 @@ def _log(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)  # noqa: T201 (the daemon's own log file)
 
 
-def _daemonize() -> None:
-    """Leave the starting process, its session and its group behind."""
-    if os.fork():
-        os._exit(0)
-    os.setsid()
-    if os.fork():
-        os._exit(0)
-
-
 def main() -> None:
-    """Become the host of the node that the spec on standard input names; do nothing if there is one already."""
-    spec = HostSpec(**json.load(sys.stdin))
+    """Become the host of the node that the spec on standard input names, or tell the one that is there of the seat."""
+    fields: dict[str, Any] = json.load(sys.stdin)
+    spec = HostSpec(seat=Seat(**fields.pop("seat")), **fields)
     folder = Path(spec.folder)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _daemonize()
-    lock = os.open(folder / "lock", os.O_WRONLY | os.O_CREAT, 0o600)
+    detach()
+    starter = Starter()
+    while not take_folder(folder):
+        if tell_seat(folder, spec.seat):
+            starter.tell_ready()
+            return
+        time.sleep(_RETRY_S)  # it warms up
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os._exit(0)
-    try:
-        _start(spec, folder).serve()
+        starter.leave(log=folder / "host.log")
+        host = _start(spec, folder)
+        starter.tell_ready()
+        host.serve()
     except BaseException:
+        starter.tell_failure()
         shutil.rmtree(folder, ignore_errors=True)
         raise
 
@@ -556,7 +557,7 @@ def _start(spec: HostSpec, folder: Path) -> Host:
         (folder / "socket").unlink()
     listener.bind(str(folder / "socket"))
     listener.listen()
-    return Host(spec=spec, raylet_pidfd=raylet_pidfd, listener=listener, keeper=keeper)
+    return Host(spec=spec, raylet_pidfd=raylet_pidfd, listener=listener, keeper=keeper, seat=spec.seat)
 
 
 if __name__ == "__main__":

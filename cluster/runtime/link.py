@@ -4,6 +4,7 @@ import json
 import select
 import socket
 import threading
+from pathlib import Path
 from typing import Any
 
 Message = dict[str, Any]
@@ -53,3 +54,14 @@ class Link:
     def close(self) -> None:
         """Close the socket."""
         self._sock.close()
+
+
+def connect(path: Path) -> Link | None:
+    """Connect to whoever listens on a Unix socket; None if nobody does."""
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.connect(str(path))
+    except OSError:
+        sock.close()
+        return None
+    return Link(sock)

@@ -1,15 +1,9 @@
-"""Where a run's coordinator is found: a small file in each host's folder, written anew when another one takes over.
+"""Where a run's coordinator is found. Hosts know no Ray, so they cannot look it up by its name and are told."""
 
-Hosts know no Ray, so they cannot look the coordinator up by its name. Whoever may start a host writes its seat as well.
-"""
-
-import json
-import os
-import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-_NAME = "seat"
+from cluster.runtime.link import connect
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,20 +16,14 @@ class Seat:
     port: int
 
 
-def write_seat(folder: Path, seat: Seat) -> None:
-    """Put a seat into a host's folder, all of it or nothing, unless a newer one is there."""
-    present = read_seat(folder)
-    if present is not None and present.epoch >= seat.epoch:
-        return
-    new = folder / f".{_NAME}-{secrets.token_hex(4)}"
-    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        json.dump(asdict(seat), file)
-    new.replace(folder / _NAME)
+def tell_seat(folder: Path, seat: Seat) -> bool:
+    """Tell the host of a folder where its coordinator is; False if none listens there.
 
-
-def read_seat(folder: Path) -> Seat | None:
-    """Return the seat in a host's folder; None if there is none."""
-    try:
-        return Seat(**json.loads((folder / _NAME).read_text()))
-    except FileNotFoundError:
-        return None
+    It keeps to the newest coordinator that it was told of.
+    """
+    link = connect(folder / "socket")
+    if link is None:
+        return False
+    is_told = link.send("seat", seat=asdict(seat))
+    link.close()
+    return is_told

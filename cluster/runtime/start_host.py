@@ -1,22 +1,24 @@
 """Start the host of a node from any Ray worker on it, or find it running."""
 
-import contextlib
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.runtime.link import Link
-from cluster.runtime.seat import Seat, write_seat
+from cluster.runtime.daemon import READY
+from cluster.runtime.link import connect
+from cluster.runtime.seat import Seat, tell_seat
 from elastic.errors import SolventError
 
 SUBREAPER = "RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper"
 _RUN_DIGITS = 8
+_MOST_TOLD = 2000
+"""Characters of what a host says before it ends."""
 
 
 def new_session(run_digest: str) -> str:
@@ -43,22 +45,23 @@ def find_older(folder: Path, session: str) -> list[Path]:
 def _end_older(folder: Path, session: str) -> None:
     """Tell hosts that the run had before that nobody will come for them: they are in the way of this one."""
     for older in find_older(folder, session):
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
-            sock.connect(str(older / "socket"))
-            Link(sock).send("abandoned")
+        if link := connect(older / "socket"):
+            link.send("abandoned")
+            link.close()
 
 
-def start_host(node: str, fields: dict[str, Any]) -> Path:
-    """Start this node's host unless there is one; return its folder. Runs on the node, inside a Ray worker.
+def start_host(node: str, fields: dict[str, Any]) -> None:
+    """Have a host on this node, started now unless there is one; return once it listens and knows its coordinator.
 
-    Either way the host learns where its coordinator is, which may be another one than before. A worker that has lost
-    its raylet is about to end, and no host can live there any more: it starts none.
+    Runs on the node, inside a Ray worker. A worker that has lost its raylet is about to end, and no host can live there
+    any more: it starts none.
 
     Args:
         fields: as `Coordinator.get_host_fields` returns them.
 
     Raises:
-        SolventError: the raylet is set to adopt and kill what its workers leave behind; no daemon survives that.
+        SolventError: it could not start; or the raylet is set to adopt and kill what its workers leave behind, which no
+            daemon survives.
     """
     from cluster.runtime import adapter  # noqa: PLC0415 (`solvent doctor` reads this file without Ray)
 
@@ -68,34 +71,41 @@ def start_host(node: str, fields: dict[str, Any]) -> Path:
             "Start Ray without that variable."
         )
     fields = dict(fields)
-    session, seat = fields.pop("session"), Seat(**fields.pop("seat"))
+    session = fields.pop("session")
     folder = get_host_folder(node, session)
     raylet_pid = adapter.get_raylet_pid()
-    if not _is_running(raylet_pid):
-        return folder
-    spec = {
-        **fields,
-        "node": node,
-        "node_ip": adapter.get_own_ip(),
-        "folder": str(folder),
-        "raylet_pid": raylet_pid,
-    }
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_seat(folder, seat)
+    if not _is_running(raylet_pid) or tell_seat(folder, Seat(**fields["seat"])):
+        return
     _end_older(folder, session)
+    facts = {"node": node, "node_ip": adapter.get_own_ip(), "folder": str(folder), "raylet_pid": raylet_pid}
     env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "OMP_", "MKL_"))}
     env.pop("CUDA_VISIBLE_DEVICES", None)  # each trainer gets its own from the agent that claims its slot
-    env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    with (folder / "host.log").open("ab") as log:
-        subprocess.run(
-            [sys.executable, "-m", "cluster.runtime.host"],
-            input=json.dumps(spec).encode(),
-            stdout=log,
-            stderr=log,
-            env=env,
-            check=True,
-        )
-    return folder
+    launch_host({**fields, **facts}, env)
+
+
+def launch_host(spec: dict[str, Any], env: Mapping[str, str]) -> None:
+    """Start the daemon; return once it listens, or another one in its folder does.
+
+    Args:
+        spec: a `HostSpec`, for JSON.
+        env: of the daemon, which finds modules where this process does.
+
+    Raises:
+        SolventError: it ended before that.
+    """
+    command = [sys.executable, "-m", "cluster.runtime.host"]
+    path = os.pathsep.join(path for path in sys.path if path)
+    ended = subprocess.run(
+        command,
+        input=json.dumps(spec),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**env, "PYTHONPATH": path},
+        check=False,
+    )
+    if ended.stdout.splitlines()[-1:] != [READY]:
+        raise SolventError(f"no host could start in {spec['folder']}: {ended.stdout.strip()[-_MOST_TOLD:]}")
 
 
 def _is_running(pid: int) -> bool:

@@ -27,8 +27,9 @@ from pathlib import Path
 
 import torch
 
-from cluster.runtime.link import Link
-from cluster.runtime.seat import Seat, write_seat
+from cluster.runtime.link import Link, connect
+from cluster.runtime.seat import Seat
+from cluster.runtime.start_host import launch_host
 from cluster.types import get_leave_limit_s
 from elastic.config import (
     CheckpointConfig,
@@ -88,7 +89,9 @@ class Coordinator:
         self.attempt = 0
         self.raylet = subprocess.Popen(["sleep", "3600"])
         listener = socket.create_server(("127.0.0.1", 0))
+        seat = Seat(epoch=1, host="127.0.0.1", port=listener.getsockname()[1])
         spec = {
+            "seat": asdict(seat),
             "node": "n" * 56,
             "node_ip": "127.0.0.1",
             "folder": str(folder / "host"),
@@ -97,26 +100,19 @@ class Coordinator:
             "lease_s": 600.0,
             "config": asdict(config),
         }
-        (folder / "host").mkdir()
-        write_seat(folder / "host", Seat(epoch=1, host="127.0.0.1", port=listener.getsockname()[1]))
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-        env |= {"SOLVENT_LOG": "INFO", "TORCH_TRACE": str(folder / "trace")}
-        command = [sys.executable, "-m", "cluster.runtime.host"]
-        self.host_log = folder / "host.log"
-        with self.host_log.open("w") as log:
-            subprocess.run(command, input=json.dumps(spec).encode(), env=env, cwd=ROOT, stdout=log, check=True)
+        launch_host(spec, {**os.environ, "SOLVENT_LOG": "INFO", "TORCH_TRACE": str(folder / "trace")})
+        self.host_log = folder / "host" / "host.log"
         self.num_spares = dict.fromkeys(slots, 0)
         listener.settimeout(120)
         self.link = Link(listener.accept()[0])
         self.keeper = self.expect("host")["keeper"]
         self.agents = []
         for slot in slots:
-            agent = socket.socket(socket.AF_UNIX)
-            while agent.connect_ex(str(folder / "host" / "socket")):
-                time.sleep(0.01)
-            self.agents.append(Link(agent))
+            agent = connect(folder / "host" / "socket")
+            assert agent
+            self.agents.append(agent)
             devices = {"CUDA_VISIBLE_DEVICES": GPUS[0 if share else int(slot.removeprefix("gpu"))]} if IS_GPU else {}
-            self.agents[-1].send("claim", group=1, group_size=1, pid=1, slot=slot, env=devices)
+            agent.send("claim", group=1, group_size=1, pid=1, slot=slot, env=devices)
         for slot in slots:
             self.expect("claimed", slot=slot)
 

@@ -94,22 +94,9 @@ def wait_until(condition, *, timeout_s: float, what: str, every_s: float = 0.05)
     return value
 
 
-def is_unborn(folder: Path) -> bool:
-    """Tell whether a host's folder is that of one whose starter Ray ended before the host had begun to run.
-
-    `start_host` makes the folder, and a worker that is killed while Python starts takes nothing back: two small files
-    are left. A machine must be slow for that.
-    """
-    return folder.name.startswith("solvent-") and {
-        (path.name, path.stat().st_size > 0) for path in folder.iterdir()
-    } <= {("seat", True), ("host.log", False)}
-
-
 def assert_nothing_left(folder: Path, *, timeout_s: float = 60.0) -> None:
     """Fail if processes, sockets or files of a test outlive it."""
     wait_until(lambda: not find_processes(folder), timeout_s=timeout_s, what=lambda: f"left: {find_processes(folder)}")
     # torch keeps a cache of compiled code there, for all programs of the user
-    left = [
-        path.name for path in folder.iterdir() if not path.name.startswith("torchinductor_") and not is_unborn(path)
-    ]
+    left = [path.name for path in folder.iterdir() if not path.name.startswith("torchinductor_")]
     assert not left, f"left in {folder}: {left}"

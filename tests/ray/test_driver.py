@@ -24,7 +24,6 @@ from tests.ray._traces import (
     find_processes,
     find_trainers,
     is_alive,
-    is_unborn,
     wait_until,
 )
 
@@ -51,7 +50,7 @@ def find_own(nodes) -> dict[int, str]:
 
 def wait_until_gone(nodes, *, timeout_s=60):
     def find_folders():
-        return [folder for folder in nodes.folder.glob("solvent-*") if not is_unborn(folder)]
+        return list(nodes.folder.glob("solvent-*"))
 
     def is_gone():
         return not find_own(nodes) and not find_folders()

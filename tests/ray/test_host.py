@@ -1,35 +1,36 @@
 """The host alone: a real daemon with real trainers, a raylet that only sleeps and a coordinator that the test plays."""
 
-import json
+import multiprocessing
 import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from cluster.runtime.link import Link
-from cluster.runtime.seat import Seat, write_seat
+from cluster.runtime.link import Link, connect
+from cluster.runtime.seat import Seat, tell_seat
+from cluster.runtime.start_host import launch_host
 from elastic.config import RunConfig
+from elastic.errors import SolventError
 from tests.ray._traces import assert_nothing_left, find_hosts, find_keepers, get_parent, is_alive, wait_until
 
-ROOT = Path(__file__).parents[2]
 LEASE_S = 2.0
 
 
 class Peer:
     """The test's end of a link: waits for messages of a kind, keeps the others."""
 
-    def __init__(self, sock):
-        self.link = Link(sock)
+    def __init__(self, link):
+        self.link = link
         self.messages = []
         self.is_gone = False
 
@@ -65,46 +66,36 @@ class HostUnderTest:
         self.folder = folder
         self.config = RunConfig(storage=str(folder / "host" / "runs"), **config)
         self.raylet = subprocess.Popen(["sleep", "600"], env={"TMPDIR": str(folder)})
-        (folder / "host").mkdir()
         self.log = folder / "host" / "host.log"
-        self.take_seat(epoch=1)
         self.spec = {
             "node": "n" * 56,
             "node_ip": "127.0.0.1",
             "folder": str(folder / "host"),
+            "seat": asdict(self.sit_down(epoch=1)),
             "raylet_pid": self.raylet.pid,
             "secret": "s3cret",
             "lease_s": lease_s,
             "config": asdict(self.config),
         }
-        self.start()
-        self.hello = self.meet()
+        self.coordinator = None
         self.agents = []
 
-    def start(self):
-        with self.log.open("ab") as log:
-            subprocess.run(
-                [sys.executable, "-m", "cluster.runtime.host"],
-                input=json.dumps(self.spec).encode(),
-                stdout=log,
-                stderr=log,
-                cwd=self.folder,
-                env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.folder)},
-                check=True,
-            )
+    def start(self, **changes):
+        launch_host({**self.spec, **changes}, {**os.environ, "TMPDIR": str(self.folder)})
 
-    def take_seat(self, epoch):
-        """Be the coordinator from now on."""
+    def sit_down(self, epoch):
+        """Be the coordinator from now on; return where."""
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.listener.settimeout(60)
-        write_seat(
-            self.folder / "host",
-            Seat(epoch=epoch, host="127.0.0.1", port=self.listener.getsockname()[1]),
-        )
+        return Seat(epoch=epoch, host="127.0.0.1", port=self.listener.getsockname()[1])
+
+    def take_seat(self, epoch):
+        """Be the coordinator from now on, of which the host is told."""
+        assert tell_seat(self.folder / "host", self.sit_down(epoch))
 
     def meet(self):
         """Let the host come; return what it says first."""
-        self.coordinator = Peer(self.listener.accept()[0])
+        self.coordinator = Peer(Link(self.listener.accept()[0]))
         return self.coordinator.expect("host")
 
     def leave_seat(self):
@@ -115,10 +106,7 @@ class HostUnderTest:
 
     def connect(self):
         """Return a new connection of an agent."""
-        sock = socket.socket(socket.AF_UNIX)
-        wait_until((self.folder / "host" / "socket").exists, timeout_s=5, what="the host listens")
-        sock.connect(str(self.folder / "host" / "socket"))
-        agent = Peer(sock)
+        agent = Peer(connect(self.folder / "host" / "socket"))
         self.agents.append(agent)
         return agent
 
@@ -152,12 +140,13 @@ class HostUnderTest:
         self.raylet.kill()
         self.raylet.wait()
         self.listener.close()
-        for peer in (self.coordinator, *self.agents):
+        for peer in filter(None, (self.coordinator, *self.agents)):
             peer.link.close()
 
 
 @contextmanager
-def run_host(lease_s=LEASE_S, **config) -> Iterator[HostUnderTest]:
+def prepare_host(lease_s=LEASE_S, **config) -> Iterator[HostUnderTest]:
+    """All but the host itself."""
     folder = Path(tempfile.mkdtemp(prefix="t-"))
     host = HostUnderTest(folder, lease_s, config)
     try:
@@ -166,6 +155,14 @@ def run_host(lease_s=LEASE_S, **config) -> Iterator[HostUnderTest]:
         host.close()
         assert_nothing_left(folder, timeout_s=5)
         shutil.rmtree(folder)
+
+
+@contextmanager
+def run_host(lease_s=LEASE_S, **config) -> Iterator[HostUnderTest]:
+    with prepare_host(lease_s, **config) as host:
+        host.start()
+        host.hello = host.meet()
+        yield host
 
 
 @pytest.fixture(scope="module")
@@ -388,6 +385,7 @@ def test_the_next_coordinator_is_told_who_is_there_once_the_trainers_have_left_t
     assert is_alive(host.pid)
 
     host.take_seat(epoch=8)
+    assert tell_seat(host.folder / "host", Seat(epoch=2, host="127.0.0.1", port=9))  # late news of one in between
     assert host.meet() == host.hello  # its process, its keeper and so the snapshots in it are the same
 
     claimed = host.coordinator.expect("claimed", slot="cpu0", group=3)
@@ -434,3 +432,38 @@ def test_trainers_die_with_a_host_that_is_killed(host):
     os.kill(host.hello["pid"], signal.SIGKILL)
     wait_until(lambda: not is_alive(pid), timeout_s=1, what="the trainer ends")
     shutil.rmtree(host.folder / "host")  # what a killed host cannot take away
+
+
+def test_of_two_that_start_at_once_one_is_the_host_and_reports_to_the_newer_coordinator():
+    with prepare_host() as host:
+        host.listener.close()
+        newer = asdict(host.sit_down(epoch=2))
+        with ThreadPoolExecutor() as pool:
+            starts = [pool.submit(host.start, **seat) for seat in ({}, {"seat": newer})]
+            [start.result() for start in starts]
+        pid = host.meet()["pid"]
+        wait_until(lambda: find_hosts(host.folder) == [pid], timeout_s=5, what="one host")
+
+
+def test_a_host_that_cannot_start_says_why_and_leaves_nothing():
+    with prepare_host() as host:
+        host.raylet.kill()
+        host.raylet.wait()
+        with pytest.raises(SolventError, match=r"(?s)no host could start in .*No such process"):
+            host.start()
+
+
+@pytest.mark.parametrize("after_s", [0.01, 0.04, 0.08, 0.16])
+def test_who_starts_a_host_and_is_killed_meanwhile_leaves_a_host_or_nothing(after_s):
+    with prepare_host() as host:
+        starter = multiprocessing.get_context("fork").Process(target=host.start)
+        starter.start()
+        wait_until(lambda: find_hosts(host.folder), timeout_s=5, what="it begins", every_s=0.001)
+        time.sleep(after_s)
+        for pid in (starter.pid, *find_hosts(host.folder)):  # as Ray does
+            if get_parent(pid) in (os.getpid(), starter.pid):
+                os.kill(pid, signal.SIGKILL)
+        starter.join()
+        wait_until(
+            lambda: bool(find_hosts(host.folder)) == (host.folder / "host").exists(), timeout_s=5, what="both or none"
+        )
