@@ -308,7 +308,7 @@ class FaultConfig:
 
     collective_timeout_s: float = 120.0
     """A collective slower than this means a peer is gone."""
-    lease_s: float = 60.0
+    lease_s: float = 120.0
     """A trainer that a whole group of Ray Train's has left out ends after this, and so does what the end of its cluster
     has left on a node; another driver or coordinator is waited for half as long. Forming a group may take longer."""
     max_failures_without_progress: int = 3
