@@ -280,8 +280,8 @@ def call(method: Any, *args: object, timeout_s: float = _CALL_TIMEOUT_S) -> Any:
         raise ActorGoneError(f"the coordinator does not answer: {error}") from error
     except GetTimeoutError as error:
         raise SolventError(
-            f"the coordinator has not answered for {timeout_s:g} s. Look at the load and the memory of the machine that "
-            "it runs on (the head), then start the same command again: it finds the run at work, or resumes it."
+            f"the coordinator has not answered for {timeout_s:g} s. Look at the load and the memory of its machine "
+            "(the head), then start the same command again: it finds the run at work, or resumes it."
         ) from error
     except RayTaskError as error:
         if isinstance(error.cause, SolventError):

@@ -45,6 +45,8 @@ from elastic.checkpoint.keeping import KeeperProcess, start_keeper
 BEAT_S = 1.0
 _CONNECT_S = 2.0
 _RETRY_S = 0.2
+_FIRST_REPORT_S = 5.0
+"""A host that no coordinator has known came too late: the run has ended while it started, or will start another one."""
 _SEND_S = 10.0
 """A coordinator that takes nothing for this long is gone."""
 _SPARE_AFTER_STEPS = 20
@@ -115,6 +117,8 @@ class Host:
     """None while there is none; what it would be told is dropped, and it is told how things stand when it is there."""
     lost_s: float = field(default_factory=time.monotonic)
     """Since when there is none."""
+    has_reported: bool = False
+    """To any coordinator."""
     places: dict[str, Place] = field(default_factory=dict[str, Place])
     selector: selectors.EpollSelector = field(default_factory=selectors.EpollSelector)
     awake_s: float = 0.0
@@ -237,14 +241,14 @@ class Host:
 
     def _look_for_coordinator(self, now_s: float) -> None:
         """Report to whoever has the seat; end if nobody has had it for too long."""
-        if now_s - self.lost_s > self.spec.lease_s / 2:
+        if now_s - self.lost_s > (self.spec.lease_s / 2 if self.has_reported else _FIRST_REPORT_S):
             self.end("its coordinator ended")
         try:
             connection = socket.create_connection((self.seat.host, self.seat.port), timeout=_CONNECT_S)
         except OSError:  # it is the seat of one that is gone
             return
         connection.settimeout(_SEND_S)
-        self.coordinator = Link(connection)
+        self.coordinator, self.has_reported = Link(connection), True
         self._watch(self.coordinator, self._hear_coordinator)
         address = (self.spec.node_ip, self.keeper.port) if self.keeper else None
         self._tell("host", node=self.spec.node, secret=self.spec.secret, pid=os.getpid(), keeper=address)

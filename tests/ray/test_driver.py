@@ -205,7 +205,7 @@ def find_coordinators(run) -> list[int]:
     "led_by", [pytest.param("the driver that created it", marks=pytest.mark.long), "a driver that found it"]
 )
 def test_a_coordinator_that_dies_is_followed_by_another_under_which_the_same_trainers_train_on(run, nodes, led_by):
-    run.overrides |= {"fault.lease_s": 120, "checkpoint.memory_every_steps": 5, "optim.min_lr_ratio": 1}
+    run.overrides |= {"fault.lease_s": 240, "checkpoint.memory_every_steps": 5, "optim.min_lr_ratio": 1}
     run.start()
     run.wait_for_step(10, world_size=3, timeout_s=240)
     if led_by == "a driver that found it":

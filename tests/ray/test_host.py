@@ -445,6 +445,14 @@ def test_of_two_that_start_at_once_one_is_the_host_and_reports_to_the_newer_coor
         wait_until(lambda: find_hosts(host.folder) == [pid], timeout_s=5, what="one host")
 
 
+def test_a_host_that_comes_when_its_run_has_ended_waits_for_nobody():
+    with prepare_host(lease_s=120.0) as host:
+        host.listener.close()
+        host.start()
+        wait_until(lambda: not find_hosts(host.folder), timeout_s=10, what="it ends")
+        assert not (host.folder / "host").exists()
+
+
 def test_a_host_that_cannot_start_says_why_and_leaves_nothing():
     with prepare_host() as host:
         host.raylet.kill()
