@@ -110,6 +110,8 @@ def _take(message: Message, log: "_LogTail") -> list[str]:
             return [*log.read_new(), end] if message["code"] else log.read_new()
         case "fenced":
             return [f"a newer agent (group {message['by']}) took this slot"]
+        case "bye":
+            return f"the host of this node ended: {message['reason']}".splitlines()
         case _:
             return []
 

@@ -29,6 +29,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +47,7 @@ BEAT_S = 1.0
 _CONNECT_S = 2.0
 _RETRY_S = 0.2
 _FIRST_REPORT_S = 5.0
-"""A host that no coordinator has known came too late: the run has ended while it started, or will start another one."""
+"""A host that no coordinator has known came too late, or cannot reach it: whoever leads the run starts another one."""
 _SEND_S = 10.0
 """A coordinator that takes nothing for this long is gone."""
 _SPARE_AFTER_STEPS = 20
@@ -128,6 +129,12 @@ class Host:
 
     def serve(self) -> NoReturn:
         """Serve agents, trainers and the coordinator until one of the reasons to end comes up."""
+        try:
+            self._serve()
+        except Exception:
+            self.end(f"it failed\n{traceback.format_exc()}")
+
+    def _serve(self) -> NoReturn:
         self._watch(self.listener, self._accept)
         self._watch(self.raylet_pidfd, lambda: self.end("its raylet ended"))
         next_beat_s, last_s = 0.0, time.monotonic()
@@ -241,8 +248,11 @@ class Host:
 
     def _look_for_coordinator(self, now_s: float) -> None:
         """Report to whoever has the seat; end if nobody has had it for too long."""
-        if now_s - self.lost_s > (self.spec.lease_s / 2 if self.has_reported else _FIRST_REPORT_S):
+        looked_s = now_s - self.lost_s
+        if self.has_reported and looked_s > self.spec.lease_s / 2:
             self.end("its coordinator ended")
+        if not self.has_reported and looked_s > _FIRST_REPORT_S:
+            self.end(f"no coordinator answers at {self.seat.host}:{self.seat.port}")
         try:
             connection = socket.create_connection((self.seat.host, self.seat.port), timeout=_CONNECT_S)
         except OSError:  # it is the seat of one that is gone

@@ -445,10 +445,21 @@ def test_of_two_that_start_at_once_one_is_the_host_and_reports_to_the_newer_coor
         wait_until(lambda: find_hosts(host.folder) == [pid], timeout_s=5, what="one host")
 
 
+def test_a_host_that_fails_says_how_before_it_and_its_trainers_end(host):
+    pid = host.join()
+    host.coordinator.link.send("join", slot="cpu0")  # without its attempt
+    reason = host.agent.expect("bye")["reason"]
+    assert reason.startswith("it failed\nTraceback")
+    assert "KeyError: 'attempt'" in reason
+    wait_until(lambda: not is_alive(pid), timeout_s=1, what="the trainer ends")
+
+
 def test_a_host_that_comes_when_its_run_has_ended_waits_for_nobody():
     with prepare_host(lease_s=120.0) as host:
         host.listener.close()
         host.start()
+        reason = host.claim(1).expect("bye")["reason"]
+        assert reason == f"no coordinator answers at 127.0.0.1:{host.spec['seat']['port']}"
         wait_until(lambda: not find_hosts(host.folder), timeout_s=10, what="it ends")
         assert not (host.folder / "host").exists()
 
