@@ -385,7 +385,6 @@ def test_the_next_coordinator_is_told_who_is_there_once_the_trainers_have_left_t
     assert is_alive(host.pid)
 
     host.take_seat(epoch=8)
-    assert tell_seat(host.folder / "host", Seat(epoch=2, host="127.0.0.1", port=9))  # late news of one in between
     assert host.meet() == host.hello  # its process, its keeper and so the snapshots in it are the same
 
     claimed = host.coordinator.expect("claimed", slot="cpu0", group=3)
@@ -393,6 +392,18 @@ def test_the_next_coordinator_is_told_who_is_there_once_the_trainers_have_left_t
     # said before the claim, or it would not have been there to be found
     assert [m["outcome"] for m in host.coordinator.messages if m["kind"] == "ended"] == ["lost"]
     assert host.join(8) == host.pid
+
+
+def test_late_news_of_an_older_coordinator_is_no_news(patient_host):
+    host = patient_host
+    host.leave_seat()
+    newer, older = host.sit_down(epoch=8), Seat(epoch=2, host="127.0.0.1", port=9)
+    starter = host.connect()
+    os.kill(host.hello["pid"], signal.SIGSTOP)  # it will hear both at once
+    for seat in (newer, older):
+        starter.link.send("seat", seat=asdict(seat))
+    os.kill(host.hello["pid"], signal.SIGCONT)
+    assert host.meet() == host.hello
 
 
 def test_a_trainer_that_does_not_leave_the_world_of_a_dead_coordinator_is_replaced(patient_host):
