@@ -43,7 +43,8 @@ def run_agent(fields: dict[str, Any]) -> None:
                 if group is None:  # once and for all: to a later coordinator this group would be a new one
                     group = int(adapter.call(coordinator.enter_group, place.group_key))
                 relay = partial(_relay, name)
-                _serve_once(_connect(place.node, coordinator, relay), place, group, log, relay)
+                if link := _connect(place.node, coordinator, relay):
+                    _serve_once(link, place, group, log, relay)
         except adapter.ActorGoneError:  # the driver sees to that
             pass
         except Exception:
@@ -81,22 +82,22 @@ def _relay(coordinator_name: str, lines: list[str]) -> None:
         adapter.post(coordinator.relay, lines)
 
 
-def _connect(node: str, coordinator: Any, relay: Callable[[list[str]], None]) -> Link:
-    """Connect to the node's host; start one if there is none.
+def _connect(node: str, coordinator: Any, relay: Callable[[list[str]], None]) -> Link | None:
+    """Connect to the node's host, started now if there is none; None if it cannot start, of which the driver is told.
 
     Raises:
         ActorGoneError: nobody knows any more where the host would have to report.
     """
-    while True:
-        host_fields = adapter.call(coordinator.get_host_fields)
-        if link := connect(get_host_folder(node, host_fields["session"]) / "socket"):
-            return link
-        try:
-            start_host(node, host_fields)
-        except SolventError as error:
-            relay([f"{node[:8]} {error}"])
-            time.sleep(_FAILED_START_S)
-        time.sleep(RETRY_S)
+    host_fields = adapter.call(coordinator.get_host_fields)
+    folder = get_host_folder(node, host_fields["session"])
+    if link := connect(folder):
+        return link
+    try:
+        start_host(node, host_fields)
+    except SolventError as error:
+        relay([f"{node[:8]} {error}"])
+        time.sleep(_FAILED_START_S)
+    return connect(folder)
 
 
 def _take(message: Message, log: "_LogTail") -> list[str]:

@@ -43,19 +43,20 @@ def take_folder(folder: Path) -> bool:
     return False
 
 
+def write_to(log: Path) -> None:
+    """Append what this process says, standard output and error, to a log from now on."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
+
+
 class Starter:
     """A daemon's last tie to the process that started it: a pipe on which that one waits for good or bad news."""
 
     def __init__(self) -> None:
         """Take over standard output, from which the starter reads."""
         self._pipe: int | None = os.dup(1)
-
-    def leave(self, *, log: Path) -> None:
-        """Write to a log (appended to) from now on."""
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        os.close(output)
 
     def tell_ready(self) -> None:
         """Let the starter go on."""

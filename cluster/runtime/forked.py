@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from cluster.runtime.daemon import write_to
 from cluster.runtime.link import Link, Message
 from elastic.checkpoint.keeping import KeeperProcess
 
@@ -93,9 +94,7 @@ def _live(run: Callable[[], None], *, env: dict[str, str], log: Path, parent_pid
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent_pid:
             os._exit(1)
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
+        write_to(log)
         os.environ.update(env)
         run()
         code = 0

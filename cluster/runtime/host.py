@@ -19,7 +19,6 @@ A coordinator that dies leaves all of this as it is: the world trains on until a
 is told who is here once the trainers have left the world that it does not know.
 """
 
-import contextlib
 import gc
 import json
 import os
@@ -35,9 +34,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from cluster.runtime.daemon import Starter, detach, take_folder
+from cluster.runtime.daemon import Starter, detach, take_folder, write_to
 from cluster.runtime.forked import Trainer, fork_trainer
-from cluster.runtime.link import Link, Message
+from cluster.runtime.link import Link, Message, listen
 from cluster.runtime.priority import AHEAD, take_priority_of
 from cluster.runtime.seat import Seat, tell_seat
 from cluster.types import get_leave_limit_s
@@ -534,7 +533,7 @@ def main() -> None:
             return
         time.sleep(_RETRY_S)  # it warms up
     try:
-        starter.leave(log=folder / "host.log")
+        write_to(folder / "host.log")
         host = _start(spec, folder)
         starter.tell_ready()
         host.serve()
@@ -566,12 +565,7 @@ def _start(spec: HostSpec, folder: Path) -> Host:
     _log(f"warm after {time.monotonic() - started_s:.1f} s with {num_threads} thread(s)")
     is_keeping = spec.config["checkpoint"]["memory"] != "off"
     keeper = _start_keeper(spec) if is_keeping else None
-    listener = socket.socket(socket.AF_UNIX)
-    with contextlib.suppress(FileNotFoundError):
-        (folder / "socket").unlink()
-    listener.bind(str(folder / "socket"))
-    listener.listen()
-    return Host(spec=spec, raylet_pidfd=raylet_pidfd, listener=listener, keeper=keeper, seat=spec.seat)
+    return Host(spec=spec, raylet_pidfd=raylet_pidfd, listener=listen(folder), keeper=keeper, seat=spec.seat)
 
 
 if __name__ == "__main__":

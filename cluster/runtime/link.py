@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 Message = dict[str, Any]
+_SOCKET = "socket"
 
 
 class Link:
@@ -56,11 +57,21 @@ class Link:
         self._sock.close()
 
 
-def connect(path: Path) -> Link | None:
-    """Connect to whoever listens on a Unix socket; None if nobody does."""
+def listen(folder: Path) -> socket.socket:
+    """Return a socket that listens in a folder, in place of one that did before."""
+    path = folder / _SOCKET
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+    return listener
+
+
+def connect(folder: Path) -> Link | None:
+    """Connect to whoever listens in a folder; None if nobody does."""
     sock = socket.socket(socket.AF_UNIX)
     try:
-        sock.connect(str(path))
+        sock.connect(str(folder / _SOCKET))
     except OSError:
         sock.close()
         return None

@@ -21,7 +21,7 @@ def tell_seat(folder: Path, seat: Seat) -> bool:
 
     It keeps to the newest coordinator that it was told of.
     """
-    link = connect(folder / "socket")
+    link = connect(folder)
     if link is None:
         return False
     is_told = link.send("seat", seat=asdict(seat))

@@ -45,7 +45,7 @@ def find_older(folder: Path, session: str) -> list[Path]:
 def _end_older(folder: Path, session: str) -> None:
     """Tell hosts that the run had before that nobody will come for them: they are in the way of this one."""
     for older in find_older(folder, session):
-        if link := connect(older / "socket"):
+        if link := connect(older):
             link.send("abandoned")
             link.close()
 

@@ -108,7 +108,7 @@ class Coordinator:
         self.keeper = self.expect("host")["keeper"]
         self.agents = []
         for slot in slots:
-            agent = connect(folder / "host" / "socket")
+            agent = connect(folder / "host")
             assert agent
             self.agents.append(agent)
             devices = {"CUDA_VISIBLE_DEVICES": GPUS[0 if share else int(slot.removeprefix("gpu"))]} if IS_GPU else {}

@@ -106,7 +106,7 @@ class HostUnderTest:
 
     def connect(self):
         """Return a new connection of an agent."""
-        agent = Peer(connect(self.folder / "host" / "socket"))
+        agent = Peer(connect(self.folder / "host"))
         self.agents.append(agent)
         return agent
 

@@ -2,12 +2,11 @@
 
 import os
 import signal
-import socket
 import time
 
 import pytest
 
-from cluster.runtime.link import Link
+from cluster.runtime.link import connect
 from elastic.rundir import read_rows
 from tests.ray._runs import Run
 from tests.ray._traces import find_agents, find_at_work, find_processes, find_trainers, wait_until
@@ -56,14 +55,13 @@ def test_a_slot_that_a_whole_group_has_left_out_ends_after_the_lease_and_nobody_
     """An agent of an older group takes it late, and ends."""
     nodes = running.nodes
     at_work = find_at_work(nodes.folder)
-    folder = next(nodes.folder.glob("solvent-*"))
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.connect(str(folder / "socket"))
-        claim = {"group": 0, "group_size": 3, "pid": os.getpid(), "slot": "cpu9", "env": {}}
-        Link(sock).send("claim", **claim)
-        wait_until(lambda: len(find_trainers(nodes.folder)) == 4, timeout_s=20, what="a trainer of its own")
-        time.sleep(LEASE_S + 2)
-        assert len(find_trainers(nodes.folder)) == 4  # its agent lives
+    agent = connect(next(nodes.folder.glob("solvent-*")))
+    claim = {"group": 0, "group_size": 3, "pid": os.getpid(), "slot": "cpu9", "env": {}}
+    agent.send("claim", **claim)
+    wait_until(lambda: len(find_trainers(nodes.folder)) == 4, timeout_s=20, what="a trainer of its own")
+    time.sleep(LEASE_S + 2)
+    assert len(find_trainers(nodes.folder)) == 4  # its agent lives
+    agent.close()
     start_s = time.monotonic()
     wait_until(lambda: len(find_trainers(nodes.folder)) == 3, timeout_s=LEASE_S + 10, what="the end of its trainer")
     assert time.monotonic() - start_s > LEASE_S - 2  # the last renewal may have been before
