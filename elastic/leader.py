@@ -27,6 +27,7 @@ from elastic.epochs import (
     take_epoch,
 )
 from elastic.errors import StaleEpochError, StorageError
+from elastic.processes import find_running
 from elastic.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -282,15 +283,8 @@ def _get_machine() -> str:
 
 
 def _get_start_time(pid: int) -> int | None:
-    """Return when a process started, in clock ticks after boot; None if it has ended.
-
-    Source: proc(5), field 22 of /proc/<pid>/stat; the command in field 2 may hold anything but ends with `)`.
-    """
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
+    process = find_running(pid)
+    return process.started if process else None
 
 
 def _explain(storage: Storage, error: OSError) -> StorageError:

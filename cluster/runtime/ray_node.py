@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from elastic.processes import find_running, list_processes
+
 _LOOK_S = 0.5
 _FIRST_BACKOFF_S = 1.0
 _MOST_BACKOFF_S = 30.0
@@ -99,12 +101,13 @@ class _Node:
         if self.process.poll() is not None:
             return False
         if not self._raylet:
-            self._raylet = _find_child(self.process.pid, "raylet")
+            children = (process for process in list_processes() if process.parent == self.process.pid)
+            self._raylet = next((process.pid for process in children if process.name == "raylet"), 0)
             if self._raylet:
                 with contextlib.suppress(OSError):  # it has just ended
                     self._log = Path(f"/proc/{self._raylet}/fd/1").readlink()
             return True
-        return _get_name(self._raylet) == "raylet"
+        return self._has_raylet()
 
     def is_watched(self) -> bool:
         """Whether a run's watch is here: its coordinator takes it away once the run needs nothing of this node."""
@@ -112,7 +115,7 @@ class _Node:
 
     def end_raylet(self) -> None:
         """Take the node out of its cluster at once; the command ends with it."""
-        if self._raylet and _get_name(self._raylet) == "raylet":
+        if self._raylet and self._has_raylet():
             os.kill(self._raylet, signal.SIGTERM)
 
     def find_drain_deadline(self) -> float | None:
@@ -129,6 +132,10 @@ class _Node:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
         self.process.wait()
+
+    def _has_raylet(self) -> bool:
+        raylet = find_running(self._raylet)
+        return raylet is not None and raylet.name == "raylet"
 
 
 def _leave(node: _Node, plan: NodePlan, told: _Signals, say: Callable[[str], None]) -> int:
@@ -163,31 +170,11 @@ def _wait_for_head(plan: NodePlan, told: _Signals, say: Callable[[str], None]) -
     return not told.leave.is_set()
 
 
-def _find_child(pid: int, name: str) -> int:
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            before, _, after = stat.read_text().rpartition(")")
-        except OSError:  # it has just ended
-            continue
-        if before.partition("(")[2] == name and int(after.split()[1]) == pid:
-            return int(stat.parent.name)
-    return 0
-
-
 def _find_commands(parent: int) -> list[bytes]:
     """Return the command lines of a process's children."""
     found: list[bytes] = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has just ended
-            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
-                found.append((stat.parent / "cmdline").read_bytes())
+    for process in list_processes():
+        if process.parent == parent:
+            with contextlib.suppress(OSError):  # it has just ended
+                found.append(Path(f"/proc/{process.pid}/cmdline").read_bytes())
     return found
-
-
-def _get_name(pid: int) -> str:
-    """Return the name of a living process; empty if it has ended."""
-    try:
-        before, _, after = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
-    except OSError:
-        return ""
-    return "" if after.split()[0] in "ZX" else before.partition("(")[2]

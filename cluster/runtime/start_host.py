@@ -14,6 +14,7 @@ from cluster.runtime.daemon import READY
 from cluster.runtime.link import connect
 from cluster.runtime.seat import Seat, tell_seat
 from elastic.errors import SolventError
+from elastic.processes import find_running
 
 SUBREAPER = "RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper"
 _RUN_DIGITS = 8
@@ -74,7 +75,7 @@ def start_host(node: str, fields: dict[str, Any]) -> None:
     session = fields.pop("session")
     folder = get_host_folder(node, session)
     raylet_pid = adapter.get_raylet_pid()
-    if not _is_running(raylet_pid) or tell_seat(folder, Seat(**fields["seat"])):
+    if not find_running(raylet_pid) or tell_seat(folder, Seat(**fields["seat"])):
         return
     _end_older(folder, session)
     facts = {"node": node, "node_ip": adapter.get_own_ip(), "folder": str(folder), "raylet_pid": raylet_pid}
@@ -106,11 +107,3 @@ def launch_host(spec: dict[str, Any], env: Mapping[str, str]) -> None:
     )
     if ended.stdout.splitlines()[-1:] != [READY]:
         raise SolventError(f"no host could start in {spec['folder']}: {ended.stdout.strip()[-_MOST_TOLD:]}")
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in "ZX"  # ended, but not yet reaped by its parent

@@ -16,6 +16,7 @@ from elastic.checkpoint.arena import allocate_arena
 from elastic.checkpoint.holdings import Snapshot
 from elastic.checkpoint.keeping import KeeperClient, RemoteKeeper, start_keeper
 from elastic.checkpoint.wire import Channel, WireError, connect
+from elastic.processes import find_running
 
 SECRET = "s3cret"
 SIZE = 300_000
@@ -234,14 +235,7 @@ def test_a_keeper_ends_with_its_owner_and_leaves_nothing():
         pid = int(owner.stdout.readline())
         assert not set(os.listdir("/dev/shm")) - before  # noqa: PTH208
         owner.kill()
-    wait_until(lambda: not is_running(pid), "the keeper has ended")
-
-
-def is_running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
+    wait_until(lambda: not find_running(pid), "the keeper has ended")
 
 
 def test_bytes_that_are_no_message_end_the_connection():

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from elastic.processes import find_running
 from tests.ray._traces import find_processes, get_parent
 
 EVERY_S = 1.0
@@ -136,12 +137,14 @@ class LeakWatch:
                         self._take(pid, role, row)
 
     def _take(self, pid: int, role: str, row: dict[str, Any]) -> None:
-        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]  # pids are given out again
+        process = find_running(pid)
+        if process is None:
+            return
         kinds = count_descriptors(pid)
         sample = Sample(
             attempt=row["attempt"], world_size=row["world_size"], descriptors=kinds.total(), kinds=dict(kinds)
         )
-        holder = self._holders.setdefault((pid, started), Holder(role=role, pid=pid))
+        holder = self._holders.setdefault((pid, process.started), Holder(role=role, pid=pid))
         known = holder.samples.get(sample.attempt)
         if known is None or sample.descriptors < known.descriptors:
             holder.samples[sample.attempt] = sample

@@ -9,6 +9,7 @@ import urllib.request
 from pathlib import Path
 
 from cluster.runtime.ray_token import MODE
+from elastic.processes import list_processes
 from tests.ray._network import Network
 from tests.ray._nodes import get_env
 from tests.ray._runs import SOLVENT
@@ -129,14 +130,10 @@ def get_free_ports(count: int) -> list[int]:
 
 def find_tree(pid: int) -> list[int]:
     """Return a process and all that came from it, oldest first."""
-    parents: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            after = stat.read_text().rpartition(")")[2]
-        except OSError:
-            continue
-        parents.setdefault(int(after.split()[1]), []).append(int(stat.parent.name))
+    children: dict[int, list[int]] = {}
+    for process in list_processes():
+        children.setdefault(process.parent, []).append(process.pid)
     found = [pid]
     for parent in found:
-        found += parents.get(parent, [])
+        found += children.get(parent, [])
     return found

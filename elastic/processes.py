@@ -1,0 +1,49 @@
+"""The processes of this machine, as Linux tells them in /proc/<pid>/stat: proc(5)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_PROC = Path("/proc")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """One process as it was when it was looked at."""
+
+    pid: int
+    name: str
+    """The first 15 bytes of its program's name, or what it has named itself since."""
+    parent: int
+    started: int
+    """Clock ticks after boot: with it, a number that was given out again is not mistaken."""
+    has_ended: bool
+    """Its parent has not taken note yet."""
+
+
+def find_running(pid: int) -> Process | None:
+    """Return a process; None once it has ended."""
+    process = _read(pid)
+    return None if process is None or process.has_ended else process
+
+
+def list_processes() -> Iterator[Process]:
+    """Yield all processes, those that have just ended too."""
+    for folder in _PROC.glob("[0-9]*"):
+        if process := _read(int(folder.name)):
+            yield process
+
+
+def _read(pid: int) -> Process | None:
+    try:
+        before, _, after = (_PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")
+    except OSError:  # nobody has this number
+        return None
+    fields = after.split()  # from the third on; the name before may hold anything
+    return Process(
+        pid=pid,
+        name=before.partition("(")[2],
+        parent=int(fields[1]),
+        started=int(fields[19]),
+        has_ended=fields[0] in "ZX",
+    )
