@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Set
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from cluster import controller
@@ -69,6 +69,8 @@ from elastic.storage import is_url
 
 WATCH_EVERY_S = 0.5
 RENEW_EVERY_S = 1.0
+_RETURN_S = 3.0
+"""Hosts that live come by themselves to who follows their coordinator; only after this are others started."""
 _GROUPS_PER_EPOCH = 1_000_000
 """More than any coordinator will see: the numbers of its worker groups are above those of the one before."""
 DRIVER_BUSY_S = 5.0
@@ -81,6 +83,8 @@ class Session:
 
     id: str
     secret: str = field(repr=False)
+    port: int = 0
+    """Of the coordinator before, where the hosts look for the next one until they are told of another place."""
 
 
 class Coordinator:
@@ -113,6 +117,7 @@ class Coordinator:
         self._ip = adapter.get_own_ip()
         self._hosts = Hosts(
             self._ip,
+            port=session.port,
             secret=session.secret,
             on_ready=self._take_host,
             on_message=self._hear,
@@ -134,6 +139,7 @@ class Coordinator:
             failures=self._books.failures,
         )
         self._session = session
+        self._follows = lost_s is not None
         self._first_epoch = self._leader.epoch
         self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._out = Published()
@@ -203,7 +209,7 @@ class Coordinator:
 
     def get_session(self) -> Session:
         """Return what whoever follows this coordinator must have, for a driver that did not create it."""
-        return self._session
+        return replace(self._session, port=self._hosts.port)
 
     def get_host_fields(self) -> dict[str, Any]:
         """Return what `start_host` needs beside the node's own facts."""
@@ -421,12 +427,13 @@ class Coordinator:
         """Follow Ray's view of the nodes: pre-warm and watch new ones, announce draining ones, book dead ones."""
         started: dict[str, float] = {}
         announced: dict[str, float | None] = {}
+        start_from_s = time.time() + (_RETURN_S if self._follows else 0.0)
         while not self._closing:
             now_s = time.time()
             nodes = {node.id: node for node in adapter.get_worker_nodes(self._config.cluster)}
             self._books.follow_nodes(nodes, now_s)
             self._labels = {node.id: NodeLabels(zone=node.zone, capacity=node.capacity) for node in nodes.values()}
-            for node_id in nodes.keys() - self._hosts.get_pids().keys():
+            for node_id in nodes.keys() - self._hosts.get_pids().keys() if now_s >= start_from_s else ():
                 if now_s - started.get(node_id, 0.0) > self._config.fault.lease_s / 6:  # a host looks for us for a half
                     started[node_id] = now_s
                     adapter.run_on_node(node_id, start_host, node_id, self.get_host_fields())

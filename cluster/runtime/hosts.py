@@ -1,5 +1,6 @@
 """The coordinator's connections to the hosts, one per node: who is there, and who has gone, with a FIN or without."""
 
+import errno
 import secrets
 import selectors
 import socket
@@ -37,6 +38,7 @@ class Hosts:
 
     Args:
         ip: of this node, where it listens.
+        port: where hosts look for us, unless it is taken; 0: any.
         secret: what a host must know.
         on_ready: takes the node of a host that has come.
         on_message: takes a node and what its host says of trainers and claims.
@@ -47,6 +49,7 @@ class Hosts:
         self,
         ip: str,
         *,
+        port: int = 0,
         secret: str,
         on_ready: Callable[[str], None],
         on_message: Callable[[str, Message], None],
@@ -54,7 +57,7 @@ class Hosts:
     ) -> None:
         self._secret = secret
         self._on_ready, self._on_message, self._on_gone = on_ready, on_message, on_gone
-        self._listener = socket.create_server((ip, 0))
+        self._listener = _listen(ip, port)
         self.port: int = self._listener.getsockname()[1]
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
@@ -170,6 +173,15 @@ class Hosts:
             del self._hosts[host.node]
             self._lost_s[host.node] = time.monotonic()
             self._on_gone(host.node, reason)
+
+
+def _listen(ip: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((ip, port))
+    except OSError as error:
+        if not port or error.errno != errno.EADDRINUSE:
+            raise
+        return socket.create_server((ip, 0))
 
 
 def _to_address(value: Sequence[Any] | None) -> Address | None:

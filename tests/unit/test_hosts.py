@@ -17,13 +17,14 @@ SECRET = "s3cret"
 class Served:
     """Hosts, and what they called back with."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.ready: list[str] = []
         self.messages: list[tuple[str, dict]] = []
         self.gone: list[tuple[str, str]] = []
         self.links: list[Link] = []
         self.hosts = Hosts(
             "127.0.0.1",
+            port=port,
             secret=SECRET,
             on_ready=self.ready.append,
             on_message=lambda node, message: self.messages.append((node, message)),
@@ -141,3 +142,19 @@ def test_another_thread_s_wake_ends_the_wait(served):
     start_s = time.monotonic()
     served.hosts.serve(timeout_s=5)
     assert time.monotonic() - start_s < 4
+
+
+def test_who_follows_a_coordinator_is_found_where_that_one_was_unless_it_is_still_there():
+    first = Served()
+    port = first.hosts.port
+    first.join("n1")
+    first.serve_until(lambda: first.ready)
+    beside = Served(port)
+    assert beside.hosts.port not in (0, port)
+    beside.close()
+    first.close()
+    after = Served(port)
+    assert after.hosts.port == port
+    after.join("n1")
+    after.serve_until(lambda: after.ready)
+    after.close()
