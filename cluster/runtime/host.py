@@ -114,7 +114,9 @@ class Host:
     seat: Seat
     """The newest that it was told of."""
     coordinator: Link | None = None
-    """None while there is none; what it would be told is dropped, and it is told how things stand when it is there."""
+    """None while nobody listens where it should be."""
+    is_led: bool = False
+    """The coordinator has answered. Until then what it would be told is dropped; then it is told how things stand."""
     lost_s: float = field(default_factory=time.monotonic)
     """Since when there is none."""
     has_reported: bool = False
@@ -142,11 +144,11 @@ class Host:
                 if key.fd in self.selector.get_map():  # an earlier event of this round may have closed it
                     key.data()
             now_s = time.monotonic()
-            if self.coordinator is None:
+            if not self.is_led:
                 self._look_for_coordinator(now_s)
             elif now_s >= next_beat_s:
                 next_beat_s = now_s + BEAT_S
-                self._beat(self.coordinator)
+                self._beat()
             self.awake_s += min(now_s - last_s, BEAT_S)
             last_s = now_s
             self._expire_leases()
@@ -183,9 +185,8 @@ class Host:
             if message["kind"] == "claim":
                 self._claim(agent, message)
             elif message["kind"] == "seat":
-                seat = Seat(**message["seat"])
-                self.seat = max(self.seat, seat, key=lambda seat: seat.epoch)
-            elif message["kind"] == "abandoned" and self.coordinator is None:  # by who starts hosts for the run anew
+                self._take_seat(Seat(**message["seat"]))
+            elif message["kind"] == "abandoned" and not self.is_led:  # by who starts hosts for the run anew
                 self.end("its coordinator ended, and the run has other hosts by now")
 
     def _claim(self, agent: Link, message: Message) -> None:
@@ -246,12 +247,14 @@ class Host:
     # ---- coordinator
 
     def _look_for_coordinator(self, now_s: float) -> None:
-        """Report to whoever has the seat; end if nobody has had it for too long."""
+        """Ask whoever has the seat; end if nobody has had it for too long."""
         looked_s = now_s - self.lost_s
         if self.has_reported and looked_s > self.spec.lease_s / 2:
             self.end("its coordinator ended")
         if not self.has_reported and looked_s > _FIRST_REPORT_S:
             self.end(f"no coordinator answers at {self.seat.host}:{self.seat.port}")
+        if self.coordinator is not None:  # it has yet to answer
+            return
         try:
             connection = socket.create_connection((self.seat.host, self.seat.port), timeout=_CONNECT_S)
         except OSError:  # it is the seat of one that is gone
@@ -260,7 +263,24 @@ class Host:
         self.coordinator, self.has_reported = Link(connection), True
         self._watch(self.coordinator, self._hear_coordinator)
         address = (self.spec.node_ip, self.keeper.port) if self.keeper else None
-        self._tell("host", node=self.spec.node, secret=self.spec.secret, pid=os.getpid(), keeper=address)
+        self.coordinator.send("host", node=self.spec.node, secret=self.spec.secret, pid=os.getpid(), keeper=address)
+
+    def _take_seat(self, seat: Seat) -> None:
+        """Look for the coordinator where its newest seat is."""
+        if seat.epoch <= self.seat.epoch:
+            return
+        has_moved = (seat.host, seat.port) != (self.seat.host, self.seat.port)
+        self.seat = seat
+        if has_moved and self.coordinator is not None:
+            self._lose_coordinator()
+
+    def _enter_service(self, now_s: float) -> None:
+        """Have the trainers leave a world that this coordinator does not know, and tell it who is here.
+
+        Not before it has answered: where one has just been killed, the kernel may still take a connection in its name,
+        and the world that trains on must not end for nobody.
+        """
+        self.is_led = True
         for place in self.places.values():
             place.is_told = False
             trainer = place.trainer
@@ -273,9 +293,11 @@ class Host:
     def _lose_coordinator(self) -> None:
         """Go on without it for a while: another one may take its seat."""
         assert self.coordinator is not None
-        _log("the coordinator is gone")
         self._unwatch(self.coordinator)
-        self.coordinator, self.lost_s = None, time.monotonic()
+        self.coordinator = None
+        if self.is_led:
+            _log("the coordinator is gone")
+            self.is_led, self.lost_s = False, time.monotonic()
 
     def _end_stragglers(self, now_s: float) -> None:
         """End trainers that do not leave the world of a coordinator that is gone; others take their places."""
@@ -284,15 +306,15 @@ class Host:
             if trainer and trainer.leave_until_s is not None and now_s > trainer.leave_until_s and not trainer.killed:
                 trainer.kill()
 
-    def _beat(self, coordinator: Link) -> None:
+    def _beat(self) -> None:
         """Give a sign of life, and say whose agents hold the slots now."""
         holders = {place.name: place.get_holder() for place in self.places.values()}
-        if not coordinator.send("beat", holders=holders):
+        if not self._tell("beat", holders=holders):
             self._lose_coordinator()
 
     def _tell(self, kind: str, **fields: object) -> bool:
-        """Tell the coordinator, if there is one."""
-        return self.coordinator is not None and self.coordinator.send(kind, **fields)
+        """Tell the coordinator, if there is one that has answered."""
+        return self.is_led and self.coordinator is not None and self.coordinator.send(kind, **fields)
 
     def _hear_coordinator(self) -> None:
         assert self.coordinator is not None
@@ -301,6 +323,9 @@ class Host:
             self._lose_coordinator()
             return
         for message in messages:
+            if message["kind"] == "welcome":
+                self._enter_service(time.monotonic())
+                continue
             if message["kind"] == "end":
                 if message["forget"]:
                     shutil.rmtree(self.spec.disk, ignore_errors=True)

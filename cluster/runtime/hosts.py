@@ -143,6 +143,7 @@ class Hosts:
         self._hosts[host.node] = host
         self._lost_s.pop(host.node, None)
         self._selector.register(link, selectors.EVENT_READ, lambda: self._hear(host))
+        link.send("welcome")
         self._on_ready(host.node)
         self._hear_all(host, messages[1:] if messages else [])
 

@@ -106,6 +106,7 @@ class Coordinator:
         listener.settimeout(120)
         self.link = Link(listener.accept()[0])
         self.keeper = self.expect("host")["keeper"]
+        self.link.send("welcome")
         self.agents = []
         for slot in slots:
             agent = connect(folder / "host")

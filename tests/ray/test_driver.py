@@ -13,7 +13,7 @@ import pytest
 
 from cluster.ledger import check_tiling, read_ledger
 from elastic.attempts import final_rows
-from elastic.rundir import RunDir, read_rows
+from elastic.rundir import RunDir, parse_utc, read_rows
 from tests.ray._exact import read_losses, read_samples
 from tests.ray._nodes import get_env, open_nodes
 from tests.ray._runs import Run
@@ -225,6 +225,7 @@ def test_a_coordinator_that_dies_is_followed_by_another_under_which_the_same_tra
     agents = find_agents(nodes.folder)
     step = run.last_row()["step"]
     kill_coordinator(run)
+    killed_s = time.time()
 
     run.wait_for(lambda: run.last_row()["attempt"] == 2, timeout_s=180, what="the world of another coordinator")
     run.wait_for_step(run.last_row()["step"] + 20)
@@ -239,6 +240,8 @@ def test_a_coordinator_that_dies_is_followed_by_another_under_which_the_same_tra
     first, second = read_rows(run.dir.attempts)
     assert (first["end"], first["change"], first["world_size"]) == ("lost", "coordinator_lost", 2)
     assert first["last_step"] >= step
+    # another coordinator needs seconds, in which the world trains on
+    assert max(parse_utc(row["time_utc"]) for row in run.rows() if row["attempt"] == 1) > killed_s + 1
     assert (second["resumed_from"], second["end"]) == ("memory", "interrupted")
     assert second["first_step"] + second["lost_steps"] == first["last_step"] + 1
     (incident,) = read_rows(run.dir.incidents)

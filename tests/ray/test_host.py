@@ -94,7 +94,13 @@ class HostUnderTest:
         assert tell_seat(self.folder / "host", self.sit_down(epoch))
 
     def meet(self):
-        """Let the host come; return what it says first."""
+        """Let the host come, and take it; return what it says first."""
+        hello = self.listen()
+        self.coordinator.link.send("welcome")
+        return hello
+
+    def listen(self):
+        """Let the host come, but do not answer; return what it says."""
         self.coordinator = Peer(Link(self.listener.accept()[0]))
         return self.coordinator.expect("host")
 
@@ -391,6 +397,23 @@ def test_the_next_coordinator_is_told_who_is_there_once_the_trainers_have_left_t
     assert (claimed["group_size"], claimed["pid"]) == (1, 1)
     # said before the claim, or it would not have been there to be found
     assert [m["outcome"] for m in host.coordinator.messages if m["kind"] == "ended"] == ["lost"]
+    assert host.join(8) == host.pid
+
+
+def test_trainers_stay_in_their_world_until_the_next_coordinator_has_answered(patient_host):
+    host = patient_host
+    host.coordinator.link.close()
+    assert host.listen() == host.hello  # as where the kernel still takes connections for a process that it ends
+    for _ in range(5):
+        host.coordinator.read(0.2)
+    assert host.coordinator.messages == []
+
+    with host.listener, host.coordinator.link._sock:  # it need not wait for the end of the one that does not answer
+        host.take_seat(epoch=8)
+        host.meet()
+    # said now, or it would not be heard: nobody is told of what happens before an answer
+    assert host.coordinator.expect("ended", slot="cpu0", attempt=7)["outcome"] == "lost"
+    host.coordinator.expect("claimed", slot="cpu0", group=3)
     assert host.join(8) == host.pid
 
 
