@@ -223,10 +223,17 @@ class SelfDrainLog:
         return self._found
 
 
-def run_on_node(node: str, function: Callable[..., Any], *args: object) -> None:
-    """Run a function once on a node, without waiting for it and without taking any of its resources."""
-    pin = NodeAffinitySchedulingStrategy(node, soft=False)
-    ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=pin).remote(*args)
+class NodeTask:
+    """A function that runs once on a node, without taking any of its resources."""
+
+    def __init__(self, node: str, function: Callable[..., Any], *args: object) -> None:
+        pin = NodeAffinitySchedulingStrategy(node, soft=False)
+        options = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": pin}
+        self._result: Any = ray.remote(function).options(**options).remote(*args)
+
+    def is_over(self) -> bool:
+        """Whether it has returned, failed, or can never run as its node is gone."""
+        return bool(ray.wait([self._result], timeout=0)[0])
 
 
 def create_on_node(node: str, cls: type, kwargs: dict[str, Any]) -> Any:

@@ -87,6 +87,12 @@ class Session:
     """Of the coordinator before, where the hosts look for the next one until they are told of another place."""
 
 
+@dataclass(frozen=True)
+class _HostStart:
+    since_s: float
+    task: adapter.NodeTask
+
+
 class Coordinator:
     """See the module; public methods are the actor's interface."""
 
@@ -425,7 +431,7 @@ class Coordinator:
 
     def _watch_ray(self) -> None:
         """Follow Ray's view of the nodes: pre-warm and watch new ones, announce draining ones, book dead ones."""
-        started: dict[str, float] = {}
+        starts: dict[str, _HostStart] = {}
         announced: dict[str, float | None] = {}
         start_from_s = time.time() + (_RETURN_S if self._follows else 0.0)
         while not self._closing:
@@ -433,10 +439,8 @@ class Coordinator:
             nodes = {node.id: node for node in adapter.get_worker_nodes(self._config.cluster)}
             self._books.follow_nodes(nodes, now_s)
             self._labels = {node.id: NodeLabels(zone=node.zone, capacity=node.capacity) for node in nodes.values()}
-            for node_id in nodes.keys() - self._hosts.get_pids().keys() if now_s >= start_from_s else ():
-                if now_s - started.get(node_id, 0.0) > self._config.fault.lease_s / 6:  # a host looks for us for a half
-                    started[node_id] = now_s
-                    adapter.run_on_node(node_id, start_host, node_id, self.get_host_fields())
+            if now_s >= start_from_s:
+                self._start_hosts(nodes.keys(), starts, now_s)
             draining = {node: deadline_s for node, deadline_s in adapter.get_draining_nodes().items() if node in nodes}
             for node_id, deadline_s in draining.items():
                 if node_id in self._told_by_watch:  # it knows the reason, and the deadline before Ray does
@@ -446,6 +450,18 @@ class Coordinator:
                     self._post(Draining(node=node_id, deadline_s=deadline_s, reason="preemption notice"))
             self._watches.follow(nodes.keys(), clear=self._find_clear(draining.keys()))
             time.sleep(WATCH_EVERY_S)
+
+    def _start_hosts(self, nodes: Set[str], starts: dict[str, "_HostStart"], now_s: float) -> None:
+        """Start a host on each node that lacks one.
+
+        A start that goes on is waited for. Each takes a process of Ray's, which imports for seconds: on a slow machine
+        one more would make all of them slower, until there is time for nothing else.
+        """
+        every_s = self._config.fault.lease_s / 6  # one that has lost its coordinator looks for the next for a half
+        for node in nodes - self._hosts.get_pids().keys():
+            start = starts.get(node)
+            if start is None or (start.task.is_over() and now_s - start.since_s > every_s):
+                starts[node] = _HostStart(now_s, adapter.NodeTask(node, start_host, node, self.get_host_fields()))
 
     def _find_clear(self, leaving: Set[str]) -> set[str]:
         """Return which nodes that leave are not needed any more.

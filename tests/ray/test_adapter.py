@@ -98,6 +98,24 @@ def is_silent(actor) -> bool:
     return False
 
 
+def test_a_task_on_a_node_is_over_once_it_has_returned_or_failed_or_its_node_is_not_there(connected, tmp_path):
+    def write_where_and_wait(folder) -> None:
+        (folder / "where").write_text(ray.get_runtime_context().get_node_id())
+        while not (folder / "go").exists():
+            time.sleep(0.05)
+        raise SolventError("it fails")
+
+    node = connected.ids[1]
+    task = adapter.NodeTask(node, write_where_and_wait, tmp_path)
+    wait_until((tmp_path / "where").exists, timeout_s=60, what="it runs")
+    assert (tmp_path / "where").read_text() == node
+    assert not task.is_over()
+    (tmp_path / "go").touch()
+    wait_until(task.is_over, timeout_s=30, what="it is over")
+    nowhere = adapter.NodeTask("1" * len(node), write_where_and_wait, tmp_path)
+    wait_until(nowhere.is_over, timeout_s=30, what="it cannot run")
+
+
 @pytest.mark.parametrize("spell", [lambda node: "", lambda node: "f" * len(node), bytes.fromhex, str.upper])
 def test_a_node_that_is_not_there_is_not_drained(connected, spell):
     with pytest.raises(SolventError, match="is not in the cluster"):
