@@ -34,6 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from cluster.runtime.coordinator_link import CoordinatorLink
 from cluster.runtime.daemon import Starter, detach, take_folder, write_to
 from cluster.runtime.forked import Trainer, fork_trainer
 from cluster.runtime.link import Link, Message, listen
@@ -43,12 +44,7 @@ from cluster.types import get_leave_limit_s
 from elastic.checkpoint.keeping import KeeperProcess, start_keeper
 
 BEAT_S = 1.0
-_CONNECT_S = 2.0
 _RETRY_S = 0.2
-_FIRST_REPORT_S = 5.0
-"""A host that no coordinator has known came too late, or cannot reach it: whoever leads the run starts another one."""
-_SEND_S = 10.0
-"""A coordinator that takes nothing for this long is gone."""
 _SPARE_AFTER_STEPS = 20
 """A spare trainer rehearses beside one that trains. By then that one has all the GPU memory that it needs."""
 
@@ -111,22 +107,23 @@ class Host:
     listener: socket.socket
     keeper: KeeperProcess | None
     """None: snapshots are not kept in memory."""
-    seat: Seat
-    """The newest that it was told of."""
-    coordinator: Link | None = None
-    """None while nobody listens where it should be."""
-    is_led: bool = False
-    """The coordinator has answered. Until then what it would be told is dropped; then it is told how things stand."""
-    lost_s: float = field(default_factory=time.monotonic)
-    """Since when there is none."""
-    has_reported: bool = False
-    """To any coordinator."""
+    coordinator: CoordinatorLink = field(init=False)
     places: dict[str, Place] = field(default_factory=dict[str, Place])
     selector: selectors.EpollSelector = field(default_factory=selectors.EpollSelector)
     awake_s: float = 0.0
     """Seconds in which this process ran: it must not take its own sleep for the silence of others."""
     renewed_s: float = 0.0
     """When the coordinator last renewed leases, by that clock; one without slots has it renew its own."""
+
+    def __post_init__(self) -> None:
+        """Look for its coordinator from now on."""
+        self.coordinator = CoordinatorLink(
+            self.spec.seat,
+            patience_s=self.spec.lease_s / 2,
+            get_hello=self._get_hello,
+            on_asked=lambda link: self._watch(link, self._hear_coordinator),
+            on_lost=self._lose_coordinator,
+        )
 
     def serve(self) -> NoReturn:
         """Serve agents, trainers and the coordinator until one of the reasons to end comes up."""
@@ -141,11 +138,12 @@ class Host:
         next_beat_s, last_s = 0.0, time.monotonic()
         while True:
             for key, _ in self.selector.select(timeout=BEAT_S / 4):
-                if key.fd in self.selector.get_map():  # an earlier event of this round may have closed it
+                if self.selector.get_map().get(key.fd) is key:  # an earlier event of this round may have closed it
                     key.data()
             now_s = time.monotonic()
-            if not self.is_led:
-                self._look_for_coordinator(now_s)
+            if not self.coordinator.is_led:
+                if reason := self.coordinator.look():
+                    self.end(reason)
             elif now_s >= next_beat_s:
                 next_beat_s = now_s + BEAT_S
                 self._beat()
@@ -185,8 +183,8 @@ class Host:
             if message["kind"] == "claim":
                 self._claim(agent, message)
             elif message["kind"] == "seat":
-                self._take_seat(Seat(**message["seat"]))
-            elif message["kind"] == "abandoned" and not self.is_led:  # by who starts hosts for the run anew
+                self.coordinator.take_seat(Seat(**message["seat"]))
+            elif message["kind"] == "abandoned" and not self.coordinator.is_led:  # by who starts hosts for the run anew
                 self.end("its coordinator ended, and the run has other hosts by now")
 
     def _claim(self, agent: Link, message: Message) -> None:
@@ -216,7 +214,7 @@ class Host:
         trainer = place.trainer
         is_busy = trainer is not None and (not trainer.is_warm or trainer.leave_until_s is not None)
         if place.claim and not place.is_told and not is_busy:
-            place.is_told = self._tell("claimed", **place.claim)
+            place.is_told = self.coordinator.tell("claimed", **place.claim)
 
     def _pick_slot(self, group: int) -> str:
         """Return the first slot that no agent of this group holds (without GPUs, one slot is as good as another)."""
@@ -237,7 +235,7 @@ class Host:
         oldest_s = self.awake_s - self.spec.lease_s
         expired = [place for place in self.places.values() if place.agent is None and place.renewed_s < oldest_s]
         for place in expired:
-            self._tell("expired", slot=place.name)
+            self.coordinator.tell("expired", slot=place.name)
             self._end_trainer(place)
             self._end_spare(place)
             del self.places[place.name]
@@ -246,41 +244,12 @@ class Host:
 
     # ---- coordinator
 
-    def _look_for_coordinator(self, now_s: float) -> None:
-        """Ask whoever has the seat; end if nobody has had it for too long."""
-        looked_s = now_s - self.lost_s
-        if self.has_reported and looked_s > self.spec.lease_s / 2:
-            self.end("its coordinator ended")
-        if not self.has_reported and looked_s > _FIRST_REPORT_S:
-            self.end(f"no coordinator answers at {self.seat.host}:{self.seat.port}")
-        if self.coordinator is not None:  # it has yet to answer
-            return
-        try:
-            connection = socket.create_connection((self.seat.host, self.seat.port), timeout=_CONNECT_S)
-        except OSError:  # it is the seat of one that is gone
-            return
-        connection.settimeout(_SEND_S)
-        self.coordinator, self.has_reported = Link(connection), True
-        self._watch(self.coordinator, self._hear_coordinator)
+    def _get_hello(self) -> Message:
         address = (self.spec.node_ip, self.keeper.port) if self.keeper else None
-        self.coordinator.send("host", node=self.spec.node, secret=self.spec.secret, pid=os.getpid(), keeper=address)
-
-    def _take_seat(self, seat: Seat) -> None:
-        """Look for the coordinator where its newest seat is."""
-        if seat.epoch <= self.seat.epoch:
-            return
-        has_moved = (seat.host, seat.port) != (self.seat.host, self.seat.port)
-        self.seat = seat
-        if has_moved and self.coordinator is not None:
-            self._lose_coordinator()
+        return {"node": self.spec.node, "secret": self.spec.secret, "pid": os.getpid(), "keeper": address}
 
     def _enter_service(self, now_s: float) -> None:
-        """Have the trainers leave a world that this coordinator does not know, and tell it who is here.
-
-        Not before it has answered: where one has just been killed, the kernel may still take a connection in its name,
-        and the world that trains on must not end for nobody.
-        """
-        self.is_led = True
+        """Have the trainers leave a world that this coordinator does not know, and tell it who is here."""
         for place in self.places.values():
             place.is_told = False
             trainer = place.trainer
@@ -290,14 +259,10 @@ class Host:
                 trainer.link.send("leave", attempt=trainer.attempt)
             self._tell_claim(place)
 
-    def _lose_coordinator(self) -> None:
-        """Go on without it for a while: another one may take its seat."""
-        assert self.coordinator is not None
-        self._unwatch(self.coordinator)
-        self.coordinator = None
-        if self.is_led:
+    def _lose_coordinator(self, link: Link) -> None:
+        if self.coordinator.is_led:
             _log("the coordinator is gone")
-            self.is_led, self.lost_s = False, time.monotonic()
+        self._unwatch(link)
 
     def _end_stragglers(self, now_s: float) -> None:
         """End trainers that do not leave the world of a coordinator that is gone; others take their places."""
@@ -309,20 +274,10 @@ class Host:
     def _beat(self) -> None:
         """Give a sign of life, and say whose agents hold the slots now."""
         holders = {place.name: place.get_holder() for place in self.places.values()}
-        if not self._tell("beat", holders=holders):
-            self._lose_coordinator()
-
-    def _tell(self, kind: str, **fields: object) -> bool:
-        """Tell the coordinator, if there is one that has answered."""
-        return self.is_led and self.coordinator is not None and self.coordinator.send(kind, **fields)
+        self.coordinator.tell("beat", holders=holders)
 
     def _hear_coordinator(self) -> None:
-        assert self.coordinator is not None
-        messages = self.coordinator.receive()
-        if messages is None:
-            self._lose_coordinator()
-            return
-        for message in messages:
+        for message in self.coordinator.receive():
             if message["kind"] == "welcome":
                 self._enter_service(time.monotonic())
                 continue
@@ -368,7 +323,7 @@ class Host:
             return
         _log("the keeper is gone; its snapshots with it")
         self.keeper = _start_keeper(self.spec)
-        self._tell("keeper", address=(self.spec.node_ip, self.keeper.port))
+        self.coordinator.tell("keeper", address=(self.spec.node_ip, self.keeper.port))
 
     def _provide_trainer(self, place: Place) -> None:
         """Give a slot that has none a trainer: its spare, if that is ready, else one that is forked now."""
@@ -462,7 +417,7 @@ class Host:
                 case "alive":
                     pass
                 case _:
-                    self._tell("trainer", slot=place.name, attempt=trainer.attempt, message=message)
+                    self.coordinator.tell("trainer", slot=place.name, attempt=trainer.attempt, message=message)
 
     def _tell_silent(self) -> None:
         """Complain in the name of trainers that cannot."""
@@ -475,7 +430,7 @@ class Host:
                 trainer.heard_s = self.awake_s  # the next complaint waits as long
                 _log(f"the trainer of {place.name} is frozen: no sign of life for {silent_s:g} s")
                 stall = {"kind": "stalled", "step": trainer.step, "where": "silent", "waited_s": silent_s}
-                self._tell("trainer", slot=place.name, attempt=trainer.attempt, message=stall)
+                self.coordinator.tell("trainer", slot=place.name, attempt=trainer.attempt, message=stall)
 
     def _wants_spare(self, place: Place) -> bool:
         """Tell whether a trainer that is forked when it is needed would be slow: where code is compiled."""
@@ -519,7 +474,7 @@ class Host:
             self._tell_claim(place)
 
     def _tell_ended(self, slot: str, attempt: int, outcome: str, reason: str, exit_code: int = 1) -> None:
-        self._tell("ended", slot=slot, attempt=attempt, outcome=outcome, reason=reason, exit_code=exit_code)
+        self.coordinator.tell("ended", slot=slot, attempt=attempt, outcome=outcome, reason=reason, exit_code=exit_code)
 
     # ---- plumbing
 
@@ -590,7 +545,7 @@ def _start(spec: HostSpec, folder: Path) -> Host:
     _log(f"warm after {time.monotonic() - started_s:.1f} s with {num_threads} thread(s)")
     is_keeping = spec.config["checkpoint"]["memory"] != "off"
     keeper = _start_keeper(spec) if is_keeping else None
-    return Host(spec=spec, raylet_pidfd=raylet_pidfd, listener=listen(folder), keeper=keeper, seat=spec.seat)
+    return Host(spec=spec, raylet_pidfd=raylet_pidfd, listener=listen(folder), keeper=keeper)
 
 
 if __name__ == "__main__":

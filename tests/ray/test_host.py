@@ -511,12 +511,12 @@ def test_who_starts_a_host_and_is_killed_meanwhile_leaves_a_host_or_nothing(afte
     with prepare_host() as host:
         starter = multiprocessing.get_context("fork").Process(target=host.start)
         starter.start()
-        wait_until(lambda: find_hosts(host.folder), timeout_s=5, what="it begins", every_s=0.001)
+        wait_until(lambda: find_hosts(host.folder), timeout_s=30, what="it begins", every_s=0.001)
         time.sleep(after_s)
         for pid in (starter.pid, *find_hosts(host.folder)):  # as Ray does
             if get_parent(pid) in (os.getpid(), starter.pid):
                 os.kill(pid, signal.SIGKILL)
         starter.join()
         wait_until(
-            lambda: bool(find_hosts(host.folder)) == (host.folder / "host").exists(), timeout_s=5, what="both or none"
+            lambda: bool(find_hosts(host.folder)) == (host.folder / "host").exists(), timeout_s=30, what="both or none"
         )
