@@ -22,7 +22,7 @@ from cluster import controller
 from cluster.node_watch import News
 from cluster.runtime import adapter
 from cluster.runtime.books import open_books
-from cluster.runtime.hosts import HOST_SILENT_S, Hosts
+from cluster.runtime.hosts import HOST_SILENT_S, Hosts, HostStarts
 from cluster.runtime.link import Message
 from cluster.runtime.notices import Watches
 from cluster.runtime.priority import take_priority_of
@@ -85,12 +85,6 @@ class Session:
     secret: str = field(repr=False)
     port: int = 0
     """Of the coordinator before, where the hosts look for the next one until they are told of another place."""
-
-
-@dataclass(frozen=True)
-class _HostStart:
-    since_s: float
-    task: adapter.NodeTask
 
 
 class Coordinator:
@@ -431,7 +425,10 @@ class Coordinator:
 
     def _watch_ray(self) -> None:
         """Follow Ray's view of the nodes: pre-warm and watch new ones, announce draining ones, book dead ones."""
-        starts: dict[str, _HostStart] = {}
+        starts = HostStarts(
+            lambda node: adapter.NodeTask(node, start_host, node, self.get_host_fields()),
+            every_s=self._config.fault.lease_s / 6,  # one that has lost its coordinator looks for the next for a half
+        )
         announced: dict[str, float | None] = {}
         start_from_s = time.time() + (_RETURN_S if self._follows else 0.0)
         while not self._closing:
@@ -440,7 +437,7 @@ class Coordinator:
             self._books.follow_nodes(nodes, now_s)
             self._labels = {node.id: NodeLabels(zone=node.zone, capacity=node.capacity) for node in nodes.values()}
             if now_s >= start_from_s:
-                self._start_hosts(nodes.keys(), starts, now_s)
+                starts.follow(nodes.keys(), self._hosts.get_pids().keys(), now_s=now_s)
             draining = {node: deadline_s for node, deadline_s in adapter.get_draining_nodes().items() if node in nodes}
             for node_id, deadline_s in draining.items():
                 if node_id in self._told_by_watch:  # it knows the reason, and the deadline before Ray does
@@ -450,18 +447,6 @@ class Coordinator:
                     self._post(Draining(node=node_id, deadline_s=deadline_s, reason="preemption notice"))
             self._watches.follow(nodes.keys(), clear=self._find_clear(draining.keys()))
             time.sleep(WATCH_EVERY_S)
-
-    def _start_hosts(self, nodes: Set[str], starts: dict[str, "_HostStart"], now_s: float) -> None:
-        """Start a host on each node that lacks one.
-
-        A start that goes on is waited for. Each takes a process of Ray's, which imports for seconds: on a slow machine
-        one more would make all of them slower, until there is time for nothing else.
-        """
-        every_s = self._config.fault.lease_s / 6  # one that has lost its coordinator looks for the next for a half
-        for node in nodes - self._hosts.get_pids().keys():
-            start = starts.get(node)
-            if start is None or (start.task.is_over() and now_s - start.since_s > every_s):
-                starts[node] = _HostStart(now_s, adapter.NodeTask(node, start_host, node, self.get_host_fields()))
 
     def _find_clear(self, leaving: Set[str]) -> set[str]:
         """Return which nodes that leave are not needed any more.

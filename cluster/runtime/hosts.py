@@ -1,13 +1,13 @@
-"""The coordinator's connections to the hosts, one per node: who is there, and who has gone, with a FIN or without."""
+"""The coordinator's hosts, one per node: who is there, who has gone, with a FIN or without, and who must be started."""
 
 import errno
 import secrets
 import selectors
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from cluster import controller
 from cluster.runtime.link import Link, Message
@@ -174,6 +174,44 @@ class Hosts:
             del self._hosts[host.node]
             self._lost_s[host.node] = time.monotonic()
             self._on_gone(host.node, reason)
+
+
+class Start(Protocol):
+    """The start of one host, under way or over."""
+
+    def is_over(self) -> bool:
+        """Whether it has come to an end, good or bad."""
+        ...
+
+
+class HostStarts:
+    """Has a host started on each node that lacks one, and again where none has come of that.
+
+    A start that goes on is waited for. Each takes a process of Ray's, which imports for seconds: on a slow machine one
+    more would make all of them slower, until there is time for nothing else.
+
+    Args:
+        start: starts a host on a node, without waiting for it.
+        every_s: not sooner than so long after the start before.
+    """
+
+    def __init__(self, start: Callable[[str], Start], *, every_s: float) -> None:
+        self._start, self._every_s = start, every_s
+        self._starts: dict[str, tuple[float, Start]] = {}
+
+    def follow(self, nodes: Set[str], with_host: Set[str], *, now_s: float) -> None:
+        """Start what is due.
+
+        Args:
+            nodes: all that live.
+            with_host: those of them whose host is there.
+        """
+        for node in self._starts.keys() - nodes:
+            del self._starts[node]
+        for node in nodes - with_host:
+            since_s, start = self._starts.get(node, (0.0, None))
+            if start is None or (start.is_over() and now_s - since_s > self._every_s):
+                self._starts[node] = (now_s, self._start(node))
 
 
 def _listen(ip: str, port: int) -> socket.socket:

@@ -3,11 +3,12 @@
 import socket
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
 from cluster.runtime import hosts as module
-from cluster.runtime.hosts import Hosts
+from cluster.runtime.hosts import Hosts, HostStarts
 from cluster.runtime.link import Link
 from cluster.types import Slot
 
@@ -167,3 +168,40 @@ def test_who_follows_a_coordinator_is_found_where_that_one_was_unless_it_is_stil
     after.join("n1")
     after.serve_until(lambda: after.ready)
     after.close()
+
+
+class Starts:
+    """Starts that go on until the test ends them."""
+
+    def __init__(self) -> None:
+        self.of: list[str] = []
+        self.over: set[str] = set()
+
+    def start(self, node: str) -> SimpleNamespace:
+        self.of.append(node)
+        return SimpleNamespace(is_over=lambda: node in self.over)
+
+
+def test_a_host_is_started_again_once_a_start_is_over_and_none_has_come_of_it():
+    began = Starts()
+    starts = HostStarts(began.start, every_s=10)
+    starts.follow({"n1", "n2"}, {"n2"}, now_s=100)
+    assert began.of == ["n1"]
+    starts.follow({"n1", "n2"}, {"n2"}, now_s=200)  # it goes on, however long it takes
+    assert began.of == ["n1"]
+    began.over.add("n1")
+    starts.follow({"n1", "n2"}, {"n2"}, now_s=201)
+    assert began.of == ["n1", "n1"]
+    starts.follow({"n1", "n2"}, {"n2"}, now_s=210)  # it may be on its way
+    starts.follow({"n1", "n2"}, {"n1", "n2"}, now_s=300)
+    assert began.of == ["n1", "n1"]
+    starts.follow({"n1", "n2"}, {"n1"}, now_s=301)
+    assert began.of == ["n1", "n1", "n2"]
+
+
+def test_the_start_on_a_node_that_is_gone_is_forgotten():
+    began = Starts()
+    starts = HostStarts(began.start, every_s=10)
+    for nodes in ({"n1"}, set(), {"n1"}):
+        starts.follow(nodes, set(), now_s=100)
+    assert began.of == ["n1", "n1"]
