@@ -89,6 +89,9 @@ class CoordinatorLink:
             connection = socket.create_connection((self._seat.host, self._seat.port), timeout=_CONNECT_S)
         except OSError:  # it is the seat of one that is gone
             return
+        if connection.getsockname() == connection.getpeername():  # with a port of one's own one may meet oneself
+            connection.close()
+            return
         connection.settimeout(_SEND_S)
         self._link, self._has_reached = Link(connection), True
         self._on_asked(self._link)

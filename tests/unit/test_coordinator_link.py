@@ -141,6 +141,21 @@ def test_one_that_has_never_reached_any_gives_up_sooner(clock, host, chairs):
     assert host.look().startswith("no coordinator answers at 127.0.0.1:")
 
 
+def test_nobody_mistakes_itself_for_a_coordinator_where_the_kernel_gave_it_that_port(host, chairs, monkeypatch):
+    chairs[0].listener.close()
+
+    def connect_to_oneself(address, *, timeout):
+        connection = socket.socket()
+        connection.settimeout(timeout)
+        connection.bind(address)
+        connection.connect(address)
+        return connection
+
+    monkeypatch.setattr(module.socket, "create_connection", connect_to_oneself)
+    assert host.look() is None
+    assert host.receive() == []
+
+
 @pytest.mark.parametrize("has_answered", [False, True])
 def test_a_newer_seat_is_taken_at_once(host, chairs, has_answered):
     if has_answered:
