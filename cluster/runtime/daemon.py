@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -49,6 +50,11 @@ def write_to(log: Path) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(output)
+
+
+def log(text: str) -> None:
+    """Add a line to the daemon's own log, which `write_to` has made of its output."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)  # noqa: T201
 
 
 class Starter:

@@ -1,0 +1,47 @@
+"""One thread that waits for many descriptors: only a process of one thread may fork safely."""
+
+import os
+import selectors
+import socket
+import time
+from collections.abc import Callable
+
+from cluster.runtime.link import Link
+
+_LONGEST_TURN_S = 1.0
+"""A turn that took longer was not spent awake: the process, or its machine, was stopped."""
+
+
+class EventLoop:
+    """Calls back whoever watches a descriptor that can be read."""
+
+    def __init__(self) -> None:
+        self.awake_s = 0.0
+        """Seconds in which this process ran: it must not take its own sleep for the silence of others."""
+        self._selector = selectors.EpollSelector()
+        self._last_s = time.monotonic()
+
+    def watch(self, source: Link | socket.socket | int, on_ready: Callable[[], None]) -> None:
+        """Have a function called whenever there is something to read, or the other end is gone."""
+        self._selector.register(source, selectors.EVENT_READ, on_ready)
+
+    def unwatch(self, source: Link | int) -> None:
+        """Close what was watched."""
+        self._selector.unregister(source)
+        if isinstance(source, Link):
+            source.close()
+        else:
+            os.close(source)
+
+    def get_descriptors(self) -> list[int]:
+        """Return what is watched and the loop's own: none of it is a forked child's business."""
+        return [self._selector.fileno(), *(key.fd for key in self._selector.get_map().values())]
+
+    def turn(self, timeout_s: float) -> None:
+        """Wait for the next event for so long; answer all that have come."""
+        for key, _ in self._selector.select(timeout_s):
+            if self._selector.get_map().get(key.fd) is key:  # an earlier event of this turn may have closed it
+                key.data()
+        now_s = time.monotonic()
+        self.awake_s += min(now_s - self._last_s, _LONGEST_TURN_S)
+        self._last_s = now_s
