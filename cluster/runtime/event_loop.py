@@ -1,4 +1,4 @@
-"""One thread that waits for many descriptors: only a process of one thread may fork safely."""
+"""One thread that waits for many descriptors, and calls back."""
 
 import os
 import selectors
@@ -21,9 +21,12 @@ class EventLoop:
         self._selector = selectors.EpollSelector()
         self._last_s = time.monotonic()
 
-    def watch(self, source: Link | socket.socket | int, on_ready: Callable[[], None]) -> None:
-        """Have a function called whenever there is something to read, or the other end is gone."""
-        self._selector.register(source, selectors.EVENT_READ, on_ready)
+    def watch(self, source: Link | socket.socket | int, on_ready: Callable[[], object]) -> None:
+        """Have a function called whenever there is something to read or the other end is gone, from now on this one."""
+        if source in self._selector.get_map():
+            self._selector.modify(source, selectors.EVENT_READ, on_ready)
+        else:
+            self._selector.register(source, selectors.EVENT_READ, on_ready)
 
     def unwatch(self, source: Link | int) -> None:
         """Close what was watched."""

@@ -2,7 +2,6 @@
 
 import errno
 import secrets
-import selectors
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from cluster import controller
+from cluster.runtime.event_loop import EventLoop
 from cluster.runtime.link import Link, Message
 from cluster.types import Slot
 from elastic.ports import Address
@@ -59,10 +59,10 @@ class Hosts:
         self._on_ready, self._on_message, self._on_gone = on_ready, on_message, on_gone
         self._listener = _listen(ip, port)
         self.port: int = self._listener.getsockname()[1]
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._loop = EventLoop()
+        self._loop.watch(self._listener, self._accept)
         self._wake_out, wake_in = socket.socketpair()
-        self._selector.register(wake_in, selectors.EVENT_READ, lambda: wake_in.recv(4096))
+        self._loop.watch(wake_in, lambda: wake_in.recv(4096))
         self._hosts: dict[str, _Host] = {}
         self._lost_s: dict[str, float] = {}
         """When the last host of a node went, on the monotonic clock; none has come since."""
@@ -70,8 +70,7 @@ class Hosts:
     def serve(self, *, timeout_s: float) -> None:
         """Take what has come, or comes within this time, and let go of whoever has been silent for too long."""
         asked_s = time.monotonic()
-        for key, _ in self._selector.select(timeout_s):
-            key.data()
+        self._loop.turn(timeout_s)
         for host in list(self._hosts.values()):
             # what had arrived when we asked was heard: our own time on a slow storage is not the host's silence
             if asked_s - host.heard_s > HOST_SILENT_S:
@@ -119,17 +118,16 @@ class Hosts:
         connection, _ = self._listener.accept()
         connection.settimeout(10)
         link = Link(connection)
-        self._selector.register(link, selectors.EVENT_READ, lambda: self._greet(link))
+        self._loop.watch(link, lambda: self._greet(link))
 
     def _greet(self, link: Link) -> None:
         """Take the first message of a connection: a host that knows the secret, or nobody."""
         messages = link.receive()
         if messages == []:
             return
-        self._selector.unregister(link)
         hello = messages[0] if messages else {}
         if hello.get("kind") != "host" or not secrets.compare_digest(str(hello.get("secret")), self._secret):
-            link.close()
+            self._loop.unwatch(link)
             return
         host = _Host(
             node=hello["node"],
@@ -142,7 +140,7 @@ class Hosts:
             self._drop(previous, "a new host took its place")
         self._hosts[host.node] = host
         self._lost_s.pop(host.node, None)
-        self._selector.register(link, selectors.EVENT_READ, lambda: self._hear(host))
+        self._loop.watch(link, lambda: self._hear(host))
         link.send("welcome")
         self._on_ready(host.node)
         self._hear_all(host, messages[1:] if messages else [])
@@ -168,8 +166,7 @@ class Hosts:
                     self._on_message(host.node, message)
 
     def _drop(self, host: _Host, reason: str) -> None:
-        self._selector.unregister(host.link)
-        host.link.close()
+        self._loop.unwatch(host.link)
         if self._hosts.get(host.node) is host:
             del self._hosts[host.node]
             self._lost_s[host.node] = time.monotonic()

@@ -39,6 +39,16 @@ def test_calls_who_watches_what_can_be_read(loop, connect):
     assert heard == [{"kind": "hello"}]
 
 
+def test_another_function_takes_the_place_of_the_first(loop, connect):
+    ours, theirs = connect()
+    called = []
+    loop.watch(ours, lambda: (called.append("first"), loop.watch(ours, lambda: called.append("second"))))
+    theirs.send("hello")
+    loop.turn(5)
+    loop.turn(5)
+    assert called == ["first", "second"]
+
+
 def test_waits_no_longer_than_it_is_told(loop):
     start_s = time.monotonic()
     loop.turn(0.05)

@@ -52,7 +52,7 @@ class Served:
         """Close all sockets; the coordinator's end with its process, so that nobody is cut off amid a last message."""
         for link in self.links:
             link.close()
-        selector = self.hosts._selector
+        selector = self.hosts._loop._selector
         sockets = [key.fileobj for key in selector.get_map().values()]
         for each in (selector, self.hosts._wake_out, *sockets):
             each.close()
@@ -87,6 +87,19 @@ def test_a_host_that_knows_the_secret_is_there_until_its_connection_ends(served)
     served.join("n1")
     served.serve_until(lambda: len(served.ready) == 2)
     assert served.hosts.get_lost() == frozenset()
+
+
+def test_a_host_that_ends_as_another_takes_its_place_is_gone_once(served):
+    before = served.join("n1", pid=1)
+    served.serve_until(lambda: served.ready)
+    after = served.connect()
+    served.hosts.serve(timeout_s=0.05)  # both are heard in one go, the new one first
+    after.send("host", node="n1", secret=SECRET, pid=2, keeper=None)
+    before.close()
+    served.serve_until(lambda: len(served.ready) == 2)
+    served.hosts.serve(timeout_s=0.05)
+    assert served.gone == [("n1", "a new host took its place")]
+    assert served.hosts.get_pids() == {"n1": 2}
 
 
 @pytest.mark.parametrize("first", [{"node": "n1", "secret": "guessed"}, {"node": "n1"}])
