@@ -15,6 +15,8 @@ from torch.distributed.distributed_c10d import Store
 
 from elastic import plugins
 from elastic.attention import agree_on_attention
+from elastic.checkpoint.arena import GIB
+from elastic.checkpoint.host_memory import Room, has_room
 from elastic.checkpoint.keep import remove_orphans
 from elastic.checkpoint.load import restore
 from elastic.checkpoint.memory import Memory
@@ -223,19 +225,25 @@ def _build_parts(
 
 
 def _agree_on_memory(memory: Memory | None, config: RunConfig, world: World) -> Memory | None:
-    """Do without the memory tier, on all ranks, where one has no room for its snapshots."""
+    """Do without the memory tier, on all ranks, where a node has no room for the snapshots of its own."""
     if memory is None:
         return None
     model = plugins.load("elastic.models", config.model.kind, key="model.kind")
     shard_bytes = estimate_checkpoint_bytes(model.num_params(config.model)) // world.world_size
-    fits = memory.fits(shard_bytes)
-    if not fits:
+    own = memory.look_for_room(shard_bytes)
+    table = torch.zeros(world.world_size, len(own), dtype=torch.int64, device=world.device)
+    table[world.rank] = torch.tensor(own)
+    rooms = [Room(*row) for row in world.sum_(table).tolist()]
+    if has_room(rooms, spare_bytes=GIB):
+        return memory
+    if not has_room([room for room in rooms if room.node == own.node], spare_bytes=GIB):
         log.warning(
-            "this node has no room in host memory for snapshots of %.1f GiB each, so this world keeps none: "
-            "give it more, or set checkpoint.memory=off",
-            shard_bytes / 2**30,
+            "this node has %.1f GiB of host memory left, too little for snapshots of %.1f GiB a rank, so this world "
+            "keeps none: give it more, or set checkpoint.memory=off",
+            own.available_bytes / GIB,
+            own.needed_bytes / GIB,
         )
-    return memory if world.min_(torch.tensor(float(fits), device=world.device)).item() else None
+    return None
 
 
 def _get_peak_flops(device: torch.device) -> float | None:

@@ -29,6 +29,7 @@ from zlib_ng.zlib_ng import crc32
 
 from elastic.checkpoint.arena import GIB, Arena, allocate_arena
 from elastic.checkpoint.holdings import Holding, Snapshot, SupersededError, check_current, cut, describe
+from elastic.checkpoint.host_memory import get_available_bytes
 from elastic.checkpoint.node_disk import NodeDisk, StateName
 from elastic.checkpoint.wire import PIECE_BYTES, Channel, Header, WireError, authenticate, connect
 from elastic.errors import CheckpointError
@@ -80,6 +81,8 @@ class Keeper:
         self._disk = NodeDisk(Path(spec.disk)) if spec.disk else None
         self._disk_writer = ThreadPoolExecutor(1, "disk")
         self._freer = ThreadPoolExecutor(1, "free")
+        self._awaited_bytes = 0
+        """Room that was promised to copies which are on their way, and is not taken up yet."""
 
     def serve(self, listener: socket.socket | None) -> None:
         """Adopt trainers and serve strangers who know the secret, until the owner ends."""
@@ -305,23 +308,28 @@ class Keeper:
             holding = self._holdings.get(key)
             if holding is not None and (not holding.is_copy or holding.arena.num_bytes < num_bytes):
                 raise WireError(f"{key} is no copy of {num_bytes} bytes")
-        problem = ""
+        problem, awaited_bytes = "", 0
         if holding is None:
             try:
                 self._freer.submit(lambda: None).result()  # what was let go of is free
-                _check_memory(capacity)
-                arena = allocate_arena(capacity, name="copy")
-                holding = Holding(origin=key[0], index=key[1], arena=arena, is_copy=True)
                 with self._lock:
+                    _check_memory(capacity, self._awaited_bytes)
+                    arena = allocate_arena(capacity, name="copy")
+                    holding = Holding(origin=key[0], index=key[1], arena=arena, is_copy=True)
                     self._holdings[key] = holding
+                    self._awaited_bytes += (awaited_bytes := capacity)
             except CheckpointError as error:
                 problem = str(error)
         if holding is None:
             _swallow(channel, num_bytes)
         else:
-            self._begin(holding, message["snapshot"]["epoch"])
-            generation = holding.generation
-            channel.receive_into(holding.arena.view[:num_bytes])
+            try:
+                self._begin(holding, message["snapshot"]["epoch"])
+                generation = holding.generation
+                channel.receive_into(holding.arena.view[:num_bytes])
+            finally:
+                with self._lock:
+                    self._awaited_bytes -= awaited_bytes
             self._fill(holding, {**message, "num_bytes": num_bytes})
             self._checksum(holding, generation)
             if holding.checksums != message["checksums"]:
@@ -373,30 +381,18 @@ def _forget_peer(trainer: _Trainer) -> None:
         trainer.peer = None
 
 
-def _check_memory(num_bytes: int) -> None:
+def _check_memory(num_bytes: int, awaited_bytes: int) -> None:
     """Refuse a copy that would take the memory that this node's own trainers need.
 
     Raises:
-        CheckpointError: less is available.
+        CheckpointError: less is available beside what others were promised.
     """
     available = get_available_bytes()
-    if available is not None and available < num_bytes + GIB // 4:
+    if available is not None and available < awaited_bytes + num_bytes + GIB // 4:
         raise CheckpointError(
             f"the peer has {available / GIB:.2f} GiB of host memory left, but a copy needs {num_bytes / GIB:.2f} GiB. "
             "Give the nodes more memory, or set checkpoint.memory=node."
         )
-
-
-def get_available_bytes() -> int | None:
-    """Return how much memory programs can still take on this machine; None where /proc does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123 (one line of a pseudo file)
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
 
 
 def _swallow(channel: Channel, num_bytes: int) -> None:

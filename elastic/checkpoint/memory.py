@@ -9,17 +9,19 @@ import logging
 import os
 import secrets
 import socket
+import sys
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from zlib import crc32
 
 import torch
 
-from elastic.checkpoint.arena import GIB, Arena
+from elastic.checkpoint.arena import Arena
 from elastic.checkpoint.holdings import Snapshot
-from elastic.checkpoint.keeper import get_available_bytes
+from elastic.checkpoint.host_memory import Room, get_available_bytes
 from elastic.checkpoint.keeping import Held, KeeperClient, RemoteKeeper
 from elastic.checkpoint.layout import Manifest
 from elastic.checkpoint.plan import SavePlan
@@ -61,12 +63,15 @@ class Memory:
             self._arenas = HostArenas(device, count=_NUM_ARENAS, on_allocated=self._hold, on_released=self._let_go)
         return self._arenas
 
-    def fits(self, shard_bytes: int) -> bool:
-        """Tell whether this machine has room for snapshots of shards of this size."""
-        if self._arenas is not None and shard_bytes <= self._arenas.capacity_bytes:
-            return True
+    def look_for_room(self, shard_bytes: int) -> Room:
+        """Return what this rank needs for snapshots of shards of this size, and what its node has."""
+        has_arenas = self._arenas is not None and shard_bytes <= self._arenas.capacity_bytes
         available = get_available_bytes()
-        return available is None or available > _NUM_ARENAS * shard_bytes + GIB
+        return Room(
+            node=crc32(self.node.encode()),
+            needed_bytes=0 if has_arenas else _NUM_ARENAS * shard_bytes,
+            available_bytes=sys.maxsize if available is None else available,
+        )
 
     def begin(self, index: int, *, epoch: int) -> None:
         """Say that an arena is about to be filled."""

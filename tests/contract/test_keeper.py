@@ -17,6 +17,7 @@ from elastic.checkpoint.holdings import Snapshot
 from elastic.checkpoint.keeping import KeeperClient, RemoteKeeper, start_keeper
 from elastic.checkpoint.wire import Channel, WireError, connect
 from elastic.processes import find_running
+from tests.memory_limit import MIB, limit_memory
 
 SECRET = "s3cret"
 SIZE = 300_000
@@ -207,6 +208,62 @@ def test_a_copy_that_was_damaged_on_the_way_is_refused():
         channel.send({**header, **fields}, [memoryview(b"good")], num_bytes=4)
         assert channel.receive()["kind"] == "pushed"
         channel.close()
+
+
+def make_copy(origin, *, num_bytes):
+    """Return the header and the bytes of what another node's keeper sends."""
+    data = bytes(num_bytes)
+    header = {
+        "kind": "push",
+        "origin": origin,
+        "index": 0,
+        "snapshot": {"epoch": 1, "step": 1, "world_size": 1, "rank": 0},
+        "record": None,
+        "chunks": [[0, len(data)]],
+        "checksums": [zlib.crc32(data)],
+        "capacity": len(data),
+    }
+    return header, data
+
+
+def get_held_bytes(channel):
+    channel.send({"kind": "measure"})
+    return channel.receive()["held_bytes"]
+
+
+def test_a_copy_that_the_container_has_no_room_for_is_refused_and_nobody_is_killed():
+    with keeper("a") as process, keeper("b") as peer, limit_memory(200 * MIB) as limit:
+        limit.add(peer.process.pid)
+        trainer = Trainer(process)
+        problem = trainer.fill(0, 1, peer=peer).result(10)
+        assert "the peer has 0." in problem
+        assert "checkpoint.memory=node" in problem
+        limit.set(2048 * MIB)
+        assert trainer.fill(1, 2, peer=peer).result(10) == ""
+
+
+def test_room_that_was_promised_to_a_copy_is_not_given_to_another_one():
+    header, data = make_copy("1-0", num_bytes=100 * MIB)
+    other, _ = make_copy("1-1", num_bytes=100 * MIB)
+    with keeper() as process, limit_memory(2048 * MIB) as limit:
+        limit.add(process.process.pid)
+        slow, fast = (connect(("127.0.0.1", process.port), SECRET) for _ in range(2))
+        limit.set(limit.get_used() + (256 + 150) * MIB)
+
+        def send_slowly():
+            yield memoryview(data)[:1000]
+            wait_until(lambda: get_held_bytes(fast) == len(data), "it is promised room")
+            fast.send(other, [memoryview(data)], num_bytes=len(data))
+            assert fast.receive()["kind"] == "refused"
+            yield memoryview(data)[1000:]
+
+        slow.send(header, send_slowly(), num_bytes=len(data))
+        assert slow.receive()["kind"] == "pushed"
+        limit.set(limit.get_used() + (256 + 150) * MIB)
+        fast.send(other, [memoryview(data)], num_bytes=len(data))
+        assert fast.receive()["kind"] == "pushed", "what has come is promised no longer"
+        slow.close()
+        fast.close()
 
 
 OWNER = """

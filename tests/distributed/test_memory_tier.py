@@ -1,5 +1,6 @@
 """Snapshots in real keepers, one per node: what is left of a state when trainers, nodes or bytes are lost."""
 
+import os
 import shutil
 import time
 from dataclasses import replace
@@ -27,6 +28,7 @@ from tests.distributed._spawn_ckpt import (
     run_ranks,
     train,
 )
+from tests.memory_limit import MIB, limit_memory
 from tests.tcp_proxy import TcpProxy
 
 SECRET = "s3cret"
@@ -297,23 +299,28 @@ def test_a_planned_change_waits_for_no_copy_all_train_on_until_it_is_made(tmp_pa
         assert held == [(1, False), (1, True), (last, False)]
 
 
-def start_without_room(folder, rank, port, connections, addresses):
-    """Train a few steps where one rank's machine has no room for snapshots; return what became of the run."""
-    memory = Memory(connections[f"n{rank}"], node=f"n{rank}", secret=SECRET)
+def train_in_containers(folder, rank, port, connections, nodes):
+    """Train a few steps, rank 1 within a limit; return what became of the run."""
+    addresses, limit = nodes
     if rank == 1:
-        memory.fits = lambda shard_bytes: shard_bytes <= 0
+        limit.add(os.getpid())
+    memory = Memory(connections[f"n{rank}"], node=f"n{rank}", secret=SECRET)
     place = replace(spec(rank, port, world_size=3, attempt=1), node=f"n{rank}", keepers=addresses)
     config = make_config(folder, "no-room", steps=6, every_steps=3)
     return train_run(config, place, notices=NoNotices(), observer=Watcher(), open_sinks=list, memory=memory)
 
 
-def test_where_one_rank_has_no_room_all_do_without_snapshots(tmp_path, nodes):
+@pytest.mark.parametrize(("limit_mib", "num_held"), [(1000, 0), (4096, 1)])
+def test_where_one_container_has_no_room_all_do_without_snapshots(tmp_path, nodes, limit_mib, num_held):
+    """A GiB is to spare; the trainer needs some hundred MiB beside."""
     write_data(tmp_path)
     connections = {node: keeper.open_connection() for node, keeper in nodes.keepers.items()}
-    try:
-        outcomes = run_trainers(partial(start_without_room, tmp_path), 3, connections, nodes.addresses)
-    finally:
-        for connection in connections.values():
-            connection.close()
+    with limit_memory(limit_mib * MIB) as limit:
+        try:
+            work = partial(train_in_containers, tmp_path)
+            outcomes = run_trainers(work, 3, connections, (nodes.addresses, limit))
+        finally:
+            for connection in connections.values():
+                connection.close()
     assert outcomes == [Finished(progress=outcomes[0].progress)] * 3
-    assert [nodes.list(node) for node in nodes.keepers] == [[], [], []]
+    assert [min(len(nodes.list(node)), 1) for node in nodes.keepers] == [num_held] * 3

@@ -1,0 +1,103 @@
+"""How much host memory is left for snapshots, on a machine of one's own or in a container. No torch here."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+
+class Room(NamedTuple):
+    """What one rank sees of its node; plain numbers, so that all ranks can see those of all."""
+
+    node: int
+    """The same for all ranks of a node and no others."""
+    needed_bytes: int
+    """What this rank has yet to take for its snapshots."""
+    available_bytes: int
+
+
+def has_room(rooms: Iterable[Room], *, spare_bytes: int) -> bool:
+    """Tell whether every node has room for what all of its ranks need, and as much to spare.
+
+    A node whose ranks need nothing any more has it.
+    """
+    needed: dict[int, int] = {}
+    available: dict[int, int] = {}
+    for room in rooms:
+        needed[room.node] = needed.get(room.node, 0) + room.needed_bytes
+        available[room.node] = min(available.get(room.node, room.available_bytes), room.available_bytes)
+    return all(num_bytes == 0 or available[node] > num_bytes + spare_bytes for node, num_bytes in needed.items())
+
+
+def get_available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Return how much memory this process can still take; None where the kernel does not say.
+
+    In a container that is not what the machine has left: whoever takes more than the limit is killed. As the machine
+    does in MemAvailable, pages of files count as free, since the kernel drops them first; shared memory does not.
+
+    Sources: proc_meminfo(5); the kernel's documentation of cgroup v2 ("Memory Interface Files") and v1 ("memory").
+    """
+    found = [_read_machine(proc), *_read_containers(proc, cgroups)]
+    return min((num_bytes for num_bytes in found if num_bytes is not None), default=None)
+
+
+def _read_machine(proc: Path) -> int | None:
+    kib = _read_keys(proc / "meminfo").get("MemAvailable:")
+    return None if kib is None else 1024 * kib
+
+
+def _read_containers(proc: Path, cgroups: Path) -> Iterator[int | None]:
+    """Yield what each limit above this process leaves."""
+    for line in _read(proc / "self" / "cgroup").splitlines():
+        hierarchy, controllers, path = line.split(":", 2)
+        if hierarchy == "0":
+            for group in _list_levels(cgroups, path):
+                yield _read_v2(group)
+        elif "memory" in controllers.split(","):
+            for group in _list_levels(cgroups / "memory", path):
+                yield _read_v1(group)
+
+
+def _list_levels(root: Path, path: str) -> Iterator[Path]:
+    """Yield a group and all that it lies in.
+
+    A container may see the path as the machine names it, but have its own group mounted at the root.
+    """
+    relative = PurePosixPath(path.lstrip("/"))
+    for level in (relative, *relative.parents):
+        if ".." not in level.parts:  # outside of what this namespace shows
+            yield root / level
+
+
+def _read_v2(group: Path) -> int | None:
+    limits = [limit for name in ("memory.max", "memory.high") if (limit := _read_number(group / name)) is not None]
+    used = _read_number(group / "memory.current")
+    if not limits or used is None:
+        return None
+    stat = _read_keys(group / "memory.stat")
+    return max(0, min(limits) - used + stat.get("active_file", 0) + stat.get("inactive_file", 0))
+
+
+def _read_v1(group: Path) -> int | None:
+    limit, used = _read_number(group / "memory.limit_in_bytes"), _read_number(group / "memory.usage_in_bytes")
+    if limit is None or used is None:  # without a limit it is above any machine's memory
+        return None
+    stat = _read_keys(group / "memory.stat")
+    return max(0, limit - used + stat.get("total_active_file", 0) + stat.get("total_inactive_file", 0))
+
+
+def _read_keys(path: Path) -> dict[str, int]:
+    """Return the numbers behind the first words of a file's lines."""
+    lines = (line.split() for line in _read(path).splitlines())
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
+
+
+def _read_number(path: Path) -> int | None:
+    text = _read(path).strip()
+    return int(text) if text.isdigit() else None  # "max": no limit
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,126 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastic.checkpoint.host_memory import Room, get_available_bytes, has_room
+
+GIB = 2**30
+UNLIMITED_V1 = 9223372036854771712
+
+
+def write(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def look(tmp_path: Path, *, cgroup: str, machine_gib: int = 100, **groups: str) -> int | None:
+    """Return what is available by files of /proc and /sys/fs/cgroup that say so."""
+    meminfo = f"MemTotal:       999999999 kB\nMemAvailable:   {machine_gib * 2**20} kB\nHugePages_Total:       0\n"
+    write(tmp_path / "proc", {"meminfo": meminfo, "self/cgroup": cgroup})
+    write(tmp_path / "cgroup", groups)
+    return get_available_bytes(tmp_path / "proc", tmp_path / "cgroup")
+
+
+def v2(group: str, *, limit: str, used: int, files: int = 0, high: str = "max") -> dict[str, str]:
+    return {
+        f"{group}memory.max": f"{limit}\n",
+        f"{group}memory.high": f"{high}\n",
+        f"{group}memory.current": f"{used}\n",
+        f"{group}memory.stat": f"anon 5\nshmem 7\ninactive_file {files // 4}\nactive_file {files - files // 4}\n",
+    }
+
+
+def v1(group: str, *, limit: int, used: int, files: int = 0) -> dict[str, str]:
+    return {
+        f"memory/{group}memory.limit_in_bytes": f"{limit}\n",
+        f"memory/{group}memory.usage_in_bytes": f"{used}\n",
+        f"memory/{group}memory.stat": f"inactive_file 0\ntotal_inactive_file {files}\ntotal_active_file 0\n",
+    }
+
+
+def test_a_machine_has_what_it_says(tmp_path):
+    assert look(tmp_path, cgroup="0::/\n") == 100 * GIB
+
+
+def test_a_container_has_what_its_limit_leaves_and_pages_of_files_are_free(tmp_path):
+    groups = v2("", limit=str(16 * GIB), used=10 * GIB, files=4 * GIB)
+    assert look(tmp_path, cgroup="0::/\n", **groups) == 10 * GIB
+
+
+def test_a_machine_may_have_less_left_than_its_container_allows(tmp_path):
+    assert look(tmp_path, cgroup="0::/\n", machine_gib=3, **v2("", limit=str(16 * GIB), used=0)) == 3 * GIB
+
+
+def test_the_tightest_limit_on_the_way_up_counts(tmp_path):
+    groups = {
+        **v2("pods/", limit=str(32 * GIB), used=30 * GIB),
+        **v2("pods/p1/", limit=str(16 * GIB), used=8 * GIB),
+        **v2("pods/p1/c1/", limit="max", used=8 * GIB),
+    }
+    assert look(tmp_path, cgroup="0::/pods/p1/c1\n", **groups) == 2 * GIB
+
+
+def test_a_group_that_is_mounted_at_the_root_is_found_under_its_name_on_the_machine(tmp_path):
+    groups = v2("", limit=str(16 * GIB), used=12 * GIB)
+    assert look(tmp_path, cgroup="0::/kubepods/pod7/c1\n", **groups) == 4 * GIB
+    assert look(tmp_path, cgroup="0::/../../elsewhere\n", **groups) == 4 * GIB
+
+
+def test_a_group_that_is_slowed_down_above_a_mark_counts_up_to_that_mark(tmp_path):
+    groups = v2("", limit=str(16 * GIB), high=str(9 * GIB), used=8 * GIB)
+    assert look(tmp_path, cgroup="0::/\n", **groups) == 1 * GIB
+
+
+def test_one_that_uses_more_than_its_limit_has_nothing(tmp_path):
+    assert look(tmp_path, cgroup="0::/\n", **v2("", limit=str(GIB), used=2 * GIB)) == 0
+
+
+def test_the_first_version_of_groups(tmp_path):
+    cgroup = "9:name=systemd:/\n4:cpu,memory:/a/b\n0::/\n"
+    groups = {
+        **v1("", limit=UNLIMITED_V1, used=50 * GIB),
+        **v1("a/", limit=8 * GIB, used=7 * GIB, files=2 * GIB),
+        **v1("a/b/", limit=UNLIMITED_V1, used=7 * GIB),
+    }
+    assert look(tmp_path, cgroup=cgroup, **groups) == 3 * GIB
+
+
+def test_where_the_kernel_says_nothing_nothing_is_known(tmp_path):
+    assert get_available_bytes(tmp_path / "proc", tmp_path / "cgroup") is None
+
+
+def test_this_machine_has_something():
+    available = get_available_bytes()
+    assert available is not None
+    assert 2**20 < available < 2**50
+
+
+@pytest.mark.parametrize(
+    ("rooms", "is_enough"),
+    [
+        pytest.param([Room(1, 2, 14)], True, id="one rank"),
+        pytest.param([Room(1, 2, 12)], False, id="nothing to spare"),
+        pytest.param([Room(1, 2, 15)] * 2, True, id="both, with no byte to give away"),
+        pytest.param([Room(1, 2, 15)] * 3, False, id="each alone, but not all"),
+        pytest.param([Room(n, 2, 14) for n in range(8)], True, id="on nodes of their own"),
+        pytest.param([Room(1, 2, 99), Room(2, 2, 3)], False, id="another node"),
+        pytest.param([Room(1, 0, 1)], True, id="taken already"),
+        pytest.param([Room(1, 0, 14), Room(1, 4, 14)], False, id="a new rank beside one that has taken its part"),
+        pytest.param([Room(1, 2, 99), Room(1, 2, 14)], False, id="seen at two moments"),
+    ],
+)
+def test_all_ranks_of_a_node_share_its_memory(rooms, is_enough):
+    assert has_room(rooms, spare_bytes=10) is is_enough
+
+
+@given(
+    st.lists(st.builds(Room, st.integers(0, 3), st.integers(0, 9), st.integers(0, 60)), max_size=8), st.integers(0, 9)
+)
+def test_no_order_and_no_other_node_matters(rooms, spare_bytes):
+    nodes = {room.node for room in rooms}
+    each = [has_room([r for r in rooms if r.node == node], spare_bytes=spare_bytes) for node in nodes]
+    assert has_room(reversed(rooms), spare_bytes=spare_bytes) is all(each)
