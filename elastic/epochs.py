@@ -44,7 +44,7 @@ def take_epoch(storage: Storage, number: int, *, who: str, patience_s: float = 0
         "time_utc": format_utc(time.time()),
         "token": secrets.token_hex(8),  # no two takers write the same bytes: one of them lost
     }
-    data, deadline_s = json.dumps(record).encode(), get_awake_s() + patience_s
+    data, deadline_s = json.dumps(record).encode(), get_boottime_s() + patience_s
     while True:
         try:
             # What failed may have been done all the same.
@@ -52,7 +52,7 @@ def take_epoch(storage: Storage, number: int, *, who: str, patience_s: float = 0
                 raise _explain(storage, number - 1, number)
             return check_epoch(storage, number)
         except OSError:
-            if get_awake_s() >= deadline_s:
+            if get_boottime_s() >= deadline_s:
                 raise
         time.sleep(_RETRY_S)
 
@@ -95,7 +95,7 @@ def check_epoch(storage: Storage, number: int) -> None:
         raise _explain(storage, number, newest)
 
 
-def get_awake_s() -> float:
+def get_boottime_s() -> float:
     """Return a monotonic time that goes on while this process or machine sleeps."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
@@ -108,7 +108,7 @@ class EpochGuard:
     """
 
     def __init__(
-        self, check: Callable[[], None], *, every_s: float = CHECK_EVERY_S, now_s: Callable[[], float] = get_awake_s
+        self, check: Callable[[], None], *, every_s: float = CHECK_EVERY_S, now_s: Callable[[], float] = get_boottime_s
     ) -> None:
         self._check = check
         self._every_s = every_s

@@ -21,7 +21,7 @@ from elastic.epochs import (
     EpochGuard,
     check_epoch,
     describe_taker,
-    get_awake_s,
+    get_boottime_s,
     get_life,
     get_newest_epoch,
     take_epoch,
@@ -243,8 +243,8 @@ def _wait_for_silence(storage: Storage, newest: int, lease: Lease | None, *, lea
     Raises:
         StorageError: its holder gave a sign of life.
     """
-    deadline_s = get_awake_s() + lease_s
-    while get_awake_s() < deadline_s:
+    deadline_s = get_boottime_s() + lease_s
+    while get_boottime_s() < deadline_s:
         time.sleep(min(_LOOK_S, lease_s / 10))
         now = _look(storage)
         if now == (newest, lease):

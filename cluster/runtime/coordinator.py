@@ -21,6 +21,7 @@ from typing import Any
 from cluster import controller
 from cluster.node_watch import News
 from cluster.runtime import adapter
+from cluster.runtime.awake import AwakeClock
 from cluster.runtime.books import open_books
 from cluster.runtime.hosts import HOST_SILENT_S, Hosts, HostStarts
 from cluster.runtime.link import Message
@@ -73,6 +74,7 @@ _RETURN_S = 3.0
 """Hosts that live come by themselves to who follows their coordinator; only after this are others started."""
 _GROUPS_PER_EPOCH = 1_000_000
 """More than any coordinator will see: the numbers of its worker groups are above those of the one before."""
+_LOOK_S = 0.5
 DRIVER_BUSY_S = 5.0
 """A driver polls twice a second; one that did within this time is alive."""
 
@@ -100,7 +102,9 @@ class Coordinator:
         self._config_fields = config
         self._config = configs.from_dict(config)
         self._driver = ""
-        self._driver_heard_s = time.time()
+        self._clock = AwakeClock()
+        self._driver_heard_s = 0.0
+        """By that clock, as laptops are shut and machines paused: the driver slept as well."""
         self._closing = False
         self._refusal: SolventError | None = None
         self._opened = ExitStack()
@@ -166,19 +170,19 @@ class Coordinator:
         """
         if self._refusal is not None:
             raise self._refusal
-        if self._driver not in ("", driver) and time.time() - self._driver_heard_s < DRIVER_BUSY_S:
+        if self._driver not in ("", driver) and self._get_driver_silence_s() < DRIVER_BUSY_S:
             return "busy"
         if config != self._config_fields:
             self._post(Stop(reason="the run goes on with another configuration"))
             return "changed"
-        self._driver, self._driver_heard_s = driver, time.time()
+        self._driver, self._driver_heard_s = driver, self._clock.get_s()
         return "ok"
 
     def poll(self, driver: str) -> Update | None:
         """Return what is new since the last poll; None if another driver leads by now."""
         if driver != self._driver:
             return None
-        self._driver_heard_s = time.time()
+        self._driver_heard_s = self._clock.get_s()
         return self._out.take(self._books.summary())
 
     def look(self) -> Scene:
@@ -274,15 +278,17 @@ class Coordinator:
             if time.monotonic() >= next_renewal_s:
                 next_renewal_s = time.monotonic() + RENEW_EVERY_S
                 self._hosts.renew_leases()  # only while this lives, and so its driver: nobody else would form a group
-            now_s = time.time()
-            self._books.flush(now_s)
-            self._end_if_orphaned(now_s)
+            self._books.flush(time.time())
+            self._end_if_orphaned()
         done = self._out.done
         self._end_hosts("the run is over", forget=done is not None and done.kind == "finished")
 
-    def _end_if_orphaned(self, now_s: float) -> None:
+    def _get_driver_silence_s(self) -> float:
+        return self._clock.get_s() - self._driver_heard_s
+
+    def _end_if_orphaned(self) -> None:
         """Without a driver nobody would ever release the nodes: save, then go."""
-        if now_s - self._driver_heard_s < self._config.fault.lease_s / 2:
+        if self._get_driver_silence_s() < self._config.fault.lease_s / 2:
             return
         if self._out.done is None:
             self._decide(Stop(reason="its driver is gone"))
@@ -298,8 +304,8 @@ class Coordinator:
 
     def _exit_without_driver(self) -> None:
         """End the actor once nobody asks it any more: one that is detached outlives its cluster's last job."""
-        while time.time() - self._driver_heard_s < self._config.fault.lease_s / 2:
-            time.sleep(1)
+        while self._get_driver_silence_s() < self._config.fault.lease_s / 2:
+            time.sleep(_LOOK_S)
         os._exit(0)
 
     def _take_host(self, node: str) -> None:

@@ -3,13 +3,10 @@
 import os
 import selectors
 import socket
-import time
 from collections.abc import Callable
 
+from cluster.runtime.awake import AwakeClock
 from cluster.runtime.link import Link
-
-_LONGEST_TURN_S = 1.0
-"""A turn that took longer was not spent awake: the process, or its machine, was stopped."""
 
 
 class EventLoop:
@@ -17,9 +14,9 @@ class EventLoop:
 
     def __init__(self) -> None:
         self.awake_s = 0.0
-        """Seconds in which this process ran: it must not take its own sleep for the silence of others."""
+        """As an `AwakeClock` tells it after each turn; turns must be shorter than a second."""
+        self._clock = AwakeClock()
         self._selector = selectors.EpollSelector()
-        self._last_s = time.monotonic()
 
     def watch(self, source: Link | socket.socket | int, on_ready: Callable[[], object]) -> None:
         """Have a function called whenever there is something to read or the other end is gone, from now on this one."""
@@ -45,6 +42,4 @@ class EventLoop:
         for key, _ in self._selector.select(timeout_s):
             if self._selector.get_map().get(key.fd) is key:  # an earlier event of this turn may have closed it
                 key.data()
-        now_s = time.monotonic()
-        self.awake_s += min(now_s - self._last_s, _LONGEST_TURN_S)
-        self._last_s = now_s
+        self.awake_s = self._clock.get_s()

@@ -127,9 +127,25 @@ def test_after_a_killed_driver_the_same_command_finds_the_trainers_at_work(run, 
     assert not any(row["lost_steps"] for row in attempts)
 
 
+def let_sleep(pids, seconds):
+    """Stop processes for a while, as a machine does that is shut or paused; they wake one after the other."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(seconds)
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(1)
+
+
 def test_without_a_driver_all_is_saved_and_gone_within_the_lease_and_the_same_command_resumes(run, nodes):
     run.start()
     run.wait_for_step(10, timeout_s=240)
+    (coordinator,) = [pid for pid, command in find_own(nodes).items() if "ray::Coordinator" in command]
+    let_sleep([coordinator, run.driver.pid], LEASE_S / 2 + 1)
+    step = run.last_row()["step"]
+    run.wait_for_step(step + 10)
+    assert {row["attempt"] for row in run.rows()} == {1}, "what sleeps with its driver is not without one"
+
     hosts, trainers = find_hosts(nodes.folder), find_trainers(nodes.folder)
     kill(run)
 
