@@ -9,11 +9,11 @@ no call has to be wrapped, and those that FSDP2 makes inside a backward count as
 import faulthandler
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Self
 
+from elastic.awake import AwakeClock
 from elastic.config import FaultConfig
 from elastic.ports import Observer, Phase, Stall, Where
 from elastic.timeline import OpenPhase, Timeline
@@ -89,15 +89,14 @@ class Watchdog:
         self._thread.join()
 
     def _watch(self) -> None:
-        number, waited_s, has_dumped = -1, 0.0, False
-        last_s = alive_s = time.monotonic()
+        clock = AwakeClock()
+        number, began_s, alive_s, has_dumped = -1, 0.0, 0.0, False
         self._observer.alive()
         while not self._end.wait(LOOK_EVERY_S):
-            now_s, open_phase = time.monotonic(), self._timeline.open
+            now_s, open_phase = clock.get_s(), self._timeline.open
             if open_phase.number != number:
-                number, waited_s, has_dumped = open_phase.number, 0.0, False
-            waited_s += min(now_s - last_s, 2 * LOOK_EVERY_S)
-            last_s = now_s
+                number, began_s, has_dumped = open_phase.number, now_s, False
+            waited_s = now_s - began_s
             if now_s - alive_s >= _ALIVE_EVERY_S:
                 alive_s = now_s
                 self._observer.alive()

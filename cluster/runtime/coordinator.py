@@ -21,7 +21,6 @@ from typing import Any
 from cluster import controller
 from cluster.node_watch import News
 from cluster.runtime import adapter
-from cluster.runtime.awake import AwakeClock
 from cluster.runtime.books import open_books
 from cluster.runtime.hosts import HOST_SILENT_S, Hosts, HostStarts
 from cluster.runtime.link import Message
@@ -60,6 +59,7 @@ from cluster.types import (
 )
 from elastic import config as configs
 from elastic.attempts import next_attempt
+from elastic.awake import AwakeClock
 from elastic.checkpoint.placement import NodeLabels, plan_peers
 from elastic.config import RunConfig
 from elastic.errors import SolventError

@@ -5,8 +5,8 @@ import selectors
 import socket
 from collections.abc import Callable
 
-from cluster.runtime.awake import AwakeClock
 from cluster.runtime.link import Link
+from elastic.awake import AwakeClock
 
 
 class EventLoop:

@@ -6,12 +6,12 @@ import time
 
 import pytest
 
-from cluster.runtime import awake
-from cluster.runtime.awake import AwakeClock
+from elastic import awake
+from elastic.awake import AwakeClock
 
 LOOKS = """
 import time
-from cluster.runtime.awake import AwakeClock
+from elastic.awake import AwakeClock
 clock, start_s = AwakeClock(), time.monotonic()
 print(flush=True)
 while time.monotonic() - start_s < 2.5:
