@@ -230,18 +230,19 @@ def _agree_on_memory(memory: Memory | None, config: RunConfig, world: World) -> 
         return None
     model = plugins.load("elastic.models", config.model.kind, key="model.kind")
     shard_bytes = estimate_checkpoint_bytes(model.num_params(config.model)) // world.world_size
-    own = memory.look_for_room(shard_bytes)
-    table = torch.zeros(world.world_size, len(own), dtype=torch.int64, device=world.device)
-    table[world.rank] = torch.tensor(own)
-    rooms = [Room(*row) for row in world.sum_(table).tolist()]
-    if has_room(rooms, spare_bytes=GIB):
-        return memory
+    for waits in (False, True):  # to wait costs seconds, which are rarely needed
+        own = memory.look_for_room(shard_bytes, waits=waits)
+        table = torch.zeros(world.world_size, len(own), dtype=torch.int64, device=world.device)
+        table[world.rank] = torch.tensor(own)
+        rooms = [Room(*row) for row in world.sum_(table).tolist()]
+        if has_room(rooms, spare_bytes=GIB):
+            return memory
     if not has_room([room for room in rooms if room.node == own.node], spare_bytes=GIB):
         log.warning(
             "this node has %.1f GiB of host memory left, too little for snapshots of %.1f GiB a rank, so this world "
             "keeps none: give it more, or set checkpoint.memory=off",
             own.available_bytes / GIB,
-            own.needed_bytes / GIB,
+            shard_bytes / GIB,
         )
     return None
 

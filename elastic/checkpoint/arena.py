@@ -37,7 +37,10 @@ class Arena:
 
         It is no error if the kernel cannot. Once the arena is closed no more is found.
         """
-        descriptor = os.dup(self.descriptor)  # the number may soon be another file's
+        try:
+            descriptor = os.dup(self.descriptor)  # the number may soon be another file's
+        except OSError:  # it is closed
+            descriptor = -1
         thread = threading.Thread(target=self._populate, args=(descriptor,), name="populate", daemon=True)
         thread.start()
         return thread
@@ -46,12 +49,13 @@ class Arena:
         try:
             for start in range(0, self.num_bytes, _POPULATE_BYTES):
                 if self.descriptor < 0:
-                    break
+                    return
                 os.posix_fallocate(descriptor, start, min(_POPULATE_BYTES, self.num_bytes - start))
         except OSError as error:
             logger.info("memory for a snapshot is found as it is filled, not before: %s", error)
         finally:
-            os.close(descriptor)
+            if descriptor >= 0:
+                os.close(descriptor)
 
     def read_into(self, offset: int, out: memoryview) -> None:
         """Copy bytes to `out` without mapping the pages that they lie in, which takes longer than to copy them once.

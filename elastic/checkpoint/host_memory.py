@@ -1,6 +1,6 @@
 """How much host memory is left for snapshots, on a machine of one's own or in a container. No torch here."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -10,22 +10,31 @@ class Room(NamedTuple):
 
     node: int
     """The same for all ranks of a node and no others."""
-    needed_bytes: int
-    """What this rank has yet to take for its snapshots."""
+    first_bytes: int
+    """What this rank has yet to take for the first snapshot of its world."""
+    more_bytes: int
+    """What it will hold for all of them more than now; smaller arenas are given back after the first."""
+    left_bytes: int
+    """What trainers that are gone have left on the node, which is given back then as well."""
     available_bytes: int
 
 
 def has_room(rooms: Iterable[Room], *, spare_bytes: int) -> bool:
-    """Tell whether every node has room for what all of its ranks need, and as much to spare.
+    """Tell whether every node has room for what all of its ranks need, now and later, and as much to spare.
 
     A node whose ranks need nothing any more has it.
     """
-    needed: dict[int, int] = {}
-    available: dict[int, int] = {}
+    nodes: dict[int, list[Room]] = {}
     for room in rooms:
-        needed[room.node] = needed.get(room.node, 0) + room.needed_bytes
-        available[room.node] = min(available.get(room.node, room.available_bytes), room.available_bytes)
-    return all(num_bytes == 0 or available[node] > num_bytes + spare_bytes for node, num_bytes in needed.items())
+        nodes.setdefault(room.node, []).append(room)
+    return all(_has_room(ranks, spare_bytes) for ranks in nodes.values())
+
+
+def _has_room(ranks: Sequence[Room], spare_bytes: int) -> bool:
+    first_bytes = sum(rank.first_bytes for rank in ranks)
+    later_bytes = sum(rank.more_bytes for rank in ranks) - min(rank.left_bytes for rank in ranks)
+    available_bytes = min(rank.available_bytes for rank in ranks)
+    return first_bytes == 0 or available_bytes > max(first_bytes, later_bytes) + spare_bytes
 
 
 def get_available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:

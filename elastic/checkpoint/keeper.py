@@ -285,10 +285,15 @@ class Keeper:
             case "retire":
                 self._retire(message["before_epoch"], message["keep_step"])
             case "measure":
+                self._freer.submit(lambda: None).result()  # what was let go of is free
                 with self._lock:
                     in_memory = [holding for holding in self._holdings.values() if not holding.is_on_disk]
-                    held_bytes = sum(holding.arena.num_bytes for holding in in_memory)
-                channel.send({"kind": "measured", "id": message.get("id"), "held_bytes": held_bytes})
+                    left = [holding for holding in in_memory if self._is_left(holding)]
+                sums = {
+                    "held_bytes": sum(holding.arena.num_bytes for holding in in_memory),
+                    "left_bytes": sum(holding.arena.num_bytes for holding in left),
+                }
+                channel.send({"kind": "measured", "id": message.get("id"), **sums})
             case kind:
                 raise WireError(f"{kind!r} is no message that a keeper knows")
 
@@ -357,9 +362,13 @@ class Keeper:
         with self._lock:
             for holding in list(self._holdings.values()):
                 step = holding.snapshot.step if holding.snapshot else None
-                is_in_use = not holding.is_copy and holding.origin in self._origins
+                is_in_use = not holding.is_copy and not self._is_left(holding)
                 if holding.epoch < before_epoch and not is_in_use and (step is None or step != keep_step):
                     self._drop(holding)
+
+    def _is_left(self, holding: Holding) -> bool:
+        """Tell whether its trainer has gone."""
+        return not holding.is_copy and holding.origin not in self._origins
 
     def _find(self, message: Header) -> Holding | None:
         with self._lock:

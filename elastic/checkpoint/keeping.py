@@ -171,8 +171,15 @@ class KeeperClient:
         return _to_held(self._ask({"kind": "list"}).result())
 
     def fetch_held_bytes(self) -> int:
-        """Return how much memory the keeper holds, for this node's trainers and as copies for others."""
-        return self._ask({"kind": "measure"}).result()
+        """Return how much memory the keeper holds, for this node's trainers and as copies for others.
+
+        What it was told to let go of is free by then, which takes a second for 10 GiB.
+        """
+        return self._ask({"kind": "measure"}).result()["held_bytes"]
+
+    def fetch_left_bytes(self) -> int:
+        """Return how much of that trainers have left who are gone: what a world frees once it has a snapshot."""
+        return self._ask({"kind": "measure"}).result()["left_bytes"]
 
     def fetch_memory(self, held: Held) -> Arena | None:
         """Return a held shard itself, shared and not copied; None if it is there no more."""
@@ -218,7 +225,7 @@ class KeeperClient:
             case "list":
                 answer.set_result(message["held"])
             case "measured":
-                answer.set_result(message["held_bytes"])
+                answer.set_result(message)
             case "memory":
                 answer.set_result((self._channel.take_descriptor(), message["num_bytes"]))
             case _:  # missing

@@ -60,16 +60,30 @@ class Memory:
     def get_arenas(self, device: torch.device) -> HostArenas:
         """Return the arenas to stage in; the same ones in every world."""
         if self._arenas is None:
-            self._arenas = HostArenas(device, count=_NUM_ARENAS, on_allocated=self._hold, on_released=self._let_go)
+            self._arenas = HostArenas(
+                device,
+                count=_NUM_ARENAS,
+                on_allocated=self._hold,
+                on_released=self._let_go,
+                wait_for_freed=self._fetch_left_bytes,
+            )
         return self._arenas
 
-    def look_for_room(self, shard_bytes: int) -> Room:
-        """Return what this rank needs for snapshots of shards of this size, and what its node has."""
-        has_arenas = self._arenas is not None and shard_bytes <= self._arenas.capacity_bytes
+    def look_for_room(self, shard_bytes: int, *, waits: bool) -> Room:
+        """Return what this rank needs for snapshots of shards of this size, and what its node has.
+
+        Args:
+            waits: until all is free that was held for earlier attempts and is retired; and counts what will be.
+        """
+        left_bytes = self._fetch_left_bytes() if waits else 0
+        capacity, held_bytes = (self._arenas.capacity_bytes, self._arenas.held_bytes) if self._arenas else (0, 0)
+        fits = shard_bytes <= capacity
         available = get_available_bytes()
         return Room(
             node=crc32(self.node.encode()),
-            needed_bytes=0 if has_arenas else _NUM_ARENAS * shard_bytes,
+            first_bytes=0 if fits else shard_bytes,
+            more_bytes=0 if fits else _NUM_ARENAS * shard_bytes - held_bytes,
+            left_bytes=left_bytes,
             available_bytes=sys.maxsize if available is None else available,
         )
 
@@ -195,6 +209,12 @@ class Memory:
     def _hold(self, index: int, arena: Arena) -> None:
         with contextlib.suppress(WireError):
             self._client.hold(index, arena)
+
+    def _fetch_left_bytes(self) -> int:
+        try:
+            return self._client.fetch_left_bytes()
+        except WireError:  # it ends with the keeper
+            return 0
 
     def _let_go(self, index: int) -> None:
         self._filled.pop(index, None)

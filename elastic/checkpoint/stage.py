@@ -43,6 +43,7 @@ class HostArenas:
         count: how many copies are kept.
         on_allocated: takes each new arena with its number, before it is used.
         on_released: takes the number of one that will not be used again.
+        wait_for_freed: returns once the memory of those is free, as far as others hold it.
     """
 
     def __init__(
@@ -52,12 +53,16 @@ class HostArenas:
         count: int,
         on_allocated: Callable[[int, Arena], None] = lambda _index, _arena: None,
         on_released: Callable[[int], None] = lambda _index: None,
+        wait_for_freed: Callable[[], object] = lambda: None,
     ) -> None:
         self.count = count
         self._on_allocated, self._on_released = on_allocated, on_released
+        self._wait_for_freed = wait_for_freed
         self._arenas: dict[int, Arena] = {}
         self._outgrown: dict[int, Arena] = {}
         """Too small for this world, but what they hold is all there is until it has filled one of its own."""
+        self._unfound: list[Arena] = []
+        """Memory for these is yet to be found."""
         self._tensors: dict[int, Tensor] = {}
         self._num_allocated = 0
         self.capacity_bytes = 0
@@ -69,8 +74,16 @@ class HostArenas:
         """Return the numbers of the arenas in use."""
         return list(self._arenas)
 
+    @property
+    def held_bytes(self) -> int:
+        """Return what all of them have room for, those too that are about to be released."""
+        return sum(arena.num_bytes for arena in (*self._arenas.values(), *self._outgrown.values()))
+
     def make_room(self, num_bytes: int) -> None:
-        """Make sure that each arena has room for so much.
+        """Make sure that each arena has room for so much; the memory of the first is found before it is written to.
+
+        That of the others waits for `release_outgrown`: until this world has a snapshot, the node still holds those of
+        the one before.
 
         Raises:
             CheckpointError: the memory is refused.
@@ -86,19 +99,30 @@ class HostArenas:
             self._arenas[index] = arena
             self._tensors[index] = torch.frombuffer(arena.view, dtype=torch.uint8)
             self._on_allocated(index, arena)
-            arena.populate()
+        first, *self._unfound = self._arenas.values()
+        first.populate()
 
     def get(self, index: int) -> Tensor:
         """Return an arena as bytes."""
         return self._tensors[index]
 
     def release_outgrown(self) -> None:
-        """Give the memory of arenas back that were too small for this world."""
-        for index, arena in self._outgrown.items():
+        """Give the memory of arenas back that were too small for this world, then have that of the others found."""
+        for index in self._outgrown:
             self._on_released(index)
             del self._tensors[index]
-            threading.Thread(target=arena.close, name="free", daemon=True).start()  # takes seconds
-        self._outgrown.clear()
+        outgrown, unfound = list(self._outgrown.values()), self._unfound
+        self._outgrown, self._unfound = {}, []
+
+        def exchange() -> None:
+            for arena in outgrown:
+                arena.close()
+            self._wait_for_freed()
+            for arena in unfound:
+                arena.populate()
+
+        if outgrown or unfound:
+            threading.Thread(target=exchange, name="free", daemon=True).start()  # takes seconds
 
 
 @dataclass(frozen=True, kw_only=True)

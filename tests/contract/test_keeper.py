@@ -94,6 +94,20 @@ def test_a_snapshot_survives_its_trainer_and_is_served_with_its_checksums():
         assert arena.view == saved
 
 
+def test_what_the_gone_have_left_is_told_apart_from_what_is_filled_again():
+    with keeper("a") as process, keeper("b") as peer:
+        trainer, other = Trainer(process), Trainer(process, rank=1)
+        assert trainer.fill(0, 1, peer=peer).result(10) == ""
+        assert other.client.fetch_left_bytes() == 0
+        trainer.client.begin(1, epoch=1)
+        trainer.client.close()
+        wait_until(lambda: other.client.fetch_left_bytes() == SIZE, "one was filled, the other one not")
+        assert other.client.fetch_held_bytes() == 3 * SIZE
+        assert KeeperClient(peer.open_connection(), origin="2-0").fetch_left_bytes() == 0, (
+            "a copy is not left by anyone"
+        )
+
+
 def test_a_trainer_that_dies_while_it_fills_leaves_only_what_was_whole():
     with keeper() as process, remote(process) as stranger:
         trainer = Trainer(process)

@@ -99,27 +99,37 @@ def test_this_machine_has_something():
     assert 2**20 < available < 2**50
 
 
+def room(available, *, node=1, first=2, more=4, left=0):
+    return Room(node=node, first_bytes=first, more_bytes=more, left_bytes=left, available_bytes=available)
+
+
 @pytest.mark.parametrize(
     ("rooms", "is_enough"),
     [
-        pytest.param([Room(1, 2, 14)], True, id="one rank"),
-        pytest.param([Room(1, 2, 12)], False, id="nothing to spare"),
-        pytest.param([Room(1, 2, 15)] * 2, True, id="both, with no byte to give away"),
-        pytest.param([Room(1, 2, 15)] * 3, False, id="each alone, but not all"),
-        pytest.param([Room(n, 2, 14) for n in range(8)], True, id="on nodes of their own"),
-        pytest.param([Room(1, 2, 99), Room(2, 2, 3)], False, id="another node"),
-        pytest.param([Room(1, 0, 1)], True, id="taken already"),
-        pytest.param([Room(1, 0, 14), Room(1, 4, 14)], False, id="a new rank beside one that has taken its part"),
-        pytest.param([Room(1, 2, 99), Room(1, 2, 14)], False, id="seen at two moments"),
+        pytest.param([room(15)], True, id="one rank"),
+        pytest.param([room(14)], False, id="nothing to spare"),
+        pytest.param([room(19)] * 2, True, id="two"),
+        pytest.param([room(19)] * 3, False, id="each alone, but not all"),
+        pytest.param([room(15, node=n) for n in range(8)], True, id="on nodes of their own"),
+        pytest.param([room(99), room(3, node=2)], False, id="another node"),
+        pytest.param([room(1, first=0, more=0)], True, id="taken already"),
+        pytest.param([room(14, first=0, more=0), room(14)], False, id="a new rank beside one that has taken its part"),
+        pytest.param([room(99), room(18)], False, id="seen at two moments"),
+        pytest.param([room(13, left=2)], True, id="a dead one leaves as much"),
+        pytest.param([room(12, left=99)], False, id="but only after the first"),
+        pytest.param([room(15, left=2)] * 2, False, id="what was left on a node counts once"),
+        pytest.param([room(13, first=3, more=2)], False, id="smaller arenas go, but only after the first"),
+        pytest.param([room(14, first=3, more=2)], True, id="smaller arenas go"),
     ],
 )
 def test_all_ranks_of_a_node_share_its_memory(rooms, is_enough):
     assert has_room(rooms, spare_bytes=10) is is_enough
 
 
-@given(
-    st.lists(st.builds(Room, st.integers(0, 3), st.integers(0, 9), st.integers(0, 60)), max_size=8), st.integers(0, 9)
-)
+numbers = st.integers(0, 9)
+
+
+@given(st.lists(st.builds(Room, st.integers(0, 3), numbers, numbers, numbers, st.integers(0, 60)), max_size=8), numbers)
 def test_no_order_and_no_other_node_matters(rooms, spare_bytes):
     nodes = {room.node for room in rooms}
     each = [has_room([r for r in rooms if r.node == node], spare_bytes=spare_bytes) for node in nodes]
