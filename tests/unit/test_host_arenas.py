@@ -40,10 +40,10 @@ class Watched:
         return count_bytes(self.descriptors[index])
 
     def join(self) -> None:
-        """Wait for all that goes on in the background."""
-        for thread in threading.enumerate():
-            if thread.name in ("free", "populate"):
-                thread.join(WAIT_S)
+        """Wait for all that goes on in the background, and for what that starts."""
+        while threads := [thread for thread in threading.enumerate() if thread.name in ("free", "populate")]:
+            threads[0].join(WAIT_S)
+            assert not threads[0].is_alive()
 
     def close(self) -> None:
         self.is_freed.set()
