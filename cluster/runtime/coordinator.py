@@ -74,7 +74,6 @@ _RETURN_S = 3.0
 """Hosts that live come by themselves to who follows their coordinator; only after this are others started."""
 _GROUPS_PER_EPOCH = 1_000_000
 """More than any coordinator will see: the numbers of its worker groups are above those of the one before."""
-_LOOK_S = 0.5
 DRIVER_BUSY_S = 5.0
 """A driver polls twice a second; one that did within this time is alive."""
 
@@ -305,7 +304,7 @@ class Coordinator:
     def _exit_without_driver(self) -> None:
         """End the actor once nobody asks it any more: one that is detached outlives its cluster's last job."""
         while self._get_driver_silence_s() < self._config.fault.lease_s / 2:
-            time.sleep(_LOOK_S)
+            time.sleep(WATCH_EVERY_S)
         os._exit(0)
 
     def _take_host(self, node: str) -> None:

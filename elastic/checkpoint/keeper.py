@@ -81,8 +81,6 @@ class Keeper:
         self._disk = NodeDisk(Path(spec.disk)) if spec.disk else None
         self._disk_writer = ThreadPoolExecutor(1, "disk")
         self._freer = ThreadPoolExecutor(1, "free")
-        self._awaited_bytes = 0
-        """Room that was promised to copies which are on their way, and is not taken up yet."""
 
     def serve(self, listener: socket.socket | None) -> None:
         """Adopt trainers and serve strangers who know the secret, until the owner ends."""
@@ -313,28 +311,24 @@ class Keeper:
             holding = self._holdings.get(key)
             if holding is not None and (not holding.is_copy or holding.arena.num_bytes < num_bytes):
                 raise WireError(f"{key} is no copy of {num_bytes} bytes")
-        problem, awaited_bytes = "", 0
+        problem = ""
         if holding is None:
             try:
                 self._freer.submit(lambda: None).result()  # what was let go of is free
                 with self._lock:
-                    _check_memory(capacity, self._awaited_bytes)
+                    copies = [holding for holding in self._holdings.values() if holding.is_copy]
+                    _check_memory(capacity, sum(copy.arena.num_bytes for copy in copies if not copy.num_bytes))
                     arena = allocate_arena(capacity, name="copy")
                     holding = Holding(origin=key[0], index=key[1], arena=arena, is_copy=True)
                     self._holdings[key] = holding
-                    self._awaited_bytes += (awaited_bytes := capacity)
             except CheckpointError as error:
                 problem = str(error)
         if holding is None:
             _swallow(channel, num_bytes)
         else:
-            try:
-                self._begin(holding, message["snapshot"]["epoch"])
-                generation = holding.generation
-                channel.receive_into(holding.arena.view[:num_bytes])
-            finally:
-                with self._lock:
-                    self._awaited_bytes -= awaited_bytes
+            self._begin(holding, message["snapshot"]["epoch"])
+            generation = holding.generation
+            channel.receive_into(holding.arena.view[:num_bytes])
             self._fill(holding, {**message, "num_bytes": num_bytes})
             self._checksum(holding, generation)
             if holding.checksums != message["checksums"]:
@@ -393,8 +387,11 @@ def _forget_peer(trainer: _Trainer) -> None:
 def _check_memory(num_bytes: int, awaited_bytes: int) -> None:
     """Refuse a copy that would take the memory that this node's own trainers need.
 
+    Args:
+        awaited_bytes: promised to copies of which none has come whole yet, so that it is not taken up.
+
     Raises:
-        CheckpointError: less is available beside what others were promised.
+        CheckpointError: less is available.
     """
     available = get_available_bytes()
     if available is not None and available < awaited_bytes + num_bytes + GIB // 4:

@@ -65,7 +65,7 @@ class Memory:
                 count=_NUM_ARENAS,
                 on_allocated=self._hold,
                 on_released=self._let_go,
-                wait_for_freed=self._fetch_left_bytes,
+                wait_for_freed=self._fetch_left_bytes,  # the keeper answers once all is free
             )
         return self._arenas
 

@@ -211,23 +211,9 @@ def test_a_read_beyond_the_end_is_refused():
             stranger.read_into(held, SIZE - 1, memoryview(bytearray(2)))
 
 
-def test_a_copy_that_was_damaged_on_the_way_is_refused():
-    with keeper() as process:
-        channel = connect(("127.0.0.1", process.port), SECRET)
-        snapshot = {"epoch": 1, "step": 1, "world_size": 1, "rank": 0}
-        header = {"kind": "push", "origin": "1-0", "index": 0, "snapshot": snapshot, "record": None}
-        fields = {"chunks": [[0, 4]], "checksums": [zlib.crc32(b"good")], "capacity": 4}
-        channel.send({**header, **fields}, [memoryview(b"baad")], num_bytes=4)
-        assert channel.receive()["kind"] == "refused"
-        channel.send({**header, **fields}, [memoryview(b"good")], num_bytes=4)
-        assert channel.receive()["kind"] == "pushed"
-        channel.close()
-
-
-def make_copy(origin, *, num_bytes):
-    """Return the header and the bytes of what another node's keeper sends."""
-    data = bytes(num_bytes)
-    header = {
+def describe_copy(origin, data):
+    """Return the header with which another node's keeper sends what its trainer has filled."""
+    return {
         "kind": "push",
         "origin": origin,
         "index": 0,
@@ -237,12 +223,17 @@ def make_copy(origin, *, num_bytes):
         "checksums": [zlib.crc32(data)],
         "capacity": len(data),
     }
-    return header, data
 
 
-def get_held_bytes(channel):
-    channel.send({"kind": "measure"})
-    return channel.receive()["held_bytes"]
+def test_a_copy_that_was_damaged_on_the_way_is_refused():
+    with keeper() as process:
+        channel = connect(("127.0.0.1", process.port), SECRET)
+        header = describe_copy("1-0", b"good")
+        channel.send(header, [memoryview(b"baad")], num_bytes=4)
+        assert channel.receive()["kind"] == "refused"
+        channel.send(header, [memoryview(b"good")], num_bytes=4)
+        assert channel.receive()["kind"] == "pushed"
+        channel.close()
 
 
 def test_a_copy_that_the_container_has_no_room_for_is_refused_and_nobody_is_killed():
@@ -257,16 +248,17 @@ def test_a_copy_that_the_container_has_no_room_for_is_refused_and_nobody_is_kill
 
 
 def test_room_that_was_promised_to_a_copy_is_not_given_to_another_one():
-    header, data = make_copy("1-0", num_bytes=100 * MIB)
-    other, _ = make_copy("1-1", num_bytes=100 * MIB)
+    data = bytes(100 * MIB)
+    header, other = (describe_copy(origin, data) for origin in ("1-0", "1-1"))
     with keeper() as process, limit_memory(2048 * MIB) as limit:
         limit.add(process.process.pid)
+        local = KeeperClient(process.open_connection(), origin="2-0")
         slow, fast = (connect(("127.0.0.1", process.port), SECRET) for _ in range(2))
         limit.set(limit.get_used() + (256 + 150) * MIB)
 
         def send_slowly():
             yield memoryview(data)[:1000]
-            wait_until(lambda: get_held_bytes(fast) == len(data), "it is promised room")
+            wait_until(lambda: local.fetch_held_bytes() == len(data), "it is promised room")
             fast.send(other, [memoryview(data)], num_bytes=len(data))
             assert fast.receive()["kind"] == "refused"
             yield memoryview(data)[1000:]
