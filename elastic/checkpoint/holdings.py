@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from elastic.checkpoint.arena import Arena
-from elastic.checkpoint.wire import PIECE_BYTES
+from elastic.transport import PIECE_BYTES
 
 
 @dataclass(frozen=True, kw_only=True, order=True)

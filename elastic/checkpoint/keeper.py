@@ -31,14 +31,15 @@ from elastic.checkpoint.arena import GIB, Arena, allocate_arena
 from elastic.checkpoint.holdings import Holding, Snapshot, SupersededError, check_current, cut, describe
 from elastic.checkpoint.host_memory import get_available_bytes
 from elastic.checkpoint.node_disk import NodeDisk, StateName
-from elastic.checkpoint.wire import PIECE_BYTES, Channel, Header, WireError, authenticate, connect
 from elastic.errors import CheckpointError
+from elastic.transport import PIECE_BYTES, Acceptor, Channel, Header, Peer, WireError, connect
 
 _PR_SET_PDEATHSIG = 1
 _NICENESS = 10  # on a machine without a core to spare, training goes first
 _CHECKSUM_THREADS = max(1, min(8, (os.cpu_count() or 1) // 2))  # whoever restores the newest snapshot waits for them
 _BATCH = 16
 """Blocks that a thread checksums at a time; handing them out one by one takes as long as the sums themselves."""
+_LOOK_EVERY_S = 1.0
 _PEER_TIMEOUT_S = 30.0
 """A lost machine sends no FIN; a living one takes its bytes and checks a copy sooner than this."""
 
@@ -90,7 +91,7 @@ class Keeper:
             threading.Thread(target=self._accept, args=(listener,), name="accept", daemon=True).start()
         while (message := self._owner.receive()) is not None:
             if message["kind"] == "adopt":
-                channel = Channel(socket.socket(fileno=self._owner.take_descriptor()))
+                channel = Channel(Peer(socket.socket(fileno=self._owner.take_descriptor()), None))
                 _start_thread(self._serve_trainer, _Trainer(channel=channel))
 
     # ---- trainers of this node
@@ -180,7 +181,8 @@ class Keeper:
     def _copy(self, trainer: _Trainer, holding: Holding, generation: int, address: tuple[str, int]) -> None:
         try:
             if trainer.peer is None or trainer.peer_address != address:
-                trainer.peer, trainer.peer_address = connect(address, self._spec.secret), address
+                trainer.peer = Channel(connect(address, self._spec.secret, purpose="keeper"))
+                trainer.peer_address = address
                 trainer.peer.set_timeout(_PEER_TIMEOUT_S)
             with self._lock:
                 check_current(holding, generation)
@@ -258,19 +260,24 @@ class Keeper:
     # ---- anyone who knows the secret
 
     def _accept(self, listener: socket.socket) -> None:
+        """Take who knows the secret; one thread greets them all, and nothing that a stranger does ends it."""
+        acceptor = Acceptor(listener, say=_log, secret=self._spec.secret, purpose="keeper")
         while True:
-            connection, _ = listener.accept()
-            _start_thread(self._serve_stranger, connection)
+            for peer in acceptor.turn(_LOOK_EVERY_S):
+                try:
+                    _start_thread(self._serve_stranger, Channel(peer))
+                except RuntimeError as error:  # no more threads
+                    _log(f"a connection was ended: {error}")
+                    peer.socket.close()
 
-    def _serve_stranger(self, connection: socket.socket) -> None:
+    def _serve_stranger(self, channel: Channel) -> None:
         try:
-            channel = authenticate(connection, self._spec.secret, role="keeper")
             while (message := channel.receive()) is not None:
                 self._obey_anyone(channel, message)
-            channel.close()
         except (WireError, KeyError, TypeError, ValueError, SupersededError) as error:
             _log(f"a connection ended: {error!r}")
-            connection.close()
+        finally:
+            channel.close()
 
     def _obey_anyone(self, channel: Channel, message: Header) -> None:
         match message["kind"]:
@@ -427,7 +434,7 @@ def _log(text: str) -> None:
 
 def main() -> NoReturn:
     """Become the keeper that the first message on standard input describes."""
-    owner = Channel(socket.socket(fileno=os.dup(0)))
+    owner = Channel(Peer(socket.socket(fileno=os.dup(0)), None))
     message = owner.receive()
     assert message is not None
     spec = KeeperSpec(**message["spec"])

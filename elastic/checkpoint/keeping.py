@@ -14,7 +14,7 @@ from typing import Any, cast
 from elastic.checkpoint.arena import Arena
 from elastic.checkpoint.holdings import Snapshot
 from elastic.checkpoint.keeper import KeeperSpec
-from elastic.checkpoint.wire import Channel, Header, WireError, connect
+from elastic.transport import Channel, Header, Peer, WireError, connect
 
 _READY_TIMEOUT_S = 30.0
 
@@ -56,7 +56,7 @@ def start_keeper(*, node: str, ip: str, secret: str, disk: str = "") -> KeeperPr
         WireError: it did not start.
     """
     ours, theirs = socket.socketpair()
-    channel = Channel(ours)
+    channel = Channel(Peer(ours, None))
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     with theirs:
         process = subprocess.Popen(
@@ -104,7 +104,7 @@ class KeeperClient:
     """
 
     def __init__(self, connection: socket.socket, *, origin: str) -> None:
-        self._channel = Channel(connection)
+        self._channel = Channel(Peer(connection, None))
         self.origin = origin
         self._lock = threading.Lock()
         self._answers: dict[int, Future[Any]] = {}
@@ -240,7 +240,7 @@ class RemoteKeeper:
     """
 
     def __init__(self, address: tuple[str, int], secret: str, *, timeout_s: float) -> None:
-        self._channel = connect(address, secret, timeout_s=timeout_s)
+        self._channel = Channel(connect(address, secret, purpose="keeper", timeout_s=timeout_s))
         self._channel.set_timeout(timeout_s)
 
     def fetch_list(self) -> list[Held]:

@@ -29,8 +29,8 @@ from elastic.checkpoint.resident import Rows
 from elastic.checkpoint.snapshots import WholeSnapshot, build_record, list_blocks
 from elastic.checkpoint.sources import ShardSource
 from elastic.checkpoint.stage import HostArenas
-from elastic.checkpoint.wire import WireError
 from elastic.ports import Address
+from elastic.transport import WireError
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ import pytest
 from elastic.checkpoint.arena import allocate_arena
 from elastic.checkpoint.holdings import Snapshot
 from elastic.checkpoint.keeping import KeeperClient, RemoteKeeper, start_keeper
-from elastic.checkpoint.wire import Channel, WireError, connect
 from elastic.processes import find_running
+from elastic.transport import Channel, Peer, WireError, connect
 from tests.memory_limit import MIB, limit_memory
 
 SECRET = "s3cret"
@@ -195,7 +195,7 @@ def test_a_message_that_makes_no_sense_ends_its_connection_and_nothing_else(mess
     with keeper() as process:
         trainer = Trainer(process)
         trainer.fill(0, 1).result(10)
-        channel = connect(("127.0.0.1", process.port), SECRET)
+        channel = Channel(connect(("127.0.0.1", process.port), SECRET, purpose="keeper"))
         channel.send(message)
         assert channel.receive() is None
         channel.close()
@@ -227,7 +227,7 @@ def describe_copy(origin, data):
 
 def test_a_copy_that_was_damaged_on_the_way_is_refused():
     with keeper() as process:
-        channel = connect(("127.0.0.1", process.port), SECRET)
+        channel = Channel(connect(("127.0.0.1", process.port), SECRET, purpose="keeper"))
         header = describe_copy("1-0", b"good")
         channel.send(header, [memoryview(b"baad")], num_bytes=4)
         assert channel.receive()["kind"] == "refused"
@@ -253,7 +253,7 @@ def test_room_that_was_promised_to_a_copy_is_not_given_to_another_one():
     with keeper() as process, limit_memory(2048 * MIB) as limit:
         limit.add(process.process.pid)
         local = KeeperClient(process.open_connection(), origin="2-0")
-        slow, fast = (connect(("127.0.0.1", process.port), SECRET) for _ in range(2))
+        slow, fast = (Channel(connect(("127.0.0.1", process.port), SECRET, purpose="keeper")) for _ in range(2))
         limit.set(limit.get_used() + (256 + 150) * MIB)
 
         def send_slowly():
@@ -305,6 +305,6 @@ def test_bytes_that_are_no_message_end_the_connection():
     ours, theirs = socket.socketpair()
     ours.sendall(b"\xff\xff\xff\xffHTTP/1.1 400")
     with pytest.raises(WireError, match="none of ours"):
-        Channel(theirs).receive()
+        Channel(Peer(theirs, None)).receive()
     ours.close()
     theirs.close()

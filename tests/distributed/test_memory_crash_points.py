@@ -23,8 +23,8 @@ import torch.distributed as dist
 from elastic.checkpoint.keeping import start_keeper
 from elastic.checkpoint.load import restore
 from elastic.checkpoint.memory import Memory
-from elastic.checkpoint.wire import WireError
 from elastic.storage import open_storage
+from elastic.transport import WireError
 from tests.distributed._crash_points import count_operations, fork, run_forked
 from tests.distributed._spawn_ckpt import (
     CONFIG,

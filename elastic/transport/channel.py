@@ -1,42 +1,28 @@
-"""How trainers and keepers talk: a JSON header, then raw bytes; never a pickle. No torch here.
-
-    4 bytes length | header, a JSON object with "kind" and maybe "bytes" | that many raw bytes
-
-Over a Unix socket a message may carry a file descriptor; who may connect is a matter of file permissions there. Over
-TCP each side first proves that it knows the run's secret, without sending it (HMAC-SHA256 of the other's nonce).
-"""
+"""Messages with raw bytes and file descriptors behind them, for threads that may wait: how snapshots travel."""
 
 import contextlib
-import hmac
-import json
 import os
-import secrets
 import socket
 import struct
 import threading
 from collections.abc import Iterable
 from typing import Any
 
-Header = dict[str, Any]
+from elastic.transport.acceptor import Peer
+from elastic.transport.frames import SEAL_BYTES, Header, WireError, encode, parse, parse_length
 
 MAX_HEADER_BYTES = 64 * 2**20
-"""Far more than an index of a million chunks; a stranger's first bytes never make us allocate more."""
+"""Far more than an index of a million chunks. Only who has proved to be one of ours can have as much allocated."""
 PIECE_BYTES = 4 * 2**20
 """What is sent or received at a time, so that an abort is noticed soon."""
-_NONCE_BYTES = 32
-
-
-class WireError(OSError):
-    """The peer is gone, is not who it should be, or speaks another language."""
 
 
 class Channel:
     """A connected stream socket that sends and receives whole messages; one thread may receive while others send."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        if connection.family != socket.AF_UNIX:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket = connection
+    def __init__(self, peer: Peer) -> None:
+        self._socket = peer.socket
+        self._seals = peer.seals
         self._descriptors: list[int] = []
         self._sending = threading.Lock()
 
@@ -48,9 +34,9 @@ class Channel:
         Raises:
             WireError: the peer is gone.
         """
-        text = json.dumps({**header, "bytes": num_bytes}).encode()
-        data = struct.pack("!I", len(text)) + text
         with self._sending:
+            seal = self._seals.sent if self._seals else None
+            data = encode({**header, "bytes": num_bytes}, seal=seal, limit_bytes=MAX_HEADER_BYTES)
             try:
                 if descriptor is None:
                     self._socket.sendall(data)
@@ -74,24 +60,27 @@ class Channel:
         Raises:
             WireError: the connection broke, or the message is none of ours.
         """
+        try:
+            return self._receive()
+        except WireError:
+            self.close()  # what follows would not be understood
+            raise
+
+    def _receive(self) -> Header | None:
         size = bytearray(4)
         if not self._fill(memoryview(size), may_end=True):
             return None
-        (length,) = struct.unpack("!I", size)
-        if length > MAX_HEADER_BYTES:
-            raise WireError(f"a header of {length} bytes is none of ours")
-        text = bytearray(length)
+        length = parse_length(size, limit_bytes=MAX_HEADER_BYTES)
+        seal, text = bytearray(SEAL_BYTES if self._seals else 0), bytearray(length)
+        self._fill(memoryview(seal))
         self._fill(memoryview(text))
-        try:
-            header = json.loads(text)
-        except ValueError as error:
-            raise WireError("a header that is no JSON is none of ours") from error
-        if not isinstance(header, dict) or not isinstance(header.get("kind"), str):  # pyright: ignore[reportUnknownMemberType] # checked here
-            raise WireError("a header without a kind is none of ours")
-        num_bytes: Any = header.get("bytes")  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType] # JSON
-        if not isinstance(num_bytes, int) or num_bytes < 0:
+        if self._seals:
+            self._seals.received.check(seal, text)
+        header = parse(text)
+        num_bytes: Any = header.get("bytes")
+        if type(num_bytes) is not int or num_bytes < 0:
             raise WireError(f"a header with bytes={num_bytes!r} is none of ours")
-        return header  # pyright: ignore[reportUnknownVariableType] # JSON
+        return header
 
     def receive_into(self, out: memoryview) -> None:
         """Fill `out` with raw bytes.
@@ -99,8 +88,12 @@ class Channel:
         Raises:
             WireError: the connection broke before.
         """
-        for start in range(0, len(out), PIECE_BYTES):
-            self._fill(out[start : start + PIECE_BYTES])
+        try:
+            for start in range(0, len(out), PIECE_BYTES):
+                self._fill(out[start : start + PIECE_BYTES])
+        except WireError:
+            self.close()
+            raise
 
     def take_descriptor(self) -> int:
         """Return the oldest file descriptor that came with a message.
@@ -158,55 +151,3 @@ def _receive_with_descriptors(connection: socket.socket, out: memoryview) -> tup
             whole = data[: len(data) - len(data) % 4]
             descriptors += struct.unpack(f"{len(whole) // 4}i", whole)
     return num_bytes, descriptors
-
-
-def authenticate(connection: socket.socket, secret: str, *, role: str, timeout_s: float = 10.0) -> Channel:
-    """Return a channel to a peer that knows the secret too.
-
-    Args:
-        role: "keeper" for the side that was called, "caller" for the other: an answer never serves the other side.
-
-    Raises:
-        WireError: it does not, or does not answer in time.
-    """
-    connection.settimeout(timeout_s)
-    own = secrets.token_bytes(_NONCE_BYTES)
-    other_role = "caller" if role == "keeper" else "keeper"
-    try:
-        connection.sendall(own)
-        theirs = _receive_exactly(connection, _NONCE_BYTES)
-        connection.sendall(_prove(secret, role, theirs))
-        if not hmac.compare_digest(_receive_exactly(connection, _NONCE_BYTES), _prove(secret, other_role, own)):
-            raise WireError("the peer does not know the run's secret")
-        connection.settimeout(None)
-    except OSError as error:
-        connection.close()
-        raise error if isinstance(error, WireError) else WireError(error.errno, f"no handshake ({error})") from error
-    return Channel(connection)
-
-
-def connect(address: tuple[str, int], secret: str, *, timeout_s: float = 5.0) -> Channel:
-    """Return a channel to the keeper at an address.
-
-    Raises:
-        WireError: nobody is there, or not one of ours.
-    """
-    try:
-        connection = socket.create_connection(address, timeout=timeout_s)
-    except OSError as error:
-        raise WireError(error.errno, f"{address[0]}:{address[1]} does not answer ({error})") from error
-    return authenticate(connection, secret, role="caller", timeout_s=timeout_s)
-
-
-def _prove(secret: str, role: str, nonce: bytes) -> bytes:
-    return hmac.digest(secret.encode(), role.encode() + nonce, "sha256")
-
-
-def _receive_exactly(connection: socket.socket, num_bytes: int) -> bytes:
-    data = b""
-    while len(data) < num_bytes:
-        more = connection.recv(num_bytes - len(data))
-        if not more:
-            raise WireError("the peer closed the connection during the handshake")
-        data += more
-    return data
