@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.runtime import adapter
-from cluster.runtime.link import Link, Message, connect
+from cluster.runtime.link import HostLink, connect
+from cluster.runtime.messages import Bye, Claim, ClaimGranted, Exited, Fenced
 from cluster.runtime.start_host import get_host_folder, start_host
 from elastic.errors import SolventError
 
@@ -53,16 +54,17 @@ def run_agent(fields: dict[str, Any]) -> None:
 
 
 def _serve_once(
-    link: Link, place: adapter.WorkerPlace, group: int, log: "_LogTail", relay: Callable[[list[str]], None]
+    link: HostLink, place: adapter.WorkerPlace, group: int, log: "_LogTail", relay: Callable[[list[str]], None]
 ) -> None:
     """Claim a slot of the node's host and relay until the host is gone or the slot is taken by a newer agent."""
     link.send(
-        "claim",
-        group=group,
-        group_size=place.group_size,
-        pid=os.getpid(),
-        slot=f"gpu{place.gpus}" if place.gpus else "",
-        env={"CUDA_VISIBLE_DEVICES": place.gpus},
+        Claim(
+            group=group,
+            group_size=place.group_size,
+            pid=os.getpid(),
+            slot=f"gpu{place.gpus}" if place.gpus else "",
+            env={"CUDA_VISIBLE_DEVICES": place.gpus},
+        )
     )
     while True:
         messages = link.receive(timeout_s=RETRY_S)
@@ -71,7 +73,7 @@ def _serve_once(
             sys.stdout.write("\n".join([*lines, ""]))  # into Ray's log of this worker
             sys.stdout.flush()
             relay([f"{place.node[:8]} {line}" for line in lines])
-        if messages is None or any(m["kind"] in ("fenced", "bye") for m in messages):
+        if messages is None or any(isinstance(message, (Fenced, Bye)) for message in messages):
             link.close()
             return
 
@@ -82,7 +84,7 @@ def _relay(coordinator_name: str, lines: list[str]) -> None:
         adapter.post(coordinator.relay, lines)
 
 
-def _connect(node: str, coordinator: Any, relay: Callable[[list[str]], None]) -> Link | None:
+def _connect(node: str, coordinator: Any, relay: Callable[[list[str]], None]) -> HostLink | None:
     """Connect to the node's host, started now if there is none; None if it cannot start, of which the driver is told.
 
     Raises:
@@ -100,21 +102,19 @@ def _connect(node: str, coordinator: Any, relay: Callable[[list[str]], None]) ->
     return connect(folder)
 
 
-def _take(message: Message, log: "_LogTail") -> list[str]:
+def _take(message: ClaimGranted | Exited | Fenced | Bye, log: "_LogTail") -> list[str]:
     """Act on a message of the host; return what is worth telling."""
-    match message["kind"]:
-        case "claimed":
-            log.follow(Path(message["log"]), message["slot"])
+    match message:
+        case ClaimGranted():
+            log.follow(Path(message.log), message.slot)
             return []
-        case "exited":
-            end = f"trainer {message['pid']} of attempt {message['attempt']} ended with {message['code']}"
-            return [*log.read_new(), end] if message["code"] else log.read_new()
-        case "fenced":
-            return [f"a newer agent (group {message['by']}) took this slot"]
-        case "bye":
-            return f"the host of this node ended: {message['reason']}".splitlines()
-        case _:
-            return []
+        case Exited():
+            end = f"trainer {message.pid} of attempt {message.attempt} ended with {message.code}"
+            return [*log.read_new(), end] if message.code else log.read_new()
+        case Fenced():
+            return [f"a newer agent (group {message.by}) took this slot"]
+        case Bye():
+            return f"the host of this node ended: {message.reason}".splitlines()
 
 
 class _LogTail:

@@ -21,9 +21,10 @@ from typing import Any
 from cluster import controller
 from cluster.node_watch import News
 from cluster.runtime import adapter
+from cluster.runtime import messages as said
 from cluster.runtime.books import open_books
 from cluster.runtime.hosts import HOST_SILENT_S, Hosts, HostStarts
-from cluster.runtime.link import Message
+from cluster.runtime.hosts import News as HostNews
 from cluster.runtime.notices import Watches
 from cluster.runtime.priority import take_priority_of
 from cluster.runtime.published import Published, Update
@@ -64,7 +65,6 @@ from elastic.checkpoint.placement import NodeLabels, plan_peers
 from elastic.config import RunConfig
 from elastic.errors import SolventError
 from elastic.leader import Leadership, lead
-from elastic.ports import Progress
 from elastic.spool import open_run
 from elastic.storage import is_url
 
@@ -125,6 +125,7 @@ class Coordinator:
             on_ready=self._take_host,
             on_message=self._hear,
             on_gone=self._lose_host,
+            say=self._say,
         )
         # rows for an object store wait in a spool, and what leaves it is checked: no node's end waits for the store
         is_spooled = is_url(self._config.storage)
@@ -307,6 +308,9 @@ class Coordinator:
             time.sleep(WATCH_EVERY_S)
         os._exit(0)
 
+    def _say(self, line: str) -> None:
+        self._out.say(line)
+
     def _take_host(self, node: str) -> None:
         self._books.host_ready(node, time.time())
         self._out.say(f"node {node[:8]} is warm")
@@ -315,61 +319,65 @@ class Coordinator:
         self._books.host_gone(node, time.time())
         self._decide(HostGone(node=node, reason=reason))
 
-    def _hear(self, node: str, message: Message) -> None:
+    def _hear(self, node: str, message: HostNews) -> None:
         """Take what a host says."""
-        if message["kind"] == "trainer":
-            self._hear_trainer(Slot(node, message["slot"]), message["attempt"], message["message"])
-            return
-        event = _to_event(node, message)
-        if isinstance(event, Claimed):
-            self._agents[event.slot] = message["pid"]
-        self._decide(event)
+        slot = Slot(node, message.slot)
+        match message:
+            case said.TrainerSaid():
+                self._hear_trainer(slot, message.attempt, message.message)
+            case said.SlotClaimed():
+                self._agents[slot] = message.pid
+                self._decide(Claimed(slot=slot, group=message.group, group_size=message.group_size))
+            case said.SlotExpired():
+                self._decide(Expired(slot=slot))
+            case said.TrainerLeft():
+                end = TrainerEnded(
+                    slot=slot,
+                    attempt=message.attempt,
+                    kind=message.outcome,
+                    reason=message.reason,
+                    exit_code=message.exit_code,
+                )
+                self._decide(end)
 
-    def _hear_trainer(self, slot: Slot, attempt: int, message: Message) -> None:
+    def _hear_trainer(self, slot: Slot, attempt: int | None, message: said.TrainerMessage) -> None:
         """Take what a trainer of the current attempt says; an older one has nothing to say any more."""
-        is_ours = (
-            attempt == self._state.attempt and slot in self._state.members
-        )  # else of a coordinator before this one
-        if not is_ours or self._rows.take(slot, attempt, message):
+        if (
+            attempt is None or attempt != self._state.attempt or slot not in self._state.members
+        ):  # else of a coordinator before this one
             return
         now_s = time.time()
-        match message["kind"]:
-            case "ready":
-                self._pids[slot] = message["pid"]
-                self._decide(
-                    TrainerReady(
-                        slot=slot, attempt=attempt, store_host=message["store_host"], store_port=message["store_port"]
-                    )
-                )
-            case "stepped":
-                progress = Progress(**message["progress"])
+        match message:
+            case said.Ready(store_host=host, store_port=port):
+                self._pids[slot] = message.pid
+                self._decide(TrainerReady(slot=slot, attempt=attempt, store_host=host, store_port=port))
+            case said.Stepped(progress=progress):
                 if slot == self._state.members[0]:
                     self._attempt_step = progress.step
-                    self._out.add_row(message["row"])
-                self._books.stepped(slot, progress, message["phases"], now_s)
+                    self._out.add_row(dict(message.row))
+                self._books.stepped(slot, progress, message.phases, now_s)
                 self._decide(Stepped(attempt=attempt, progress=progress))
-            case "restored":
-                progress = Progress(**message["progress"])
+            case said.Restored(progress=progress, source=source):
                 self._resumed_step = progress.step
                 # from a disk of the nodes' own it is not safe: the next ones may not have it
-                if message["source"] == "remote" or (message["source"] == "disk" and not self._disk):
+                if source == "remote" or (source == "disk" and not self._disk):
                     self._safe_step = max(self._safe_step, progress.step)
-                self._books.restored(slot, progress, message["source"], now_s)
-            case "phases":
-                self._books.phases(slot, message["phases"])
-            case "kept":
-                self._safe_step = max(self._safe_step, message["progress"]["step"])
-            case "stalled":
+                self._books.restored(slot, progress, source, now_s)
+            case said.Phases(phases=phases):
+                self._books.phases(slot, phases)
+            case said.Kept(progress=progress):
+                self._safe_step = max(self._safe_step, progress.step)
+            case said.Stalled(where=where):
                 if slot not in self._state.stalls:
                     rank = self._state.members.index(slot)
-                    where = "frozen" if message["where"] == "silent" else message["where"]
-                    self._out.say(f"rank {rank} makes no progress for {message['waited_s']:.0f} s: {where}")
-                self._decide(Stalled(slot=slot, attempt=attempt, step=message["step"], where=message["where"]))
-            case "committed":
-                self._safe_step = max(self._safe_step, message["progress"]["step"])
-                self._out.say(f"checkpoint of step {message['progress']['step']} committed")
-            case _:
-                raise ValueError(f"unknown message from a trainer: {message}")
+                    how = "frozen" if where == "silent" else where
+                    self._out.say(f"rank {rank} makes no progress for {message.waited_s:.0f} s: {how}")
+                self._decide(Stalled(slot=slot, attempt=attempt, step=message.step, where=where))
+            case said.Committed(progress=progress):
+                self._safe_step = max(self._safe_step, progress.step)
+                self._out.say(f"checkpoint of step {progress.step} committed")
+            case said.RowWritten() | said.RowsAsked():
+                self._rows.take(slot, attempt, message)
 
     def _decide(self, event: Event) -> None:
         now_s = time.time()
@@ -394,9 +402,7 @@ class Coordinator:
     def _carry_out(self, action: Action, now_s: float) -> None:
         match action:
             case Join() | Go() | Park() | Leave() | Kill():
-                fields = asdict(action) | (self._find_memories(action.slot) if isinstance(action, Go) else {})
-                del fields["slot"]
-                self._hosts.tell(action.slot, type(action).__name__.lower(), **fields)
+                self._hosts.tell(action.slot.node, self._to_order(action))
             case AttemptStarted():
                 self._leader.take(action.attempt)
                 self._pids, self._attempt_step = {}, 0
@@ -411,6 +417,20 @@ class Coordinator:
                     self._out.say(f"node {action.denied[:8]} is left out: its trainers ended too many worlds in a row")
             case Done():
                 self._out.end(action)
+
+    def _to_order(self, action: Join | Go | Park | Leave | Kill) -> said.CoordinatorMessage:
+        fields: dict[str, Any] = {**vars(action), "slot": action.slot.name}
+        match action:
+            case Go():
+                return said.Go(**fields, **self._find_memories(action.slot))
+            case Join():
+                return said.Join(**fields)
+            case Park():
+                return said.Park(**fields)
+            case Leave():
+                return said.Leave(**fields)
+            case Kill():
+                return said.Kill(**fields)
 
     def _find_memories(self, slot: Slot) -> dict[str, Any]:
         """Return what a trainer must know of the memory tier: who serves what, and who gets its copies."""
@@ -490,22 +510,3 @@ def _get_disk(config: RunConfig, leader: Leadership) -> str:
     if not config.checkpoint.node_disk:
         return ""
     return f"{config.checkpoint.node_disk}/solvent-{config.run}-{leader.get_life()}"
-
-
-def _to_event(node: str, message: Message) -> Event:
-    match message["kind"]:
-        case "claimed":
-            slot = Slot(node, message["slot"])
-            return Claimed(slot=slot, group=message["group"], group_size=message["group_size"])
-        case "expired":
-            return Expired(slot=Slot(node, message["slot"]))
-        case "ended":
-            return TrainerEnded(
-                slot=Slot(node, message["slot"]),
-                attempt=message["attempt"],
-                kind=message["outcome"],
-                reason=message["reason"],
-                exit_code=message["exit_code"],
-            )
-        case _:
-            raise ValueError(f"unknown message from a host: {message}")

@@ -7,16 +7,31 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from cluster.runtime.daemon import write_to
-from cluster.runtime.link import Link, Message
+from cluster.runtime.messages import (
+    FROM_TRAINER,
+    MAX_TRAINER_BYTES,
+    TO_TRAINER,
+    Alive,
+    Order,
+    TrainerMessage,
+    Warm,
+    WorldLeft,
+)
 from elastic.checkpoint.keeping import KeeperProcess
+from elastic.transport import Link, Peer
 
 _PR_SET_PDEATHSIG = 1
+
+TrainerLink = Link[Warm | Alive | WorldLeft | TrainerMessage]
+"""The host's end."""
+OrderLink = Link[Order]
+"""The trainer's end."""
 
 
 @dataclass(kw_only=True)
@@ -25,7 +40,7 @@ class Trainer:
 
     pid: int
     pidfd: int
-    link: Link
+    link: TrainerLink
     keeper: KeeperProcess | None
     """The one that holds its snapshots."""
     attempt: int | None = None
@@ -41,7 +56,7 @@ class Trainer:
     """Its end of the link is open; what it sent may still lie there after its death."""
     leave_until_s: float | None = None
     """It was asked to leave a world that the coordinator does not know, and is killed if it has not by then."""
-    said: Message | None = None
+    said: WorldLeft | None = None
     """Its last word about how it ended, if it ends with its world."""
     killed: bool = False
 
@@ -52,10 +67,10 @@ class Trainer:
 
 
 def fork_trainer(
-    run: Callable[[Link, socket.socket | None], None],
+    run: Callable[[OrderLink, socket.socket | None], None],
     *,
     keeper: KeeperProcess | None,
-    env: dict[str, str],
+    env: Mapping[str, str],
     log: Path,
     inherited: Iterable[int],
 ) -> Trainer:
@@ -80,14 +95,16 @@ def fork_trainer(
                 os.close(descriptor)
         if keeper:
             keeper.channel.forget()
-        _live(lambda: run(Link(theirs), memory), env=env, log=log, parent_pid=parent_pid)
+        orders = Link(Peer(theirs, None), TO_TRAINER, sends="waiting", limit_bytes=MAX_TRAINER_BYTES)
+        _live(lambda: run(orders, memory), env=env, log=log, parent_pid=parent_pid)
     theirs.close()
     if memory:
         memory.close()
-    return Trainer(pid=pid, pidfd=os.pidfd_open(pid), link=Link(ours), keeper=keeper)
+    link = Link(Peer(ours, None), FROM_TRAINER, sends="at once", limit_bytes=MAX_TRAINER_BYTES)
+    return Trainer(pid=pid, pidfd=os.pidfd_open(pid), link=link, keeper=keeper)
 
 
-def _live(run: Callable[[], None], *, env: dict[str, str], log: Path, parent_pid: int) -> NoReturn:
+def _live(run: Callable[[], None], *, env: Mapping[str, str], log: Path, parent_pid: int) -> NoReturn:
     """Be a process of its own that dies with its parent."""
     code = 1
     try:

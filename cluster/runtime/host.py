@@ -23,22 +23,46 @@ import gc
 import json
 import os
 import shutil
-import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, assert_never
 
 from cluster.runtime.coordinator_link import CoordinatorLink
 from cluster.runtime.daemon import Starter, detach, log, take_folder, write_to
 from cluster.runtime.event_loop import EventLoop
 from cluster.runtime.host_spec import HostSpec
-from cluster.runtime.link import Link, Message, listen
+from cluster.runtime.link import tell_seat
+from cluster.runtime.messages import (
+    TO_HOST_FROM_NODE,
+    Abandoned,
+    Beat,
+    Bye,
+    Claim,
+    ClaimGranted,
+    CoordinatorMessage,
+    End,
+    Fenced,
+    Go,
+    HostHello,
+    HostMessage,
+    Join,
+    Kill,
+    Leave,
+    Park,
+    Renew,
+    RowsKept,
+    SeatTold,
+    SlotClaimed,
+    SlotExpired,
+    Welcome,
+)
 from cluster.runtime.priority import AHEAD, take_priority_of
-from cluster.runtime.seat import Seat, tell_seat
-from cluster.runtime.trainers import Place, Trainers
+from cluster.runtime.seat import Seat
+from cluster.runtime.trainers import AgentLink, Place, Trainers
+from elastic.transport import Acceptor, Link, listen_unix
 
 BEAT_S = 1.0
 _RETRY_S = 0.2
@@ -61,16 +85,20 @@ class Host:
         self.loop = EventLoop()
         self.renewed_s = 0.0
         """When the coordinator last renewed leases (`EventLoop.awake_s`); one without slots has it renew its own."""
-        self.trainers = Trainers(spec, self.loop, tell=self._tell, live=live)  # its keeper takes its time
+        # its keeper takes its time
+        self.trainers = Trainers(spec, self.loop, tell=self._tell, live=live)
         self.coordinator = CoordinatorLink(
             spec.seat,
+            secret=spec.secret,
+            loop=self.loop,
             patience_s=spec.lease_s / 2,
             get_hello=self._get_hello,
-            on_asked=lambda link: self.loop.watch(link, self._hear_coordinator),
-            on_lost=self._lose_coordinator,
+            on_message=self._hear_coordinator,
+            on_lost=lambda: log("the coordinator is gone"),
+            say=log,
         )
-        listener = listen(Path(spec.folder))
-        self.loop.watch(listener, lambda: self._accept(listener))
+        self.acceptor = Acceptor(listen_unix(Path(spec.folder)), say=log, secret=None)
+        self.loop.watch(self.acceptor, self._accept)
         self.loop.watch(raylet_pidfd, lambda: self.end("its raylet ended"))
 
     def serve(self) -> NoReturn:
@@ -84,6 +112,7 @@ class Host:
         next_beat_s = 0.0
         while True:
             self.loop.turn(BEAT_S / 4)
+            self._accept()
             now_s = time.monotonic()
             if not self.coordinator.is_led:
                 if reason := self.coordinator.look():
@@ -103,49 +132,54 @@ class Host:
                 trainer.kill()
                 os.waitpid(trainer.pid, 0)
             if place.agent:
-                place.agent.send("bye", reason=reason)
+                place.agent.send(Bye(reason=reason))
         shutil.rmtree(self.spec.folder, ignore_errors=True)
         os._exit(0)
 
     # ---- agents
 
-    def _accept(self, listener: socket.socket) -> None:
-        agent = Link(listener.accept()[0])
-        self.loop.watch(agent, lambda: self._hear_agent(agent))
+    def _accept(self) -> None:
+        for peer in self.acceptor.turn():
+            agent = Link(peer, TO_HOST_FROM_NODE, sends="at once")
+            self.loop.watch(agent, lambda agent=agent: self._hear_agent(agent))
 
-    def _hear_agent(self, agent: Link) -> None:
+    def _hear_agent(self, agent: AgentLink) -> None:
         messages = agent.receive()
         if messages is None:
+            if agent.fault:
+                log(f"a connection of this node was ended: {agent.fault}")
             self.loop.unwatch(agent)
             for place in self.places.values():
                 if place.agent is agent:
                     self._release(place)
             return
         for message in messages:
-            if message["kind"] == "claim":
-                self._claim(agent, message)
-            elif message["kind"] == "seat":
-                self.coordinator.take_seat(Seat(**message["seat"]))
-            elif message["kind"] == "abandoned" and not self.coordinator.is_led:  # by who starts hosts for the run anew
-                self.end("its coordinator ended, and the run has other hosts by now")
+            match message:
+                case Claim():
+                    self._claim(agent, message)
+                case SeatTold(seat=seat):
+                    self.coordinator.take_seat(seat)
+                case Abandoned():
+                    if not self.coordinator.is_led:  # by who starts hosts for the run anew
+                        self.end("its coordinator ended, and the run has other hosts by now")
 
-    def _claim(self, agent: Link, message: Message) -> None:
+    def _claim(self, agent: AgentLink, claim: Claim) -> None:
         """Give the agent its slot; an agent of an older worker group than the slot's last one is refused."""
-        group: int = message["group"]
-        name = message["slot"] or self._pick_slot(group)
+        group = claim.group
+        name = claim.slot or self._pick_slot(group)
         place = self.places.get(name)
         if place and group < place.group:
-            agent.send("fenced", by=place.group)
+            agent.send(Fenced(by=place.group))
             return
         if place is None:
             log_path = Path(self.spec.folder) / f"{name}.log"
             place = self.places[name] = Place(name=name, log=log_path, env={}, group=group, agent=None)
         if place.agent:
-            place.agent.send("fenced", by=group)
-        place.group, place.agent, place.env = group, agent, message["env"]
+            place.agent.send(Fenced(by=group))
+        place.group, place.agent, place.env = group, agent, claim.env
         trainer_pid = place.trainer.pid if place.trainer else None
-        agent.send("claimed", slot=name, trainer_pid=trainer_pid, log=str(place.log))
-        place.claim = {"slot": name, "group": group, "group_size": message["group_size"], "pid": message["pid"]}
+        agent.send(ClaimGranted(slot=name, trainer_pid=trainer_pid, log=str(place.log)))
+        place.claim = SlotClaimed(slot=name, group=group, group_size=claim.group_size, pid=claim.pid)
         place.is_told = False
         if place.trainer is None:
             self.trainers.provide(place)
@@ -171,7 +205,7 @@ class Host:
         oldest_s = self.loop.awake_s - self.spec.lease_s
         expired = [place for place in self.places.values() if place.agent is None and place.renewed_s < oldest_s]
         for place in expired:
-            self.coordinator.tell("expired", slot=place.name)
+            self.coordinator.tell(SlotExpired(slot=place.name))
             self.trainers.clear(place)
             del self.places[place.name]
         if not self.places and (expired or self.renewed_s < oldest_s):
@@ -179,9 +213,8 @@ class Host:
 
     # ---- coordinator
 
-    def _get_hello(self) -> Message:
-        keeper = self.trainers.get_keeper_address()
-        return {"node": self.spec.node, "secret": self.spec.secret, "pid": os.getpid(), "keeper": keeper}
+    def _get_hello(self) -> HostHello:
+        return HostHello(node=self.spec.node, pid=os.getpid(), keeper=self.trainers.get_keeper_address())
 
     def _enter_service(self) -> None:
         """Have the trainers leave a world that this coordinator does not know, and tell it who is here."""
@@ -190,43 +223,39 @@ class Host:
             self.trainers.leave(place)
             self.trainers.tell_claim(place)
 
-    def _tell(self, kind: str, **fields: object) -> bool:
-        return self.coordinator.tell(kind, **fields)
-
-    def _lose_coordinator(self, link: Link) -> None:
-        if self.coordinator.is_led:
-            log("the coordinator is gone")
-        self.loop.unwatch(link)
+    def _tell(self, message: HostMessage) -> bool:
+        return self.coordinator.tell(message)
 
     def _beat(self) -> None:
         """Give a sign of life, and say whose agents hold the slots now."""
-        holders = {place.name: place.get_holder() for place in self.places.values()}
-        self.coordinator.tell("beat", holders=holders)
+        self.coordinator.tell(Beat(holders={place.name: place.get_holder() for place in self.places.values()}))
 
-    def _hear_coordinator(self) -> None:
-        for message in self.coordinator.receive():
-            if message["kind"] == "welcome":
+    def _hear_coordinator(self, message: CoordinatorMessage) -> None:
+        match message:
+            case Welcome():
                 self._enter_service()
-                continue
-            if message["kind"] == "end":
-                if message["forget"]:
+            case End(reason=reason, forget=forget):
+                if forget:
                     shutil.rmtree(self.spec.disk, ignore_errors=True)
-                self.end(message["reason"])
-            if message["kind"] == "renew":
-                self._renew_leases(message["slots"])
-                continue
-            place = self.places.get(message["slot"])
-            trainer = place.trainer if place else None
-            if message["kind"] == "join":
-                if place is None:  # its lease ran out while the message was on its way
-                    self.trainers.tell_ended(message["slot"], message["attempt"], "crashed", "its slot is gone")
-                else:
-                    self.trainers.join(place, message["attempt"])
-            elif trainer and trainer.attempt == message["attempt"]:
-                if message["kind"] == "kill":
+                self.end(reason)
+            case Renew(slots=slots):
+                self._renew_leases(slots)
+            case Join(slot=slot, attempt=attempt):
+                if place := self.places.get(slot):
+                    self.trainers.join(place, attempt)
+                else:  # its lease ran out while the message was on its way
+                    self.trainers.tell_ended(slot, attempt, "crashed", "its slot is gone")
+            case Go() | Park() | Leave() | Kill() | RowsKept():
+                place = self.places.get(message.slot)
+                trainer = place.trainer if place else None
+                if trainer is None or trainer.attempt != message.attempt:  # it comes too late
+                    return
+                if isinstance(message, Kill):
                     trainer.kill()
-                else:  # go, park, leave
-                    trainer.link.send(**message)
+                else:
+                    trainer.link.send(message)
+            case _:
+                assert_never(message)
 
 
 def main() -> None:

@@ -1,21 +1,41 @@
 """The coordinator's hosts, one per node: who is there, who has gone, with a FIN or without, and who must be started."""
 
+import contextlib
 import errno
-import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from cluster import controller
 from cluster.runtime.event_loop import EventLoop
-from cluster.runtime.link import Link, Message
+from cluster.runtime.messages import (
+    FROM_HOST,
+    Beat,
+    CoordinatorMessage,
+    End,
+    HostHello,
+    HostMessage,
+    KeeperMoved,
+    Renew,
+    SlotClaimed,
+    SlotExpired,
+    TrainerLeft,
+    TrainerSaid,
+    Welcome,
+)
 from cluster.types import Slot
 from elastic.ports import Address
+from elastic.transport import Acceptor, Link
 
 HOST_SILENT_S = 4.0
 """A host that has not sent its beat (once a second) for this long is taken for gone: a lost machine sends no FIN."""
+News = SlotClaimed | SlotExpired | TrainerLeft | TrainerSaid
+"""What a host says of trainers and claims."""
+_LAST_WORD_S = 1.0
+"""For so long a host that takes nothing keeps the others' coordinator from its end."""
+_Link = Link[HostHello | HostMessage]
 LOST_FOR_S = 30.0
 """For so long after the end of its host a node takes no new agents, unless another host shows that it lives."""
 
@@ -24,7 +44,7 @@ LOST_FOR_S = 30.0
 class _Host:
     node: str
     pid: int
-    link: Link
+    link: _Link
     keeper: Address | None
     """Where the memory of the node is served."""
     heard_s: float
@@ -43,6 +63,7 @@ class Hosts:
         on_ready: takes the node of a host that has come.
         on_message: takes a node and what its host says of trainers and claims.
         on_gone: takes the node of a host that is gone, and why.
+        say: takes a line about others who tried to come, now and then.
     """
 
     def __init__(
@@ -52,16 +73,19 @@ class Hosts:
         port: int = 0,
         secret: str,
         on_ready: Callable[[str], None],
-        on_message: Callable[[str, Message], None],
+        on_message: Callable[[str, News], None],
         on_gone: Callable[[str, str], None],
+        say: Callable[[str], None],
     ) -> None:
-        self._secret = secret
         self._on_ready, self._on_message, self._on_gone = on_ready, on_message, on_gone
-        self._listener = _listen(ip, port)
-        self.port: int = self._listener.getsockname()[1]
+        self._say = say
+        listener = _listen(ip, port)
+        self.port: int = listener.getsockname()[1]
+        self._acceptor = Acceptor(listener, say=say, secret=secret, purpose="coordinator")
         self._loop = EventLoop()
-        self._loop.watch(self._listener, self._accept)
+        self._loop.watch(self._acceptor, self._accept)
         self._wake_out, wake_in = socket.socketpair()
+        self._wake_out.setblocking(False)
         self._loop.watch(wake_in, lambda: wake_in.recv(4096))
         self._hosts: dict[str, _Host] = {}
         self._lost_s: dict[str, float] = {}
@@ -71,6 +95,7 @@ class Hosts:
         """Take what has come, or comes within this time, and let go of whoever has been silent for too long."""
         asked_s = time.monotonic()
         self._loop.turn(timeout_s)
+        self._accept()  # and let go of who has not said anything
         for host in list(self._hosts.values()):
             # what had arrived when we asked was heard: our own time on a slow storage is not the host's silence
             if asked_s - host.heard_s > HOST_SILENT_S:
@@ -78,19 +103,20 @@ class Hosts:
 
     def wake(self) -> None:
         """Have `serve` return."""
-        self._wake_out.send(b"x")
+        with contextlib.suppress(BlockingIOError):  # it has been told often enough
+            self._wake_out.send(b"x")
 
-    def tell(self, slot: Slot, kind: str, **fields: Any) -> None:
-        """Tell the host of a slot, if it is there."""
-        if host := self._hosts.get(slot.node):
-            host.link.send(kind, slot=slot.name, **fields)
+    def tell(self, node: str, message: CoordinatorMessage) -> None:
+        """Tell the host of a node, if it is there; never wait for it."""
+        if host := self._hosts.get(node):
+            host.link.send(message)
 
     def renew_leases(self) -> None:
         """Have the hosts keep what Ray Train may yet send an agent for, and themselves while they have no slots."""
         hosts = list(self._hosts.values())
         surplus = controller.find_surplus({slot: held for host in hosts for slot, held in host.holders.items()})
         for host in hosts:
-            host.link.send("renew", slots=[slot.name for slot in host.holders if slot not in surplus])
+            host.link.send(Renew(slots=tuple(slot.name for slot in host.holders if slot not in surplus)))
 
     def end_all(self, reason: str, *, forget: bool) -> None:
         """End all hosts.
@@ -99,7 +125,12 @@ class Hosts:
             forget: nobody will go on from what lies on the disks of their nodes.
         """
         for host in list(self._hosts.values()):
-            host.link.send("end", reason=reason, forget=forget)
+            host.link.send(End(reason=reason, forget=forget))
+        until_s = time.monotonic() + _LAST_WORD_S
+        while time.monotonic() < until_s and any(host.link.has_backlog for host in list(self._hosts.values())):
+            for host in list(self._hosts.values()):
+                host.link.flush()
+            time.sleep(0.01)
 
     def get_pids(self) -> dict[str, int]:
         """Return the processes of the hosts, by node."""
@@ -115,53 +146,46 @@ class Hosts:
         return frozenset(node for node, lost_s in list(self._lost_s.items()) if now_s - lost_s < LOST_FOR_S)
 
     def _accept(self) -> None:
-        connection, _ = self._listener.accept()
-        connection.settimeout(10)
-        link = Link(connection)
-        self._loop.watch(link, lambda: self._greet(link))
+        for peer in self._acceptor.turn():
+            link = Link(peer, FROM_HOST, sends="at once")
+            self._loop.watch(link, lambda link=link: self._greet(link))
 
-    def _greet(self, link: Link) -> None:
-        """Take the first message of a connection: a host that knows the secret, or nobody."""
+    def _greet(self, link: _Link) -> None:
+        """Take the first message of a connection."""
         messages = link.receive()
         if messages == []:
             return
-        hello = messages[0] if messages else {}
-        if hello.get("kind") != "host" or not secrets.compare_digest(str(hello.get("secret")), self._secret):
+        if messages is None or not isinstance(hello := messages[0], HostHello):
             self._loop.unwatch(link)
+            self._say(f"a connection of this run was refused: {link.fault or 'it came as no host'}")
             return
-        host = _Host(
-            node=hello["node"],
-            pid=hello["pid"],
-            link=link,
-            keeper=_to_address(hello["keeper"]),
-            heard_s=time.monotonic(),
-        )
+        host = _Host(node=hello.node, pid=hello.pid, link=link, keeper=hello.keeper, heard_s=time.monotonic())
         if previous := self._hosts.get(host.node):
             self._drop(previous, "a new host took its place")
         self._hosts[host.node] = host
         self._lost_s.pop(host.node, None)
         self._loop.watch(link, lambda: self._hear(host))
-        link.send("welcome")
+        link.send(Welcome())
         self._on_ready(host.node)
-        self._hear_all(host, messages[1:] if messages else [])
+        self._hear_all(host, messages[1:])
 
     def _hear(self, host: _Host) -> None:
         messages = host.link.receive()
         if messages is None:
-            self._drop(host, "the node went away")
+            self._drop(host, f"its connection broke: {host.link.fault}" if host.link.fault else "the node went away")
             return
         host.heard_s = time.monotonic()
         self._hear_all(host, messages)
 
-    def _hear_all(self, host: _Host, messages: Sequence[Message]) -> None:
+    def _hear_all(self, host: _Host, messages: Sequence[HostHello | HostMessage]) -> None:
         for message in messages:
-            match message["kind"]:
-                case "keeper":
-                    host.keeper = _to_address(message["address"])
-                case "beat":
-                    host.holders = {
-                        Slot(host.node, name): _to_holder(held) for name, held in message["holders"].items()
-                    }
+            match message:
+                case KeeperMoved(address=address):
+                    host.keeper = address
+                case Beat(holders=holders):
+                    host.holders = {Slot(host.node, name): holder for name, holder in holders.items()}
+                case HostHello():  # it has said so
+                    pass
                 case _:
                     self._on_message(host.node, message)
 
@@ -218,11 +242,3 @@ def _listen(ip: str, port: int) -> socket.socket:
         if not port or error.errno != errno.EADDRINUSE:
             raise
         return socket.create_server((ip, 0))
-
-
-def _to_address(value: Sequence[Any] | None) -> Address | None:
-    return (value[0], value[1]) if value else None
-
-
-def _to_holder(value: Mapping[str, Any] | None) -> controller.Holder | None:
-    return controller.Holder(**value) if value else None

@@ -14,9 +14,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
-from cluster.runtime.link import Message
+from cluster.runtime.messages import RowsAsked, RowsKept, RowWritten
 from cluster.types import Slot
 from elastic.checkpoint.storage import explain
 from elastic.epochs import EpochGuard
@@ -33,12 +32,8 @@ ANSWER_S = 150.0
 _MOST_ASKS = 3
 
 
-class Send(Protocol):
-    """Sends one message; see `Link.send`."""
-
-    def __call__(self, kind: str, **fields: object) -> object:
-        """Send."""
-        ...
+Send = Callable[[RowWritten | RowsAsked], object]
+"""Sends one message; see `Link.send`."""
 
 
 # ---- a trainer's side
@@ -76,7 +71,7 @@ class RelayedRun(SpooledRun):
         attempt: int,
         streams: Streams,
         send: Send,
-        answers: "queue.SimpleQueue[Message]",
+        answers: "queue.SimpleQueue[RowsKept]",
         answer_s: float = ANSWER_S,
     ) -> None:
         folder.mkdir(parents=True)
@@ -100,7 +95,7 @@ class RelayedRun(SpooledRun):
             stream = self._streams.setdefault((self._attempt, path.name), Stream())
             stream.unkept.append(row)
             number = stream.num_kept + len(stream.unkept)
-            self._send("row", attempt=self._attempt, file=path.name, number=number, row=row)
+            self._send(RowWritten(attempt=self._attempt, file=path.name, number=number, row=row))
 
     def fence(self, sink: MetricSink, guard: EpochGuard) -> MetricSink:  # noqa: ARG002 (see `OpenRun`)
         """Return the sink: the coordinator, which writes the row, looks, and no step waits for the store's answer."""
@@ -144,7 +139,7 @@ class RelayedRun(SpooledRun):
     def _ask(self, wanted: Mapping[tuple[int, str], int]) -> Mapping[tuple[int, str], int]:
         """Return how many rows of each stream are in the storage."""
         self._num_asks += 1
-        self._send("keep", ask=self._num_asks, streams=list(wanted))
+        self._send(RowsAsked(ask=self._num_asks, streams=tuple(wanted)))
         while True:
             try:
                 answer = self._answers.get(timeout=self._answer_s)
@@ -154,11 +149,11 @@ class RelayedRun(SpooledRun):
                     "this checkpoint are safe, so nothing new is committed; checkpoints committed before are unharmed. "
                     "Look at the head and at the storage; the next save asks again."
                 ) from None
-            if answer["ask"] == self._num_asks:  # an older one came too late
+            if answer.ask == self._num_asks:  # an older one came too late
                 break
-        if answer["problem"]:
-            raise StorageError(answer["problem"])
-        return {(attempt, file): number for attempt, file, number in answer["kept"]}
+        if answer.problem:
+            raise StorageError(answer.problem)
+        return {(attempt, file): number for attempt, file, number in answer.kept}
 
     def _take(self, kept: Mapping[tuple[int, str], int]) -> None:
         """Forget the rows that are safe, and send all others again: behind one that is missing none was taken."""
@@ -173,7 +168,7 @@ class RelayedRun(SpooledRun):
     def _send_again(self, key: tuple[int, str]) -> None:
         stream, (attempt, file) = self._streams[key], key
         for offset, row in enumerate(stream.unkept, start=1):
-            self._send("row", attempt=attempt, file=file, number=stream.num_kept + offset, row=row)
+            self._send(RowWritten(attempt=attempt, file=file, number=stream.num_kept + offset, row=row))
 
 
 class RelayedSink:
@@ -193,12 +188,8 @@ class RelayedSink:
 # ---- the coordinator's side
 
 
-class Answer(Protocol):
-    """Sends an answer to a trainer."""
-
-    def __call__(self, slot: Slot, kind: str, **fields: object) -> None:
-        """Send."""
-        ...
+Answer = Callable[[str, RowsKept], None]
+"""Sends an answer to the host of a node, for a trainer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +197,7 @@ class _Ask:
     slot: Slot
     attempt: int
     number: int
-    has: list[tuple[int, str, int]]
+    has: tuple[tuple[int, str, int], ...]
     """Attempt, file, and its rows that were here when the trainer asked."""
 
 
@@ -226,29 +217,26 @@ class RowKeeper:
         self._asks: queue.SimpleQueue[_Ask] = queue.SimpleQueue()
         threading.Thread(target=self._push_and_answer, name="rows", daemon=True).start()
 
-    def take(self, slot: Slot, attempt: int, message: Message) -> bool:
-        """Take what a trainer of the current attempt says of its rows; False if a message is about something else.
+    def take(self, slot: Slot, attempt: int, message: RowWritten | RowsAsked) -> None:
+        """Take what a trainer of the current attempt says of its rows.
 
         Raises:
             StaleEpochError: another one keeps this run.
             StorageError: the spool cannot be written.
         """
-        match message["kind"]:
-            case "row":
+        match message:
+            case RowWritten():
                 self._take_row(message)
-            case "keep":
-                has = [(number, file, self._count(file, number)) for number, file in message["streams"]]
-                self._asks.put(_Ask(slot=slot, attempt=attempt, number=message["ask"], has=has))
-            case _:
-                return False
-        return True
+            case RowsAsked(ask=number, streams=streams):
+                has = tuple((of, file, self._count(file, of)) for of, file in streams)
+                self._asks.put(_Ask(slot=slot, attempt=attempt, number=number, has=has))
 
-    def _take_row(self, message: Message) -> None:
+    def _take_row(self, message: RowWritten) -> None:
         """Append a row unless it is here, or one before it is missing: those are sent again when they are asked for."""
-        file, attempt = message["file"], message["attempt"]
-        if message["number"] == self._count(file, attempt) + 1:
+        file, attempt = message.file, message.attempt
+        if message.number == self._count(file, attempt) + 1:
             self._check_lead()
-            append_row(self._run.dir.root / file, message["row"])
+            append_row(self._run.dir.root / file, message.row)
             self._num_rows[file, attempt] += 1
 
     def _count(self, file: str, attempt: int) -> int:
@@ -273,4 +261,6 @@ class RowKeeper:
             except SolventError as error:
                 problem = str(error)
             for ask in asks:
-                self._answer(ask.slot, "rows_kept", attempt=ask.attempt, ask=ask.number, kept=ask.has, problem=problem)
+                slot, number = ask.slot, ask.number
+                answer = RowsKept(slot=slot.name, attempt=ask.attempt, ask=number, kept=ask.has, problem=problem)
+                self._answer(slot.node, answer)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster.runtime.daemon import READY
-from cluster.runtime.link import connect
-from cluster.runtime.seat import Seat, tell_seat
+from cluster.runtime.link import connect, tell_seat
+from cluster.runtime.messages import Abandoned
+from cluster.runtime.seat import Seat
 from elastic.errors import SolventError
 from elastic.processes import find_running
 
@@ -47,7 +48,7 @@ def _end_older(folder: Path, session: str) -> None:
     """Tell hosts that the run had before that nobody will come for them: they are in the way of this one."""
     for older in find_older(folder, session):
         if link := connect(older):
-            link.send("abandoned")
+            link.send(Abandoned())
             link.close()
 
 

@@ -11,7 +11,6 @@ import queue
 import socket
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +18,26 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
+from cluster.runtime.forked import OrderLink
 from cluster.runtime.interface import find_interface
-from cluster.runtime.link import Link, Message
+from cluster.runtime.messages import (
+    Alive,
+    Committed,
+    Go,
+    Join,
+    Kept,
+    Order,
+    Park,
+    Phases,
+    PhaseTimes,
+    Ready,
+    Restored,
+    RowsKept,
+    Stalled,
+    Stepped,
+    Warm,
+    WorldLeft,
+)
 from cluster.runtime.relayed import RelayedRun, RelayedSink, Streams
 from elastic import config as configs
 from elastic import rehearsal
@@ -43,9 +60,9 @@ class WorldOrders:
     def __init__(self, attempt: int) -> None:
         self.attempt = attempt
         self.breaker = Breaker()
-        self.go: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self.go: queue.SimpleQueue[Go | None] = queue.SimpleQueue()
         """The rank's place; None if the world was given up."""
-        self.rows_kept: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self.rows_kept: queue.SimpleQueue[RowsKept] = queue.SimpleQueue()
         """What is in the storage of the rows that were sent."""
         self._notice: Notice | None = None
 
@@ -59,16 +76,15 @@ class WorldOrders:
             raise dist.DistError("the world was given up")
         return self._notice
 
-    def take(self, message: Message) -> None:
+    def take(self, order: Order) -> None:
         """Take one order."""
-        match message["kind"]:
-            case "go":
-                self.go.put(message)
-            case "park":
-                deadline_s, keep_in = message["deadline_s"], message["keep_in"]
-                self._notice = Notice(source=message["reason"], deadline_s=deadline_s, keep_in=keep_in)
-            case "rows_kept":
-                self.rows_kept.put(message)
+        match order:
+            case Go():
+                self.go.put(order)
+            case Park():
+                self._notice = Notice(source=order.reason, deadline_s=order.deadline_s, keep_in=order.keep_in)
+            case RowsKept():
+                self.rows_kept.put(order)
             case _:  # leave
                 self.breaker.break_world()
                 self.go.put(None)
@@ -77,25 +93,25 @@ class WorldOrders:
 class Orders:
     """Reads what the coordinator says, on a thread of its own; the training loop only looks."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: OrderLink) -> None:
         self.worlds: queue.SimpleQueue[WorldOrders] = queue.SimpleQueue()
         threading.Thread(target=self._listen, args=(link,), name="link", daemon=True).start()
 
-    def _listen(self, link: Link) -> None:
+    def _listen(self, link: OrderLink) -> None:
         world = WorldOrders(0)
-        while (messages := link.receive()) is not None:
-            for message in messages:
-                if message["kind"] == "join":
-                    world = WorldOrders(message["attempt"])
+        while (orders := link.receive()) is not None:
+            for order in orders:
+                if isinstance(order, Join):
+                    world = WorldOrders(order.attempt)
                     self.worlds.put(world)
-                elif message["attempt"] == world.attempt:
-                    world.take(message)
+                elif order.attempt == world.attempt:
+                    world.take(order)
 
 
 class LinkObserver:
     """Sends what happens in training up the link: one message per step."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: OrderLink) -> None:
         self._link = link
         self._step = 0
         self._phases: list[tuple[Phase, float, float]] = []
@@ -104,41 +120,41 @@ class LinkObserver:
         """Keep a stretch of time for the next message; loading and saving are told at once."""
         self._phases.append((phase, start_s, end_s))
         if phase in ("load", "save"):
-            self._link.send("phases", phases=self._take_phases())
+            self._link.send(Phases(phases=self._take_phases()))
 
     def restored(self, progress: Progress, source: Source) -> None:
         """Tell where this attempt starts from."""
         self._step = progress.step
-        self._link.send("restored", progress=asdict(progress), source=source)
+        self._link.send(Restored(progress=progress, source=source))
 
     def stepped(self, progress: Progress, row: Mapping[str, object]) -> None:
         """Tell a finished step, with the time since the last one."""
         self._step = progress.step
-        self._link.send("stepped", progress=asdict(progress), row=dict(row), phases=self._take_phases())
+        self._link.send(Stepped(progress=progress, row=dict(row), phases=self._take_phases()))
 
     def committed(self, progress: Progress) -> None:
         """Tell a checkpoint that became visible."""
-        self._link.send("committed", progress=asdict(progress))
+        self._link.send(Committed(progress=progress))
 
     def kept(self, progress: Progress) -> None:
         """Tell a snapshot that is in memory on all ranks."""
-        self._link.send("kept", progress=asdict(progress))
+        self._link.send(Kept(progress=progress))
 
     def alive(self) -> None:
         """Let the host know that this process is not frozen."""
-        self._link.send("alive")
+        self._link.send(Alive())
 
     def stalled(self, stall: Stall) -> None:
         """Tell that there is no progress; the coordinator knows what the others say and ends the world if it must."""
-        self._link.send("stalled", step=self._step, where=stall.where, waited_s=stall.waited_s)
+        self._link.send(Stalled(step=self._step, where=stall.where, waited_s=stall.waited_s))
 
-    def _take_phases(self) -> list[tuple[Phase, float, float]]:
-        phases, self._phases = self._phases, []
+    def _take_phases(self) -> PhaseTimes:
+        phases, self._phases = tuple(self._phases), []
         return phases
 
 
 def run(
-    link: Link,
+    link: OrderLink,
     config_fields: Mapping[str, Any],
     *,
     node: str,
@@ -168,11 +184,11 @@ def run(
         _rehearse(config, is_beside_others=rehearses == "sparingly")
         gc.collect()
         gc.freeze()  # the compiler's objects stay for good; a collection when a world is left need not walk them
-    link.send("warm")
+    link.send(Warm())
     stays = True
     while stays:
         world = orders.worlds.get()
-        link.send("ready", store_host=store.host, store_port=store.port, pid=os.getpid())
+        link.send(Ready(store_host=store.host, store_port=store.port, pid=os.getpid()))
         stays = _train_in(world, link, config, node=node, store=store, memory=memory, folder=folder, streams=streams)
 
 
@@ -207,7 +223,7 @@ def _rehearse(config: RunConfig, *, is_beside_others: bool) -> None:
 
 def _train_in(
     world: WorldOrders,
-    link: Link,
+    link: OrderLink,
     config: RunConfig,
     *,
     node: str,
@@ -219,20 +235,20 @@ def _train_in(
     """Train in one world and say how it ended; return whether this process is good for another one."""
     go = world.go.get()
     if go is None:
-        link.send("outcome", outcome="lost", reason="the world was given up", exit_code=3, stays=True)
+        link.send(WorldLeft(outcome="lost", reason="the world was given up", exit_code=3, stays=True))
         return True
     spec = WorldSpec(
-        rank=go["rank"],
-        world_size=go["world_size"],
-        local_rank=go["local_rank"],
-        local_world_size=go["local_world_size"],
-        attempt=go["attempt"],
-        store_host=go["store_host"],
-        store_port=go["store_port"],
+        rank=go.rank,
+        world_size=go.world_size,
+        local_rank=go.local_rank,
+        local_world_size=go.local_world_size,
+        attempt=go.attempt,
+        store_host=go.store_host,
+        store_port=go.store_port,
         node=node,
-        keepers={name: (host, port) for name, (host, port) in go["keepers"].items()},
-        peer=tuple(go["peer"]) if go["peer"] else None,
-        mean_s_between_losses=go["mean_s_between_losses"],
+        keepers=go.keepers,
+        peer=go.peer,
+        mean_s_between_losses=go.mean_s_between_losses,
     )
     run: RelayedRun | None = None
     sinks: list[MetricSink] = []
@@ -260,11 +276,11 @@ def _train_in(
             breaker=world.breaker,
         )
     except SolventError as error:
-        link.send("outcome", outcome="failed", reason=str(error), exit_code=error.exit_code, stays=False)
+        link.send(WorldLeft(outcome="failed", reason=str(error), exit_code=error.exit_code, stays=False))
         return False
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        link.send("outcome", outcome="crashed", reason=reason, exit_code=1, stays=False)
+        link.send(WorldLeft(outcome="crashed", reason=reason, exit_code=1, stays=False))
         raise
     finally:
         for sink in sinks:
@@ -273,10 +289,10 @@ def _train_in(
             run.close()
     match outcome:
         case Finished():
-            link.send("outcome", outcome="finished", reason="all steps done", exit_code=0, stays=False)
+            link.send(WorldLeft(outcome="finished", reason="all steps done", exit_code=0, stays=False))
             return False
         case Interrupted(reason=reason):
-            link.send("outcome", outcome="interrupted", reason=reason, exit_code=3, stays=True)
+            link.send(WorldLeft(outcome="interrupted", reason=reason, exit_code=3, stays=True))
         case Lost(reason=reason):
-            link.send("outcome", outcome="lost", reason=reason, exit_code=3, stays=True)
+            link.send(WorldLeft(outcome="lost", reason=reason, exit_code=3, stays=True))
     return True

@@ -3,19 +3,41 @@
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from cluster.controller import Holder
 from cluster.runtime.daemon import log
 from cluster.runtime.event_loop import EventLoop
-from cluster.runtime.forked import Trainer, fork_trainer
+from cluster.runtime.forked import OrderLink, Trainer, fork_trainer
 from cluster.runtime.host_spec import HostSpec
-from cluster.runtime.link import Link, Message
+from cluster.runtime.messages import (
+    Abandoned,
+    Alive,
+    Claim,
+    Exited,
+    HostMessage,
+    Join,
+    KeeperMoved,
+    Leave,
+    Restored,
+    SeatTold,
+    SlotClaimed,
+    Stalled,
+    Stepped,
+    TrainerLeft,
+    TrainerSaid,
+    Warm,
+    WorldLeft,
+)
 from cluster.types import get_leave_limit_s
 from elastic.checkpoint.keeping import KeeperProcess, start_keeper
+from elastic.transport import Link
 
+AgentLink = Link[Claim | SeatTold | Abandoned]
+_Ended = Literal["finished", "interrupted", "lost", "failed", "crashed", "killed"]
 _SPARE_AFTER_STEPS = 20
 """A spare trainer rehearses beside one that trains. By then that one has all the GPU memory that it needs."""
 
@@ -27,9 +49,9 @@ class Place:
     name: str
     log: Path
     """Of its trainers."""
-    env: dict[str, str]
+    env: Mapping[str, str]
     group: int
-    agent: Link | None
+    agent: AgentLink | None
     renewed_s: float = 0.0
     """Without an agent, the last renewal of its lease (`EventLoop.awake_s`)."""
     trainer: Trainer | None = None
@@ -37,25 +59,25 @@ class Place:
     """Takes the trainer's place when that dies."""
     has_spares: bool = True
     """Until one has ended by itself."""
-    claim: Message | None = None
+    claim: SlotClaimed | None = None
     """What the coordinator is told of the newest claim, once the trainer is warm and in no world of another's."""
     is_told: bool = False
     has_forked: bool = False
     """It has had a trainer."""
 
-    def get_holder(self) -> Message | None:
+    def get_holder(self) -> Holder | None:
         """Return the worker group of the agent that holds it, and the group's size; None without an agent."""
         if self.agent is None:
             return None
         assert self.claim is not None  # an agent comes with one
-        return {"group": self.group, "group_size": self.claim["group_size"]}
+        return Holder(group=self.group, group_size=self.claim.group_size)
 
 
 class Trainers:
     """Forks the trainers of a host's places, hears and ends them, and tells the coordinator of it all.
 
     Args:
-        tell: sends the coordinator a message of a kind with fields; False if it has not been told.
+        tell: sends the coordinator a message; False if it has not been told.
         live: a trainer's life, `trainer.run`; this process has imported what that needs.
 
     Raises:
@@ -63,7 +85,7 @@ class Trainers:
     """
 
     def __init__(
-        self, spec: HostSpec, loop: EventLoop, *, tell: Callable[..., bool], live: Callable[..., None]
+        self, spec: HostSpec, loop: EventLoop, *, tell: Callable[[HostMessage], bool], live: Callable[..., None]
     ) -> None:
         self._spec, self._loop, self._tell, self._live = spec, loop, tell, live
         self._keeper = self._start_keeper() if spec.config["checkpoint"]["memory"] != "off" else None
@@ -84,7 +106,7 @@ class Trainers:
             return
         log("the keeper is gone; its snapshots with it")
         self._keeper = self._start_keeper()
-        self._tell("keeper", address=self.get_keeper_address())
+        self._tell(KeeperMoved(address=self.get_keeper_address()))
 
     # ---- worlds
 
@@ -100,7 +122,7 @@ class Trainers:
         trainer = place.trainer
         assert trainer is not None
         trainer.attempt, trainer.step, trainer.num_steps = attempt, 0, 0
-        trainer.link.send("join", attempt=attempt)
+        trainer.link.send(Join(slot=place.name, attempt=attempt))
 
     def leave(self, place: Place) -> None:
         """Have the slot's trainer leave a world that the coordinator does not know, within a limit."""
@@ -108,7 +130,7 @@ class Trainers:
         if trainer and trainer.attempt is not None:
             uses_gpus = bool(self._spec.config["cluster"]["gpus_per_worker"])
             trainer.leave_until_s = self._loop.awake_s + get_leave_limit_s(uses_gpus=uses_gpus)
-            trainer.link.send("leave", attempt=trainer.attempt)
+            trainer.link.send(Leave(slot=place.name, attempt=trainer.attempt))
 
     def check(self, place: Place) -> None:
         """Look after a trainer that has not left its world in time, or gives no sign of life; call it now and then."""
@@ -122,19 +144,19 @@ class Trainers:
         if trainer.heard_s is not None and not trainer.said and now_s - trainer.heard_s > silent_s:
             trainer.heard_s = now_s  # the next complaint waits as long
             log(f"the trainer of {place.name} is frozen: no sign of life for {silent_s:g} s")
-            stall = {"kind": "stalled", "step": trainer.step, "where": "silent", "waited_s": silent_s}
-            self._tell("trainer", slot=place.name, attempt=trainer.attempt, message=stall)
+            stall = Stalled(step=trainer.step, where="silent", waited_s=silent_s)
+            self._tell(TrainerSaid(slot=place.name, attempt=trainer.attempt, message=stall))
 
     def tell_claim(self, place: Place) -> None:
         """Tell a claim that is news, unless its trainer could not join a world yet."""
         trainer = place.trainer
         is_busy = trainer is not None and (not trainer.is_warm or trainer.leave_until_s is not None)
         if place.claim and not place.is_told and not is_busy:
-            place.is_told = self._tell("claimed", **place.claim)
+            place.is_told = self._tell(place.claim)
 
-    def tell_ended(self, slot: str, attempt: int, outcome: str, reason: str, exit_code: int = 1) -> None:
+    def tell_ended(self, slot: str, attempt: int, outcome: _Ended, reason: str, exit_code: int = 1) -> None:
         """Tell how a trainer's part in a world ended."""
-        self._tell("ended", slot=slot, attempt=attempt, outcome=outcome, reason=reason, exit_code=exit_code)
+        self._tell(TrainerLeft(slot=slot, attempt=attempt, outcome=outcome, reason=reason, exit_code=exit_code))
 
     # ---- processes
 
@@ -158,7 +180,7 @@ class Trainers:
     def _fork(self, place: Place, *, rehearses: Literal["fully", "sparingly", "not"]) -> Trainer:
         spec = self._spec
 
-        def run(link: Link, keeper: socket.socket | None) -> None:
+        def run(link: OrderLink, keeper: socket.socket | None) -> None:
             self._live(
                 link,
                 spec.config,
@@ -179,54 +201,64 @@ class Trainers:
     def _hear(self, place: Place, trainer: Trainer) -> None:
         messages = trainer.link.receive()
         if messages is None:
+            if trainer.link.fault:
+                log(f"the connection to the trainer of {place.name} was ended: {trainer.link.fault}")
+                os.kill(trainer.pid, signal.SIGKILL)  # nobody can lead it any more; another takes its place
             trainer.is_talking = False
             self._loop.unwatch(trainer.link)
             return
         for message in messages:
-            match message["kind"]:
-                case "warm":
+            match message:
+                case Warm():
                     trainer.is_warm = True
                     if trainer is place.spare:
                         log(f"the spare trainer of {place.name} is ready")
                     self.tell_claim(place)
-                case "alive":
+                case Alive():
                     trainer.heard_s = self._loop.awake_s
-                case "outcome" if message["stays"]:
-                    attempt, trainer.attempt, trainer.heard_s = trainer.attempt, None, None
-                    trainer.leave_until_s = None
-                    assert attempt is not None
-                    self.tell_ended(place.name, attempt, message["outcome"], message["reason"], message["exit_code"])
-                    self.tell_claim(place)
-                case "outcome":
+                case WorldLeft(stays=True):
+                    self._book_leave(place, trainer, message)
+                case WorldLeft():
                     trainer.said = message
-                case kind:
-                    if kind in ("restored", "stepped"):
-                        trainer.step = message["progress"]["step"]
-                    if kind == "stepped":
+                case _:
+                    if isinstance(message, (Restored, Stepped)):
+                        trainer.step = message.progress.step
+                    if isinstance(message, Stepped):
                         trainer.num_steps += 1
                         if trainer.num_steps == _SPARE_AFTER_STEPS:
                             self._provide_spare(place)
-                    self._tell("trainer", slot=place.name, attempt=trainer.attempt, message=message)
+                    self._tell(TrainerSaid(slot=place.name, attempt=trainer.attempt, message=message))
+
+    def _book_leave(self, place: Place, trainer: Trainer, left: WorldLeft) -> None:
+        """Tell that a trainer, which stays, is in its world no more."""
+        attempt, trainer.attempt, trainer.heard_s = trainer.attempt, None, None
+        trainer.leave_until_s = None
+        if attempt is not None:
+            self.tell_ended(place.name, attempt, left.outcome, left.reason, left.exit_code)
+        self.tell_claim(place)
 
     def _reap(self, place: Place, *, then: Literal["replace", "nothing"] = "replace") -> None:
         """Book a trainer's end, after all that it has still said; one that had a world is replaced at once."""
         trainer = place.trainer
         assert trainer is not None
-        while trainer.is_talking:
+        while trainer.is_talking and trainer.link.can_receive():
             self._hear(place, trainer)
+        if trainer.is_talking:  # a child of its own has the other end, and will say nothing
+            trainer.is_talking = False
+            self._loop.unwatch(trainer.link)
         _, status = os.waitpid(trainer.pid, 0)
         self._loop.unwatch(trainer.pidfd)
         place.trainer = None
         code = os.waitstatus_to_exitcode(status)
         attempt, said = trainer.attempt, trainer.said
         if place.agent:
-            place.agent.send("exited", pid=trainer.pid, code=code, attempt=attempt)
+            place.agent.send(Exited(pid=trainer.pid, code=code, attempt=attempt))
         if attempt is None:
             log(f"the trainer of {place.name} ended with {code} while it waited for a world")
             self.tell_claim(place)  # the next one is forked when it is needed, and what ends that one is told
             return
         if said:
-            self.tell_ended(place.name, attempt, said["outcome"], said["reason"], said["exit_code"])
+            self.tell_ended(place.name, attempt, said.outcome, said.reason, said.exit_code)
         elif trainer.killed:
             self.tell_ended(place.name, attempt, "killed", "ended by its coordinator")
         else:

@@ -6,13 +6,14 @@ import threading
 
 import pytest
 
-from cluster.runtime.link import Link
+from cluster.runtime.messages import FROM_TRAINER, TO_TRAINER
 from cluster.runtime.relayed import RelayedRun, RelayedSink, RowKeeper
 from cluster.types import Slot
 from elastic.errors import StorageError
 from elastic.rundir import RunDir, read_rows
 from elastic.spool import fetch_rows, open_run
 from elastic.storage import open_storage
+from elastic.transport import Link, Peer
 from tests.ray._traces import wait_until
 
 SLOT = Slot("node", "cpu0")
@@ -20,7 +21,11 @@ ATTEMPT = 3
 
 
 def connect():
-    return tuple(map(Link, socket.socketpair()))
+    ours, theirs = socket.socketpair()
+    return (
+        Link(Peer(ours, None), FROM_TRAINER, sends="at once"),
+        Link(Peer(theirs, None), TO_TRAINER, sends="waiting"),
+    )
 
 
 class Coordinator:
@@ -32,15 +37,15 @@ class Coordinator:
         self._keeper = RowKeeper(run, check_lead=lambda: None, answer=self._answer)
         threading.Thread(target=self._serve, daemon=True).start()
 
-    def _answer(self, slot, kind, **fields):
-        assert slot == SLOT and fields.pop("attempt") == ATTEMPT
-        self._link.send(kind, **fields)
+    def _answer(self, node, message):
+        assert (node, message.slot, message.attempt) == (SLOT.node, SLOT.name, ATTEMPT)
+        self._link.send(message)
 
     def _serve(self):
-        while (messages := self._link.receive()) is not None:
+        while (messages := self._link.receive(60)) is not None:
             for message in messages:
                 if not self.is_deaf:
-                    assert self._keeper.take(SLOT, ATTEMPT, message)
+                    self._keeper.take(SLOT, ATTEMPT, message)
 
 
 class Trainer:

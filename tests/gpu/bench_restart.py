@@ -24,10 +24,30 @@ import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from cluster.runtime.link import Link, connect
+from cluster.runtime.link import connect
+from cluster.runtime.messages import (
+    FROM_HOST,
+    Claim,
+    End,
+    Go,
+    HostHello,
+    Join,
+    Kept,
+    Kill,
+    Leave,
+    Park,
+    Ready,
+    Restored,
+    SlotClaimed,
+    Stepped,
+    TrainerLeft,
+    TrainerSaid,
+    Welcome,
+)
 from cluster.runtime.seat import Seat
 from cluster.runtime.start_host import launch_host
 from cluster.types import get_leave_limit_s
@@ -42,6 +62,7 @@ from elastic.config import (
     WandbConfig,
 )
 from elastic.data.prepare import prepare
+from elastic.transport import Acceptor, Link
 
 ROOT = Path(__file__).parents[2]
 IS_GPU = torch.cuda.is_available()
@@ -84,7 +105,8 @@ class Coordinator:
         self.folder = folder
         self.config = config
         self.num_compiled: Counter[int] = Counter()
-        self.messages: list[dict] = []
+        self.messages: list[tuple[str, Any]] = []
+        """With the slot they are about."""
         self.pids: dict[str, int] = {}
         self.attempt = 0
         self.raylet = subprocess.Popen(["sleep", "3600"])
@@ -103,40 +125,44 @@ class Coordinator:
         launch_host(spec, {**os.environ, "SOLVENT_LOG": "INFO", "TORCH_TRACE": str(folder / "trace")})
         self.host_log = folder / "host" / "host.log"
         self.num_spares = dict.fromkeys(slots, 0)
-        listener.settimeout(120)
-        self.link = Link(listener.accept()[0])
-        self.keeper = self.expect("host")["keeper"]
-        self.link.send("welcome")
+        acceptor = Acceptor(listener, say=print, secret="s3cret", purpose="coordinator")
+        deadline_s = time.monotonic() + 120
+        while not (peers := acceptor.turn(0.1)):
+            assert time.monotonic() < deadline_s, "no host came"
+        self.link = Link(peers[0], FROM_HOST, sends="waiting")
+        self.keeper = self.expect(HostHello).keeper
+        self.link.send(Welcome())
         self.agents = []
         for slot in slots:
             agent = connect(folder / "host")
             assert agent
             self.agents.append(agent)
             devices = {"CUDA_VISIBLE_DEVICES": GPUS[0 if share else int(slot.removeprefix("gpu"))]} if IS_GPU else {}
-            agent.send("claim", group=1, group_size=1, pid=1, slot=slot, env=devices)
+            agent.send(Claim(group=1, group_size=1, pid=1, slot=slot, env=devices))
         for slot in slots:
-            self.expect("claimed", slot=slot)
+            self.expect(SlotClaimed, slot=slot)
 
-    def expect(self, kind: str, *, timeout_s: float = 100, **fields: object) -> dict:
+    def expect(self, kind: type, *, timeout_s: float = 100, slot: str | None = None) -> Any:
         """Return the next message of a kind; what a trainer says counts as a message of its own, with its slot."""
         deadline_s = time.monotonic() + timeout_s
-        wanted = {"kind": kind, **fields}
         while time.monotonic() < deadline_s:
-            for message in self.messages:
-                if message.items() >= wanted.items():
-                    self.messages.remove(message)
+            for index, (of, message) in enumerate(self.messages):
+                if isinstance(message, kind) and slot in (None, of):
+                    del self.messages[index]
                     return message
             self.read()
         log = "".join(path.read_text()[-1500:] for path in (self.folder / "host").glob("*.log"))
-        raise TimeoutError(f"no {wanted}; the logs end: {log}")
+        raise TimeoutError(f"no {kind.__name__} of {slot}; the logs end: {log}")
 
     def read(self) -> None:
         """Take what has come, for a moment."""
-        self.messages += [{**message, **message.get("message", {})} for message in self.link.receive(0.1) or []]
+        for message in self.link.receive(0.1) or []:
+            said = message.message if isinstance(message, TrainerSaid) else message
+            self.messages.append((getattr(message, "slot", ""), said))
 
-    def tell(self, kind: str, slots: list[str], **fields: object) -> None:
+    def tell(self, kind: type, slots: list[str], **fields: object) -> None:
         for slot in slots:
-            self.link.send(kind, slot=slot, attempt=self.attempt, **fields)
+            self.link.send(kind(slot=slot, attempt=self.attempt, **fields))
 
     def end(self, how: str, slots: list[str]) -> float:
         """Have the world left (or parked, or a trainer killed); return when that was asked for."""
@@ -145,22 +171,22 @@ class Coordinator:
         start_s = time.monotonic()
         if how == "kill":
             os.kill(self.pids[slots[-1]], signal.SIGKILL)
-            self.expect("ended", slot=slots[-1], attempt=self.attempt)
-            self.tell("leave", slots[:-1])
+            self.expect(TrainerLeft, slot=slots[-1])
+            self.tell(Leave, slots[:-1])
             slots = slots[:-1]
         elif how == "park":
-            self.tell("park", slots, reason="a change", deadline_s=None, keep_in="memory")
+            self.tell(Park, slots, reason="a change", deadline_s=None, keep_in="memory")
         else:
-            self.tell("leave", slots)
+            self.tell(Leave, slots)
         until_s = start_s + LEAVE_S if how != "park" else float("inf")
         for slot in slots:
             try:
-                self.expect("ended", timeout_s=max(0.0, min(100, until_s - time.monotonic())), slot=slot)
+                self.expect(TrainerLeft, timeout_s=max(0.0, min(100, until_s - time.monotonic())), slot=slot)
             except TimeoutError:
                 if how == "park":
                     raise
-                self.tell("kill", [slot])
-                self.expect("ended", slot=slot)
+                self.tell(Kill, [slot])
+                self.expect(TrainerLeft, slot=slot)
         return start_s
 
     def wait_for_spare(self, slot: str) -> None:
@@ -181,26 +207,26 @@ class Coordinator:
         left_s = time.monotonic()
         self.messages.clear()
         self.attempt += 1
-        self.tell("join", slots)
-        ready = {slot: self.expect("ready", slot=slot) for slot in slots}
+        self.tell(Join, slots)
+        ready = {slot: self.expect(Ready, slot=slot) for slot in slots}
         before = set(self.pids.values())
-        new = [slot for slot in slots if self.pids.get(slot) not in (None, ready[slot]["pid"])]
-        self.pids |= {slot: message["pid"] for slot, message in ready.items()}
+        new = [slot for slot in slots if self.pids.get(slot) not in (None, ready[slot].pid)]
+        self.pids |= {slot: message.pid for slot, message in ready.items()}
         ready_s = time.monotonic()
-        store = {"store_host": ready[slots[0]]["store_host"], "store_port": ready[slots[0]]["store_port"]}
+        store = {"store_host": ready[slots[0]].store_host, "store_port": ready[slots[0]].store_port}
         memory = {"keepers": {"n" * 56: self.keeper}, "peer": None, "mean_s_between_losses": 600.0}
         for rank, slot in enumerate(slots):
             place = {"rank": rank, "world_size": len(slots), "local_rank": rank, "local_world_size": len(slots)}
-            self.tell("go", [slot], **place, **store, **memory)
-        restored = self.expect("restored", slot=slots[0])
+            self.tell(Go, [slot], **place, **store, **memory)
+        restored = self.expect(Restored, slot=slots[0])
         restored_s = time.monotonic()
-        first = self.expect("stepped", slot=slots[0])
+        first = self.expect(Stepped, slot=slots[0])
         first_s = time.monotonic()
-        step = first["progress"]["step"]
+        step = first.progress.step
         compiled = self.count_compiled()
-        self.expect("kept", slot=slots[0])
+        self.expect(Kept, slot=slots[0])
         kept_s = time.monotonic()
-        usual = [self.expect("stepped", slot=slots[0]) for _ in range(5)][-1]
+        usual = [self.expect(Stepped, slot=slots[0]) for _ in range(5)][-1]
         report(
             way=way,
             ranks=len(slots),
@@ -210,16 +236,16 @@ class Coordinator:
             load=round(restored_s - ready_s, 2),
             first_step=round(first_s - restored_s, 2),
             first_snapshot=round(kept_s - first_s, 2),
-            resumed_from=restored["source"],
+            resumed_from=restored.source,
             steps_redone=max(0, last_step - step + 1) if last_step else None,
             step=step,
-            usual_step_s=round(usual["row"]["step_s"], 3),
+            usual_step_s=round(usual.row["step_s"], 3),
             new_processes=len(new),
             compiled=sum(compiled[self.pids[slot]] for slot in slots),
             compiled_by_survivors=sum(compiled[self.pids[slot]] for slot in slots if self.pids[slot] in before),
             used_gib=get_used_gib(),
         )
-        return usual["progress"]["step"]
+        return usual.progress.step
 
     def count_compiled(self) -> "Counter[int]":
         """Return how many pieces of code each process has compiled since the last time."""
@@ -230,7 +256,7 @@ class Coordinator:
 
     def close(self) -> None:
         """End the host and all that hangs on it; return when it is gone."""
-        self.link.send("end", reason="measured", forget=False)
+        self.link.send(End(reason="measured", forget=False))
         while self.link.receive() is not None:
             pass
 
@@ -279,13 +305,13 @@ def change(coordinator: Coordinator, way: str, how: str, before: list[str], afte
     try:
         start_s = coordinator.end(how, before)
         steps = [
-            m["progress"]["step"] for m in coordinator.messages if m["kind"] == "stepped" and m["slot"] == before[0]
+            said.progress.step for slot, said in coordinator.messages if isinstance(said, Stepped) and slot == before[0]
         ]
         coordinator.measure(way, after, start_s, max(steps, default=0))
     except TimeoutError as error:
         report(way=way, failed=str(error)[-1800:])
         for slot in {*before, *after}:
-            coordinator.link.send("kill", slot=slot, attempt=coordinator.attempt)
+            coordinator.link.send(Kill(slot=slot, attempt=coordinator.attempt))
         time.sleep(1)
 
 

@@ -21,6 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 
+from cluster.runtime.messages import Kept, Stepped
 from elastic import config_load
 from elastic.config import RunConfig
 from elastic.rundir import RunDir, parse_utc, read_rows
@@ -66,8 +67,8 @@ def train_with(folder: Path, config: RunConfig, *, steps: int) -> dict:
         rows, num_kept = [], 0
         while len(rows) < steps:
             coordinator.read()
-            rows += [m["row"] for m in coordinator.messages if m["kind"] == "stepped" and m["slot"] == slots[0]]
-            num_kept += sum(m["kind"] == "kept" for m in coordinator.messages)
+            rows += [m.row for slot, m in coordinator.messages if isinstance(m, Stepped) and slot == slots[0]]
+            num_kept += sum(isinstance(m, Kept) for _, m in coordinator.messages)
             coordinator.messages.clear()
         coordinator.close()
     finally:

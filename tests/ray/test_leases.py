@@ -7,6 +7,7 @@ import time
 import pytest
 
 from cluster.runtime.link import connect
+from cluster.runtime.messages import Claim
 from elastic.rundir import read_rows
 from tests.ray._runs import Run
 from tests.ray._traces import find_agents, find_at_work, find_processes, find_trainers, wait_until
@@ -56,8 +57,7 @@ def test_a_slot_that_a_whole_group_has_left_out_ends_after_the_lease_and_nobody_
     nodes = running.nodes
     at_work = find_at_work(nodes.folder)
     agent = connect(next(nodes.folder.glob("solvent-*")))
-    claim = {"group": 0, "group_size": 3, "pid": os.getpid(), "slot": "cpu9", "env": {}}
-    agent.send("claim", **claim)
+    agent.send(Claim(group=0, group_size=3, pid=os.getpid(), slot="cpu9", env={}))
     wait_until(lambda: len(find_trainers(nodes.folder)) == 4, timeout_s=20, what="a trainer of its own")
     time.sleep(LEASE_S + 2)
     assert len(find_trainers(nodes.folder)) == 4  # its agent lives

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from cluster.runtime.messages import ClaimGranted, SlotClaimed, Stepped, TrainerLeft, TrainerSaid
 from elastic.config import CheckpointConfig, ClusterConfig, DataConfig, ModelConfig, TrainConfig
 from elastic.data.prepare import prepare
 from tests.ray._traces import find_trainers, is_alive, wait_until
@@ -29,8 +30,8 @@ def host(tmp_path_factory):
         cluster=ClusterConfig(max_workers=1),
     ) as host:
         host.attempt = 0
-        host.claim(1).expect("claimed")
-        host.coordinator.expect("claimed", slot="cpu0", timeout_s=100)
+        host.claim(1).expect(ClaimGranted)
+        host.coordinator.expect(SlotClaimed, slot="cpu0", timeout_s=100)
         yield host
 
 
@@ -45,7 +46,7 @@ def train(host):
 
 
 def expect_step(host):
-    while host.coordinator.expect("trainer", attempt=host.attempt)["message"]["kind"] != "stepped":
+    while not isinstance(host.coordinator.expect(TrainerSaid, attempt=host.attempt).message, Stepped):
         pass
 
 
@@ -65,7 +66,7 @@ def read(host):
 
 def kill(host, pid):
     os.kill(pid, signal.SIGKILL)
-    host.coordinator.expect("ended", slot="cpu0", attempt=host.attempt)
+    host.coordinator.expect(TrainerLeft, slot="cpu0", attempt=host.attempt)
 
 
 def test_the_spare_of_a_trainer_that_dies_takes_its_place_and_gets_a_spare_of_its_own(host):

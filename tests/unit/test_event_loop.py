@@ -1,11 +1,20 @@
 import os
 import socket
 import time
+from dataclasses import dataclass
 
 import pytest
 
 from cluster.runtime.event_loop import EventLoop
-from cluster.runtime.link import Link
+from elastic.transport import Link, Peer, Vocabulary
+
+
+@dataclass(frozen=True)
+class Hello:
+    text: str = ""
+
+
+WORDS = Vocabulary(Hello)
 
 
 @pytest.fixture
@@ -19,7 +28,7 @@ def connect():
     ends = []
 
     def connect():
-        ends.extend(map(Link, socket.socketpair()))
+        ends.extend(Link(Peer(end, None), WORDS, sends="at once") for end in socket.socketpair())
         return ends[-2:]
 
     yield connect
@@ -33,16 +42,16 @@ def test_calls_who_watches_what_can_be_read(loop, connect):
     heard = []
     loop.watch(ours, lambda: heard.extend(ours.receive()))
     loop.watch(silent, lambda: heard.append("silence"))
-    theirs.send("hello")
+    theirs.send(Hello())
     loop.turn(5)
-    assert heard == [{"kind": "hello"}]
+    assert heard == [Hello()]
 
 
 def test_another_function_takes_the_place_of_the_first(loop, connect):
     ours, theirs = connect()
     called = []
     loop.watch(ours, lambda: (called.append("first"), loop.watch(ours, lambda: called.append("second"))))
-    theirs.send("hello")
+    theirs.send(Hello())
     loop.turn(5)
     loop.turn(5)
     assert called == ["first", "second"]
@@ -71,7 +80,7 @@ def test_an_event_of_what_was_closed_meanwhile_reaches_nobody(loop, connect):
         loop.watch(link, close_all)
     numbers = {link.fileno() for link, _ in pairs}
     for _, theirs in pairs:
-        theirs.send("hello")
+        theirs.send(Hello())
     loop.turn(5)
     assert numbers & {link.fileno() for link in others}, "no number was given out anew: the test shows nothing"
     assert called == ["the first"]
@@ -91,3 +100,20 @@ def test_what_is_not_watched_any_more_is_closed(loop):
 def test_knows_how_long_it_was_awake(loop):
     loop.turn(0.05)
     assert 0.04 < loop.awake_s < 5
+
+
+def test_what_a_link_could_not_send_at_once_arrives_whole_while_the_loop_goes_on(loop, connect):
+    ours, theirs = connect()
+    loop.watch(ours, lambda: None)
+    texts = [f"{number}" * 100_000 for number in range(30)]
+    for text in texts:
+        assert ours.send(Hello(text))
+    assert ours.has_backlog, "all of it went at once: the test shows nothing"
+    heard = []
+    until_s = time.monotonic() + 10
+    while len(heard) < len(texts):
+        assert time.monotonic() < until_s
+        loop.turn(0.01)
+        heard += theirs.receive(0)
+    assert [message.text for message in heard] == texts
+    assert not ours.has_backlog

@@ -1,16 +1,27 @@
 """The coordinator's connections to hosts: who may come, who counts as there, and who as gone."""
 
-import socket
 import time
 from collections.abc import Callable
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
 
+from cluster.controller import Holder
 from cluster.runtime import hosts as module
 from cluster.runtime.hosts import Hosts, HostStarts
-from cluster.runtime.link import Link
-from cluster.types import Slot
+from cluster.runtime.messages import (
+    TO_HOST,
+    Beat,
+    End,
+    HostHello,
+    Join,
+    KeeperMoved,
+    Renew,
+    SlotExpired,
+    Welcome,
+)
+from elastic.transport import Dial, Link, WireError
 
 SECRET = "s3cret"
 
@@ -20,8 +31,9 @@ class Served:
 
     def __init__(self, port: int = 0) -> None:
         self.ready: list[str] = []
-        self.messages: list[tuple[str, dict]] = []
+        self.messages: list[tuple[str, object]] = []
         self.gone: list[tuple[str, str]] = []
+        self.said: list[str] = []
         self.links: list[Link] = []
         self.hosts = Hosts(
             "127.0.0.1",
@@ -30,16 +42,22 @@ class Served:
             on_ready=self.ready.append,
             on_message=lambda node, message: self.messages.append((node, message)),
             on_gone=lambda node, reason: self.gone.append((node, reason)),
+            say=self.said.append,
         )
 
-    def connect(self) -> Link:
-        self.links.append(Link(socket.create_connection(("127.0.0.1", self.hosts.port), timeout=5)))
+    def connect(self, secret: str = SECRET) -> Link:
+        """Connect as a process that knows the secret would."""
+        dial = Dial(("127.0.0.1", self.hosts.port), secret, purpose="coordinator", timeout_s=5)
+        with closing(dial):
+            while (peer := dial.turn()) is None:
+                self.hosts.serve(timeout_s=0.01)
+        self.links.append(Link(peer, TO_HOST, sends="waiting"))
         return self.links[-1]
 
-    def join(self, node: str, *, pid: int = 1, secret: str = SECRET) -> Link:
+    def join(self, node: str, *, pid: int = 1) -> Link:
         """Connect as the host of a node would."""
         link = self.connect()
-        link.send("host", node=node, secret=secret, pid=pid, keeper=["127.0.0.1", 7])
+        link.send(HostHello(node=node, pid=pid, keeper=("127.0.0.1", 7)))
         return link
 
     def serve_until(self, is_so: Callable[[], object]) -> None:
@@ -53,12 +71,12 @@ class Served:
         for link in self.links:
             link.close()
         selector = self.hosts._loop._selector
-        sockets = [key.fileobj for key in selector.get_map().values()]
-        for each in (selector, self.hosts._wake_out, *sockets):
+        sources = [key.fileobj for key in selector.get_map().values()]
+        for each in (selector, self.hosts._wake_out, *sources):
             each.close()
 
 
-def read_all(link: Link) -> list[dict]:
+def read_all(link: Link) -> list[object]:
     """Return what comes until the other side closes."""
     found = []
     while (messages := link.receive(5)) is not None:
@@ -94,7 +112,7 @@ def test_a_host_that_ends_as_another_takes_its_place_is_gone_once(served):
     served.serve_until(lambda: served.ready)
     after = served.connect()
     served.hosts.serve(timeout_s=0.05)  # both are heard in one go, the new one first
-    after.send("host", node="n1", secret=SECRET, pid=2, keeper=None)
+    after.send(HostHello(node="n1", pid=2, keeper=None))
     before.close()
     served.serve_until(lambda: len(served.ready) == 2)
     served.hosts.serve(timeout_s=0.05)
@@ -102,38 +120,69 @@ def test_a_host_that_ends_as_another_takes_its_place_is_gone_once(served):
     assert served.hosts.get_pids() == {"n1": 2}
 
 
-@pytest.mark.parametrize("first", [{"node": "n1", "secret": "guessed"}, {"node": "n1"}])
-def test_whoever_does_not_know_it_is_sent_away_unheard(served, first):
-    link = served.connect()
-    link.send("host", **first)
-    link.send("ended", slot="cpu0")
-    served.serve_until(lambda: (heard := link.receive(0.01)) is None or heard)
-    assert link.receive(5) is None, "it was answered"
+def test_whoever_does_not_know_it_is_sent_away_unheard(served):
+    with pytest.raises(WireError):
+        served.connect(secret="guessed")
+    served.serve_until(lambda: served.said)
     assert (served.ready, served.messages, served.hosts.get_pids()) == ([], [], {})
+    assert len(served.said) == 1
+    assert "127.0.0.1 was refused" in served.said[0]
+
+
+def test_what_no_host_says_ends_its_own_connection_and_no_other(served):
+    good, bad = served.join("n1"), served.join("n2")
+    served.serve_until(lambda: len(served.ready) == 2)
+    bad._socket.sendall(b"GET / HTTP/1.0\r\n\r\n")
+    served.serve_until(lambda: served.gone)
+    assert served.gone[0][0] == "n2"
+    assert "its connection broke" in served.gone[0][1]
+    good.send(SlotExpired(slot="cpu0"))
+    served.serve_until(lambda: served.messages)
+    odd = served.join("n3")
+    served.serve_until(lambda: len(served.ready) == 3)
+    odd.send(Join(slot="cpu0", attempt=1))  # of ours, but no word of a host
+    served.serve_until(lambda: len(served.gone) == 2)
+    assert served.hosts.get_pids() == {"n1": 1}
+
+
+def test_a_host_that_takes_nothing_is_let_go_and_no_other_waits_for_it(served, monkeypatch):
+    monkeypatch.setattr(module, "HOST_SILENT_S", 60.0)
+    monkeypatch.setattr("elastic.transport.link.MAX_BACKLOG_BYTES", 1 << 20)
+    stuck, other = served.join("n1"), served.join("n2")
+    served.serve_until(lambda: len(served.ready) == 2)
+    start_s = time.monotonic()
+    while not served.gone:
+        for node in ("n1", "n2"):
+            served.hosts.tell(node, Renew(slots=("x" * 100_000,)))
+        served.hosts.serve(timeout_s=0.01)
+        other.receive(0)
+        assert time.monotonic() - start_s < 10
+    assert served.gone[0][0] == "n1"
+    assert "untaken" in served.gone[0][1]
+    assert served.hosts.get_pids() == {"n2": 1}
+    stuck.close()
 
 
 def test_what_it_says_of_itself_is_kept_and_the_rest_is_passed_on(served):
     link = served.join("n1")
-    link.send("keeper", address=["127.0.0.1", 8])
-    link.send("beat", holders={"cpu0": {"group": 2, "group_size": 1}, "cpu1": None})
-    link.send("expired", slot="cpu1")
+    link.send(KeeperMoved(address=("127.0.0.1", 8)))
+    link.send(Beat(holders={"cpu0": Holder(group=2, group_size=1), "cpu1": None}))
+    link.send(SlotExpired(slot="cpu1"))
     served.serve_until(lambda: served.messages)
-    assert served.messages == [("n1", {"kind": "expired", "slot": "cpu1"})]
+    assert served.messages == [("n1", SlotExpired(slot="cpu1"))]
     assert served.hosts.get_keepers() == {"n1": ("127.0.0.1", 8)}
 
     served.hosts.renew_leases()
-    served.hosts.tell(Slot("n1", "cpu0"), "join", attempt=3)
-    served.hosts.tell(Slot("n2", "cpu0"), "join", attempt=3)  # nobody
+    served.hosts.tell("n1", Join(slot="cpu0", attempt=3))
+    served.hosts.tell("n2", Join(slot="cpu0", attempt=3))  # nobody
     served.hosts.end_all("over", forget=True)
     heard = []
     while len(heard) < 4:
         heard += link.receive(5)
-    assert [message["kind"] for message in heard] == ["welcome", "renew", "join", "end"]
-    assert set(heard[1]["slots"]) <= {"cpu0", "cpu1"}
-    assert heard[2:] == [
-        {"kind": "join", "slot": "cpu0", "attempt": 3},
-        {"kind": "end", "reason": "over", "forget": True},
-    ]
+    welcome, renew, *rest = heard
+    assert welcome == Welcome()
+    assert set(renew.slots) <= {"cpu0", "cpu1"}
+    assert rest == [Join(slot="cpu0", attempt=3), End(reason="over", forget=True)]
 
 
 def test_of_two_hosts_of_a_node_the_newer_one_counts(served):
@@ -143,7 +192,7 @@ def test_of_two_hosts_of_a_node_the_newer_one_counts(served):
     served.serve_until(lambda: len(served.ready) == 2)
     assert served.gone == [("n1", "a new host took its place")]
     assert served.hosts.get_pids() == {"n1": 2}
-    assert read_all(old) == [{"kind": "welcome"}]
+    assert read_all(old) == [Welcome()]
     assert served.hosts.get_lost() == frozenset()
 
 
@@ -152,12 +201,12 @@ def test_one_that_is_silent_counts_as_gone_but_our_own_sleep_is_not_its_silence(
     link = served.join("n1")
     served.serve_until(lambda: served.ready)
     time.sleep(0.5)
-    link.send("beat", holders={})  # it has arrived when we ask
+    link.send(Beat(holders={}))  # it has arrived when we ask
     served.hosts.serve(timeout_s=0.05)
     assert served.gone == []
     served.serve_until(lambda: served.gone)
     assert served.gone == [("n1", "its host has been silent for 0.4 s")]
-    assert read_all(link) == [{"kind": "welcome"}]
+    assert read_all(link) == [Welcome()]
 
 
 def test_another_thread_s_wake_ends_the_wait(served):

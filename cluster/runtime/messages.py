@@ -1,0 +1,364 @@
+"""All that agent, host, trainer and coordinator say to each other (`elastic.transport` has the form it travels in)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from cluster.controller import Holder
+from cluster.runtime.seat import Seat
+from elastic.ports import Address, Phase, Progress, Source, Where
+from elastic.transport import Vocabulary
+
+MAX_TRAINER_BYTES = 4 * 2**20
+"""Of what a trainer says; its host wraps it, and that must not be too long for the coordinator."""
+
+Row = Mapping[str, object]
+PhaseTimes = tuple[tuple[Phase, float, float], ...]
+"""What time went into: phase, start and end (Unix seconds)."""
+
+
+# ---- an agent, or who starts hosts, to the host of its node
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """An agent wants a slot, for one of Ray's worker groups."""
+
+    group: int
+    group_size: int
+    pid: int
+    slot: str
+    """Empty: any."""
+    env: Mapping[str, str]
+    """For its trainers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeatTold:
+    """This is where the coordinator is."""
+
+    seat: Seat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Abandoned:
+    """The run has other hosts by now."""
+
+
+TO_HOST_FROM_NODE = Vocabulary[Claim | SeatTold | Abandoned](Claim, SeatTold, Abandoned)
+
+
+# ---- a host to an agent
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClaimGranted:
+    """The slot is the agent's."""
+
+    slot: str
+    trainer_pid: int | None
+    log: str
+    """Path of the log of its trainers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fenced:
+    """An agent of a newer group has the slot."""
+
+    by: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exited:
+    """The trainer of the slot ended."""
+
+    pid: int
+    code: int
+    attempt: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bye:
+    """The host ends."""
+
+    reason: str
+
+
+TO_AGENT = Vocabulary[ClaimGranted | Fenced | Exited | Bye](ClaimGranted, Fenced, Exited, Bye)
+
+
+# ---- a trainer to its host
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warm:
+    """It could join a world."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alive:
+    """It runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldLeft:
+    """Its part in the world is over."""
+
+    outcome: Literal["finished", "interrupted", "lost", "failed", "crashed"]
+    reason: str
+    exit_code: int
+    stays: bool
+    """It can join the next world."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """It waits for its place in the world."""
+
+    store_host: str
+    store_port: int
+    pid: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phases:
+    """What time went into before the next step is done."""
+
+    phases: PhaseTimes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """It has the state that the attempt starts from."""
+
+    progress: Progress
+    source: Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stepped:
+    """It finished a step."""
+
+    progress: Progress
+    row: Row
+    phases: PhaseTimes
+    """Since the last one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Committed:
+    """A checkpoint became visible."""
+
+    progress: Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A snapshot is in memory on all ranks."""
+
+    progress: Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stalled:
+    """It makes no progress, or (`silent`) its host hears nothing of it."""
+
+    step: int
+    where: Where
+    waited_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowWritten:
+    """A row for a file of the run that only the coordinator writes."""
+
+    attempt: int
+    file: str
+    number: int
+    """From 1, in this file and attempt."""
+    row: Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsAsked:
+    """It wants to know which of its rows are in the storage."""
+
+    ask: int
+    streams: tuple[tuple[int, str], ...]
+    """Attempt and file."""
+
+
+TrainerMessage = Ready | Phases | Restored | Stepped | Committed | Kept | Stalled | RowWritten | RowsAsked
+"""What the coordinator is told."""
+FROM_TRAINER = Vocabulary[Warm | Alive | WorldLeft | TrainerMessage](
+    Warm, Alive, WorldLeft, Ready, Phases, Restored, Stepped, Committed, Kept, Stalled, RowWritten, RowsAsked
+)
+
+
+# ---- a host to the coordinator
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostHello:
+    """The first message: who comes."""
+
+    node: str
+    pid: int
+    keeper: Address | None
+    """Where the memory of the node is served."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeeperMoved:
+    """The memory of the node is served by another process."""
+
+    address: Address | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beat:
+    """A sign of life, and whose agents hold the slots."""
+
+    holders: Mapping[str, Holder | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotClaimed:
+    """An agent has a slot, and its trainer could join a world."""
+
+    slot: str
+    group: int
+    group_size: int
+    pid: int
+    """Of the agent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotExpired:
+    """Nobody held a slot, and nobody renewed its lease."""
+
+    slot: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerLeft:
+    """A trainer is in its world no more."""
+
+    slot: str
+    attempt: int
+    outcome: Literal["finished", "interrupted", "lost", "failed", "crashed", "killed"]
+    reason: str
+    exit_code: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSaid:
+    """What a trainer says, or is said of one that says nothing."""
+
+    slot: str
+    attempt: int | None
+    message: TrainerMessage
+
+
+HostMessage = KeeperMoved | Beat | SlotClaimed | SlotExpired | TrainerLeft | TrainerSaid
+FROM_HOST = Vocabulary[HostHello | HostMessage](
+    HostHello, KeeperMoved, Beat, SlotClaimed, SlotExpired, TrainerLeft, TrainerSaid
+)
+
+
+# ---- the coordinator to a host, which passes what is for a trainer on to it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Welcome:
+    """The host is led from now on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Renew:
+    """Keep these slots."""
+
+    slots: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """End the host."""
+
+    reason: str
+    forget: bool
+    """Nobody will go on from what lies on the disk of the node."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Join:
+    """Get ready for the next world."""
+
+    slot: str
+    attempt: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Go:
+    """Take this place in the world."""
+
+    slot: str
+    attempt: int
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    store_host: str
+    store_port: int
+    keepers: Mapping[str, Address]
+    """Where the memories of the nodes are served."""
+    peer: Address | None
+    """The one that gets copies of this node's."""
+    mean_s_between_losses: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Park:
+    """Save with all others at one agreed step, and leave."""
+
+    slot: str
+    attempt: int
+    reason: str
+    deadline_s: float | None
+    keep_in: Literal["memory", "storage"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leave:
+    """Drop the world as it is, and wait for the next one."""
+
+    slot: str
+    attempt: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kill:
+    """End the trainer."""
+
+    slot: str
+    attempt: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsKept:
+    """The answer to `RowsAsked`."""
+
+    slot: str
+    attempt: int
+    ask: int
+    kept: tuple[tuple[int, str, int], ...]
+    """Attempt, file, and how many of its rows are in the storage."""
+    problem: str
+    """Why they are not; empty if they are."""
+
+
+Order = Join | Go | Park | Leave | RowsKept
+"""What a trainer hears."""
+TO_TRAINER = Vocabulary[Order](Join, Go, Park, Leave, RowsKept)
+CoordinatorMessage = Welcome | Renew | End | Kill | Order
+TO_HOST = Vocabulary[CoordinatorMessage](Welcome, Renew, End, Kill, Join, Go, Park, Leave, RowsKept)
