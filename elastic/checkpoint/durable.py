@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from types import TracebackType
-from typing import TypeVar, cast
+from typing import cast
 
 import torch.distributed as dist
 
 from elastic.checkpoint import keep
+from elastic.checkpoint.collect import Parcels
 from elastic.checkpoint.layout import CHECKPOINTS, FileRecord, Manifest, TensorRecord, commit, get_directory
 from elastic.checkpoint.plan import SavePlan
 from elastic.checkpoint.storage import explain
@@ -24,11 +25,10 @@ from elastic.storage import Storage
 
 logger = logging.getLogger(__name__)
 
-_T = TypeVar("_T")
-
 BuildManifest = Callable[[Mapping[str, TensorRecord], Mapping[str, FileRecord]], Manifest]
 """Returns a manifest, given where the tensors lie and the files."""
 
+_WRITTEN, _RESULT = Parcels[Written](Written), Parcels[float](float)
 _SLOWEST_WRITE = 10
 """Ranks of one save may finish writing this many collective timeouts apart."""
 
@@ -108,7 +108,7 @@ class DurableWriter:
             StorageError, SolventError: nothing was committed; on all ranks.
         """
         self._on_rank_0(partial(self._prepare, step))
-        written = self._gather(self._write_own(get_directory(step), arena, plan))
+        written = _WRITTEN.gather(self._write_own(get_directory(step), arena, plan), self._group)
         save_s = self._on_rank_0(partial(self._commit, step, plan, build_manifest, written, start_s))
         if self._rank == 0:
             self._prune()
@@ -128,10 +128,12 @@ class DurableWriter:
             return error
         return written
 
-    def _prepare(self, step: int) -> None:
+    def _prepare(self, step: int) -> float:
+        """Make room for a save; return when that was done."""
         self._check_epoch()
         keep.remove_orphans(self._storage, epoch=self._epoch)
         keep.discard(self._storage, step)  # committed, but damaged: training went back before it and came here again
+        return time.monotonic()
 
     def _commit(
         self,
@@ -170,28 +172,21 @@ class DurableWriter:
         except OSError as error:
             logger.warning("old checkpoints stay in %s/%s: %s", self._storage.url, CHECKPOINTS, error)
 
-    def _gather(self, outcome: Written | Exception) -> list[Written | Exception]:
-        """Return on rank 0 what became of the shards of all ranks."""
-        of_ranks: list[Written | Exception] | None = [outcome] * self._world_size if self._rank == 0 else None
-        dist.gather_object(outcome, of_ranks, dst=0, group=self._group)
-        return of_ranks or []
-
-    def _on_rank_0(self, action: Callable[[], _T]) -> _T:
+    def _on_rank_0(self, action: Callable[[], float]) -> float:
         """Act on rank 0; give the result, or the storage's error, to all ranks."""
-        outcome: list[tuple[_T | None, Exception | None]] = [(None, None)]
+        outcome: float | Exception | None = None
         if self._rank == 0:
             try:
                 with self._fence:
-                    outcome = [(action(), None)]
+                    outcome = action()
             except (OSError, SolventError) as error:
-                outcome = [(None, error)]
-        dist.broadcast_object_list(outcome, src=0, group=self._group)
-        result, failure = outcome[0]
-        if isinstance(failure, OSError):
-            raise explain(failure, f"{self._storage.url}/{CHECKPOINTS}") from failure
-        if failure is not None:
-            raise failure
-        return cast(_T, result)
+                outcome = error
+        outcome = _RESULT.broadcast(outcome, self._group)
+        if isinstance(outcome, OSError):
+            raise explain(outcome, f"{self._storage.url}/{CHECKPOINTS}") from outcome
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
 
 def new_group(timeout: timedelta) -> dist.ProcessGroup:

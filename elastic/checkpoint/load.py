@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from elastic.checkpoint.collect import Parcels
 from elastic.checkpoint.fill import NUM_COPIERS, NUM_READERS, READ_BYTES, fill
 from elastic.checkpoint.fit import check_config, check_tensors, get_unsaved
 from elastic.checkpoint.keeping import Held
@@ -45,6 +46,9 @@ from elastic.timeline import Laps
 logger = logging.getLogger(__name__)
 
 _Candidate = CommittedCheckpoint | WholeSnapshot
+_CANDIDATES = Parcels[Sequence[_Candidate]](Sequence[_Candidate])
+_FOUND = Parcels[Manifest | str](Manifest | str)
+_DAMAGE = Parcels[str | None](str | None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,15 +93,15 @@ def restore(
     """
     rank, laps = dist.get_rank(group), Laps()
     held = memory.fetch_all(keepers or {}) if memory and rank == 0 else []
-    candidates = _from_rank_0(_find_candidates(storage, held) if rank == 0 else [], group)
-    if isinstance(candidates, SolventError):
+    candidates = _CANDIDATES.broadcast(_find_candidates(storage, held) if rank == 0 else None, group)
+    if isinstance(candidates, Exception):
         raise candidates
     laps.end("looked")
     live = get_live_state(model, optimizer) if candidates else {}
     laps.end("live state")
     for candidate in candidates:
-        found = _from_rank_0(_inspect(storage, candidate, config, live) if rank == 0 else None, group)
-        if isinstance(found, SolventError):
+        found = _FOUND.broadcast(_inspect(storage, candidate, config, live) if rank == 0 else None, group)
+        if isinstance(found, Exception):
             raise found
         if isinstance(found, Manifest):
             laps.end("manifest")
@@ -205,11 +209,9 @@ def load_state(
         damage = damage or fill(targets, reads, sources, device=device, rows=rows, num_readers=num_readers)
     except OSError as error:
         damage = explain_unreadable(error, sources[-1].name)
-    outcomes: list[Any] = [damage] * world_size
-    if world_size > 1:
-        dist.all_gather_object(outcomes, damage, group=group)
+    outcomes = _DAMAGE.all_gather(damage, group)
     for outcome in outcomes:
-        if isinstance(outcome, SolventError):
+        if isinstance(outcome, Exception):
             raise outcome
     for name in unsaved:
         targets[name].detach().zero_()
@@ -237,11 +239,3 @@ def _inspect(
         changes = ", ".join(f"{key}: {then} -> {now}" for key, (then, now) in sorted(changed.items()))
         logger.warning("resuming at step %d under a changed configuration: %s", manifest.progress.step, changes)
     return damage or manifest
-
-
-def _from_rank_0(value: Any, group: dist.ProcessGroup | None) -> Any:
-    if dist.get_world_size(group) == 1:  # NCCL would set up a communicator for this alone
-        return value
-    holder = [value]
-    dist.broadcast_object_list(holder, src=0, group=group)
-    return holder[0]

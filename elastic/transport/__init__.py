@@ -18,9 +18,9 @@ be sent in full. Between greeting and end no peer can make this process keep mor
 from elastic.transport.acceptor import Acceptor, Peer
 from elastic.transport.channel import PIECE_BYTES, Channel
 from elastic.transport.dial import Dial, connect, connect_unix, listen_unix
-from elastic.transport.frames import Header, WireError
+from elastic.transport.frames import Header, WireError, to_plain
 from elastic.transport.link import Link
-from elastic.transport.typed import Vocabulary
+from elastic.transport.typed import Vocabulary, build_parser
 
 __all__ = [
     "PIECE_BYTES",
@@ -32,7 +32,9 @@ __all__ = [
     "Peer",
     "Vocabulary",
     "WireError",
+    "build_parser",
     "connect",
     "connect_unix",
     "listen_unix",
+    "to_plain",
 ]

@@ -54,13 +54,13 @@ def encode(header: Header, *, seal: Seal | None, limit_bytes: int) -> bytes:
     Raises:
         ValueError: it is longer than the peer takes.
     """
-    text = json.dumps(header, separators=(",", ":"), default=_to_plain).encode()
+    text = json.dumps(header, separators=(",", ":"), default=to_plain).encode()
     if len(text) > limit_bytes:
         raise ValueError(f"a {header.get('kind')} of {len(text)} bytes is longer than a message may be ({limit_bytes})")
     return _LENGTH.pack(len(text)) + (seal.make(text) if seal else b"") + text
 
 
-def _to_plain(value: object) -> object:
+def to_plain(value: object) -> object:
     """Return a part of a message for JSON: a dataclass within another one names its kind too."""
     return {"kind": type(value).__name__, **vars(value)}
 

@@ -19,8 +19,8 @@ class Vocabulary(Generic[_M]):
     """The messages that one side of a connection may say.
 
     Args:
-        kinds: dataclasses with fields of str, int, float, bool, None, Literal, tuple, Mapping with keys of str, unions
-            of these, other such dataclasses, and `object` for any JSON value.
+        kinds: dataclasses with fields of str, int, float, bool, None, Literal, tuple, Sequence, Mapping with keys of
+            str, unions of these, other such dataclasses, and `object` for any JSON value.
     """
 
     def __init__(self, *kinds: type[_M]) -> None:
@@ -45,7 +45,8 @@ def to_header(message: object) -> Header:
     return {"kind": type(message).__name__, **vars(message)}
 
 
-def _build_parser(hint: Any) -> Parser:  # noqa: PLR0911 (one line for each kind of type)
+def build_parser(hint: Any) -> Parser:  # noqa: PLR0911 (one line for each kind of type)
+    """Return what checks a JSON value against a type and makes one of that type, or raises ValueError."""
     origin, args = get_origin(hint), get_args(hint)
     if hint in (Any, object):
         return lambda value: value
@@ -59,6 +60,8 @@ def _build_parser(hint: Any) -> Parser:  # noqa: PLR0911 (one line for each kind
         return _build_union_parser(args)
     if origin is tuple:
         return _build_tuple_parser(args)
+    if origin is not None and issubclass(origin, Sequence):
+        return _build_tuple_parser((args[0], ...))
     if origin is not None and issubclass(origin, Mapping):
         return _build_mapping_parser(args[1])
     if is_dataclass(hint):
@@ -96,7 +99,7 @@ def _build_literal_parser(choices: Sequence[object]) -> Parser:
 
 
 def _build_union_parser(hints: Sequence[Any]) -> Parser:
-    parsers = [_build_parser(hint) for hint in hints]
+    parsers = [build_parser(hint) for hint in hints]
 
     def parse(value: Any) -> Any:
         for each in parsers[:-1]:
@@ -120,9 +123,9 @@ def _build_union_parser(hints: Sequence[Any]) -> Parser:
 
 def _build_tuple_parser(hints: Sequence[Any]) -> Parser:
     if len(hints) == 2 and hints[1] is Ellipsis:
-        of = _build_parser(hints[0])
+        of = build_parser(hints[0])
         return lambda value: tuple(of(each) for each in _get_list(value))
-    parsers = [_build_parser(hint) for hint in hints]
+    parsers = [build_parser(hint) for hint in hints]
 
     def parse(value: Any) -> Any:
         if len(_get_list(value)) != len(parsers):
@@ -139,7 +142,7 @@ def _get_list(value: Any) -> list[Any]:
 
 
 def _build_mapping_parser(hint: Any) -> Parser:
-    of = _build_parser(hint)
+    of = build_parser(hint)
 
     def parse(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -151,7 +154,7 @@ def _build_mapping_parser(hint: Any) -> Parser:
 
 def _build_class_parser(kind: type) -> Parser:
     hints = get_type_hints(kind)
-    parsers = {each.name: _build_parser(hints[each.name]) for each in fields(kind)}
+    parsers = {each.name: build_parser(hints[each.name]) for each in fields(kind)}
     required = {each.name for each in fields(kind) if each.default is MISSING and each.default_factory is MISSING}
 
     def parse(value: Any) -> Any:
