@@ -91,10 +91,22 @@ class Keeper:
             threading.Thread(target=self._accept, args=(listener,), name="accept", daemon=True).start()
         while (message := self._owner.receive()) is not None:
             if message["kind"] == "adopt":
-                channel = Channel(Peer(socket.socket(fileno=self._owner.take_descriptor()), None))
-                _start_thread(self._serve_trainer, _Trainer(channel=channel))
+                self._adopt()
 
     # ---- trainers of this node
+
+    def _adopt(self) -> None:
+        """Serve one more trainer, if that can be: one that cannot be served trains on without snapshots."""
+        try:
+            connection = socket.socket(fileno=self._owner.take_descriptor())
+        except OSError as error:  # the kernel drops a descriptor that a process has no room for
+            _log(f"a trainer gets no snapshots: {error}")
+            return
+        try:
+            _start_thread(self._serve_trainer, _Trainer(channel=Channel(Peer(connection, None))))
+        except RuntimeError as error:  # no more threads
+            _log(f"a trainer gets no snapshots: {error}")
+            connection.close()
 
     def _serve_trainer(self, trainer: _Trainer) -> None:
         try:
@@ -109,6 +121,7 @@ class Keeper:
                 for holding in own:
                     if holding.snapshot is None:
                         self._drop(holding)
+            trainer.channel.close()
             trainer.copies.submit(_forget_peer, trainer)
             trainer.copies.shutdown(wait=False)  # a copy under way is worth finishing
 

@@ -34,7 +34,8 @@ class Peer:
 @dataclass(kw_only=True)
 class _Pending:
     socket: socket.socket
-    handshake: Handshake
+    handshake: Handshake | None
+    """None: it need only say something."""
     until_s: float
 
 
@@ -46,7 +47,7 @@ class Acceptor:
     Args:
         listener: bound and listening; closed with this.
         say: takes a line about strangers, or about what keeps others from connecting: one of a kind in a minute.
-        secret: what callers must know; None, for a Unix socket: they are processes of this user.
+        secret: what callers must know; None, for a Unix socket: they are processes of this user, and say something.
         purpose: what is served here.
     """
 
@@ -84,7 +85,7 @@ class Acceptor:
         peers: list[Peer] = []
         for key, _ in self._selector.select(timeout_s):
             if key.fileobj is self._listener:
-                peers += self._accept()
+                self._accept()
             elif (pending := self._pending.get(key.fd)) is key.data:
                 assert pending is not None
                 peers += self._advance(pending)
@@ -104,8 +105,7 @@ class Acceptor:
         self._selector.close()
         self._listener.close()
 
-    def _accept(self) -> list[Peer]:
-        peers: list[Peer] = []
+    def _accept(self) -> None:
         for _ in range(_MOST_AT_ONCE):
             try:
                 connection, _ = self._listener.accept()
@@ -116,11 +116,8 @@ class Acceptor:
                     self._pause(error)
                     break
                 continue  # it was faster gone than we came; accept(2) names a dozen ways
-            if self._secret is None:
-                peers += self._check_user(connection)
-            else:
-                self._begin(connection, self._secret)
-        return peers
+            if self._secret is not None or self._is_own_user(connection):
+                self._begin(connection)
 
     def _pause(self, error: OSError) -> None:
         """Leave callers waiting for a moment: what is lacking may be back then, and asking on is a busy loop."""
@@ -128,21 +125,21 @@ class Acceptor:
         self._paused_until_s = time.monotonic() + _PAUSE_S
         self._tell("room", f"nobody can connect for now: {error.strerror} (errno {error.errno}); it is tried again")
 
-    def _check_user(self, connection: socket.socket) -> list[Peer]:
+    def _is_own_user(self, connection: socket.socket) -> bool:
         if (user := get_peer_user(connection)) == os.getuid():
-            connection.setblocking(True)
-            return [Peer(connection, None)]
+            return True
         connection.close()
         self._tell("stranger", f"a connection was refused: it came from user {user}")
-        return []
+        return False
 
-    def _begin(self, connection: socket.socket, secret: str) -> None:
+    def _begin(self, connection: socket.socket) -> None:
         if len(self._pending) >= MOST_PENDING:
             self._refuse(next(iter(self._pending.values())), f"{MOST_PENDING} others came after it and it said nothing")
         connection.setblocking(False)
+        secret = self._secret
         pending = _Pending(
             socket=connection,
-            handshake=Handshake(secret, role="called", purpose=self._purpose),
+            handshake=None if secret is None else Handshake(secret, role="called", purpose=self._purpose),
             until_s=time.monotonic() + self._handshake_s,
         )
         self._pending[connection.fileno()] = pending
@@ -150,24 +147,27 @@ class Acceptor:
 
     def _advance(self, pending: _Pending) -> list[Peer]:
         """Read no more than the greeting: what follows it is for the one that takes the connection."""
-        try:
-            advance(pending.socket, pending.handshake)
-        except BlockingIOError:
-            return []
-        except OSError as error:
-            self._refuse(pending, str(error))
-            return []
-        if pending.handshake.seals is None:
-            return []
+        seals = None
+        if pending.handshake:
+            try:
+                advance(pending.socket, pending.handshake)
+            except BlockingIOError:
+                return []
+            except OSError as error:
+                self._refuse(pending, str(error))
+                return []
+            if (seals := pending.handshake.seals) is None:
+                return []
+            pending.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._forget(pending)
         pending.socket.setblocking(True)
-        pending.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return [Peer(pending.socket, pending.handshake.seals)]
+        return [Peer(pending.socket, seals)]
 
     def _refuse(self, pending: _Pending, reason: str) -> None:
         whence = "a connection"
-        with contextlib.suppress(OSError):  # it is gone
-            whence += f" from {pending.socket.getpeername()[0]}"
+        if pending.handshake:
+            with contextlib.suppress(OSError):  # it is gone
+                whence += f" from {pending.socket.getpeername()[0]}"
         self._forget(pending)
         pending.socket.close()
         self._tell("stranger", f"{whence} was refused: {reason}")

@@ -1,13 +1,14 @@
 """Real keepers, started as trainers and hosts start them; nothing here imports torch."""
 
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
 import zlib
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -308,3 +309,53 @@ def test_bytes_that_are_no_message_end_the_connection():
         Channel(Peer(theirs, None)).receive()
     ours.close()
     theirs.close()
+
+
+def get_status(pid, field):
+    """Return a number of /proc/PID/status: kB, or threads."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith(field)]
+    return int(line.split()[1])
+
+
+def test_two_thousand_strangers_that_say_nothing_cost_a_keeper_neither_threads_nor_memory():
+    with keeper() as process, remote(process) as known, ExitStack() as stack:
+        pid = process.process.pid
+        before_kb, before_threads = get_status(pid, "VmRSS"), get_status(pid, "Threads")
+        for _ in range(2000):
+            stack.enter_context(socket.create_connection(("127.0.0.1", process.port), timeout=5))
+        assert get_status(pid, "Threads") - before_threads <= 1
+        with remote(process) as one_more:
+            assert (known.fetch_list(), one_more.fetch_list()) == ([], [])
+        assert get_status(pid, "VmRSS") - before_kb < 20 * 1024
+
+
+def test_a_hundred_megabytes_from_a_stranger_are_not_kept():
+    with keeper() as process:
+        pid = process.process.pid
+        before_kb = get_status(pid, "VmRSS")
+        with socket.create_connection(("127.0.0.1", process.port), timeout=5) as stranger, suppress(OSError):
+            for _ in range(100):
+                stranger.sendall(bytes(MIB))
+            raise AssertionError("all of it was taken")
+        assert get_status(pid, "VmRSS") - before_kb < 20 * 1024
+
+
+def test_a_keeper_out_of_descriptors_serves_whom_it_knows_and_lets_others_in_once_it_has_some():
+    with keeper() as process, remote(process) as known:
+        trainer = Trainer(process)
+        trainer.fill(0, 1).result(10)
+        assert [held.snapshot.step for held in known.fetch_list()] == [1]
+        pid = process.process.pid
+        soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(list(Path(f"/proc/{pid}/fd").iterdir())), hard))
+        refused = KeeperClient(process.open_connection(), origin="2-0")
+        with pytest.raises(WireError):
+            refused.fetch_list()
+        late = socket.create_connection(("127.0.0.1", process.port), timeout=5)
+        assert trainer.fill(1, 2).result(10) == ""
+        assert sorted(held.snapshot.step for held in known.fetch_list()) == [1, 2]
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+        late.close()
+        with remote(process) as after:
+            assert len(after.fetch_list()) == 2
+        assert len(KeeperClient(process.open_connection(), origin="3-0").fetch_list()) == 2

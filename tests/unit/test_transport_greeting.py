@@ -273,7 +273,10 @@ def folder(tmp_path):
 def test_a_process_of_this_user_is_let_in_over_a_unix_socket(folder):
     with contextlib.closing(Acceptor(listen_unix(folder), say=print, secret=None)) as acceptor:
         peer = connect_unix(folder)
+        acceptor.turn(5)
+        peer.socket.sendall(b"x")
         (theirs,) = acceptor.turn(5)
+        assert theirs.socket.recv(5) == b"x"
         for each in (peer, theirs):
             each.socket.close()
 
@@ -287,6 +290,23 @@ def test_a_process_of_another_user_is_not_and_a_listener_of_another_user_is_not_
         assert "it came from user" in said[0]
         assert connect_unix(folder) is None
         peer.socket.close()
+
+
+def test_two_thousand_over_a_unix_socket_that_say_nothing_cost_no_more_than_a_few_descriptors(folder):
+    with contextlib.ExitStack() as stack:
+        acceptor = stack.enter_context(contextlib.closing(Acceptor(listen_unix(folder), say=print, secret=None)))
+        before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+        for _ in range(2000):
+            stack.enter_context(connect_unix(folder).socket)
+            acceptor.turn()
+        assert len(os.listdir("/proc/self/fd")) - before - 2000 <= module.MOST_PENDING  # noqa: PTH208
+        stack.enter_context(ours := connect_unix(folder).socket)
+        ours.sendall(b"x")
+        peers = []
+        while not peers:
+            peers = acceptor.turn(1)
+        stack.enter_context(peers[0].socket)
+        assert peers[0].socket.recv(5) == b"x"
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o750, 0o701])
