@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from elastic.attention import agree_on_attention
+from elastic.breaker import Presence
 from elastic.checkpoint.state import get_live_state
 from elastic.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from elastic.loss import IGNORE
@@ -55,8 +56,16 @@ def warm_up() -> None:
         importlib.import_module("torch._inductor.compile_fx")
     torch.set_num_threads(1)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    device = torch.device("cpu")
     world = World(
-        rank=0, world_size=2, local_rank=0, local_world_size=2, attempt=0, node="", device=torch.device("cpu")
+        rank=0,
+        world_size=2,
+        local_rank=0,
+        local_world_size=2,
+        attempt=0,
+        node="",
+        device=device,
+        presence=Presence(device, num_ranks=2),
     )
     world.build_mesh(shard=2)
     if torch.version.cuda is None:

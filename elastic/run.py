@@ -15,6 +15,7 @@ from torch.distributed.distributed_c10d import Store
 
 from elastic import plugins
 from elastic.attention import agree_on_attention
+from elastic.breaker import Breaker
 from elastic.checkpoint.arena import GIB
 from elastic.checkpoint.host_memory import Room, has_room
 from elastic.checkpoint.keep import remove_orphans
@@ -38,7 +39,7 @@ from elastic.step import build_trainable
 from elastic.storage import Storage
 from elastic.timeline import Laps, Timeline
 from elastic.watchdog import Watchdog
-from elastic.world import Breaker, World, close_world, get_device, open_world
+from elastic.world import World, close_world, get_device, open_world
 
 log = logging.getLogger(__name__)
 
@@ -78,8 +79,9 @@ def train(
     ):
         world = None
         try:
-            breaker.arm(get_device(config.device, local_rank=spec.local_rank))
-            world = open_world(spec, device=config.device, timeout_s=config.fault.collective_timeout_s, store=store)
+            presence = breaker.arm(get_device(config.device, local_rank=spec.local_rank))
+            timeout_s = config.fault.collective_timeout_s
+            world = open_world(spec, device=config.device, timeout_s=timeout_s, store=store, presence=presence)
             laps.end("the world")
             sinks_of_rank = open_sinks if world.rank == 0 else list[MetricSink]
             watchers = _Watchers(notices=notices, observer=observer, open_sinks=sinks_of_rank)

@@ -141,6 +141,9 @@ def train_step(
 
     Returns:
         The result; `Abandoned` if a rank wished at the start that the step is not finished: nothing has changed.
+
+    Raises:
+        DistError: a collective of this step was aborted on some rank; nothing has changed.
     """
     optimizer, scaler = trainable.optimizer, trainable.scaler
     num_targets = torch.stack([(labels_BS != IGNORE).sum() for _, labels_BS in microbatches]).sum()
@@ -161,9 +164,11 @@ def train_step(
 
     scaler.unscale_(optimizer)
     norm = _clip(trainable, max_grad_norm)
-    sums = world.sum_(torch.cat([nats_sum.view(1), _to_vote(get_wish("end"), like=nats_sum)]))
+    vote = _to_vote(get_wish("end"), like=nats_sum)
+    sums = world.sum_(torch.cat([nats_sum.view(1), world.presence.read(like=nats_sum), vote]))
     shared = torch.stack([(sums[0] / target_tokens).double(), norm.double(), target_tokens.double()])
-    loss, grad_norm, num_tokens, *votes = _start_reading(torch.cat([shared, sums[1:].double()]))()
+    loss, grad_norm, num_tokens, num_present, *votes = _start_reading(torch.cat([shared, sums[1:].double()]))()
+    world.check_presence(num_present)  # the last collective of the step speaks for all before it
 
     verdict = judge_step(loss, grad_norm)
     if verdict == "not_finite" and scaler.is_enabled() and scaler.get_scale() > _MIN_FP16_SCALE:
@@ -218,6 +223,9 @@ def eval_loss(trainable: Trainable, batches: Iterable[tuple[Tensor, Tensor]], wo
 
     Every rank brings the same number of (tokens_BS, labels_BS) pairs (FSDP2 gathers parameters in each);
     a rank that runs out brings ignored labels.
+
+    Raises:
+        DistError: a collective was aborted on some rank.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     for tokens_BS, labels_BS in batches:
@@ -225,5 +233,6 @@ def eval_loss(trainable: Trainable, batches: Iterable[tuple[Tensor, Tensor]], wo
             sums[0] += trainable.spread.module(tokens_BS, labels_BS)
         sums[1] += (labels_BS != IGNORE).sum()
     _free_root(trainable.model)
-    nats, tokens = _start_reading(world.sum_(sums))()
+    nats, tokens, num_present = _start_reading(world.sum_(torch.cat([sums, world.presence.read(like=sums)])))()
+    world.check_presence(num_present)
     return nats / tokens

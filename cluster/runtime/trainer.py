@@ -42,6 +42,7 @@ from cluster.runtime.relayed import RelayedRun, RelayedSink, Streams
 from elastic import config as configs
 from elastic import rehearsal
 from elastic import run as elastic_run
+from elastic.breaker import Breaker
 from elastic.checkpoint.memory import Memory
 from elastic.config import RunConfig
 from elastic.errors import SolventError
@@ -49,7 +50,7 @@ from elastic.ports import Finished, Interrupted, Lost, MetricSink, Notice, Phase
 from elastic.rundir import RunDir
 from elastic.sinks import jsonl
 from elastic.storage import is_url, join_url, open_storage
-from elastic.world import Breaker, open_store
+from elastic.world import open_store
 
 logger = logging.getLogger(__name__)
 

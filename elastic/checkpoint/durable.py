@@ -14,6 +14,7 @@ from typing import cast
 
 import torch.distributed as dist
 
+from elastic.breaker import connecting_group
 from elastic.checkpoint import keep
 from elastic.checkpoint.collect import Parcels
 from elastic.checkpoint.layout import CHECKPOINTS, FileRecord, Manifest, TensorRecord, commit, get_directory
@@ -191,6 +192,7 @@ class DurableWriter:
 
 def new_group(timeout: timedelta) -> dist.ProcessGroup:
     """Return a gloo group of all ranks."""
-    group = dist.new_group(backend="gloo", timeout=timeout)
+    with connecting_group():
+        group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, dist.ProcessGroup), "every rank of the world is in it"
     return group

@@ -19,13 +19,15 @@ from elastic.world import World
 
 def _sum_bucket(_state: object, bucket: dist.GradBucket) -> Future[Tensor]:
     """Sum a bucket over ranks; DDP's own hook would average."""
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    buffer = bucket.buffer()
+    work = dist.all_reduce(buffer, async_op=True)
     assert work is not None  # async_op
-    return work.get_future().then(_get_first)
 
+    def get_buffer(done: Future[object]) -> Tensor:
+        done.value()  # raises what went wrong
+        return buffer
 
-def _get_first(done: Future[list[Tensor]]) -> Tensor:
-    return done.value()[0]
+    return work.get_future().then(get_buffer)
 
 
 def spread(model: nn.Module, *, world: World, config: RunConfig) -> Spread:

@@ -12,12 +12,12 @@ from itertools import pairwise
 
 import pytest
 
+from elastic.breaker import Breaker
 from elastic.checkpoint.keeping import start_keeper
 from elastic.checkpoint.memory import Memory
 from elastic.config import CheckpointConfig
 from elastic.ports import Finished, Lost
 from elastic.run import train
-from elastic.world import Breaker
 from tests.distributed._loops import NoNotices, Watcher, make_config, train_rank, write_data
 from tests.distributed._ranks import run_ranks, spec
 

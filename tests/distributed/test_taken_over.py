@@ -1,11 +1,11 @@
 """A world whose run was taken over while it trained: a host's trainers leave it and join the next; others end."""
 
+from elastic.breaker import Breaker
 from elastic.epochs import take_epoch
 from elastic.errors import StaleEpochError
 from elastic.ports import Finished, Lost, Progress
 from elastic.run import train
 from elastic.storage import open_storage
-from elastic.world import Breaker
 from tests.distributed._loops import NoNotices, Watcher, make_config, write_data
 from tests.distributed._ranks import run_ranks, spec
 

@@ -1,6 +1,7 @@
 """Worlds open, end and follow each other in processes that live on."""
 
 import random
+import socket
 import threading
 import time
 from contextlib import suppress
@@ -10,9 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from elastic.breaker import Breaker
 from elastic.errors import ConfigError
 from elastic.step import build_trainable
-from elastic.world import Breaker, close_world, get_device, open_world
+from elastic.world import close_world, get_device, open_world
 from tests.distributed._ranks import in_world, run_ranks, spec
 from tests.distributed._tiny import CONFIG, train
 
@@ -119,6 +121,34 @@ def _break_amid_messages(rank: int, port: int):
 def test_a_world_that_is_broken_while_messages_are_under_way_is_left_at_once():
     left_s = run_ranks(_break_amid_messages, 3)
     assert max(map(max, left_s)) < HUNG_S / 2, left_s
+
+
+def _break_beside_an_upload(rank: int, port: int):
+    """What this process opens for something else, as for the object store, is none of the world's."""
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    breaker = Breaker()
+    presence = breaker.arm(torch.device("cpu"))
+    world = open_world(spec(rank, port, world_size=2, attempt=1), device="cpu", timeout_s=30.0, presence=presence)
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as upload:
+        taker, _ = server.accept()
+        with taker:
+            world.sum_(torch.ones(1))
+            store.add("open", 1)
+            while store.add("open", 0) < 2:
+                time.sleep(0.005)
+            if rank == 0:
+                breaker.break_world()
+            with pytest.raises(RuntimeError):
+                world.sum_(torch.ones(1))
+            upload.sendall(b"the last piece")
+            received = taker.recv(100)
+    breaker.disarm()
+    close_world(world, peers="lost")
+    return received
+
+
+def test_the_end_of_a_world_leaves_uploads_alone():
+    assert run_ranks(_break_beside_an_upload, 2) == [b"the last piece"] * 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
