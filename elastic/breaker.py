@@ -41,8 +41,8 @@ class Presence:
     """
 
     def __init__(self, device: torch.device, *, num_ranks: int = 1) -> None:
-        # page-locked: any other memory is read when the copy is asked for, and not when its turn has come
         self._number = torch.full((1,), float(num_ranks), pin_memory=device.type == "cuda")
+        self._seen = _map(self._number, device) if device.type == "cuda" else self._number
 
     def revoke(self) -> None:
         """Add nothing from now on; from any thread."""
@@ -50,7 +50,29 @@ class Presence:
 
     def read(self, *, like: Tensor) -> Tensor:
         """Return the number as a tensor of one element, on the device and with the type of another one."""
-        return self._number.to(like.device, non_blocking=True).to(like.dtype)
+        return self._seen.to(like.dtype, copy=True)
+
+
+class _MappedNumbers:
+    """Tells torch of page-locked host memory as the device addresses it."""
+
+    def __init__(self, host: Tensor) -> None:
+        self.host = host
+        self.__cuda_array_interface__ = {
+            "shape": tuple(host.shape),
+            "typestr": "<f4",
+            "data": (host.data_ptr(), False),
+            "version": 3,
+        }
+
+
+def _map(host: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on the device that shares memory with one in page-locked host memory.
+
+    A kernel reads it when it runs. A copy from the host would not do: the driver takes a few bytes along when the copy
+    is asked for (seen on an H200 with CUDA 13).
+    """
+    return torch.as_tensor(_MappedNumbers(host), device=device)
 
 
 class _GroupSockets:

@@ -65,7 +65,7 @@ def break_at_each_collective(rank: int, port: int, strategy: str, num_ranks: int
         For each n "void" (an error, and nothing has changed), "done" (as in an unbroken world), or what is wrong.
     """
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=TIMEOUT_S))
-    config = replace(CONFIG, strategy=strategy, shard_size=2)  # of hsdp
+    config = replace(CONFIG, strategy=strategy, shard_size=2 if strategy == "hsdp" else 0)
     found: list[str] = []
     wanted: tuple[Any, Any] | None = None
     num_collectives, attempt = 1, 0
