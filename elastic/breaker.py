@@ -41,8 +41,11 @@ class Presence:
     """
 
     def __init__(self, device: torch.device, *, num_ranks: int = 1) -> None:
-        self._number = torch.full((1,), float(num_ranks), pin_memory=device.type == "cuda")
-        self._seen = _map(self._number, device) if device.type == "cuda" else self._number
+        self._number = self._seen = torch.full((1,), float(num_ranks))
+        if device.type == "cuda":
+            with torch.cuda.device(device):  # what is page-locked belongs to the current one
+                self._number = self._number.pin_memory()
+                self._seen = _map(self._number, device)
 
     def revoke(self) -> None:
         """Add nothing from now on; from any thread."""
@@ -72,7 +75,9 @@ def _map(host: Tensor, device: torch.device) -> Tensor:
     A kernel reads it when it runs. A copy from the host would not do: the driver takes a few bytes along when the copy
     is asked for (seen on an H200 with CUDA 13).
     """
-    return torch.as_tensor(_MappedNumbers(host), device=device)
+    mapped = torch.as_tensor(_MappedNumbers(host), device=device)
+    assert mapped.data_ptr() == host.data_ptr(), "torch has made a copy: the memory belongs to another device"
+    return mapped
 
 
 class _GroupSockets:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from elastic.breaker import Breaker
 from elastic.step import build_trainable, train_step
-from elastic.world import close_world, open_world
+from elastic.world import close_world, get_device, open_world
 from tests.distributed._ranks import spec
 from tests.distributed._tiny import CONFIG, global_batch, rank_microbatches
 
@@ -72,7 +72,7 @@ def break_at_each_collective(rank: int, port: int, strategy: str, num_ranks: int
     while attempt <= num_collectives:  # the first world is left alone, and shows what is right
         breaker = Breaker()
         place = replace(spec(rank, port, world_size=num_ranks, attempt=attempt), store_host="127.0.0.1")
-        presence = breaker.arm(torch.device(device))
+        presence = breaker.arm(get_device(device, local_rank=rank))
         world = open_world(place, device=device, timeout_s=TIMEOUT_S, presence=presence)
         trainable = build_trainable(config, world)
         train_step(trainable, _microbatches(0, world), lr=3e-3, max_grad_norm=1.0, world=world)
