@@ -26,14 +26,15 @@ _TCP_INFO_BYTES = 136
 
 
 class Presence:
-    """A one that a rank adds to sums over all ranks, and a zero from the moment its world is given up.
+    """What a rank adds to a sum over all ranks to show that it has not given its world up.
 
-    After an abort NCCL's collectives end without an error and leave in place what the rank itself brought: a loss and
-    gradients over a part of the batch, which looks like any other step. So what all ranks are to believe is summed
-    together with this number, and counts only if the sum is the size of the world. The zero is written before the
-    first communicator is aborted, and on a GPU the number is read when the stream gets there, after everything that an
-    abort could have spoiled: neither this rank nor its peers can take such a step for a good one, although they may
-    still reach each other through a communicator that is aborted later.
+    After an abort NCCL's collectives end without an error. In place is then what the rank itself brought, or that and
+    what a peer had sent in a collective before (both seen on two H200): a loss and gradients that look like any others.
+    So what all ranks are to believe is summed together with the number of the turn, which no sum before had, and counts
+    only if the total is that of all ranks. A rank that gives up adds zero. It does so before its first communicator is
+    aborted, and on a GPU the number is read when the stream gets there, after everything that an abort could have
+    spoiled: its peers cannot take such a step for a good one either, although they may still reach it through a
+    communicator that is aborted later.
 
     Args:
         device: where the sums are made.
@@ -41,6 +42,8 @@ class Presence:
     """
 
     def __init__(self, device: torch.device, *, num_ranks: int = 1) -> None:
+        self._turn = 0
+        self._is_revoked = False
         self._number = self._seen = torch.full((1,), float(num_ranks))
         if device.type == "cuda":
             with torch.cuda.device(device):  # what is page-locked belongs to the current one
@@ -49,11 +52,28 @@ class Presence:
 
     def revoke(self) -> None:
         """Add nothing from now on; from any thread."""
+        self._is_revoked = True
         self._number.zero_()
 
-    def read(self, *, like: Tensor) -> Tensor:
-        """Return the number as a tensor of one element, on the device and with the type of another one."""
-        return self._seen.to(like.dtype, copy=True)
+    def read(self) -> Tensor:
+        """Return this rank's number of the next turn: one fp64 element on the device of the sums."""
+        self._turn += 1
+        return self._seen.double() * self._turn
+
+    def check(self, total: float, *, world_size: int) -> None:
+        """Refuse what was summed over all ranks if some rank had given the world up.
+
+        Args:
+            total: the sum over all ranks of what each has read last.
+
+        Raises:
+            DistError: nothing that was summed with it, or before it, may be used.
+        """
+        if self._is_revoked or total != world_size * self._turn:
+            raise dist.DistError(
+                "a collective of the world was aborted: "
+                + ("this rank gave it up" if self._is_revoked else f"not all of its {world_size} ranks took part")
+            )
 
 
 class _MappedNumbers:

@@ -164,11 +164,11 @@ def train_step(
 
     scaler.unscale_(optimizer)
     norm = _clip(trainable, max_grad_norm)
-    vote = _to_vote(get_wish("end"), like=nats_sum)
-    sums = world.sum_(torch.cat([nats_sum.view(1), world.presence.read(like=nats_sum), vote]))
-    shared = torch.stack([(sums[0] / target_tokens).double(), norm.double(), target_tokens.double()])
-    loss, grad_norm, num_tokens, num_present, *votes = _start_reading(torch.cat([shared, sums[1:].double()]))()
-    world.check_presence(num_present)  # the last collective of the step speaks for all before it
+    nats = nats_sum.double().view(1)
+    sums = world.sum_(torch.cat([nats, world.presence.read(), _to_vote(get_wish("end"), like=nats)]))
+    shared = torch.stack([sums[0] / target_tokens, norm.double(), target_tokens.double()])
+    loss, grad_norm, num_tokens, presence, *votes = _start_reading(torch.cat([shared, sums[1:]]))()
+    world.presence.check(presence, world_size=world.world_size)  # the last collective of a step speaks for all before
 
     verdict = judge_step(loss, grad_norm)
     if verdict == "not_finite" and scaler.is_enabled() and scaler.get_scale() > _MIN_FP16_SCALE:
@@ -233,6 +233,6 @@ def eval_loss(trainable: Trainable, batches: Iterable[tuple[Tensor, Tensor]], wo
             sums[0] += trainable.spread.module(tokens_BS, labels_BS)
         sums[1] += (labels_BS != IGNORE).sum()
     _free_root(trainable.model)
-    nats, tokens, num_present = _start_reading(world.sum_(torch.cat([sums, world.presence.read(like=sums)])))()
-    world.check_presence(num_present)
+    nats, tokens, presence = _start_reading(world.sum_(torch.cat([sums, world.presence.read()])))()
+    world.presence.check(presence, world_size=world.world_size)
     return nats / tokens

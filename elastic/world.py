@@ -59,20 +59,6 @@ class World:
             dist.all_reduce(tensor, dist.ReduceOp.MIN)
         return tensor
 
-    def check_presence(self, total: float) -> None:
-        """Refuse what was summed over all ranks if some rank had given the world up.
-
-        Args:
-            total: the sum of what each rank read from its `presence`, in the same collective.
-
-        Raises:
-            DistError: not all were there; none of what came with the sum may be used.
-        """
-        if round(total) != self.world_size:
-            raise dist.DistError(
-                f"a collective of the world was aborted: {self.world_size} ranks belong to it, and {total:g} took part"
-            )
-
 
 def open_store(ip: str, *, timeout_s: float) -> dist.TCPStore:
     """Serve a store on a free port of this address, and of no other, for a world that may choose it."""

@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 
 from elastic.breaker import Breaker, Presence
 from elastic.step import build_trainable, eval_loss, train_step
@@ -49,7 +51,7 @@ def _local(tensor):
 @pytest.mark.parametrize("strategy", ["fsdp2", "hsdp", "ddp"])
 def test_a_step_whose_collectives_return_what_a_rank_has_by_itself_is_neither_applied_nor_reported(strategy):
     ((told, is_unchanged, has_moments),) = run_ranks(_with_silent_collectives, 1, strategy)
-    words = "a collective of the world was aborted: 4 ranks belong to it, and 1 took part"
+    words = "a collective of the world was aborted: not all of its 4 ranks took part"
     assert told == [words, words]
     assert is_unchanged
     assert not has_moments
@@ -63,9 +65,31 @@ def test_a_world_that_is_left_amid_any_collective_of_a_step_leaves_the_whole_ste
     assert len(of_ranks[0]) >= 3
 
 
-def test_what_gave_up_adds_nothing_to_a_sum():
+def test_a_rank_that_gave_up_adds_nothing_and_believes_nothing():
     breaker = Breaker()
-    presence = breaker.arm(torch.device("cpu"))
-    assert presence.read(like=torch.zeros(1, dtype=torch.float64)).tolist() == [1.0]
+    presence, peer = breaker.arm(torch.device("cpu")), Presence(torch.device("cpu"))
+    presence.check((presence.read() + peer.read()).item(), world_size=2)
     breaker.break_world()
-    assert presence.read(like=torch.zeros(1)).tolist() == [0.0]
+    with pytest.raises(dist.DistError, match="not all of its 2 ranks took part"):
+        peer.check((presence.read() + peer.read()).item(), world_size=2)
+    with pytest.raises(dist.DistError, match="this rank gave it up"):
+        presence.check(4.0, world_size=2)
+
+
+@given(
+    world_size=st.integers(2, 5000),
+    turn=st.integers(2, 10**9),
+    data=st.data(),
+)
+def test_what_ranks_have_sent_in_earlier_turns_never_makes_a_whole_sum(world_size, turn, data):
+    """NCCL leaves such numbers in its buffers, and an aborted collective adds them up."""
+    ages = data.draw(st.lists(st.integers(0, turn), min_size=1, max_size=world_size - 1))
+    presence = Presence(torch.device("cpu"))
+    presence._turn = turn - 1
+    own = presence.read().item()
+    total = own * (world_size - len(ages)) + sum(turn - age for age in ages)
+    if any(ages):
+        with pytest.raises(dist.DistError):
+            presence.check(total, world_size=world_size)
+    else:
+        presence.check(total, world_size=world_size)
