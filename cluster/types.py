@@ -128,6 +128,15 @@ class TrainerEnded:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Unkillable:
+    """A trainer was killed, and its process is still there: the kernel does not let go of it (state D, mostly)."""
+
+    slot: Slot
+    attempt: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stepped:
     """The world finished an optimizer step."""
 
@@ -159,7 +168,18 @@ class Tick:
 
 
 Event = (
-    HostGone | Claimed | Expired | Draining | Undrained | TrainerReady | TrainerEnded | Stepped | Stalled | Stop | Tick
+    HostGone
+    | Claimed
+    | Expired
+    | Draining
+    | Undrained
+    | TrainerReady
+    | TrainerEnded
+    | Unkillable
+    | Stepped
+    | Stalled
+    | Stop
+    | Tick
 )
 
 
@@ -217,6 +237,30 @@ class Kill:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LeaveOut:
+    """Know that a slot is in no world until the process in it has ended."""
+
+    slot: Slot
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakeBack:
+    """Know that the process in a slot that was left out has ended: it may train again."""
+
+    slot: Slot
+    after_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class GiveUp:
+    """Have a node drained: nothing on it can train."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttemptStarted:
     """A world is formed; for the books."""
 
@@ -253,7 +297,7 @@ class Done:
     exit_code: int
 
 
-Action = Join | Go | Park | Leave | Kill | AttemptStarted | AttemptEnded | Done
+Action = Join | Go | Park | Leave | Kill | LeaveOut | TakeBack | GiveUp | AttemptStarted | AttemptEnded | Done
 
 
 # ---- views

@@ -6,6 +6,7 @@
     worlds.py     which slots the next world is made of, and when the running one should make room for it
     leases.py     which slots Ray Train has no use for any more
     stalls.py     which member holds up a world that makes no progress
+    unkillable.py what a process that does not die costs: its slot, then its node
     failures.py   what failures in a row lead to: a node that is left out, a run that stops
     state.py      everything the decisions depend on
 """

@@ -2,7 +2,8 @@
 
 Whatever changes, the trainers of the old world leave it (parked behind a snapshot or a checkpoint if there is time, at
 once if a member is gone), and those of the new one start from the newest state there is. Processes stay; one that does
-not leave in time is killed, and its host has another one ready. An attempt goes through
+not leave in time is killed, and its host has another one ready; one that does not die of that is left out with its
+slot, so that no stage but `running` and `waiting` lasts longer than its limit. An attempt goes through
 
     waiting -> forming -> running -> parking -> clearing -> waiting
                   |          `----------------> clearing      (a member was lost)
@@ -16,6 +17,7 @@ from dataclasses import replace
 from cluster.controller.failures import count_failure, deny_suspect
 from cluster.controller.stalls import describe, find_culprits
 from cluster.controller.state import Blame, Notice, State
+from cluster.controller.unkillable import forget_node, give_up_nodes, leave_out, take_back
 from cluster.controller.worlds import (
     fit_size,
     get_deadline_s,
@@ -50,6 +52,7 @@ from cluster.types import (
     TrainerEnded,
     TrainerReady,
     Undrained,
+    Unkillable,
 )
 
 _REMEMBERED_OUTAGES = 5
@@ -57,19 +60,23 @@ _REMEMBERED_OUTAGES = 5
 
 def decide(state: State, event: Event, *, now_s: float) -> list[Action]:
     """Take one event in and return what to do, in order."""
+    if state.stage == "done":
+        return []
     actions = _take(state, event, now_s)
     return actions + _advance(state, now_s)
 
 
-def _take(state: State, event: Event, now_s: float) -> list[Action]:  # noqa: PLR0912 (one branch per event)
+def _take(state: State, event: Event, now_s: float) -> list[Action]:  # noqa: PLR0911, PLR0912 (a branch per event)
     """Book what the event says; the loss of a member ends the attempt."""
     match event:
         case HostGone():
             state.claims = {slot: group for slot, group in state.claims.items() if slot.node != event.node}
+            forget_node(state, event.node)
             gone = [slot for slot in state.members if slot.node == event.node]
             return _lose(state, gone, Blame.NODE, event.reason, now_s)
         case Expired():
             state.claims.pop(event.slot, None)
+            state.left_out.pop(event.slot, None)
             return _lose(state, [event.slot], Blame.NODE, "Ray Train has a whole group without it", now_s)
         case Claimed():
             if event.group > state.group:
@@ -84,7 +91,9 @@ def _take(state: State, event: Event, now_s: float) -> list[Action]:  # noqa: PL
             if event.attempt == state.attempt and event.slot in state.alive:
                 state.ready[event.slot] = event
         case TrainerEnded():
-            return _end_trainer(state, event, now_s)
+            return take_back(state, event.slot, event.attempt, now_s=now_s) + _end_trainer(state, event, now_s)
+        case Unkillable():
+            return _take_unkillable(state, event, now_s)
         case Stepped():
             _take_step(state, event, now_s)
         case Stalled():
@@ -139,6 +148,17 @@ def _take_stall(state: State, event: Stalled, now_s: float) -> list[Action]:
     return _clear(state, now_s, kill=culprits)
 
 
+def _take_unkillable(state: State, event: Unkillable, now_s: float) -> list[Action]:
+    """Go on without a member whose host cannot end its process, or that one before it in the slot."""
+    if event.attempt != state.attempt or event.slot not in state.alive:
+        return []
+    actions = leave_out(state, [event.slot], reason=event.reason, now_s=now_s)
+    if state.stage == "clearing":  # why that world ends is known
+        return actions
+    _suspect(state, event.slot.node, Blame.TRAINER, event.reason, now_s)
+    return actions + _clear(state, now_s)
+
+
 def _end_trainer(state: State, event: TrainerEnded, now_s: float) -> list[Action]:
     if event.attempt != state.attempt or event.slot not in state.alive:
         return []
@@ -160,7 +180,7 @@ def _end_trainer(state: State, event: TrainerEnded, now_s: float) -> list[Action
             state.alive.discard(event.slot)
             state.ending = _ended(state, "failed", event.reason, None, now_s)
             state.stop = Done(kind="failed", reason=event.reason, exit_code=event.exit_code)
-            return _clear(state, now_s)
+            return _clear(state, now_s) if state.stage != "clearing" else []
     return []
 
 
@@ -205,10 +225,14 @@ def _ended(state: State, change: Change, reason: str, cause: str | None, noticed
 def _clear(state: State, now_s: float, *, kill: Collection[Slot] = ()) -> list[Action]:
     """Have all members leave their world; those that cannot, or did not when they were asked, are killed."""
     state.stage, state.stage_until_s = "clearing", now_s + state.policy.leave_s
-    return [
-        Kill(slot=slot, attempt=state.attempt) if slot in kill else Leave(slot=slot, attempt=state.attempt)
-        for slot in sorted(state.alive)
-    ]
+    leaving = [Leave(slot=slot, attempt=state.attempt) for slot in sorted(state.alive - set(kill))]
+    return [*_kill(state, kill, now_s), *leaving]
+
+
+def _kill(state: State, slots: Collection[Slot], now_s: float) -> list[Action]:
+    for slot in slots:
+        state.killed_s.setdefault(slot, now_s)
+    return [Kill(slot=slot, attempt=state.attempt) for slot in sorted(slots)]
 
 
 def _advance(state: State, now_s: float) -> list[Action]:
@@ -220,6 +244,8 @@ def _advance(state: State, now_s: float) -> list[Action]:
         actions += _change_if_due(state, now_s)
     if state.stage in ("forming", "parking", "clearing") and now_s > state.stage_until_s:
         actions += _give_up(state, now_s)
+    if state.stop is None:
+        actions += give_up_nodes(state, now_s=now_s)
     if state.stage in ("running", "parking", "clearing") and not state.alive:
         actions += _close(state, now_s)
     if state.stage == "waiting":
@@ -257,7 +283,7 @@ def _form(state: State, now_s: float) -> list[Action]:
 
 
 def _give_up(state: State, now_s: float) -> list[Action]:
-    """Kill what did not come to its next stage in time, again if it did not die of that."""
+    """Kill what did not come to its next stage in time, again if need be, and leave out what does not die of that."""
     match state.stage:
         case "forming":
             late = {slot.node for slot in state.members if slot not in state.ready}
@@ -269,7 +295,13 @@ def _give_up(state: State, now_s: float) -> list[Action]:
             state.ending = replace(state.ending, reason=reason)
         case _:
             pass
-    return _clear(state, now_s, kill=state.alive)
+    state.stage = "clearing"
+    overdue = [slot for slot in state.alive if now_s > state.killed_s.get(slot, now_s) + state.policy.kill_s]
+    actions = leave_out(state, overdue, reason=None, now_s=now_s)
+    actions += _kill(state, state.alive, now_s)
+    next_s = [state.killed_s[slot] + state.policy.kill_s for slot in state.alive]
+    state.stage_until_s = min([now_s + state.policy.leave_s, *next_s])
+    return actions
 
 
 def _change_if_due(state: State, now_s: float) -> list[Action]:
@@ -314,7 +346,7 @@ def _close(state: State, now_s: float) -> list[Action]:
         state.slowest_park_s = max(state.slowest_park_s or 0.0, state.leaving_s)
     ending = _judge(state, ending)
     state.stage, state.ending, state.ready, state.progressed = "waiting", None, {}, False
-    state.stalls = {}
+    state.stalls, state.killed_s = {}, {}
     state.blame, state.first_step_s = Blame.NOBODY, None
     state.parking_since_s = state.park_deadline_s = None
     return [ending]

@@ -5,6 +5,7 @@ from enum import IntEnum
 from typing import Literal
 
 from cluster.controller.failures import Failures
+from cluster.controller.unkillable import LeftOut
 from cluster.types import AttemptEnded, Done, Slot, Stalled, TrainerReady, get_leave_limit_s
 
 Stage = Literal["waiting", "forming", "running", "parking", "clearing", "done"]
@@ -27,6 +28,11 @@ class Policy:
     """A world that has not parked within this is killed; a nearer deadline of the notice wins."""
     leave_s: float = get_leave_limit_s(uses_gpus=False)
     """A trainer that was asked to leave its world, and has not after this, is killed."""
+    kill_s: float = 8.0
+    """A slot whose process has not ended so long after it was killed is left out. An exit that frees much memory takes
+    seconds; with `leave_s` before it, the others train on within 15 s."""
+    give_up_s: float = 60.0
+    """A node is given up if none of its slots could train for so long because of such processes."""
     notice_window_s: float = 1.0
     """A notice waits so long for others: one provider takes nodes in batches, and one park can serve all of them."""
     leave_reserve_s: float = 10.0
@@ -72,6 +78,9 @@ class State:
     group_size: int = 0
     gather_until_s: float = 0.0
     draining: dict[str, Notice] = field(default_factory=dict[str, Notice])
+    left_out: dict[Slot, LeftOut] = field(default_factory=dict[Slot, LeftOut])
+    """Slots in which a process is that was killed and has not ended."""
+    given_up: set[str] = field(default_factory=set[str])
 
     # ---- the current attempt
     members: tuple[Slot, ...] = ()
@@ -81,6 +90,8 @@ class State:
     ready: dict[Slot, TrainerReady] = field(default_factory=dict[Slot, TrainerReady])
     stalls: dict[Slot, Stalled] = field(default_factory=dict[Slot, Stalled])
     """What members that make no progress said last."""
+    killed_s: dict[Slot, float] = field(default_factory=dict[Slot, float])
+    """When members that shall leave the world were killed."""
     parking_since_s: float | None = None
     stage_until_s: float = 0.0
     park_deadline_s: float | None = None

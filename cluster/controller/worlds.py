@@ -10,10 +10,11 @@ from cluster.types import Slot
 def get_usable(state: State) -> tuple[Slot, ...]:
     """Return the slots that may train, those to prefer first: members before others, and ranks of a node together.
 
-    Slots of draining nodes may not, nor those of denied ones, unless there is no world without these: a node that
-    crashes now and then is better than none.
+    Slots in which a process does not end may not, nor those of draining nodes, nor those of denied ones, unless there
+    is no world without these: a node that crashes now and then is better than none.
     """
-    staying = [slot for slot in sorted(state.claims) if slot.node not in state.draining]
+    free = sorted(state.claims.keys() - state.left_out.keys())
+    staying = [slot for slot in free if slot.node not in state.draining]
     staying.sort(key=lambda slot: slot not in state.members)
     trusted = [slot for slot in staying if slot.node not in state.failures.denied]
     if fit_size(state.policy.world_sizes, len(trusted)):

@@ -16,12 +16,14 @@ import traceback
 from collections.abc import Callable, Set
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from cluster import controller
 from cluster.node_watch import News
 from cluster.runtime import adapter
 from cluster.runtime import messages as said
+from cluster.runtime.background import Background
 from cluster.runtime.books import open_books
 from cluster.runtime.hosts import HOST_SILENT_S, Hosts, HostStarts
 from cluster.runtime.hosts import News as HostNews
@@ -40,21 +42,25 @@ from cluster.types import (
     Draining,
     Event,
     Expired,
+    GiveUp,
     Go,
     HostGone,
     Join,
     Kill,
     Leave,
+    LeaveOut,
     Park,
     Scene,
     Slot,
     Stalled,
     Stepped,
     Stop,
+    TakeBack,
     Tick,
     TrainerEnded,
     TrainerReady,
     Undrained,
+    Unkillable,
     Worker,
     get_leave_limit_s,
 )
@@ -148,6 +154,7 @@ class Coordinator:
         self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._out = Published()
         self._watches = Watches(adapter.get_own_actor(), self._config)
+        self._drains = Background("drains", on_failure=self._fail)
         self._told_by_watch: set[str] = set()
         self._resumed_step = self._safe_step = 0
         self._labels: dict[str, NodeLabels] = {}
@@ -415,6 +422,14 @@ class Coordinator:
                 self._out.say(f"attempt {action.attempt} {action.kind}: {action.reason}{where}")
                 if action.denied:
                     self._out.say(f"node {action.denied[:8]} is left out: its trainers ended too many worlds in a row")
+            case LeaveOut():
+                self._out.say(f"{_name(action.slot)} is left out until its process ends: {action.reason}")
+            case TakeBack():
+                self._out.say(f"{_name(action.slot)} may train again: its process ended after {action.after_s:.0f} s")
+            case GiveUp():
+                self._out.say(f"node {action.node[:8]} is given up and drained: {action.reason}")
+                self._told_by_watch.add(action.node)  # Ray would say "preemption notice"
+                self._drains.submit(partial(self._drain, action.node, action.reason))
             case Done():
                 self._out.end(action)
 
@@ -431,6 +446,15 @@ class Coordinator:
                 return said.Leave(**fields)
             case Kill():
                 return said.Kill(**fields)
+
+    def _drain(self, node: str, reason: str) -> None:
+        """Have Ray place nothing on a node any more, and an autoscaler replace it."""
+        try:
+            adapter.drain_node(node, reason=reason, deadline_s=None)
+        except SolventError as error:
+            self._out.say(f"node {node[:8]} could not be drained: {error}")
+        else:
+            self._post(Draining(node=node, deadline_s=None, reason=reason))
 
     def _find_memories(self, slot: Slot) -> dict[str, Any]:
         """Return what a trainer must know of the memory tier: who serves what, and who gets its copies."""
@@ -495,14 +519,18 @@ class Coordinator:
         """
         try:
             body()
-        except SolventError as error:
-            self._out.end(Done(kind="failed", reason=str(error), exit_code=error.exit_code))
-            self._end_hosts("the run failed")
-            self._closing = True
-            self._exit_without_driver()
-        except BaseException:
-            traceback.print_exc()
+        except BaseException as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """See `_guard`; from any thread."""
+        if not isinstance(error, SolventError):
+            traceback.print_exception(error)
             os._exit(1)
+        self._out.end(Done(kind="failed", reason=str(error), exit_code=error.exit_code))
+        self._end_hosts("the run failed")
+        self._closing = True
+        threading.Thread(target=self._exit_without_driver, name="failed", daemon=True).start()
 
 
 def _get_disk(config: RunConfig, leader: Leadership) -> str:
@@ -510,3 +538,7 @@ def _get_disk(config: RunConfig, leader: Leadership) -> str:
     if not config.checkpoint.node_disk:
         return ""
     return f"{config.checkpoint.node_disk}/solvent-{config.run}-{leader.get_life()}"
+
+
+def _name(slot: Slot) -> str:
+    return f"{slot.name} of node {slot.node[:8]}"

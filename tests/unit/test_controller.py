@@ -18,6 +18,7 @@ from cluster.types import (
     Join,
     Kill,
     Leave,
+    LeaveOut,
     Park,
     Slot,
     Stepped,
@@ -534,8 +535,10 @@ def test_who_does_not_leave_is_killed_and_what_kills_did_not_reach_is_killed_aga
     state = make(A, B).state
     assert decide(state, HostGone(node="a", reason="gone"), now_s=0) == [Leave(slot=B, attempt=1)]
     assert decide(state, Tick(), now_s=state.policy.leave_s) == []
-    for now_s in (3, 6):
+    for now_s in (3, 6, 9):
         assert decide(state, Tick(), now_s=now_s) == [Kill(slot=B, attempt=1)]
+    last = decide(state, Tick(), now_s=3.1 + state.policy.kill_s)
+    assert [type(action) for action in last] == [LeaveOut, AttemptEnded]
 
 
 # ---- what a run that is submitted again knows

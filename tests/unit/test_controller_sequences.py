@@ -20,20 +20,24 @@ from cluster.types import (
     Done,
     Draining,
     Expired,
+    GiveUp,
     Go,
     HostGone,
     Join,
     Kill,
     Leave,
+    LeaveOut,
     Park,
     Slot,
     Stalled,
     Stepped,
     Stop,
+    TakeBack,
     Tick,
     TrainerEnded,
     TrainerReady,
     Undrained,
+    Unkillable,
 )
 from elastic.attempts import final_rows
 from elastic.data.order import rank_slice, sample_ids
@@ -49,6 +53,8 @@ class Trainer:
     attempt: int
     stage: str = "waiting"
     """waiting (for its world), training, parking or frozen"""
+    is_stuck: bool = False
+    """Its process is in state D: no signal ends it."""
 
 
 @dataclass
@@ -74,18 +80,24 @@ class SlowCluster:
     """By attempt, the samples that its ranks consumed: its `samples-*.jsonl`."""
     started: list[AttemptStarted] = field(default_factory=list)
     ended: list[AttemptEnded] = field(default_factory=list)
+    left_out: set[Slot] = field(default_factory=set)
+    given_up: list[str] = field(default_factory=list)
     done: Done | None = None
 
     # ---- the controller's side
 
     def tell(self, event):
+        if isinstance(event, HostGone):
+            self.left_out = {slot for slot in self.left_out if slot.node != event.node}
+        if isinstance(event, Expired):
+            self.left_out.discard(event.slot)
         actions = decide(self.state, event, now_s=self.now_s)
         assert not (self.done and actions), "it acts after its end"
         for action in actions:
             self.obey(action)
         self.check()
 
-    def obey(self, action):
+    def obey(self, action):  # noqa: PLR0912 (a case per action)
         match action:
             case AttemptStarted():
                 assert len(self.started) == len(self.ended), "two worlds at once"
@@ -98,8 +110,8 @@ class SlowCluster:
             case AttemptEnded():
                 assert action.attempt == self.started[-1].attempt
                 assert len(self.ended) == len(self.started) - 1, "each attempt ends once"
-                left = [slot for slot, trainer in self.trainers.items() if trainer.attempt <= action.attempt]
-                assert not left, "a trainer outlives its attempt"
+                left = {slot for slot, trainer in self.trainers.items() if trainer.attempt <= action.attempt}
+                assert left <= self.left_out, "a trainer outlives its attempt"
                 self.ended.append(action)
             case Done():
                 assert len(self.started) == len(self.ended)
@@ -109,24 +121,38 @@ class SlowCluster:
                     assert slot not in self.trainers, "two trainers in one slot"
                     self.trainers[slot] = Trainer(attempt)
                     self.send(slot.node, TrainerReady(slot=slot, attempt=attempt, store_host="h", store_port=1))
+            case LeaveOut(slot=slot):
+                assert slot not in self.left_out
+                self.left_out.add(slot)
+            case TakeBack(slot=slot):
+                self.left_out.remove(slot)
+            case GiveUp(node=node):
+                assert not any(slot.node == node for slot in self.state.alive), "a node that trains is given up"
+                self.given_up.append(node)
             case Go(slot=slot, attempt=attempt):
                 if slot in self.trainers:
                     self.trainers[slot].stage = "training"
                     self.worlds[attempt] = self.started[-1].members
             case Park(slot=slot):
-                if slot in self.trainers and self.trainers[slot].stage != "frozen":
+                if self.hears(slot):
                     self.trainers[slot].stage = "parking"
             case Leave(slot=slot):
-                if slot in self.trainers and self.trainers[slot].stage != "frozen":
+                if self.hears(slot):
                     self.end(slot, "lost")
             case Kill(slot=slot, attempt=attempt):
                 assert attempt == self.started[-1].attempt
-                self.end(slot, "killed")
+                if slot in self.trainers and not self.trainers[slot].is_stuck:
+                    self.end(slot, "killed")
+
+    def hears(self, slot):
+        trainer = self.trainers.get(slot)
+        return trainer is not None and trainer.stage != "frozen" and not trainer.is_stuck
 
     def check(self):
         state = self.state
         if state.stage in ("forming", "running", "parking"):
             assert state.alive, "a world of nobody"
+        assert not self.left_out & state.alive, "a slot whose process does not end is in a world"
         if state.stage in ("waiting", "done"):
             assert not state.alive
             assert len(self.started) == len(self.ended)
@@ -174,6 +200,11 @@ class SlowCluster:
         self.end(slot, "killed")
         self.lose(node)
 
+    def let_go(self, slot):
+        """The kernel lets go of a process that was killed meanwhile."""
+        if slot in self.trainers and self.trainers[slot].is_stuck:
+            self.end(slot, "killed")
+
     def train(self, num_steps):
         """Let the world do what it does meanwhile; the members that live, if one has ended, see that."""
         if not self.started or len(self.ended) == len(self.started):
@@ -184,10 +215,10 @@ class SlowCluster:
             return
         if set(mine) != set(members):
             for slot, trainer in mine.items():
-                if trainer.stage not in ("waiting", "frozen"):
+                if trainer.stage not in ("waiting", "frozen") and not trainer.is_stuck:
                     self.end(slot, "lost")
                     return
-        if any(trainer.stage in ("waiting", "frozen") for trainer in mine.values()):
+        if any(trainer.stage in ("waiting", "frozen") or trainer.is_stuck for trainer in mine.values()):
             self.complain_of_frozen()
             return
         for _ in range(num_steps):
@@ -217,7 +248,7 @@ class SlowCluster:
 
     def complain_of_frozen(self):
         for slot, trainer in self.trainers.items():
-            if trainer.stage == "frozen":
+            if trainer.stage == "frozen" or trainer.is_stuck:
                 self.complain(slot, "silent")
 
     def settle(self):
@@ -237,7 +268,7 @@ EVENTS = st.lists(
         st.sampled_from(
             ["deliver"] * 8 + ["train"] * 6 + ["tick"] * 3 + ["drain", "join"]
             + ["lose", "crash", "drain", "move", "undrain", "join", "regroup", "expire", "late", "hang"]
-            + ["freeze", "complain"]
+            + ["freeze", "complain", "stick", "stick", "say_stuck", "let_go"]
         ),
         st.integers(0, 5),
         st.sampled_from([0.0, 0.1, 0.5, 2.0, 15.0, 70.0]),
@@ -246,7 +277,7 @@ EVENTS = st.lists(
 )  # fmt: skip
 
 
-def play(sizes, events) -> SlowCluster:  # noqa: PLR0912 (a case per event)
+def play(sizes, events) -> SlowCluster:  # noqa: PLR0912, PLR0915 (a case per event)
     policy = Policy(world_sizes=sizes, max_failures_without_progress=10_000)
     cluster = SlowCluster(State(policy=policy))
     for _ in range(3):
@@ -271,8 +302,16 @@ def play(sizes, events) -> SlowCluster:  # noqa: PLR0912 (a case per event)
                 cluster.regroup()
             case "lose" if living:
                 cluster.lose(node)
-            case "crash" if living:
+            case "crash" if living and cluster.hears(Slot(node, "cpu0")):
                 cluster.end(Slot(node, "cpu0"), "crashed")
+            case "stick" if (slot := Slot(node, "cpu0")) in cluster.trainers:
+                cluster.trainers[slot].is_stuck = True
+            case "say_stuck" if (slot := Slot(node, "cpu0")) in cluster.trainers:
+                if cluster.trainers[slot].is_stuck:
+                    attempt = cluster.trainers[slot].attempt
+                    cluster.send(node, Unkillable(slot=slot, attempt=attempt, reason="state D"))
+            case "let_go":
+                cluster.let_go(Slot(node, "cpu0"))
             case "drain" | "move" if living:
                 deadline_s = None if number == 5 else cluster.now_s + 15 * number
                 cluster.send(node, Draining(node=node, deadline_s=deadline_s, reason="spot"))
@@ -306,6 +345,8 @@ def test_a_run_ends_finished_with_the_samples_of_an_unbroken_one_whatever_happen
     cluster.deliver_all()
     for node in sorted(cluster.state.draining):
         cluster.tell(Undrained(node=node))
+    for slot in list(cluster.trainers):
+        cluster.let_go(slot)
     while len(cluster.nodes) < max(sizes):
         cluster.join()
     cluster.regroup()
@@ -317,6 +358,28 @@ def test_a_run_ends_finished_with_the_samples_of_an_unbroken_one_whatever_happen
     assert_samples_of_an_unbroken_run(cluster)
     for event in (Tick(), Stop(reason="late"), Draining(node="n001", deadline_s=None, reason="late")):
         assert decide(cluster.state, event, now_s=cluster.now_s) == [], "it acts after its end"
+
+
+@settings(max_examples=500, deadline=None)
+@given(SIZES, EVENTS, st.booleans())
+def test_no_world_takes_longer_to_end_than_its_limits_whatever_does_not_die(sizes, events, all_stick):
+    cluster = play(sizes, events)
+    policy = cluster.state.policy
+    if all_stick:
+        for trainer in cluster.trainers.values():
+            trainer.is_stuck = True
+    cluster.tell(Stop(reason="keyboard"))
+    start_s, limit_s = cluster.now_s, policy.leave_s + policy.kill_s + 1
+    clearing_s, clearing = start_s, 0
+    while not cluster.done and cluster.now_s < start_s + policy.park_s + limit_s + 1:
+        cluster.deliver_all()
+        cluster.now_s += 0.5
+        cluster.tell(Tick())
+        if cluster.state.stage != "clearing" or cluster.state.attempt != clearing:
+            clearing_s = cluster.now_s
+        clearing = cluster.state.attempt
+        assert cluster.now_s <= clearing_s + limit_s, "it waits for a process that does not end"
+    assert cluster.done is not None
 
 
 @cache
@@ -356,7 +419,7 @@ def test_a_run_that_is_stopped_at_any_moment_ends_soon_and_resumable(sizes, even
     assert cluster.done is not None
     assert cluster.done.exit_code in (0, 3)  # it may just have finished
     assert len(cluster.started) == num_started, "a world is started though the run shall end"
-    assert not cluster.trainers
+    assert all(trainer.is_stuck for trainer in cluster.trainers.values())
 
 
 @settings(max_examples=200, deadline=None)
@@ -369,6 +432,8 @@ def test_a_step_that_always_fails_ends_the_run_after_its_budget(sizes, events, b
         cluster.tell(Undrained(node=node))
     while len(cluster.nodes) < max(sizes):
         cluster.join()
+    for slot in list(cluster.trainers):
+        cluster.let_go(slot)
     num_failed = 0
     for _ in range(50):
         cluster.deliver_all()
