@@ -1,7 +1,7 @@
 """What a GPU-hour costs here, and what a million tokens cost in the end."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,34 @@ def load_prices(config: CostConfig) -> Prices:
             raise ConfigError(f"{found}: the price of {offer!r} is {price!r}, not a number of dollars. {hint}")
         by_offer[str(offer)] = float(price)
     return Prices(usd_per_gpu_hour=config.usd_per_gpu_hour, by_offer=by_offer)
+
+
+class KnownPrices:
+    """Prices as their file says now, or as it said last: what a node costs must not keep it from training.
+
+    Args:
+        say: takes a line for people when the file cannot be used, and when it can again.
+    """
+
+    def __init__(self, config: CostConfig, *, say: Callable[[str], None]) -> None:
+        self._config, self._say = config, say
+        self._known = Prices(usd_per_gpu_hour=config.usd_per_gpu_hour)
+        self._problem = ""
+
+    def look(self) -> Prices:
+        """Return the prices that are known now."""
+        try:
+            self._known, problem = load_prices(self._config), ""
+        except ConfigError as error:
+            problem = str(error)
+        if problem and problem != self._problem:
+            known = f"those of {len(self._known.by_offer)} offers that it named last" if self._known.by_offer else ""
+            others = f"cost.usd_per_gpu_hour={self._config.usd_per_gpu_hour:g}"
+            self._say(f"prices: {problem} New nodes are booked at {known or others} until it can be read.")
+        elif self._problem and not problem:
+            self._say(f"prices: cost.price_file={self._config.price_file!r} can be read again")
+        self._problem = problem
+        return self._known
 
 
 def get_usd_per_mtoken(usd: float, tokens: int) -> float | None:

@@ -1,6 +1,6 @@
 import pytest
 
-from cluster.cost import get_usd_per_mtoken, load_prices
+from cluster.cost import KnownPrices, get_usd_per_mtoken, load_prices
 from elastic.config import CostConfig
 from elastic.errors import ConfigError
 
@@ -29,3 +29,21 @@ def test_a_missing_price_file_is_the_users_mistake(tmp_path):
 def test_dollars_per_million_tokens_wait_for_the_first_token():
     assert get_usd_per_mtoken(3.0, 0) is None
     assert get_usd_per_mtoken(3.0, 2_000_000) == 1.5
+
+
+def test_a_price_file_that_is_gone_or_broken_leaves_the_prices_that_were_known(tmp_path):
+    file = tmp_path / "prices.yaml"
+    said: list[str] = []
+    prices = KnownPrices(CostConfig(usd_per_gpu_hour=2.5, price_file=str(file)), say=said.append)
+    assert prices.look().get_usd_per_gpu_hour("spot") == 2.5
+    assert "cannot be read" in said[-1]
+    assert "cost.usd_per_gpu_hour=2.5" in said[-1]
+    file.write_text("spot: 0.41")
+    assert prices.look().get_usd_per_gpu_hour("spot") == 0.41
+    assert said[-1].endswith("can be read again")
+    file.write_text("spot: [")
+    assert prices.look().get_usd_per_gpu_hour("spot") == 0.41
+    assert "is not YAML" in said[-1]
+    assert "those of 1 offers that it named last" in said[-1]
+    assert prices.look().get_usd_per_gpu_hour("spot") == 0.41
+    assert len(said) == 3, "it says the same thing once"
