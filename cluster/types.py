@@ -102,6 +102,13 @@ class Undrained:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EpochTaken:
+    """The storage has given us the epoch that the next attempt needs."""
+
+    attempt: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainerReady:
     """A forked trainer has opened its store and waits for its world."""
 
@@ -173,6 +180,7 @@ Event = (
     | Expired
     | Draining
     | Undrained
+    | EpochTaken
     | TrainerReady
     | TrainerEnded
     | Unkillable
@@ -184,6 +192,13 @@ Event = (
 
 
 # ---- actions: what the coordinator must do
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakeEpoch:
+    """Take the epoch of the next attempt from the storage, which may take its time; `EpochTaken` follows."""
+
+    attempt: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,7 +312,9 @@ class Done:
     exit_code: int
 
 
-Action = Join | Go | Park | Leave | Kill | LeaveOut | TakeBack | GiveUp | AttemptStarted | AttemptEnded | Done
+Action = (
+    TakeEpoch | Join | Go | Park | Leave | Kill | LeaveOut | TakeBack | GiveUp | AttemptStarted | AttemptEnded | Done
+)
 
 
 # ---- views

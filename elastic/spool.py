@@ -65,6 +65,10 @@ class OpenRun:
             OSError: the storage does not work.
         """
 
+    def count_unpushed(self) -> dict[str, int]:
+        """Return how many rows of each file are here and not in the storage."""
+        return {}
+
 
 class SpooledRun(OpenRun):
     """A run in an object store, and a local folder for what is to go there."""
@@ -90,6 +94,17 @@ class SpooledRun(OpenRun):
                 signature = _get_signature(path)
                 self.storage.write(key, [path.read_bytes()])
                 self._pushed[key] = signature
+
+    def count_unpushed(self) -> dict[str, int]:
+        """Return how many rows of each file are here and not in the storage."""
+        unpushed: dict[str, int] = {}
+        for path in sorted(self.dir.root.glob("*.jsonl")):
+            pushed_bytes, _ = self._pushed.get(path.name, (0, 0))
+            with path.open("rb") as file:
+                file.seek(pushed_bytes)
+                if num_rows := file.read().count(b"\n"):
+                    unpushed[path.name] = num_rows
+        return unpushed
 
 
 class KeptRun(SpooledRun):

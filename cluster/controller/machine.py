@@ -36,6 +36,7 @@ from cluster.types import (
     Claimed,
     Done,
     Draining,
+    EpochTaken,
     Event,
     Expired,
     Go,
@@ -48,6 +49,7 @@ from cluster.types import (
     Stalled,
     Stepped,
     Stop,
+    TakeEpoch,
     Tick,
     TrainerEnded,
     TrainerReady,
@@ -87,6 +89,8 @@ def _take(state: State, event: Event, now_s: float) -> list[Action]:  # noqa: PL
             return _take_notice(state, event, now_s)
         case Undrained():
             state.draining.pop(event.node, None)
+        case EpochTaken():
+            state.taken_epoch = event.attempt
         case TrainerReady():
             if event.attempt == state.attempt and event.slot in state.alive:
                 state.ready[event.slot] = event
@@ -388,7 +392,12 @@ def _start_if_possible(state: State, now_s: float) -> list[Action]:
     survivors = any(slot in state.members for slot in wanted)
     if not wanted or not (survivors or is_gathered(state, now_s)):
         return []
-    state.attempt += 1
+    epoch = state.attempt + 1
+    if state.taken_epoch != epoch:  # whose world it will be is decided when it is ours: until then nothing begins
+        actions: list[Action] = [] if state.asked_epoch == epoch else [TakeEpoch(attempt=epoch)]
+        state.asked_epoch = epoch
+        return actions
+    state.attempt = epoch
     state.members, state.alive = wanted, set(wanted)
     state.stage, state.started_s, state.stage_until_s = "forming", now_s, now_s + state.policy.form_s
     started = AttemptStarted(attempt=state.attempt, members=wanted)

@@ -1,6 +1,7 @@
 """What the coordinator writes down: attempts, incidents, and the ledger of every paid second.
 
-Two threads call it (one serves the hosts, one follows Ray's nodes), so every public method takes the lock.
+Several threads call it (one serves the hosts, one follows Ray's nodes), so every public method takes the lock, and
+none waits for the storage while it has it: rows are given to who appends them.
 """
 
 import threading
@@ -13,7 +14,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from cluster.controller import State
 from cluster.controller.failures import Failures, read_failures
-from cluster.cost import get_usd_per_mtoken, load_prices
+from cluster.cost import KnownPrices, Prices, get_usd_per_mtoken
 from cluster.ledger import Ledger, read_ledger
 from cluster.runtime.adapter import WorkerNode
 from cluster.types import AttemptEnded, AttemptStarted, Slot
@@ -69,6 +70,9 @@ class Books:
     failures: Failures
     """What earlier submissions leave of the run's budgets."""
     tokens: int
+    append: Callable[[Path, Mapping[str, object]], None]
+    """Has a row written."""
+    prices: KnownPrices
     lock: threading.RLock = field(default_factory=threading.RLock)
     incidents: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     check_lead: Callable[[], None] = lambda: None
@@ -91,12 +95,18 @@ class Books:
 
     # ---- nodes
 
-    @_locked
     def follow_nodes(self, nodes: Mapping[str, WorkerNode], now_s: float) -> None:
-        """Open the account of each new node and close that of each that is gone."""
-        for node in nodes.keys() - self._nodes.keys():
-            price = load_prices(self.config.cost).get_usd_per_gpu_hour(nodes[node].offer)
-            self.ledger.join(node, now_s, gpus=nodes[node].num_workers, usd_per_gpu_hour=price)
+        """Open the account of each new node and close that of each that is gone; one thread calls this."""
+        is_new = bool(nodes.keys() - self._nodes.keys())
+        prices = self.prices.look() if is_new else None
+        self._follow_nodes(nodes, prices, now_s)
+
+    @_locked
+    def _follow_nodes(self, nodes: Mapping[str, WorkerNode], prices: Prices | None, now_s: float) -> None:
+        if prices is not None:
+            for node in nodes.keys() - self._nodes.keys():
+                price = prices.get_usd_per_gpu_hour(nodes[node].offer)
+                self.ledger.join(node, now_s, gpus=nodes[node].num_workers, usd_per_gpu_hour=price)
         for node in self._nodes.keys() - nodes.keys():
             self.ledger.leave(node, now_s)
         self._nodes = dict(nodes)
@@ -137,7 +147,6 @@ class Books:
     @_locked
     def attempt_started(self, action: AttemptStarted, now_s: float) -> None:
         """Begin the row of an attempt."""
-        self._close_inherited(now_s)
         self.history = replace(self.history, attempt=action.attempt)
         self._attempt = _Attempt(started=action, start_s=now_s, before=self.history)
 
@@ -193,30 +202,35 @@ class Books:
         self._ended_size = len(action.members)
         self.observed_s += now_s - attempt.start_s
         self.num_losses += action.kind == "lost"
-        self._append(self.run_dir.attempts, asdict(_build_row(attempt, action, now_s)))
+        self.append(self.run_dir.attempts, asdict(_build_row(attempt, action, now_s)))
 
-    def _close_inherited(self, now_s: float) -> None:
-        """Book the world of the coordinator before this one; by now, not earlier, its trainers are out of it."""
+    def close_inherited(self, now_s: float) -> None:
+        """Book the world of the coordinator before this one; by now, not earlier, its trainers are out of it.
+
+        Reads and writes the storage, for a thread that may wait for it.
+        """
         noticed_s, self.lost_s = self.lost_s, None
         if noticed_s is None:
             return
         reason = "its coordinator died"
         self.check_lead()
         close_torn_attempts(self.run_dir, reason=reason, change="coordinator_lost")
-        self.history = read_history(self.run_dir)
+        history = read_history(self.run_dir)
         last = next(iter(deque(read_rows(self.run_dir.attempts), maxlen=1)), None)
-        if last is None:  # nothing was lost
-            return
-        self._ended_size, self._left_s = last["world_size"], now_s
-        self.num_losses += last.get("change") == "coordinator_lost"
-        self._ended = AttemptEnded(
-            attempt=last["attempt"],
-            members=(),
-            change="coordinator_lost",
-            reason=reason,
-            cause=None,
-            noticed_s=noticed_s,
-        )
+        with self.lock:
+            self.history = history
+            if last is None:  # nothing was lost
+                return
+            self._ended_size, self._left_s = last["world_size"], now_s
+            self.num_losses += last.get("change") == "coordinator_lost"
+            self._ended = AttemptEnded(
+                attempt=last["attempt"],
+                members=(),
+                change="coordinator_lost",
+                reason=reason,
+                cause=None,
+                noticed_s=noticed_s,
+            )
 
     def _book_incident(self, attempt: _Attempt) -> None:
         """Write down the change before this attempt, now that its first step tells what it cost."""
@@ -237,7 +251,7 @@ class Books:
             "phases_s": self._split_outage(attempt, ended),
         }
         self.incidents.append(incident)
-        self._append(self.run_dir.incidents, incident)
+        self.append(self.run_dir.incidents, incident)
 
     def _split_outage(self, attempt: _Attempt, ended: AttemptEnded) -> dict[str, float]:
         """Return what the seconds between the last step before and the first step after went into; they add up.
@@ -277,10 +291,13 @@ class Books:
             self._flushed_s = now_s
             self._write_ledger(now_s - _FLUSH_BEHIND_S)
 
-    @_locked
     def close(self, now_s: float) -> None:
-        """Stop to pay and write what is left."""
-        self._close_inherited(now_s)
+        """Stop to pay and give away the rows that are left."""
+        self.close_inherited(now_s)
+        self._settle(now_s)
+
+    @_locked
+    def _settle(self, now_s: float) -> None:
         for node in self._nodes:
             self.ledger.leave(node, now_s)
         self._nodes = {}
@@ -288,11 +305,7 @@ class Books:
 
     def _write_ledger(self, up_to_s: float) -> None:
         for row in self.ledger.flush(up_to_s):
-            self._append(self.run_dir.ledger, row.to_row())
-
-    def _append(self, path: Path, row: Mapping[str, object]) -> None:
-        self.check_lead()
-        append_row(path, row)
+            self.append(self.run_dir.ledger, row.to_row())
 
     @_locked
     def summary(self) -> dict[str, Any]:
@@ -335,12 +348,16 @@ def open_books(
     config: RunConfig,
     *,
     check_lead: Callable[[], None] = lambda: None,
+    append: Callable[[Path, Mapping[str, object]], None] = append_row,
+    say: Callable[[str], None] = lambda _: None,
     lost_s: float | None = None,
 ) -> Books:
     """Open the books of a run, new or old; what a killed writer left unsaid is completed.
 
     Args:
-        check_lead: called before each write; raises if another one leads the run by now.
+        check_lead: raises if another one leads the run by now.
+        append: has a row written, by whoever may wait for the storage.
+        say: takes a line for people.
         lost_s: when the coordinator before this one was found dead (Unix seconds), if its world may still train: that
             is booked when the next one starts.
     """
@@ -359,6 +376,8 @@ def open_books(
         config=config,
         ledger=Ledger(read_ledger(read_rows(run_dir.ledger))),
         history=history,
+        append=append,
+        prices=KnownPrices(config.cost, say=say),
         check_lead=check_lead,
         lost_s=lost_s,
         failures=replace(failures, best_step=max(failures.best_step, history.step)),

@@ -25,12 +25,14 @@ from cluster.runtime import adapter
 from cluster.runtime import messages as said
 from cluster.runtime.background import Background
 from cluster.runtime.books import open_books
+from cluster.runtime.closing import CLOSE_PATIENCE_S, FAILED_PATIENCE_S, Closing, ClosingUp
 from cluster.runtime.hosts import HOST_SILENT_S, Hosts, HostStarts
 from cluster.runtime.hosts import News as HostNews
 from cluster.runtime.notices import Watches
 from cluster.runtime.priority import take_priority_of
 from cluster.runtime.published import Published, Update
 from cluster.runtime.relayed import RowKeeper
+from cluster.runtime.row_writer import RowWriter
 from cluster.runtime.seat import Seat
 from cluster.runtime.start_host import start_host
 from cluster.types import (
@@ -40,6 +42,7 @@ from cluster.types import (
     Claimed,
     Done,
     Draining,
+    EpochTaken,
     Event,
     Expired,
     GiveUp,
@@ -56,6 +59,7 @@ from cluster.types import (
     Stepped,
     Stop,
     TakeBack,
+    TakeEpoch,
     Tick,
     TrainerEnded,
     TrainerReady,
@@ -111,6 +115,7 @@ class Coordinator:
         self._driver_heard_s = 0.0
         """By that clock, as laptops are shut and machines paused: the driver slept as well."""
         self._closing = False
+        self._close_lock = threading.Lock()
         self._refusal: SolventError | None = None
         self._opened = ExitStack()
         try:
@@ -133,11 +138,21 @@ class Coordinator:
             on_gone=self._lose_host,
             say=self._say,
         )
-        # rows for an object store wait in a spool, and what leaves it is checked: no node's end waits for the store
-        is_spooled = is_url(self._config.storage)
-        self._check_lead = self._leader.check_known if is_spooled else self._leader.check
-        self._books = open_books(str(run.dir.root), self._config, check_lead=self._check_lead, lost_s=lost_s)
-        self._rows = RowKeeper(run, check_lead=self._check_lead, answer=self._hosts.tell)
+        self._out = Published()
+        self._run = run
+        # rows for an object store wait in a spool, and what leaves it is checked
+        check_lead = self._leader.check_known if is_url(self._config.storage) else self._leader.check
+        self._writer = RowWriter(check_lead=check_lead, on_failure=self._fail, say=self._out.say)
+        self._books = open_books(
+            str(run.dir.root),
+            self._config,
+            check_lead=check_lead,
+            append=self._writer.append,
+            say=self._out.say,
+            lost_s=lost_s,
+        )
+        self._rows = RowKeeper(run, check_lead=check_lead, answer=self._hosts.tell, on_failure=self._fail)
+        self._closing_up: ClosingUp | None = None
         self._state = controller.State(
             policy=controller.Policy(
                 world_sizes=self._config.get_world_sizes(),
@@ -152,8 +167,8 @@ class Coordinator:
         self._follows = lost_s is not None
         self._first_epoch = self._leader.epoch
         self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._out = Published()
         self._watches = Watches(adapter.get_own_actor(), self._config)
+        self._epochs = Background("epochs", on_failure=self._fail)
         self._drains = Background("drains", on_failure=self._fail)
         self._told_by_watch: set[str] = set()
         self._resumed_step = self._safe_step = 0
@@ -260,24 +275,36 @@ class Coordinator:
         """Park the trainers behind a checkpoint and end the run, resumable."""
         self._post(Stop(reason=reason))
 
-    def close(self) -> dict[str, Any]:
-        """End all hosts, close the books and return their summary; the caller then kills the actor."""
+    def close(self) -> None:
+        """Begin to end all hosts and to bring the last rows to the storage; `get_closing` tells how far that is."""
+        with self._close_lock:
+            if self._closing_up is not None:
+                return
+            self._closing_up = ClosingUp(self._run, books=self._books, writer=self._writer, say=self._out.say)
         self._closing = True
         self._hosts.wake()
+        threading.Thread(target=self._close_up, args=(self._closing_up,), name="close", daemon=True).start()
+
+    def get_closing(self) -> Closing:
+        """Return how far the closing is; the caller kills the actor once it is over."""
+        assert self._closing_up is not None, "nobody has asked it to close"
+        return self._closing_up.get_state()
+
+    def _close_up(self, closing_up: ClosingUp) -> None:
         self._hosts_told.wait(HOST_SILENT_S)  # or they would look for another coordinator
-        try:
-            self._books.close(time.time())
-            self._opened.close()
-        finally:
-            self._leader.close()
-        return self._books.summary()
+        done = self._out.done
+        patience_s = FAILED_PATIENCE_S if done is not None and done.kind == "failed" else CLOSE_PATIENCE_S
+        self._rows.wait(patience_s)
+        closing_up.bring_rows(patience_s)
+        self._leader.close()
+        closing_up.end(self._opened)
 
     # ---- the serving thread
 
     def _serve(self) -> None:
         next_renewal_s = 0.0
         while not self._closing:
-            self._check_lead()
+            self._leader.check_known()
             self._hosts.serve(timeout_s=0.2)
             while not self._inbox.empty():
                 self._decide(self._inbox.get())
@@ -302,6 +329,8 @@ class Coordinator:
             return
         self._end_hosts("its driver is gone")
         self.close()
+        assert self._closing_up is not None
+        self._closing_up.wait(2 * CLOSE_PATIENCE_S)
         os._exit(0)
 
     def _end_hosts(self, reason: str, *, forget: bool = False) -> None:
@@ -410,8 +439,9 @@ class Coordinator:
         match action:
             case Join() | Go() | Park() | Leave() | Kill():
                 self._hosts.tell(action.slot.node, self._to_order(action))
+            case TakeEpoch():
+                self._epochs.submit(partial(self._take_epoch, action.attempt))
             case AttemptStarted():
-                self._leader.take(action.attempt)
                 self._pids, self._attempt_step = {}, 0
                 self._books.attempt_started(action, now_s)
                 nodes = ", ".join(sorted({slot.node[:8] for slot in action.members}))
@@ -446,6 +476,12 @@ class Coordinator:
                 return said.Leave(**fields)
             case Kill():
                 return said.Kill(**fields)
+
+    def _take_epoch(self, attempt: int) -> None:
+        """Take the right to write from all worlds before; the trainers of the last one are out of it."""
+        self._leader.take(attempt)
+        self._books.close_inherited(time.time())
+        self._post(EpochTaken(attempt=attempt))
 
     def _drain(self, node: str, reason: str) -> None:
         """Have Ray place nothing on a node any more, and an autoscaler replace it."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from cluster.runtime import adapter
 from cluster.runtime.agent import run_agent
+from cluster.runtime.closing import CLOSE_PATIENCE_S, Closing
 from cluster.runtime.coordinator import DRIVER_BUSY_S, Coordinator, Session
 from cluster.runtime.published import Update
 from cluster.runtime.start_host import new_session
@@ -26,6 +27,7 @@ from elastic.config import RunConfig
 from elastic.errors import SolventError, StorageError
 
 POLL_S = 0.5
+_CLOSE_POLL_S = 0.1
 _AGENTS_END_S = 30.0
 _RAY_TRAIN_RETRIES = 5
 _MOST_RETURNS = 3
@@ -127,16 +129,42 @@ def _lead(config: RunConfig, on_update: Callable[[Update], None]) -> Ending:
             if is_stopping:
                 raise
             is_stopping = True
-    books, done = update.books, update.done
-    reason = done["reason"]
+    done = update.done
+    kind, reason, exit_code, books = done["kind"], done["reason"], done["exit_code"], update.books
+
+    def show() -> None:
+        if (news := adapter.call(coordinator.poll, seat.driver)) is not None:
+            on_update(news)
+
     try:
-        books = adapter.call(coordinator.close)
+        closing = _close(coordinator, show)
+        books, missing = closing.books, closing.missing
     except SolventError as error:
-        if done["kind"] != "failed":  # one that failed on its storage cannot close its books there either
-            reason = f"{reason}; {error}"
+        missing = str(error)
+    if missing:
+        reason, exit_code = f"{reason}; {missing}", exit_code or StorageError.exit_code
     agents.wait(_AGENTS_END_S)
     adapter.kill(coordinator)
-    return Ending(kind=done["kind"], reason=reason, exit_code=done["exit_code"], books=books)
+    return Ending(kind=kind, reason=reason, exit_code=exit_code, books=books)
+
+
+def _close(coordinator: Any, show: Callable[[], None] = lambda: None) -> Closing:
+    """Have a coordinator whose run is over bring its last rows to the storage; return how that ended.
+
+    Args:
+        show: called now and then meanwhile.
+
+    Raises:
+        SolventError: it does not answer, or has just died.
+    """
+    until_s = time.monotonic() + 2 * CLOSE_PATIENCE_S  # a call of a storage that hangs ends when it likes
+    adapter.call(coordinator.close)
+    while True:
+        closing: Closing = adapter.call(coordinator.get_closing)
+        if closing.is_over or time.monotonic() > until_s:
+            return closing
+        show()
+        time.sleep(_CLOSE_POLL_S)
 
 
 class _Seat:
@@ -177,7 +205,7 @@ class _Seat:
                     self._session, self._lost_s = adapter.call(coordinator.get_session), None
                     return coordinator
                 if answer == "changed" and adapter.call(coordinator.is_over):
-                    adapter.call(coordinator.close)
+                    _close(coordinator)
                     adapter.kill(coordinator)
             except StorageError:  # another cluster, or none, has the run: this coordinator has touched nothing
                 adapter.kill(coordinator)

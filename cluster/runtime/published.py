@@ -45,9 +45,9 @@ class Published:
         return self._done
 
     def end(self, done: Done) -> None:
-        """Say how the run has ended."""
+        """Say how the run has ended; what is said first counts."""
         with self._lock:
-            self._done = done
+            self._done = self._done or done
 
     def say(self, line: str) -> None:
         """Add a line for people."""

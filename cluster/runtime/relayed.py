@@ -11,10 +11,11 @@ import queue
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cluster.runtime.background import Background
 from cluster.runtime.messages import RowsAsked, RowsKept, RowWritten
 from cluster.types import Slot
 from elastic.checkpoint.storage import explain
@@ -193,6 +194,15 @@ Answer = Callable[[str, RowsKept], None]
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Said:
+    """What a trainer of an attempt says of its rows."""
+
+    slot: Slot
+    attempt: int
+    message: RowWritten | RowsAsked
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Ask:
     slot: Slot
     attempt: int
@@ -202,34 +212,56 @@ class _Ask:
 
 
 class RowKeeper:
-    """Appends the rows of trainers to a run's files, and tells when they are in the storage, from a thread of its own.
+    """Appends the rows of trainers to a run's files, and tells when they are in the storage, on a thread of its own.
 
     Args:
         check_lead: called before each row; raises if another one keeps this run by now.
+        on_failure: takes why rows cannot be taken any more.
     """
 
-    def __init__(self, run: OpenRun, *, check_lead: Callable[[], None], answer: Answer) -> None:
+    def __init__(
+        self,
+        run: OpenRun,
+        *,
+        check_lead: Callable[[], None],
+        answer: Answer,
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
         self._run = run
         self._check_lead = check_lead
         self._answer = answer
         self._num_rows: dict[tuple[str, int], int] = {}
         """By file and attempt."""
-        self._asks: queue.SimpleQueue[_Ask] = queue.SimpleQueue()
-        threading.Thread(target=self._push_and_answer, name="rows", daemon=True).start()
+        self._work = Background("rows", on_failure=on_failure)
+        self._lock = threading.Lock()
+        self._said = deque[_Said]()
 
     def take(self, slot: Slot, attempt: int, message: RowWritten | RowsAsked) -> None:
-        """Take what a trainer of the current attempt says of its rows.
+        """Take what a trainer of the current attempt says of its rows."""
+        with self._lock:
+            self._said.append(_Said(slot=slot, attempt=attempt, message=message))
+            is_first = len(self._said) == 1
+        if is_first:
+            self._work.submit(self._take_all)
 
-        Raises:
-            StaleEpochError: another one keeps this run.
-            StorageError: the spool cannot be written.
-        """
-        match message:
-            case RowWritten():
-                self._take_row(message)
-            case RowsAsked(ask=number, streams=streams):
-                has = tuple((of, file, self._count(file, of)) for of, file in streams)
-                self._asks.put(_Ask(slot=slot, attempt=attempt, number=number, has=has))
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until all that was said so far is done; False if it is not in time."""
+        return self._work.wait(timeout_s)
+
+    def _take_all(self) -> None:
+        """Take what has come, in order; all ranks ask at about one time, and one push answers them all."""
+        with self._lock:
+            said, self._said = self._said, deque[_Said]()
+        asks: list[_Ask] = []
+        for each in said:
+            match each.message:
+                case RowWritten():
+                    self._take_row(each.message)
+                case RowsAsked(ask=number, streams=streams):
+                    has = tuple((of, file, self._count(file, of)) for of, file in streams)
+                    asks.append(_Ask(slot=each.slot, attempt=each.attempt, number=number, has=has))
+        if asks:
+            self._push_and_answer(asks)
 
     def _take_row(self, message: RowWritten) -> None:
         """Append a row unless it is here, or one before it is missing: those are sent again when they are asked for."""
@@ -248,19 +280,15 @@ class RowKeeper:
             self._num_rows[file, attempt] = sum(row.get("attempt", attempt) == attempt for row in rows)
         return self._num_rows[file, attempt]
 
-    def _push_and_answer(self) -> None:
-        while True:
-            asks = [self._asks.get()]
-            while not self._asks.empty():  # all ranks ask at about one time
-                asks.append(self._asks.get())
-            problem = ""
-            try:
-                self._run.push()
-            except OSError as error:
-                problem = str(explain(error, self._run.storage.url))
-            except SolventError as error:
-                problem = str(error)
-            for ask in asks:
-                slot, number = ask.slot, ask.number
-                answer = RowsKept(slot=slot.name, attempt=ask.attempt, ask=number, kept=ask.has, problem=problem)
-                self._answer(slot.node, answer)
+    def _push_and_answer(self, asks: Sequence[_Ask]) -> None:
+        problem = ""
+        try:
+            self._run.push()
+        except OSError as error:
+            problem = str(explain(error, self._run.storage.url))
+        except SolventError as error:
+            problem = str(error)
+        for ask in asks:
+            slot, number = ask.slot, ask.number
+            answer = RowsKept(slot=slot.name, attempt=ask.attempt, ask=number, kept=ask.has, problem=problem)
+            self._answer(slot.node, answer)

@@ -33,8 +33,9 @@ class Coordinator:
 
     def __init__(self, run, link):
         self.is_deaf = False
+        self.failures: list[BaseException] = []
         self._link = link
-        self._keeper = RowKeeper(run, check_lead=lambda: None, answer=self._answer)
+        self._keeper = RowKeeper(run, check_lead=lambda: None, answer=self._answer, on_failure=self.failures.append)
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _answer(self, node, message):

@@ -7,7 +7,7 @@ from cluster.ledger import check_tiling, read_ledger
 from cluster.runtime.adapter import WorkerNode
 from cluster.runtime.books import open_books
 from cluster.types import AttemptStarted, Slot
-from elastic.config import RunConfig
+from elastic.config import CostConfig, RunConfig
 from elastic.ports import Progress
 from elastic.rundir import RunDir, append_row, format_utc, read_rows
 
@@ -52,6 +52,7 @@ def test_a_coordinator_that_follows_a_dead_one_books_the_steps_that_were_done_wi
     second.follow_nodes(nodes, 111.0)
     write_step(run_dir, 3, 112.0)  # the world is not over yet
     members = (Slot("n", "cpu0"),)
+    second.close_inherited(113.0)
     second.attempt_started(AttemptStarted(attempt=2, members=members), 113.0)
     second.restored(members[0], Progress(step=1, tokens=10), "memory", 114.0)
     second.stepped(members[0], Progress(step=2, tokens=20), [], 115.0)
@@ -71,8 +72,19 @@ def test_a_coordinator_that_follows_a_dead_one_books_the_steps_that_were_done_wi
 
 def test_a_coordinator_that_died_before_any_world_leaves_nothing_to_book(tmp_path):
     books = open_books(str(tmp_path), RunConfig(), lost_s=10.0)
+    books.close_inherited(11.0)
     books.attempt_started(AttemptStarted(attempt=2, members=(Slot("n", "cpu0"),)), 11.0)
     books.restored(Slot("n", "cpu0"), Progress(), "scratch", 12.0)
     books.stepped(Slot("n", "cpu0"), Progress(step=1, tokens=10), [], 13.0)
     assert not list(read_rows(books.run_dir.incidents))
     assert not list(read_rows(books.run_dir.attempts))
+
+
+def test_a_node_that_joins_while_the_price_file_is_missing_is_booked_and_trains(tmp_path):
+    said: list[str] = []
+    cost = CostConfig(usd_per_gpu_hour=3.6, price_file=str(tmp_path / "no.yaml"))
+    books = open_books(str(tmp_path / "run"), RunConfig(cost=cost), say=said.append)
+    books.follow_nodes({"n": WorkerNode(id="n", num_workers=1, offer="spot")}, 0.0)
+    books.close(1000.0)
+    assert books.summary()["usd"] == pytest.approx(1.0)  # 1000 s at 3.6 USD an hour
+    assert "no.yaml' cannot be read" in said[0]

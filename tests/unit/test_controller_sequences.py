@@ -19,6 +19,7 @@ from cluster.types import (
     Claimed,
     Done,
     Draining,
+    EpochTaken,
     Expired,
     GiveUp,
     Go,
@@ -33,6 +34,7 @@ from cluster.types import (
     Stepped,
     Stop,
     TakeBack,
+    TakeEpoch,
     Tick,
     TrainerEnded,
     TrainerReady,
@@ -99,6 +101,10 @@ class SlowCluster:
 
     def obey(self, action):  # noqa: PLR0912 (a case per action)
         match action:
+            case TakeEpoch(attempt=attempt):
+                assert len(self.started) == len(self.ended)
+                assert attempt == len(self.started) + 1
+                self.send("storage", EpochTaken(attempt=attempt))
             case AttemptStarted():
                 assert len(self.started) == len(self.ended), "two worlds at once"
                 assert len(action.members) in self.state.policy.world_sizes

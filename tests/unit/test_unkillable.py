@@ -2,7 +2,6 @@
 
 import pytest
 
-from cluster.controller import decide
 from cluster.types import (
     AttemptEnded,
     AttemptStarted,
@@ -20,7 +19,7 @@ from cluster.types import (
     TrainerReady,
     Unkillable,
 )
-from tests.unit.test_controller import A, B, C, make
+from tests.unit.test_controller import A, B, C, decide, make
 from tests.unit.test_stalls import stall
 
 TICK_S = 0.2
