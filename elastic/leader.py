@@ -173,6 +173,9 @@ class Leadership:
             except OSError as error:
                 self._say(error)
                 continue
+            except Exception:  # without this thread the lease would run out, and another one take the lead
+                logger.exception("%s/%s: the lead could not be looked at", self._storage.url, KEY)
+                continue
             with self._lock:
                 self._lease = replace(self._lease, beat=self._lease.beat + 1)
             self._write()

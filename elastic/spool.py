@@ -143,6 +143,8 @@ class KeptRun(SpooledRun):
                 logger.warning("rows wait in %s: %s", self.dir.root, error)
             except StaleEpochError:
                 return
+            except Exception:  # a thread that ended here would leave all rows for the end, and nobody would know
+                logger.exception("rows wait in %s", self.dir.root)
             pause_s = max(PUSH_EVERY_S, _PAUSE_PER_PUSH * (time.monotonic() - start_s))
 
 

@@ -20,7 +20,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -112,8 +112,9 @@ class Keeper:
         try:
             while (message := trainer.channel.receive()) is not None:
                 self._obey_trainer(trainer, message)
-        except (WireError, KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever it is, the trainer must learn that nobody answers it any more
             _log(f"a trainer's connection broke: {error!r}")
+            trainer.channel.close()
         finally:
             with self._lock:
                 self._origins.discard(trainer.origin)
@@ -176,6 +177,9 @@ class Keeper:
             problem = "superseded"
         except OSError as error:
             problem = str(error)
+        except BaseException as error:  # a snapshot that is never settled stops all that come after it
+            _log(traceback.format_exc())
+            problem = f"{type(error).__name__}: {error}"
         _reply(trainer, message, kind="kept", problem=problem)
 
     def _checksum(self, holding: Holding, generation: int) -> None:
@@ -209,13 +213,20 @@ class Keeper:
             raise
 
     def _store(self, trainer: _Trainer, message: Header) -> None:
-        """Write the shards of one state that lie here, own ones and copies, to the disk."""
+        try:
+            problem = self._store_all(trainer, message)
+        except BaseException as error:  # as for `_finish`
+            _log(traceback.format_exc())
+            problem = f"{type(error).__name__}: {error}"
+        _reply(trainer, message, kind="stored", problem=problem)
+
+    def _store_all(self, trainer: _Trainer, message: Header) -> str:
+        """Write the shards of one state that lie here, own ones and copies, to the disk; return what went wrong."""
         state = StateName(message["epoch"], message["step"])
         complete = StateName(*message["complete"]) if message["complete"] else None
         disk, problem = self._disk, ""
         if disk is None:
-            _reply(trainer, message, kind="stored", problem="the keeper of this node was given no disk")
-            return
+            return "the keeper of this node was given no disk"
         with self._lock:
             holdings = [
                 (holding, holding.generation)
@@ -230,7 +241,7 @@ class Keeper:
                     problem = str(error) or "superseded"
         with contextlib.suppress(OSError):  # what cannot be removed does no harm
             disk.retain(state, complete=complete)
-        _reply(trainer, message, kind="stored", problem=problem)
+        return problem
 
     def _store_one(self, disk: NodeDisk, state: StateName, holding: Holding, generation: int) -> None:
         holding.checked.wait()
@@ -395,7 +406,8 @@ class Keeper:
         holding.snapshot = None
         holding.checked.set()
         del self._holdings[holding.origin, holding.index]
-        self._freer.submit(holding.arena.close)  # takes seconds, and the caller has the lock
+        # takes seconds, and the caller has the lock
+        self._freer.submit(holding.arena.close).add_done_callback(_tell_failure)
 
 
 def _forget_peer(trainer: _Trainer) -> None:
@@ -439,6 +451,12 @@ def _checksum_all(parts: Sequence[memoryview]) -> list[int]:
 
 def _start_thread(target: Callable[..., None], *args: object) -> None:
     threading.Thread(target=target, args=args, daemon=True).start()
+
+
+def _tell_failure(job: "Future[None]") -> None:
+    """Say what a job failed of that nobody waits for."""
+    if (error := job.exception()) is not None:
+        _log(f"a job in the background failed: {error!r}")
 
 
 def _log(text: str) -> None:

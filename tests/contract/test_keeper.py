@@ -359,3 +359,14 @@ def test_a_keeper_out_of_descriptors_serves_whom_it_knows_and_lets_others_in_onc
         with remote(process) as after:
             assert len(after.fetch_list()) == 2
         assert len(KeeperClient(process.open_connection(), origin="3-0").fetch_list()) == 2
+
+
+def test_a_snapshot_that_fails_in_an_unforeseen_way_is_settled_all_the_same():
+    with keeper() as process:
+        trainer = Trainer(process)
+        trainer.client.begin(0, epoch=1)
+        snapshot = Snapshot(epoch=1, step=1, world_size=1, rank=0)
+        settled = trainer.client.fill(0, snapshot, num_bytes=1, chunks=[(0, "all")], record=None, peer=None)
+        assert "TypeError" in settled.result(10)
+        assert trainer.fill(0, 2).result(10) == ""
+        assert [held.snapshot.step for held in trainer.client.fetch_list()] == [2]

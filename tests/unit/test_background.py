@@ -27,7 +27,7 @@ def test_what_a_job_raises_reaches_somebody_and_the_next_job_is_done_all_the_sam
     failures: list[BaseException] = []
     done = threading.Event()
     work = Background("test", on_failure=failures.append)
-    work.submit(lambda: [][0])
+    work.submit(lambda: {}["key"])
     work.submit(done.set)
     assert done.wait(5)
-    assert [type(failure) for failure in failures] == [IndexError]
+    assert [type(failure) for failure in failures] == [KeyError]
