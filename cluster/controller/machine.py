@@ -11,11 +11,12 @@ slot, so that no stage but `running` and `waiting` lasts longer than its limit. 
     waiting -> done                                            (finished, failed or stopped)
 """
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from cluster.controller.failures import count_failure, deny_suspect
-from cluster.controller.stalls import describe, find_culprits
+from cluster.controller.stalls import Stalls, describe, find_culprits
 from cluster.controller.state import Blame, Notice, State
 from cluster.controller.unkillable import forget_node, give_up_nodes, leave_out, take_back
 from cluster.controller.worlds import (
@@ -72,23 +73,22 @@ def _take(state: State, event: Event, now_s: float) -> list[Action]:  # noqa: PL
     """Book what the event says; the loss of a member ends the attempt."""
     match event:
         case HostGone():
-            state.claims = {slot: group for slot, group in state.claims.items() if slot.node != event.node}
+            for slot in [slot for slot in state.claims if slot.node == event.node]:
+                _forget_claim(state, slot)
             forget_node(state, event.node)
             gone = [slot for slot in state.members if slot.node == event.node]
             return _lose(state, gone, Blame.NODE, event.reason, now_s)
         case Expired():
-            state.claims.pop(event.slot, None)
+            _forget_claim(state, event.slot)
             state.left_out.pop(event.slot, None)
             return _lose(state, [event.slot], Blame.NODE, "Ray Train has a whole group without it", now_s)
         case Claimed():
-            if event.group > state.group:
-                state.group, state.group_size = event.group, event.group_size
-                state.gather_until_s = now_s + state.policy.gather_s
-            state.claims[event.slot] = event.group
+            _take_claim(state, event, now_s)
         case Draining():
             return _take_notice(state, event, now_s)
         case Undrained():
             state.draining.pop(event.node, None)
+            state.usable = None
         case EpochTaken():
             state.taken_epoch = event.attempt
         case TrainerReady():
@@ -109,11 +109,28 @@ def _take(state: State, event: Event, now_s: float) -> list[Action]:  # noqa: PL
     return []
 
 
+def _take_claim(state: State, event: Claimed, now_s: float) -> None:
+    if event.group > state.group:
+        state.group, state.group_size, state.newest = event.group, event.group_size, set()
+        state.gather_until_s = now_s + state.policy.gather_s
+    if event.slot not in state.claims:
+        state.usable = None
+    state.claims[event.slot] = event.group
+    (state.newest.add if event.group == state.group else state.newest.discard)(event.slot)
+
+
+def _forget_claim(state: State, slot: Slot) -> None:
+    state.claims.pop(slot, None)
+    state.newest.discard(slot)
+    state.usable = None
+
+
 def _take_notice(state: State, event: Draining, now_s: float) -> list[Action]:
     """Book a notice, or its new deadline; trainers that park already learn of a nearer one."""
     heard_s = state.draining[event.node].heard_s if event.node in state.draining else now_s
     state.draining[event.node] = Notice(heard_s=heard_s, deadline_s=event.deadline_s, reason=event.reason)
-    if state.stage != "parking" or event.node not in {slot.node for slot in state.members}:
+    state.usable = None
+    if state.stage != "parking" or event.node not in state.member_nodes:
         return []
     assert state.ending is not None  # it parks for that reason
     if state.ending.change == "node_added":
@@ -133,7 +150,7 @@ def _take_step(state: State, event: Stepped, now_s: float) -> None:
         state.failures = replace(state.failures, best_step=event.progress.step)
         state.progressed = True
     # whichever member says it: a step takes all of them, so those that complained before it go on as well
-    state.stalls = {slot: stall for slot, stall in state.stalls.items() if stall.step >= event.progress.step}
+    state.stalls.forget_before(event.progress.step)
 
 
 def _take_stall(state: State, event: Stalled, now_s: float) -> list[Action]:
@@ -141,12 +158,12 @@ def _take_stall(state: State, event: Stalled, now_s: float) -> list[Action]:
     is_member = event.attempt == state.attempt and event.slot in state.alive
     if not is_member or state.stage not in ("running", "parking"):
         return []
-    state.stalls = {**state.stalls, event.slot: event}
-    culprits = find_culprits(state.stalls, state.alive)
+    state.stalls.add(event)
+    culprits = find_culprits(state.stalls.by_slot, state.alive) if state.stalls.may_tell(len(state.alive)) else None
     if culprits is None:
         return []
     nodes = {slot.node for slot in culprits}
-    reason = describe(state.stalls, state.members, culprits)
+    reason = describe(state.stalls.by_slot, state.members, culprits)
     node = nodes.pop() if len(nodes) == 1 else None
     _suspect(state, node, Blame.TRAINER, reason, now_s, change="trainer_stalled")
     return _clear(state, now_s, kill=culprits)
@@ -192,7 +209,7 @@ def _lose(state: State, slots: Sequence[Slot], blame: Blame, reason: str, now_s:
     """Take dead members out; with the first, the rest leave a world that can only hang without it."""
     dead = state.alive.intersection(slots)
     state.alive -= dead
-    if set(slots) & set(state.members):
+    if any(slot in state.ranks for slot in slots):
         _suspect(state, None if blame is Blame.A_PEER else slots[0].node, blame, reason, now_s)
     return _clear(state, now_s) if dead and state.stage != "clearing" else []
 
@@ -266,24 +283,28 @@ def _form(state: State, now_s: float) -> list[Action]:
         node, notice = next(iter(notices.items()))
         state.ending = _ended(state, "node_drained", notice.reason, node, notice.heard_s)
         return _clear(state, now_s)
-    if set(state.members) != set(state.ready):
+    if len(state.ready) < len(state.members):  # nobody else is booked as ready
         return []
     state.stage = "running"
     store = state.ready[state.members[0]]
-    nodes = [slot.node for slot in state.members]
-    return [
-        Go(
-            slot=slot,
-            attempt=state.attempt,
-            rank=rank,
-            world_size=len(nodes),
-            local_rank=nodes[:rank].count(slot.node),
-            local_world_size=nodes.count(slot.node),
-            store_host=store.store_host,
-            store_port=store.store_port,
+    num_on_node = Counter(slot.node for slot in state.members)
+    ranks_on_node: Counter[str] = Counter()
+    actions: list[Action] = []
+    for rank, slot in enumerate(state.members):
+        actions.append(
+            Go(
+                slot=slot,
+                attempt=state.attempt,
+                rank=rank,
+                world_size=len(state.members),
+                local_rank=ranks_on_node[slot.node],
+                local_world_size=num_on_node[slot.node],
+                store_host=store.store_host,
+                store_port=store.store_port,
+            )
         )
-        for rank, slot in enumerate(state.members)
-    ]
+        ranks_on_node[slot.node] += 1
+    return actions
 
 
 def _give_up(state: State, now_s: float) -> list[Action]:
@@ -350,7 +371,7 @@ def _close(state: State, now_s: float) -> list[Action]:
         state.slowest_park_s = max(state.slowest_park_s or 0.0, state.leaving_s)
     ending = _judge(state, ending)
     state.stage, state.ending, state.ready, state.progressed = "waiting", None, {}, False
-    state.stalls, state.killed_s = {}, {}
+    state.stalls, state.killed_s = Stalls(), {}
     state.blame, state.first_step_s = Blame.NOBODY, None
     state.parking_since_s = state.park_deadline_s = None
     return [ending]
@@ -370,7 +391,7 @@ def _judge(state: State, ending: AttemptEnded) -> AttemptEnded:
     max_strikes = min(2, policy.max_node_failures) if ending.change == "trainer_stalled" else policy.max_node_failures
     is_bad = ending.cause == failures.suspect is not None and failures.strikes >= max_strikes
     if is_bad and fit_size(policy.world_sizes, len(others)):
-        state.failures = deny_suspect(failures)
+        state.failures, state.usable = deny_suspect(failures), None
         return replace(ending, denied=ending.cause)  # the rest have one more try, whatever the row says
     if failures.without_progress >= policy.max_failures_without_progress:
         times = f"{failures.without_progress} times in a row"
@@ -388,8 +409,10 @@ def _start_if_possible(state: State, now_s: float) -> list[Action]:
     if state.stop is not None:
         state.stage = "done"
         return [state.stop]
+    if not (state.members or is_gathered(state, now_s)):
+        return []
     wanted = get_wanted(state)
-    survivors = any(slot in state.members for slot in wanted)
+    survivors = any(slot in state.ranks for slot in wanted)
     if not wanted or not (survivors or is_gathered(state, now_s)):
         return []
     epoch = state.attempt + 1
@@ -398,7 +421,7 @@ def _start_if_possible(state: State, now_s: float) -> list[Action]:
         state.asked_epoch = epoch
         return actions
     state.attempt = epoch
-    state.members, state.alive = wanted, set(wanted)
+    state.members, state.alive, state.usable = wanted, set(wanted), None
     state.stage, state.started_s, state.stage_until_s = "forming", now_s, now_s + state.policy.form_s
     started = AttemptStarted(attempt=state.attempt, members=wanted)
     return [started, *(Join(slot=slot, attempt=state.attempt) for slot in wanted)]

@@ -1,12 +1,14 @@
 """Everything that the controller's decisions depend on."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Literal
 
 from cluster.controller.failures import Failures
+from cluster.controller.stalls import Stalls
 from cluster.controller.unkillable import LeftOut
-from cluster.types import AttemptEnded, Done, Slot, Stalled, TrainerReady, get_leave_limit_s
+from cluster.types import AttemptEnded, Done, Slot, TrainerReady, get_leave_limit_s
 
 Stage = Literal["waiting", "forming", "running", "parking", "clearing", "done"]
 
@@ -78,6 +80,10 @@ class State:
     # ---- nodes
     claims: dict[Slot, int] = field(default_factory=dict[Slot, int])
     """Slots with a living host and a valid lease, and the group that claimed each last."""
+    newest: set[Slot] = field(default_factory=set[Slot])
+    """Those that the newest group has claimed."""
+    usable: tuple[Slot, ...] | None = None
+    """What `get_usable` has found; None once what that depends on has changed."""
     group: int = 0
     group_size: int = 0
     gather_until_s: float = 0.0
@@ -92,7 +98,7 @@ class State:
     alive: set[Slot] = field(default_factory=set[Slot])
     """Members whose trainer has not ended."""
     ready: dict[Slot, TrainerReady] = field(default_factory=dict[Slot, TrainerReady])
-    stalls: dict[Slot, Stalled] = field(default_factory=dict[Slot, Stalled])
+    stalls: Stalls = field(default_factory=Stalls)
     """What members that make no progress said last."""
     killed_s: dict[Slot, float] = field(default_factory=dict[Slot, float])
     """When members that shall leave the world were killed."""
@@ -119,3 +125,26 @@ class State:
     slowest_park_s: float | None = None
     stop: Done | None = None
     """The run ends with this as soon as the trainers are gone."""
+
+    _ranks_of: tuple[Slot, ...] = ()
+    _ranks: dict[Slot, int] = field(default_factory=dict[Slot, int])
+    _member_nodes: frozenset[str] = frozenset()
+
+    @property
+    def ranks(self) -> Mapping[Slot, int]:
+        """The rank of each member."""
+        self._look_at_members()
+        return self._ranks
+
+    @property
+    def member_nodes(self) -> frozenset[str]:
+        """The nodes of the members."""
+        self._look_at_members()
+        return self._member_nodes
+
+    def _look_at_members(self) -> None:
+        """Find out once what would otherwise be asked of thousands of members with each of their messages."""
+        if self._ranks_of is not self.members:
+            self._ranks_of = self.members
+            self._ranks = {slot: rank for rank, slot in enumerate(self.members)}
+            self._member_nodes = frozenset(slot.node for slot in self.members)

@@ -35,6 +35,7 @@ def leave_out(state: "State", slots: Iterable[Slot], *, reason: str | None, now_
     for slot in sorted(slots):
         why = reason or f"its process has not ended within {state.policy.kill_s:g} s after it was killed"
         state.alive.discard(slot)
+        state.usable = None
         state.left_out[slot] = LeftOut(attempt=state.attempt, since_s=now_s, reason=why)
         actions.append(LeaveOut(slot=slot, reason=why))
     return actions
@@ -46,11 +47,13 @@ def take_back(state: "State", slot: Slot, attempt: int, *, now_s: float) -> list
     if left_out is None or attempt != left_out.attempt:
         return []
     del state.left_out[slot]
+    state.usable = None
     return [TakeBack(slot=slot, after_s=now_s - left_out.since_s)]
 
 
 def forget_node(state: "State", node: str) -> None:
     """Forget what is known of a node whose host is gone: the next one tells of its own processes."""
+    state.usable = None
     state.left_out = {slot: left_out for slot, left_out in state.left_out.items() if slot.node != node}
     state.given_up.discard(node)
 
@@ -61,6 +64,8 @@ def give_up_nodes(state: "State", *, now_s: float) -> list[Action]:
     One that trains in other slots goes on: to drain it could cost most of a fleet for the sake of one GPU.
     """
     actions: list[Action] = []
+    if not state.left_out:
+        return actions
     for node in sorted({slot.node for slot in state.left_out} - state.given_up):
         idle = [left_out for slot, left_out in state.left_out.items() if slot.node == node]
         has_others = any(slot.node == node and slot not in state.left_out for slot in state.claims)

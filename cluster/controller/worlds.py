@@ -1,6 +1,7 @@
 """Which slots the next world is made of, and when the running one should make room for it. Pure."""
 
-from collections.abc import Collection
+from bisect import bisect_right
+from collections.abc import Collection, Sequence
 from statistics import median
 
 from cluster.controller.state import Notice, State
@@ -13,9 +14,15 @@ def get_usable(state: State) -> tuple[Slot, ...]:
     Slots in which a process does not end may not, nor those of draining nodes, nor those of denied ones, unless there
     is no world without these: a node that crashes now and then is better than none.
     """
-    free = sorted(state.claims.keys() - state.left_out.keys())
+    if state.usable is None:
+        state.usable = _find_usable(state)
+    return state.usable
+
+
+def _find_usable(state: State) -> tuple[Slot, ...]:
+    free = sorted(state.claims.keys() - state.left_out.keys(), key=get_order)
     staying = [slot for slot in free if slot.node not in state.draining]
-    staying.sort(key=lambda slot: slot not in state.members)
+    staying.sort(key=lambda slot: slot not in state.ranks)
     trusted = [slot for slot in staying if slot.node not in state.failures.denied]
     if fit_size(state.policy.world_sizes, len(trusted)):
         return tuple(trusted)
@@ -25,18 +32,23 @@ def get_usable(state: State) -> tuple[Slot, ...]:
 def get_wanted(state: State) -> tuple[Slot, ...]:
     """Return the slots of the next world, by rank (those of one node are neighbours); none if there are too few."""
     usable = get_usable(state)
-    return tuple(sorted(usable[: fit_size(state.policy.world_sizes, len(usable))]))
+    return tuple(sorted(usable[: fit_size(state.policy.world_sizes, len(usable))], key=get_order))
 
 
-def fit_size(world_sizes: Collection[int], num_slots: int) -> int:
-    """Return the largest size that so many slots can fill; 0 if there is none."""
-    return max((size for size in world_sizes if size <= num_slots), default=0)
+def get_order(slot: Slot) -> tuple[str, str]:
+    """Return what slots are sorted by, many times faster than they compare themselves."""
+    return slot.node, slot.name
+
+
+def fit_size(world_sizes: Sequence[int], num_slots: int) -> int:
+    """Return the largest of ascending sizes that so many slots can fill; 0 if there is none."""
+    num_smaller = bisect_right(world_sizes, num_slots)
+    return world_sizes[num_smaller - 1] if num_smaller else 0
 
 
 def is_gathered(state: State, now_s: float) -> bool:
     """Every agent of the newest group has claimed its slot, or was waited for long enough."""
-    newest = sum(1 for group in state.claims.values() if group == state.group)
-    return newest >= state.group_size or now_s >= state.gather_until_s
+    return len(state.newest) >= state.group_size or now_s >= state.gather_until_s
 
 
 def get_joiner(state: State, now_s: float) -> Slot | None:
@@ -44,12 +56,14 @@ def get_joiner(state: State, now_s: float) -> Slot | None:
 
     Not before the last change has paid for itself: what joins until then joins together.
     """
-    wanted = get_wanted(state)
-    if len(wanted) <= len(state.members) or not is_gathered(state, now_s) or state.first_step_s is None:
+    if len(state.claims) <= len(state.members) or state.first_step_s is None or not is_gathered(state, now_s):
         return None
     if now_s < state.first_step_s + state.policy.growth_patience * get_usual_outage_s(state):
         return None
-    return next(slot for slot in wanted if slot not in state.members)
+    wanted = get_wanted(state)
+    if len(wanted) <= len(state.members):
+        return None
+    return next(slot for slot in wanted if slot not in state.ranks)
 
 
 def get_usual_outage_s(state: State) -> float:
@@ -59,8 +73,7 @@ def get_usual_outage_s(state: State) -> float:
 
 def get_member_notices(state: State) -> dict[str, Notice]:
     """Return the notices that the current world must heed, by node, the oldest first."""
-    nodes = {slot.node for slot in state.members}
-    notices = [(node, notice) for node, notice in state.draining.items() if node in nodes]
+    notices = [(node, notice) for node, notice in state.draining.items() if node in state.member_nodes]
     return dict(sorted(notices, key=lambda item: (item[1].heard_s, item[0])))
 
 

@@ -49,6 +49,8 @@ class _Attempt:
     started: AttemptStarted
     start_s: float
     before: History
+    speakers: frozenset[Slot]
+    """The first member of each node; the node's other trainers do the same as that one."""
     resumed_step: int = 0
     resumed_from: Source | None = None
     go_s: float | None = None
@@ -148,7 +150,9 @@ class Books:
     def attempt_started(self, action: AttemptStarted, now_s: float) -> None:
         """Begin the row of an attempt."""
         self.history = replace(self.history, attempt=action.attempt)
-        self._attempt = _Attempt(started=action, start_s=now_s, before=self.history)
+        first = {slot.node: slot for slot in reversed(action.members)}
+        speakers = frozenset(first.values())
+        self._attempt = _Attempt(started=action, start_s=now_s, before=self.history, speakers=speakers)
 
     @_locked
     def restored(self, slot: Slot, progress: Progress, source: Source, now_s: float) -> None:
@@ -189,10 +193,8 @@ class Books:
                 self.ledger.report(slot.node, phase, start_s, end_s)
 
     def _speaks_for_node(self, slot: Slot) -> bool:
-        """Tell whether a slot is the first of its node in the current world; the node's other trainers do the same."""
-        members = self._attempt.started.members if self._attempt else ()
-        first = next((member for member in members if member.node == slot.node), None)
-        return slot == first and slot.node in self._nodes
+        """Tell whether a slot is the first of its node in the current world."""
+        return self._attempt is not None and slot in self._attempt.speakers and slot.node in self._nodes
 
     @_locked
     def attempt_ended(self, action: AttemptEnded, now_s: float) -> None:

@@ -64,7 +64,6 @@ from cluster.types import (
     TrainerEnded,
     TrainerReady,
     Undrained,
-    Unkillable,
     Worker,
     get_leave_limit_s,
 )
@@ -378,9 +377,8 @@ class Coordinator:
 
     def _hear_trainer(self, slot: Slot, attempt: int | None, message: said.TrainerMessage) -> None:
         """Take what a trainer of the current attempt says; an older one has nothing to say any more."""
-        if (
-            attempt is None or attempt != self._state.attempt or slot not in self._state.members
-        ):  # else of a coordinator before this one
+        # of a coordinator before this one, or of a world that is over
+        if attempt is None or attempt != self._state.attempt or slot not in self._state.ranks:
             return
         now_s = time.time()
         match message:
@@ -404,8 +402,8 @@ class Coordinator:
             case said.Kept(progress=progress):
                 self._safe_step = max(self._safe_step, progress.step)
             case said.Stalled(where=where):
-                if slot not in self._state.stalls:
-                    rank = self._state.members.index(slot)
+                if slot not in self._state.stalls.by_slot:
+                    rank = self._state.ranks[slot]
                     how = "frozen" if where == "silent" else where
                     self._out.say(f"rank {rank} makes no progress for {message.waited_s:.0f} s: {how}")
                 self._decide(Stalled(slot=slot, attempt=attempt, step=message.step, where=where))

@@ -5,14 +5,14 @@ real ones do: they wait for their world, step together, save, park together, and
 """
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.chaos.verdict import count_samples
-from cluster.controller import Policy, State, decide
+from cluster.controller import Policy, State, decide, get_usable
 from cluster.types import (
     AttemptEnded,
     AttemptStarted,
@@ -158,6 +158,8 @@ class SlowCluster:
         state = self.state
         if state.stage in ("forming", "running", "parking"):
             assert state.alive, "a world of nobody"
+        assert get_usable(state) == get_usable(replace(state, usable=None)), "it goes by what was so before"
+        assert state.newest == {slot for slot, group in state.claims.items() if group == state.group}
         assert not self.left_out & state.alive, "a slot whose process does not end is in a world"
         if state.stage in ("waiting", "done"):
             assert not state.alive
