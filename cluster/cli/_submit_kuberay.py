@@ -28,9 +28,10 @@ def add_arguments(parser: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Apply the rendered stream and follow it, or delete what it names."""
-    from cluster.kube import submit
+    from cluster.kube.follow import follow
     from cluster.kube.render import is_kubernetes
     from cluster.kube.server import connect
+    from cluster.kube.submit import delete, submit
 
     profile = args.profile or _DEFAULT_PROFILE
     documents = render_for(args, profile)
@@ -39,25 +40,29 @@ def run(args: argparse.Namespace) -> int:
     namespace = documents[-1]["metadata"]["namespace"]
     server = connect(namespace, kubeconfig=os.environ.get("KUBECONFIG", ""), context=args.context)
     if args.delete:
-        submit.delete(server, documents, say=_say)
+        delete(server, documents, say=_say)
         return 0
-    name = submit.submit(server, documents, on_conflict="take" if args.take_over else "refuse", say=_say)
-    result = {"job": name, "namespace": namespace}
-    if args.detach:
+    submitted = submit(server, documents, on_conflict="take" if args.take_over else "refuse", say=_say)
+    result = {"job": submitted.job, "namespace": namespace}
+    if args.detach or submitted.how == "finished":
         if args.json:
-            print_json(result)
+            print_json(result if args.detach else {**result, "end": "finished", "reason": "", "attempts": 0})
         return 0
     try:
-        ending = submit.follow(server, name, say=_say, show=_say if args.json else print)
+        ending = follow(server, submitted.job, say=_say, show=_say if args.json else _show)
     except KeyboardInterrupt:
-        _say(f"{name} goes on without being watched; the same command follows it again, with --delete it ends")
+        _say(f"{submitted.job} goes on without being watched; the same command follows it again, with --delete it ends")
         raise
     if args.json:
         print_json({**result, "end": ending.kind, "reason": ending.reason, "attempts": ending.attempts})
     if ending.kind != "finished":
-        _say(f"{name} {ending.kind}: {ending.reason}")
+        _say(f"{submitted.job} {ending.kind}: {ending.reason}")
     return ending.exit_code
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def _show(line: str) -> None:
+    print(line, flush=True)

@@ -25,6 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kustomize", metavar="DIR", type=Path, help="write a base and an overlay for kustomize instead"
     )
+    parser.add_argument(
+        "--rights",
+        action="store_true",
+        help="print what an administrator applies once instead: the Role that submit needs, and the PriorityClasses",
+    )
     add_json(parser)
 
 
@@ -41,6 +46,9 @@ def run(args: argparse.Namespace) -> int:
     from cluster.kube.text import dump_documents
 
     documents = render_for(args, args.profile)
+    header = get_command(args)
+    if args.rights:
+        documents, header = get_rights(args, documents)
     if args.kustomize:
         written = write_kustomize(args, documents)
         if args.json:
@@ -50,8 +58,26 @@ def run(args: argparse.Namespace) -> int:
     elif args.json:
         print_json({"profile": args.profile, "documents": documents})
     else:
-        print(dump_documents(documents, header=get_command(args)), end="")
+        print(dump_documents(documents, header=header), end="")
     return 0
+
+
+def get_rights(args: argparse.Namespace, documents: "list[Manifest]") -> "tuple[list[Manifest], str]":
+    """Return what an administrator applies once, and what is said above it.
+
+    Raises:
+        ConfigError: the profile is not for Kubernetes.
+    """
+    from cluster.kube.render import is_kubernetes
+    from cluster.kube.rights import build_rights, describe_rights
+
+    if not is_kubernetes(documents) or args.kustomize:
+        what = "--kustomize" if args.kustomize else f"--profile {args.profile}"
+        raise ConfigError(
+            f"--rights writes a Role for Kubernetes, which {what} does not go with. Leave one of them out."
+        )
+    header = f"{get_command(args)} --rights\n{describe_rights(documents[-1]['metadata']['namespace'])}"
+    return build_rights(documents), header
 
 
 def get_command(args: argparse.Namespace) -> str:

@@ -420,13 +420,12 @@ class ConfigMap(TypedDict):
 
 
 class PriorityClass(TypedDict):
-    """Who goes first when nodes are short."""
+    """Who goes first when nodes are short. `globalDefault: false` is the default, and the server drops it."""
 
     apiVersion: Literal["scheduling.k8s.io/v1"]
     kind: Literal["PriorityClass"]
     metadata: Metadata
     value: Count
-    globalDefault: Literal[False]
     preemptionPolicy: Literal["Never", "PreemptLowerPriority"]
     description: str
 

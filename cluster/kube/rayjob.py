@@ -187,7 +187,6 @@ def _build_priority_classes() -> list[PriorityClass]:
             "kind": "PriorityClass",
             "metadata": {"name": name},
             "value": value,
-            "globalDefault": False,
             "preemptionPolicy": "PreemptLowerPriority" if may_preempt else "Never",
             "description": description,
         }

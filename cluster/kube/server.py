@@ -8,13 +8,15 @@ import contextlib
 import http.client
 import json
 import logging
-from collections.abc import Callable, Generator, Iterator
-from typing import Any, NoReturn, cast
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
 
 from cluster.kube.manifests import Manifest
+from cluster.kube.refusals import ServerLostError, explain
 from elastic.errors import ClusterError
 
-_PATHS = {
+PATHS = {
     "RayJob": "/apis/ray.io/v1/namespaces/{namespace}/rayjobs",
     "PodMonitor": "/apis/monitoring.coreos.com/v1/namespaces/{namespace}/podmonitors",
     "ConfigMap": "/api/v1/namespaces/{namespace}/configmaps",
@@ -22,22 +24,30 @@ _PATHS = {
     "PodDisruptionBudget": "/apis/policy/v1/namespaces/{namespace}/poddisruptionbudgets",
     "PriorityClass": "/apis/scheduling.k8s.io/v1/priorityclasses",
     "Pod": "/api/v1/namespaces/{namespace}/pods",
+    "Event": "/api/v1/namespaces/{namespace}/events",
+    "PersistentVolumeClaim": "/api/v1/namespaces/{namespace}/persistentvolumeclaims",
+    "ServiceAccount": "/api/v1/namespaces/{namespace}/serviceaccounts",
+    "Secret": "/api/v1/namespaces/{namespace}/secrets",
 }
 _APPLY = "application/apply-patch+yaml"
+_JSON = "application/json, */*"
+_METADATA_ONLY = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 _MANAGER = "solvent"
 _TIMEOUT_S = 30
-WATCH_S = 240
-"""A watch ends after this and is opened again, like kubectl's; a connection that died silently is found by then."""
-_MISSING = {
-    "RayJob": "KubeRay is not installed there: the API server knows no RayJob of ray.io/v1. Install 1.7 or "
-    "later: helm install kuberay-operator kuberay/kuberay-operator.",
-    "PodMonitor": "the Prometheus operator is not installed there: the API server knows no PodMonitor. Install it, or "
-    "leave --set monitor=true out.",
-}
+WATCH_S = 20
+"""A watch ends after this and is opened again; one whose connection died silently is noticed little later."""
+LOG_SILENT_S = 6
+"""A log that says nothing for so long is opened again, as its connection may be dead: a driver prints every five."""
+_SLACK_S = 3
 
 
-class WatchLostError(Exception):
-    """A watch or a log ended early; open it again."""
+@dataclass(frozen=True, kw_only=True)
+class Applied:
+    """What became of a document that was applied."""
+
+    is_new: bool
+    document: Manifest
+    """What the server holds."""
 
 
 class ApiServer:
@@ -47,57 +57,74 @@ class ApiServer:
         self._client = client
         self.namespace = namespace
 
-    def apply(self, document: Manifest, *, on_conflict: str = "refuse") -> Manifest:
-        """Create the object, or make it what the document says (server-side apply); return what the server holds.
+    def apply(self, document: Manifest, *, on_conflict: str = "refuse") -> Applied:
+        """Create the object, or make it what the document says (server-side apply).
 
         Args:
             on_conflict: `refuse` a field that somebody else has set to something else, or `take` it over.
 
         Raises:
-            ClusterError: the server refused, or cannot be reached.
+            ServerLostError: it cannot be reached, or not now.
+            ClusterError: the server refused.
         """
         query = {"fieldManager": _MANAGER, "fieldValidation": "Strict"}
         if on_conflict == "take":
             query["force"] = "true"
         path = self._get_path(document["kind"], document["metadata"]["name"])
-        return self._call("PATCH", path, document["kind"], query=query, body=document, content_type=_APPLY)
+        code, held = self._call("PATCH", path, document["kind"], query=query, body=document, content_type=_APPLY)
+        return Applied(is_new=code == 201, document=held)
 
     def get(self, kind: str, name: str) -> Manifest | None:
         """Return an object, or None if there is none.
 
         Raises:
-            ClusterError: as for `apply`.
+            ServerLostError, ClusterError: as for `apply`.
         """
-        return self._call("GET", self._get_path(kind, name), kind, absent_ok=True) or None
+        return self._call("GET", self._get_path(kind, name), kind, absent_ok=True)[1] or None
+
+    def exists(self, kind: str, name: str) -> bool:
+        """Tell whether there is such an object; what it holds (a Secret's values) is not sent.
+
+        Raises:
+            ServerLostError, ClusterError: as for `apply`.
+        """
+        return bool(self._call("GET", self._get_path(kind, name), kind, accept=_METADATA_ONLY, absent_ok=True)[1])
 
     def list_pods(self, selector: str) -> list[Manifest]:
         """Return the pods with these labels, oldest first.
 
         Raises:
-            ClusterError: as for `apply`.
+            ServerLostError, ClusterError: as for `apply`.
         """
-        found = self._call("GET", self._get_path("Pod"), "Pod", query={"labelSelector": selector})
-        pods = cast(list[Manifest], found.get("items") or [])
+        pods = self._list("Pod", {"labelSelector": selector})
         return sorted(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")))
+
+    def list_warnings(self) -> list[Manifest]:
+        """Return the Warning events of the namespace that are still kept (an hour, usually).
+
+        Raises:
+            ServerLostError, ClusterError: as for `apply`.
+        """
+        return self._list("Event", {"fieldSelector": "type=Warning"})
 
     def delete(self, kind: str, name: str) -> bool:
         """Delete an object and what it owns; False if there is none.
 
         Raises:
-            ClusterError: as for `apply`.
+            ServerLostError, ClusterError: as for `apply`.
         """
         query = {"propagationPolicy": "Background"}
-        return bool(self._call("DELETE", self._get_path(kind, name), kind, query=query, absent_ok=True))
+        return bool(self._call("DELETE", self._get_path(kind, name), kind, query=query, absent_ok=True)[1])
 
     def watch(self, kind: str, name: str) -> Iterator[Manifest | None]:
         """Yield the object now and whenever it changes, None once it is deleted, until the server ends the watch.
 
         Raises:
+            ServerLostError: the connection broke, or nothing came for longer than a watch lasts.
             ClusterError: the server refused.
-            WatchLostError: the connection broke.
         """
         query = {"fieldSelector": f"metadata.name={name}"}
-        found = self._call("GET", self._get_path(kind), kind, query=query)
+        found = self._call("GET", self._get_path(kind), kind, query=query)[1]
         items = cast(list[Manifest], found.get("items") or [])
         yield items[0] if items else None
         query |= {
@@ -105,31 +132,38 @@ class ApiServer:
             "resourceVersion": str(found["metadata"].get("resourceVersion", "")),
             "timeoutSeconds": str(WATCH_S),
         }
-        for line in self._stream(self._get_path(kind), kind, query):
-            event = cast(dict[str, Any], json.loads(line))
+        for line in self._stream(self._get_path(kind), kind, query, silent_s=WATCH_S + _SLACK_S):
+            try:
+                event = cast(dict[str, Any], json.loads(line))
+            except ValueError:  # its second half did not come
+                raise ServerLostError(f"{self._host} broke off in the middle of an event.") from None
             if event["type"] == "ERROR":  # what we saw last is too old by now
-                raise WatchLostError(str(event["object"].get("message")))
+                raise ServerLostError(f"{self._host}: {event['object'].get('message')}.")
             if event["type"] != "BOOKMARK":
                 yield None if event["type"] == "DELETED" else event["object"]
 
-    def stream_log(self, pod: str, *, since: str = "") -> Iterator[tuple[str, str]]:
-        """Yield (time, line) of a pod's log until it ends.
+    def stream_log(self, pod: str, *, since: str = "", follow: bool = True) -> Iterator[tuple[str, str]]:
+        """Yield (time, line) of a pod's log, until it ends or, not following, as far as it goes now.
 
         Args:
-            since: RFC 3339, with which the server leaves out most of what is older.
+            since: RFC 3339, with which the server leaves out what is older, by whole seconds.
 
         Raises:
+            ServerLostError: the connection broke, or the log said nothing for a while.
             ClusterError: the server refused.
-            WatchLostError: the connection broke.
         """
-        query = {"follow": "true", "timestamps": "true", **({"sinceTime": since} if since else {})}
-        for line in self._stream(f"{self._get_path('Pod', pod)}/log", "Pod", query):
+        query = {"timestamps": "true", **({"follow": "true"} if follow else {})}
+        query |= {"sinceTime": since} if since else {}
+        for line in self._stream(f"{self._get_path('Pod', pod)}/log", "Pod", query, silent_s=LOG_SILENT_S):
             time, _, text = line.partition(" ")
             yield time, text
 
     def _get_path(self, kind: str, name: str = "") -> str:
-        path = _PATHS[kind].format(namespace=self.namespace)
+        path = PATHS[kind].format(namespace=self.namespace)
         return f"{path}/{name}" if name else path
+
+    def _list(self, kind: str, query: dict[str, str]) -> list[Manifest]:
+        return cast(list[Manifest], self._call("GET", self._get_path(kind), kind, query=query)[1].get("items") or [])
 
     def _call(
         self,
@@ -140,26 +174,38 @@ class ApiServer:
         query: dict[str, str] | None = None,
         body: object = None,
         content_type: str = "application/json",
+        accept: str = _JSON,
         absent_ok: bool = False,
-    ) -> Manifest:
-        response = self._send(method, path, query or {}, body, content_type, timeout_s=(_TIMEOUT_S, _TIMEOUT_S))
-        with _reach(self._host, lost=ClusterError):
+    ) -> tuple[int, Manifest]:
+        headers = {"Accept": accept, **({"Content-Type": content_type} if body is not None else {})}
+        response = self._send(method, path, query or {}, body, headers, timeout_s=(_TIMEOUT_S, _TIMEOUT_S))
+        with self._reach():
             text = response.read().decode()
         if not 200 <= response.status <= 299:
             status = _parse_status(text)
             is_absent = response.status == 404 and cast(Any, status.get("details") or {}).get("name")
             if absent_ok and is_absent:
-                return {}
-            self._refuse(response.status, status, kind)
-        return cast(Manifest, json.loads(text))
+                return response.status, {}
+            raise self._explain(response.status, status, kind)
+        try:
+            return response.status, cast(Manifest, json.loads(text))
+        except ValueError:
+            raise ServerLostError(f"{self._host} answered with what is no JSON: {text[:80]!r}.") from None
 
-    def _stream(self, path: str, kind: str, query: dict[str, str]) -> Iterator[str]:
-        response = self._send("GET", path, query, None, "", timeout_s=(_TIMEOUT_S, WATCH_S + _TIMEOUT_S))
+    def _stream(self, path: str, kind: str, query: dict[str, str], *, silent_s: float) -> Iterator[str]:
+        """Yield the lines of an answer that goes on.
+
+        Args:
+            silent_s: so long without a byte, and the connection is given up.
+        """
+        response = self._send("GET", path, query, None, {"Accept": _JSON}, timeout_s=(_TIMEOUT_S, silent_s))
         if not 200 <= response.status <= 299:
-            self._refuse(response.status, _parse_status(response.read().decode()), kind)
+            with self._reach():
+                text = response.read().decode()
+            raise self._explain(response.status, _parse_status(text), kind)
         rest = b""
         try:
-            with _reach(self._host, lost=WatchLostError):
+            with self._reach():
                 for chunk in response.response.stream(amt=None, decode_content=True):
                     *lines, rest = (rest + chunk).split(b"\n")
                     for line in lines:
@@ -175,14 +221,11 @@ class ApiServer:
         path: str,
         query: dict[str, str],
         body: object,
-        content_type: str,
+        headers: dict[str, str],
         *,
-        timeout_s: tuple[int, int],
+        timeout_s: tuple[float, float],
     ) -> Any:
-        headers = {"Accept": "application/json, */*"}
-        if body is not None:
-            headers["Content-Type"] = content_type
-        with _reach(self._host, lost=ClusterError):
+        with self._reach():
             request = self._client.param_serialize(
                 method,
                 path,
@@ -197,36 +240,20 @@ class ApiServer:
     def _host(self) -> str:
         return str(self._client.configuration.host)
 
-    def _refuse(self, code: int, status: dict[str, Any], kind: str) -> NoReturn:
-        said = str(status.get("message") or status.get("reason") or f"HTTP {code}")
-        where = f"namespace {self.namespace} of {self._host}"
-        details = cast(dict[str, Any], status.get("details") or {})
-        match code:
-            case 401:
-                hint = "Log in to the cluster again (kubectl get pods shows whether you are)."
-            case 403 if "quota" in said:
-                hint = (
-                    "Lower what the run asks for (--set spot_nodes=N, cluster.max_workers=N), or have the quota raised."
-                )
-            case 403:
-                hint = (
-                    f"Ask for the right to get, list, watch, patch and delete {_PATHS[kind].rpartition('/')[2]} there."
-                )
-            case 404 if details.get("kind") == "namespaces":
-                hint = f"Create it (kubectl create namespace {self.namespace}), or --set namespace=NAME."
-            case 404 if kind in _MISSING and not details.get("name"):
-                raise ClusterError(f"{self._host}: {_MISSING[kind]}")
-            case 409:
-                hint = (
-                    "Somebody else has set these fields. Look at the object, then give --take-over to overwrite them."
-                )
-            case 400 | 422:
-                hint = (
-                    "The versions of KubeRay or Kubernetes there are others than ours; upgrade them, or use --override."
-                )
-            case _:
-                hint = "Try again; if it stays, look at the cluster."
-        raise ClusterError(f"{kind} in {where} was refused: {said.rstrip('.')}. {hint}")
+    def _explain(self, code: int, status: dict[str, Any], kind: str) -> ClusterError:
+        return explain(code, status, kind, host=self._host, namespace=self.namespace)
+
+    @contextlib.contextmanager
+    def _reach(self) -> Generator[None]:
+        """Turn what the client raises for a connection that fails into one error of ours."""
+        from urllib3.exceptions import HTTPError  # noqa: PLC0415 (comes with the client)
+
+        try:
+            yield
+        except (HTTPError, OSError, http.client.HTTPException) as error:
+            raise ServerLostError(
+                f"{self._host} cannot be reached: {error}. Check the network and the kubeconfig."
+            ) from error
 
 
 def connect(namespace: str, *, kubeconfig: str = "", context: str = "") -> ApiServer:
@@ -259,17 +286,6 @@ def connect(namespace: str, *, kubeconfig: str = "", context: str = "") -> ApiSe
     configuration.retries = 2
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # its retries are not for our users
     return ApiServer(client.ApiClient(configuration), namespace)
-
-
-@contextlib.contextmanager
-def _reach(host: str, *, lost: Callable[[str], Exception]) -> Generator[None]:
-    """Turn what the client raises for a connection that fails into one error of ours."""
-    from urllib3.exceptions import HTTPError  # noqa: PLC0415 (comes with the client)
-
-    try:
-        yield
-    except (HTTPError, OSError, http.client.HTTPException) as error:
-        raise lost(f"{host} cannot be reached: {error}. Check the network and the kubeconfig.") from error
 
 
 def _parse_status(text: str) -> dict[str, Any]:

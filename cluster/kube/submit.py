@@ -1,62 +1,73 @@
-"""A rendered stream on a cluster: applied, followed to its end, deleted on request."""
+"""A rendered stream on a cluster: applied once, found again, deleted on request."""
 
+import hashlib
 import json
-import re
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
+from cluster.kube.follow import describe, has_ended, has_finished
 from cluster.kube.manifests import Manifest
-from cluster.kube.server import ApiServer, WatchLostError
+from cluster.kube.needs import check_needs
+from cluster.kube.refusals import ForbiddenError, ServerLostError, keep_trying
+from cluster.kube.server import ApiServer
 from elastic.errors import ClusterError
 
-_ENDS = ("Complete", "Failed")
-_EXIT_CODE = re.compile(r"failed with exit code (\d+)")
-"""Ray's own words for an entrypoint that failed; KubeRay passes them on as the RayJob's message."""
-_OUR_CODES = (2, 3, 4)
 _SHARED_KINDS = ("PriorityClass",)
 """All runs use the same ones, so they outlive any."""
+_DIGEST = "solvent.dev/rendered"
+"""The annotation of a job by which the same command knows its own."""
 _DELETE_S = 180.0
-_LOG_RETRY_S = 2.0
-_MOST_BACKOFF_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ending:
-    """How a RayJob ended."""
+class Submitted:
+    """What became of a submission."""
 
-    kind: str
-    """finished | failed | deleted"""
-    reason: str
-    exit_code: int
-    attempts: int
+    job: str
+    how: Literal["applied", "found", "finished"]
+    """`finished`: this very run has been trained to its end, so there is nothing to start."""
 
 
 def submit(
     server: ApiServer, documents: Sequence[Manifest], *, on_conflict: str = "refuse", say: Callable[[str], None]
-) -> str:
-    """Apply the stream and return the RayJob's name; a job of that name that has ended makes room first.
+) -> Submitted:
+    """Apply the stream; a job of that name that has ended makes room first.
 
-    A job that still runs is left as it is, so that the same command, given again, finds it.
+    A job that has not ended is left as it is, so that the same command, given again, finds it. To apply it once more
+    would be refused: KubeRay has written to it since, and owns what that changed.
+
+    Args:
+        on_conflict: `refuse` fields of others, or `take` them over, also those of a job that has not ended.
 
     Raises:
         ClusterError: the cluster refused, or cannot be reached.
     """
     name = get_job_name(documents)
+    documents = _sign(documents)
     held = server.get("RayJob", name)
-    if held and get_status(held).get("jobDeploymentStatus") in (*_ENDS, "ValidationFailed"):
-        say(f"{name} has ended ({_describe(held)}); it is submitted again, and resumes")
-        server.delete("RayJob", name)
+    if held and held["metadata"].get("deletionTimestamp"):
         _wait_until_gone(server, name)
         held = None
-    if held and held.get("metadata", {}).get("deletionTimestamp"):
+    is_same = held is not None and _get_digest(held) == _get_digest(documents[-1])
+    if held and has_finished(held) and is_same:
+        say(
+            f"{name} has finished: nothing is left to train. Give it more steps (train.steps=N), another name "
+            "(run=...), or delete the job first (--delete)."
+        )
+        return Submitted(job=name, how="finished")
+    if held and not has_ended(held) and on_conflict != "take":
+        change = "" if is_same else "; what was changed since counts after --delete, or is forced in with --take-over"
+        say(f"{name} is there ({describe(held)}) and is left as it is{change}")
+        return Submitted(job=name, how="found")
+    check_needs(server, documents, say=say)
+    if held and has_ended(held):
+        say(f"{name} has ended ({describe(held)}); it is submitted again, and resumes")
+        keep_trying(lambda: server.delete("RayJob", name))
         _wait_until_gone(server, name)
-    for document in documents:
-        server.apply(document, on_conflict=on_conflict)
-        say(f"{document['kind']} {document['metadata']['name']} applied")
-    return name
+    _apply(server, documents, on_conflict=on_conflict, say=say)
+    return Submitted(job=name, how="applied")
 
 
 def get_job_name(documents: Sequence[Manifest]) -> str:
@@ -73,130 +84,70 @@ def delete(server: ApiServer, documents: Sequence[Manifest], *, say: Callable[[s
     for document in reversed(documents):
         kind, name = document["kind"], document["metadata"]["name"]
         if kind not in _SHARED_KINDS:
-            say(f"{kind} {name} {'deleted' if server.delete(kind, name) else 'was not there'}")
+            was_there = keep_trying(lambda kind=kind, name=name: server.delete(kind, name))
+            say(f"{kind} {name} {'deleted' if was_there else 'was not there'}")
     _wait_until_gone(server, get_job_name(documents))
 
 
-def follow(server: ApiServer, name: str, *, say: Callable[[str], None], show: Callable[[str], None]) -> Ending:
-    """Watch a job to its end, through lost connections.
-
-    Args:
-        say: takes what we have to tell, a change of state at a time.
-        show: takes the lines of the job's log; it is called from a thread of its own.
-
-    Raises:
-        ClusterError: the cluster refused.
-    """
-    log = _JobLog(server, name, show)
-    told = ""
-    backoff_s = 0.5
-    while True:
-        try:
-            for job in server.watch("RayJob", name):
-                backoff_s = 0.5
-                if job is None:
-                    log.stop()
-                    return Ending(kind="deleted", reason="the RayJob was deleted", exit_code=3, attempts=0)
-                if (now := _describe(job)) != told:
-                    told = now
-                    say(f"{name}: {now}")
-                state = str(get_status(job).get("jobDeploymentStatus", ""))
-                log.follow(is_running=state == "Running")
-                if state in (*_ENDS, "ValidationFailed"):
-                    log.stop()
-                    return _read_ending(job)
-        except WatchLostError as error:
-            say(f"{name}: {error} Trying again in {backoff_s:.1f} s.")
-            time.sleep(backoff_s)
-            backoff_s = min(2 * backoff_s, _MOST_BACKOFF_S)
+def _apply(server: ApiServer, documents: Sequence[Manifest], *, on_conflict: str, say: Callable[[str], None]) -> None:
+    """Apply all; if one is refused, take back what was new with it, as nothing else would ever delete that."""
+    made: list[tuple[str, str]] = []
+    try:
+        for document in documents:
+            kind, name = document["kind"], document["metadata"]["name"]
+            if kind in _SHARED_KINDS and _is_provided(server, document, say=say):
+                continue
+            apply = keep_trying(lambda document=document: server.apply(document, on_conflict=on_conflict))
+            if apply.is_new and kind not in _SHARED_KINDS:
+                made.append((kind, name))
+            say(f"{kind} {name} applied")
+    except ServerLostError:  # whether it took the last one is not known
+        raise
+    except ClusterError:
+        for kind, name in reversed(made):
+            try:
+                server.delete(kind, name)
+                say(f"{kind} {name} deleted again")
+            except ClusterError as error:
+                say(f"{kind} {name} is left behind: {error}")
+        raise
 
 
-def get_status(job: Manifest) -> dict[str, Any]:
-    """Return the status that KubeRay has given a job; empty before it has."""
-    return cast(dict[str, Any], job.get("status") or {})
+def _is_provided(server: ApiServer, document: Manifest, *, say: Callable[[str], None]) -> bool:
+    """Tell whether an object that all runs share need not be made: it is there, or others must see to that."""
+    kind, name = document["kind"], document["metadata"]["name"]
+    try:
+        held = keep_trying(lambda: server.get(kind, name))
+    except ForbiddenError:
+        say(
+            f"{kind} {name} was not looked for: the right to get it is missing. If it is not there, no pod starts: "
+            "have an administrator apply what solvent render ... --rights prints, once per cluster"
+        )
+        return True
+    if held is not None and held.get("value") != document["value"]:
+        say(f"{kind} {name} has the value {held.get('value')} there, not {document['value']}; it is left as it is")
+    return held is not None
 
 
-def _describe(job: Manifest) -> str:
-    status = get_status(job)
-    words = [str(status.get("jobDeploymentStatus") or "waiting for KubeRay")]
-    words += [str(status[key]) for key in ("jobStatus", "reason") if status.get(key)]
-    words += [f"failed attempts: {status['failed']}"] if status.get("failed") else []
-    return ", ".join(words)
+def _sign(documents: Sequence[Manifest]) -> list[Manifest]:
+    """Return the stream with its digest on the job, which is the last of it."""
+    digest = hashlib.sha256(json.dumps(documents, sort_keys=True).encode()).hexdigest()[:16]
+    *others, job = documents
+    annotations = {**job["metadata"].get("annotations", {}), _DIGEST: digest}
+    return [*others, {**job, "metadata": {**job["metadata"], "annotations": annotations}}]
 
 
-def _read_ending(job: Manifest) -> Ending:
-    status = get_status(job)
-    attempts = int(status.get("failed") or 0) + int(status.get("succeeded") or 0)
-    if status["jobDeploymentStatus"] == "Complete" and status.get("jobStatus") == "SUCCEEDED":
-        return Ending(kind="finished", reason="", exit_code=0, attempts=attempts)
-    message = " ".join(str(status.get("message") or "").split())
-    said = _EXIT_CODE.search(message)
-    code = int(said[1]) if said and int(said[1]) in _OUR_CODES else 1
-    reason = ": ".join(part for part in (str(status.get("reason") or ""), message[:500]) if part)
-    return Ending(kind="failed", reason=reason or _describe(job), exit_code=code, attempts=attempts)
+def _get_digest(job: Manifest) -> str | None:
+    return cast(dict[str, Any], job["metadata"].get("annotations") or {}).get(_DIGEST)
 
 
 def _wait_until_gone(server: ApiServer, name: str) -> None:
     deadline_s = time.monotonic() + _DELETE_S
-    while server.get("RayJob", name):
+    while keep_trying(lambda: server.get("RayJob", name)):
         if time.monotonic() > deadline_s:
             raise ClusterError(
                 f"RayJob {name} is still there {_DELETE_S:.0f} s after it was deleted: KubeRay has not let it go. Look "
-                f"at kubectl describe rayjob {name}, then try again."
+                f"at kubectl describe rayjob {name} (a service account or a Secret that it names and that is not there "
+                "keeps KubeRay 1.7.0 from it: create that), then try again."
             )
         time.sleep(0.5)
-
-
-class _JobLog:
-    """Shows the log of the pods that submit the job, attempt by attempt, each line once, beside the watch."""
-
-    def __init__(self, server: ApiServer, name: str, show: Callable[[str], None]) -> None:
-        self._server = server
-        self._selector = f"job-name={name}"
-        self._show = show
-        self._wanted = threading.Event()
-        self._stopping = threading.Event()
-        self._seen: dict[str, str] = {}
-        """Pod -> time of its last line that was shown."""
-        self._complete: set[str] = set()
-        self._thread = threading.Thread(target=self._run, name="job-log", daemon=True)
-
-    def follow(self, *, is_running: bool) -> None:
-        """Start, once there is something to read."""
-        if is_running and not self._wanted.is_set():
-            self._wanted.set()
-            self._thread.start()
-
-    def stop(self) -> None:
-        """Read what is left, but not for long."""
-        self._stopping.set()
-        if self._wanted.is_set():
-            self._thread.join(10 * _LOG_RETRY_S)
-
-    def _run(self) -> None:
-        while True:
-            is_last_round = self._stopping.is_set()
-            try:
-                pods = self._server.list_pods(self._selector)
-                for pod in [p["metadata"]["name"] for p in pods if p["metadata"]["name"] not in self._complete]:
-                    self._read(pod)
-            except (WatchLostError, ClusterError, json.JSONDecodeError):
-                pass  # the pod is not ready, is gone, or the connection broke; the watch says what matters
-            if is_last_round:
-                return
-            self._stopping.wait(_LOG_RETRY_S)
-
-    def _read(self, pod: str) -> None:
-        since = self._seen.get(pod, "")
-        for at, line in self._server.stream_log(pod, since=since):
-            if at > since:  # the server goes by whole seconds
-                self._seen[pod] = at
-                self._show(line)
-        if _is_over(self._server, pod):
-            self._complete.add(pod)
-
-
-def _is_over(server: ApiServer, pod: str) -> bool:
-    """Whether a pod has ended, so that its log is complete."""
-    found = server.get("Pod", pod)
-    return found is None or found.get("status", {}).get("phase") in ("Succeeded", "Failed")

@@ -168,7 +168,7 @@ def test_a_queued_job_that_breaks_a_rule_is_refused(streams, path, value, said):
         ("NetworkPolicy", "spec/policyTypes", ["Egress"], "must be 'Ingress'"),
         ("PodDisruptionBudget", "spec/selector/matchLabels", {"solvent.dev/run": "mine"}, "not the head alone"),
         ("PodDisruptionBudget", "spec/minAvailable", "50%", "must be of type int"),
-        ("PriorityClass", "globalDefault", True, "must be False"),
+        ("PriorityClass", "preemptionPolicy", "Always", "must be"),
         ("ConfigMap", "data/config.yaml", 5, "must be of type str"),
     ],
 )
