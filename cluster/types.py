@@ -22,6 +22,9 @@ def get_leave_limit_s(*, uses_gpus: bool) -> float:
     return _LEAVE_GPUS_S if uses_gpus else _LEAVE_S
 
 
+DRIVER_GONE = "its driver is gone"
+"""Why a coordinator ends a run that nobody watches any more; `attempts.jsonl` says it, and the next driver reads it."""
+
 OutcomeKind = Literal["finished", "interrupted", "lost", "failed"]
 Change = Literal[
     "finished",
@@ -33,6 +36,8 @@ Change = Literal[
     "trainer_lost",
     "trainer_stalled",
     "coordinator_lost",
+    "driver_lost",
+    "head_lost",
 ]
 """What ended an attempt."""
 _KINDS: dict[Change, OutcomeKind] = {
@@ -45,6 +50,8 @@ _KINDS: dict[Change, OutcomeKind] = {
     "trainer_lost": "lost",
     "trainer_stalled": "lost",
     "coordinator_lost": "lost",
+    "driver_lost": "interrupted",
+    "head_lost": "lost",
 }
 
 

@@ -5,6 +5,7 @@ none waits for the storage while it has it: rows are given to who appends them.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -17,7 +18,7 @@ from cluster.controller.failures import Failures, read_failures
 from cluster.cost import KnownPrices, Prices, get_usd_per_mtoken
 from cluster.ledger import Ledger, read_ledger
 from cluster.runtime.adapter import WorkerNode
-from cluster.types import AttemptEnded, AttemptStarted, Slot
+from cluster.types import DRIVER_GONE, AttemptEnded, AttemptStarted, Change, Slot
 from elastic.attempts import AttemptRow, History, build_row, close_torn_attempts, read_history
 from elastic.checkpoint.interval import estimate_mean_s_between_losses
 from elastic.config import RunConfig
@@ -26,6 +27,7 @@ from elastic.ports import Phase, Progress, Source
 from elastic.rundir import RunDir, append_row, end_torn_line, parse_utc, read_rows
 
 FLUSH_EVERY_S = 2.0
+_HEAD_GONE = "its head was lost, and with it whoever could have said why it ended"
 _FLUSH_BEHIND_S = 5.0
 """Rows end this long before now, so that what trainers tell about that time is in."""
 
@@ -234,6 +236,18 @@ class Books:
                 noticed_s=noticed_s,
             )
 
+    def inherit(self, last: Mapping[str, Any], now_s: float) -> None:
+        """Have the loss of the head or the driver that ended the last attempt booked, once the next one has a step."""
+        change: Change | None = "head_lost" if last.get("change") == "head_lost" else None
+        if last["end"] == "interrupted" and last["reason"].startswith(DRIVER_GONE):
+            change = "driver_lost"
+        if change is None:
+            return
+        self._ended_size, self._left_s = last["world_size"], parse_utc(last["end_utc"])
+        self._ended = AttemptEnded(
+            attempt=last["attempt"], members=(), change=change, reason=last["reason"], cause=None, noticed_s=now_s
+        )
+
     def _book_incident(self, attempt: _Attempt) -> None:
         """Write down the change before this attempt, now that its first step tells what it cost."""
         ended, self._ended = self._ended, None
@@ -367,13 +381,13 @@ def open_books(
     run_dir.root.mkdir(parents=True, exist_ok=True)
     run_dir.config.write_text(dump(config))
     if lost_s is None:
-        close_torn_attempts(run_dir)
+        close_torn_attempts(run_dir, reason=_HEAD_GONE, change="head_lost")
     for path in (run_dir.ledger, run_dir.incidents):
         end_torn_line(path)
     history = read_history(run_dir)
     attempts = list(read_rows(run_dir.attempts))
     failures = read_failures(attempts)
-    return Books(
+    books = Books(
         run_dir=run_dir,
         config=config,
         ledger=Ledger(read_ledger(read_rows(run_dir.ledger))),
@@ -387,3 +401,6 @@ def open_books(
         observed_s=sum(parse_utc(row["end_utc"]) - parse_utc(row["start_utc"]) for row in attempts),
         tokens=max((row["tokens"] for row in read_rows(run_dir.metrics)), default=0),
     )
+    if lost_s is None and attempts:
+        books.inherit(attempts[-1], time.time())
+    return books

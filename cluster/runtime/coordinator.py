@@ -36,6 +36,7 @@ from cluster.runtime.row_writer import RowWriter
 from cluster.runtime.seat import Seat
 from cluster.runtime.start_host import start_host
 from cluster.types import (
+    DRIVER_GONE,
     Action,
     AttemptEnded,
     AttemptStarted,
@@ -324,9 +325,9 @@ class Coordinator:
         if self._get_driver_silence_s() < self._config.fault.lease_s / 2:
             return
         if self._out.done is None:
-            self._decide(Stop(reason="its driver is gone"))
+            self._decide(Stop(reason=DRIVER_GONE))
             return
-        self._end_hosts("its driver is gone")
+        self._end_hosts(DRIVER_GONE)
         self.close()
         assert self._closing_up is not None
         self._closing_up.wait(2 * CLOSE_PATIENCE_S)

@@ -6,7 +6,7 @@ from cluster.controller import Policy, State
 from cluster.ledger import check_tiling, read_ledger
 from cluster.runtime.adapter import WorkerNode
 from cluster.runtime.books import open_books
-from cluster.types import AttemptStarted, Slot
+from cluster.types import DRIVER_GONE, AttemptEnded, AttemptStarted, Slot
 from elastic.config import CostConfig, RunConfig
 from elastic.ports import Progress
 from elastic.rundir import RunDir, append_row, format_utc, read_rows
@@ -33,10 +33,10 @@ def test_a_lost_node_is_idle_though_it_is_a_member_of_the_world_that_ends(tmp_pa
     assert states["survivor"] != "idle"
 
 
-def write_step(run_dir, step, time_s):
-    """As rank 0 of attempt 1 does, each second."""
+def write_step(run_dir, step, time_s, attempt=1):
+    """As rank 0 of an attempt does, each second."""
     time_utc = format_utc(time_s)
-    row = {"step": step, "tokens": 10 * step, "attempt": 1, "world_size": 2, "step_s": 1.0, "time_utc": time_utc}
+    row = {"step": step, "tokens": 10 * step, "attempt": attempt, "world_size": 2, "step_s": 1.0, "time_utc": time_utc}
     append_row(run_dir.metrics, row)
 
 
@@ -88,3 +88,59 @@ def test_a_node_that_joins_while_the_price_file_is_missing_is_booked_and_trains(
     books.close(1000.0)
     assert books.summary()["usd"] == pytest.approx(1.0)  # 1000 s at 3.6 USD an hour
     assert "no.yaml' cannot be read" in said[0]
+
+
+def resume(run_dir, *, at_s, attempt=2):
+    """Form the world of a next driver on another cluster, up to its first step; then that one is lost as well."""
+    books = open_books(str(run_dir.root), RunConfig())
+    books.follow_nodes({"m": WorkerNode(id="m", num_workers=1, offer="")}, at_s)
+    members = (Slot("m", "cpu0"),)
+    books.attempt_started(AttemptStarted(attempt=attempt, members=members), at_s + 1)
+    books.restored(members[0], Progress(step=1, tokens=10), "disk", at_s + 2)
+    write_step(run_dir, 2, at_s + 3, attempt=attempt)
+    books.stepped(members[0], Progress(step=2, tokens=20), [], at_s + 3)
+
+
+def test_the_loss_of_a_head_with_all_that_knew_of_it_is_an_incident_with_its_outage(tmp_path):
+    run_dir = RunDir(tmp_path)
+    books = open_books(str(tmp_path), RunConfig())
+    books.attempt_started(AttemptStarted(attempt=1, members=(Slot("n", "cpu0"), Slot("n", "cpu1"))), 100.0)
+    for step in (1, 2, 3):
+        write_step(run_dir, step, 101.0 + step)  # the last at 104 s; then the head is gone
+    resume(run_dir, at_s=140.0)
+    assert [row["change"] for row in read_rows(run_dir.attempts)] == ["head_lost"]
+    (incident,) = read_rows(run_dir.incidents)
+    assert (incident["kind"], incident["world"], incident["lost_steps"]) == ("head_lost", "2 -> 1", 2)
+    assert incident["outage_s"] == 143.0 - 104.0
+    resume(run_dir, at_s=200.0, attempt=3)
+    assert [row["outage_s"] for row in read_rows(run_dir.incidents)] == [39.0, 60.0]
+
+
+def test_the_loss_of_a_driver_is_an_incident_with_its_outage(tmp_path):
+    run_dir = RunDir(tmp_path)
+    members = (Slot("n", "cpu0"),)
+    books = open_books(str(tmp_path), RunConfig())
+    books.attempt_started(AttemptStarted(attempt=1, members=members), 100.0)
+    books.restored(members[0], Progress(), "scratch", 101.0)
+    write_step(run_dir, 1, 104.0)
+    books.stepped(members[0], Progress(step=1, tokens=10), [], 104.0)
+    ended = AttemptEnded(attempt=1, members=members, change="stopped", reason=DRIVER_GONE, cause=None, noticed_s=110.0)
+    books.attempt_ended(ended, 111.0)
+    books.close(112.0)
+    resume(run_dir, at_s=140.0)
+    (incident,) = read_rows(run_dir.incidents)
+    assert (incident["kind"], incident["lost_steps"], incident["outage_s"]) == ("driver_lost", 0, 143.0 - 104.0)
+
+
+def test_a_run_that_somebody_ended_on_purpose_has_no_incident(tmp_path):
+    run_dir = RunDir(tmp_path)
+    members = (Slot("n", "cpu0"),)
+    books = open_books(str(tmp_path), RunConfig())
+    books.attempt_started(AttemptStarted(attempt=1, members=members), 100.0)
+    books.stepped(members[0], Progress(step=1, tokens=10), [], 104.0)
+    reason = "interrupted from the keyboard"
+    ended = AttemptEnded(attempt=1, members=members, change="stopped", reason=reason, cause=None, noticed_s=110.0)
+    books.attempt_ended(ended, 111.0)
+    books.close(112.0)
+    resume(run_dir, at_s=140.0)
+    assert not list(read_rows(run_dir.incidents))
