@@ -5,8 +5,8 @@ scheduling-eviction/taint-and-toleration (2026-11-24). The grace period is, in t
 SOLVENT_GRACE_S in the environment, which a pod's template can set beside its `terminationGracePeriodSeconds` (the
 downward API does not offer that field); the pod's own specification, if its service account may get pods; 30 s, the
 default of Kubernetes. A pod that is being deleted says so in its `deletionTimestamp`, which is its true deadline and
-comes without a signal. To read the node's taints the pod needs NODE_NAME (fieldRef spec.nodeName) and the right to
-get nodes. `SOLVENT_KUBERNETES_URL` moves the API server.
+comes without a signal. To read the node's taints and labels the pod needs NODE_NAME (fieldRef spec.nodeName) and the
+right to get nodes (`--set node_notices=true`). `SOLVENT_KUBERNETES_URL` moves the API server.
 """
 
 from collections.abc import Sequence
@@ -31,6 +31,12 @@ _LEAVING_TAINTS = {
     "ToBeDeletedByClusterAutoscaler": "the cluster autoscaler ends the node",
 }
 """Taints that say that the node goes. Each gives the pod its grace period, at the least."""
+_LEAVING_LABELS = {
+    "qos.coreweave.cloud/pending-preemption": "CoreWeave takes the node",
+}
+"""The same as labels. CoreWeave sets its own to "true" up to seven minutes before it drains the node; the least is not
+said. Source: docs.coreweave.com, platform/capacity-plans/spot-node-pools and
+products/sunk/deploy_sunk/use-spot-capacity (2026-11-30)."""
 _ADVICE_TAINTS = {
     "node.kubernetes.io/unschedulable": "the node is cordoned",
     "aws-node-termination-handler/rebalance-recommendation": "rebalance recommendation",
@@ -56,10 +62,10 @@ def open_feeds(machine: Machine) -> list[Feed]:
     if api.is_usable and (node := machine.env.get("NODE_NAME")):
         url = f"{api.base}/api/v1/nodes/{node}"
 
-        def read_taints() -> Sequence[NodeNotice]:
+        def read_node() -> Sequence[NodeNotice]:
             return parse_node(api.get(url), grace_s=grace_s or api.pod_grace_s or DEFAULT_GRACE_S)
 
-        feeds.append(Feed(name="node taints", every_s=_EVERY_S, read=read_taints, url=url))
+        feeds.append(Feed(name="node taints and labels", every_s=_EVERY_S, read=read_node, url=url))
     return feeds
 
 
@@ -81,22 +87,29 @@ def parse_pod(response: Response) -> tuple[float | None, Sequence[NodeNotice]]:
 
 
 def parse_node(response: Response, *, grace_s: float) -> Sequence[NodeNotice]:
-    """Read the taints of a node.
+    """Read the taints and the labels of a node.
 
     Args:
-        grace_s: what the pod gets once it is evicted; taints carry no time to go by.
+        grace_s: what the pod gets once it is evicted; neither carries a time to go by.
 
     Raises:
         NoticeError: the answer is no node.
     """
-    spec: Any = _parse_kind(response, "Node").get("spec")
+    node = _parse_kind(response, "Node")
+    labels: Any = node["metadata"].get("labels")
+    leave = [
+        NodeNotice(id=key, reason=f"{reason} (label {key})", lead_s=grace_s)
+        for key, reason in _LEAVING_LABELS.items()
+        if isinstance(labels, dict) and cast(dict[str, Any], labels).get(key) == "true"
+    ]
+    spec: Any = node.get("spec")
     taints: Any = spec.get("taints") if isinstance(spec, dict) else None
     if taints is None:
-        return []
+        return leave
     if not isinstance(taints, list) or not all(isinstance(taint, dict) for taint in taints):
         raise NoticeError(f"the node was answered with {get_excerpt(response)}: its taints are no list of objects.")
     keys = [key for taint in cast(list[dict[str, Any]], taints) if isinstance(key := taint.get("key"), str)]
-    leave = [
+    leave += [
         NodeNotice(id=key, reason=f"{_LEAVING_TAINTS[key]} (taint {key})", lead_s=grace_s)
         for key in keys
         if key in _LEAVING_TAINTS

@@ -215,6 +215,7 @@ class Kubernetes(Server):
 
     def __init__(self, root: Path) -> None:
         self.taints: list[dict] = []
+        self.labels: dict[str, str] = {"kubernetes.io/hostname": "gke-1"}
         self.deletion: str | None = None
         self.grace_s = 25
         account = root / "var/run/secrets/kubernetes.io/serviceaccount"
@@ -247,5 +248,6 @@ class Kubernetes(Server):
             spec = {"terminationGracePeriodSeconds": self.grace_s}
             return 200, json.dumps({"kind": "Pod", "metadata": metadata, "spec": spec}), {}
         if path == "/api/v1/nodes/gke-1":
-            return 200, json.dumps({"kind": "Node", "metadata": {}, "spec": {"taints": self.taints}}), {}
+            node = {"kind": "Node", "metadata": {"labels": self.labels}, "spec": {"taints": self.taints}}
+            return 200, json.dumps(node), {}
         return 403, '{"kind": "Status", "code": 403}', {}

@@ -76,7 +76,7 @@ def test_a_feed_that_gets_no_answer_says_so_with_an_error_that_the_watch_knows(n
 
 FIELDS = [
     *("action", "time", "noticeTime", "DocumentIncarnation", "Events", "Resources", "EventId", "EventType"),
-    *("EventStatus", "NotBefore", "kind", "metadata", "spec", "taints", "key", "deletionTimestamp"),
+    *("EventStatus", "NotBefore", "kind", "metadata", "spec", "taints", "labels", "key", "deletionTimestamp"),
     "terminationGracePeriodSeconds",
 ]
 RESPONSES = st.builds(
@@ -480,6 +480,20 @@ def test_taints_that_end_a_node_count_and_a_cordon_is_advice(watch, tmp_path):
     assert not watched.drains
     server.taints.append({"key": "cloud.google.com/impending-node-termination", "effect": "NoSchedule"})
     drained_s, departure = watched.wait_for_drain()
+    assert departure.deadline_s - drained_s == pytest.approx(server.grace_s, abs=0.5)
+    server.close()
+
+
+def test_the_label_by_which_coreweave_announces_a_preemption_is_a_notice(watch, tmp_path):
+    server = Kubernetes(tmp_path)
+    server.labels["qos.coreweave.cloud/pending-preemption"] = "false"
+    server.taints = [{"key": "node.kubernetes.io/unschedulable", "effect": "NoSchedule"}]
+    watched = watch("kubernetes", server.get_env())
+    watched.wait_for_line("cordoned")
+    assert not watched.drains
+    server.labels["qos.coreweave.cloud/pending-preemption"] = "true"
+    drained_s, departure = watched.wait_for_drain()
+    assert "CoreWeave takes the node" in departure.reason
     assert departure.deadline_s - drained_s == pytest.approx(server.grace_s, abs=0.5)
     server.close()
 
