@@ -4,9 +4,11 @@ CONFIG is a YAML file; key=value overrides its keys. Training again under the sa
 """
 
 import argparse
+import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cluster.cli._runs import add_json, print_json, text_on_stderr
 from cluster.cost import load_prices
@@ -16,20 +18,41 @@ from elastic.ports import MetricSink
 from elastic.rundir import RunDir
 from elastic.storage import is_url, join_url, open_storage
 
+if TYPE_CHECKING:
+    from cluster.runtime.retries import RetriedDriver
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Take a configuration."""
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", metavar="key=value", nargs="*")
+    parser.add_argument(
+        "--stop-retries",
+        action="store_true",
+        help="as the entrypoint of a Ray job that is tried again (KubeRay): end it for good where that cannot help",
+    )
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, and return 0 finished, 2 wrong input, 3 interrupted and resumable, 1 anything else."""
+    if not args.stop_retries:
+        return _train(args, None)
+    from cluster.runtime.retries import stop_retries
+
+    with stop_retries() as driver:
+        return _train(args, driver)
+
+
+def _train(args: argparse.Namespace, driver: "RetriedDriver | None") -> int:
     from elastic.config_load import load
 
     config = load(args.config, args.overrides)
+    if driver:
+        driver.begin(config)
     check_before_paying(config)
+    if (step := find_last_step(config)) >= config.train.steps:
+        return _tell_finished(args, config, step)
 
     from cluster.runtime.driver import get_address, train
     from cluster.runtime.view import View
@@ -42,11 +65,30 @@ def run(args: argparse.Namespace) -> int:
     ):
         ending = train(config, address=get_address(), on_update=view.update)
         view.end(ending)
+    if driver:
+        driver.take(kind=ending.kind, reason=ending.reason, exit_code=ending.exit_code)
     if args.json:
         print_json(
             {"run": join_url(config.storage, config.run), "end": ending.kind, "reason": ending.reason, **ending.books}
         )
     return ending.exit_code
+
+
+def find_last_step(config: RunConfig) -> int:
+    """Return the step of the run's newest checkpoint, asked for before a node is; 0 if there is none."""
+    from elastic.checkpoint.layout import list_committed
+
+    storage = open_storage(join_url(config.storage, config.run))
+    return max((checkpoint.step for checkpoint in list_committed(storage)), default=0)
+
+
+def _tell_finished(args: argparse.Namespace, config: RunConfig, step: int) -> int:
+    run = join_url(config.storage, config.run)
+    reason = f"all steps done: {run} is at step {step}, and train.steps={config.train.steps}, so no node is asked for"
+    print(f"finished: {reason}", file=sys.stderr if args.json else sys.stdout)
+    if args.json:
+        print_json({"run": run, "end": "finished", "reason": reason})
+    return 0
 
 
 def get_run_dir(config: RunConfig) -> RunDir:

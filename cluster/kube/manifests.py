@@ -325,6 +325,7 @@ class AutoscalerOptions(TypedDict):
     idleTimeoutSeconds: Count
     resources: Resources
     securityContext: ContainerSecurity
+    args: NotRequired[list[str]]
 
 
 class AuthOptions(TypedDict):
@@ -345,27 +346,6 @@ class RayCluster(TypedDict):
     workerGroupSpecs: list[WorkerGroup]
 
 
-class DeletionCondition(TypedDict):
-    """When a deletion rule applies."""
-
-    jobStatus: NotRequired[Literal["SUCCEEDED", "FAILED"]]
-    jobDeploymentStatus: NotRequired[Literal["Failed"]]
-    ttlSeconds: Count
-
-
-class DeletionRule(TypedDict):
-    """What is deleted when."""
-
-    condition: DeletionCondition
-    policy: Literal["DeleteWorkers", "DeleteCluster", "DeleteSelf", "DeleteNone"]
-
-
-class DeletionStrategy(TypedDict):
-    """What is deleted after the job."""
-
-    deletionRules: list[DeletionRule]
-
-
 class SubmitterConfig(TypedDict):
     """Of the pod that submits the job to the head."""
 
@@ -383,9 +363,9 @@ class RayJobSpec(TypedDict):
     preRunningDeadlineSeconds: Positive
     activeDeadlineSeconds: Positive
     suspend: NotRequired[bool]
-    shutdownAfterJobFinishes: NotRequired[bool]
-    ttlSecondsAfterFinished: NotRequired[Count]
-    deletionStrategy: NotRequired[DeletionStrategy]
+    shutdownAfterJobFinishes: Literal[True]
+    """No deletionRules: none applies to a job that was stopped, and its cluster would be paid for on and on."""
+    ttlSecondsAfterFinished: Count
     rayClusterSpec: RayCluster
 
 

@@ -25,7 +25,8 @@ class Options:
     memory_gib_per_node: int = 0
     """0: estimated from the model and the least number of workers (see sizing.py)."""
     spot_nodes: int = -1
-    """Most spot nodes. -1: enough for cluster.max_workers."""
+    """Most spot nodes, those that are leaving included. -1: enough for cluster.max_workers, and for as many that leave:
+    the replacement of a node under notice is then asked for at once, and not after its end."""
     on_demand_nodes: int = -1
     """Most on-demand nodes, used when there is no spot. -1: enough for cluster.min_workers."""
     head_cpus: int = 2
@@ -42,6 +43,9 @@ class Options:
     """A Secret with Ray's token under `auth_token`. Empty: KubeRay makes one per cluster."""
     service_account: str = ""
     """For the cloud's identity (IRSA, workload identity). It must exist. Empty: KubeRay's own on the head only."""
+    node_notices: bool = False
+    """Let workers read the labels and taints of their nodes, by which some clouds (CoreWeave) and autoscalers say that
+    a node goes before its pods are told. Needs service_account, with the rights that solvent render --rights prints."""
     queue: str = ""
     """Kueue's local queue. Kueue cannot follow an autoscaler, so the number of spot nodes is then fixed."""
     monitor: bool = False
@@ -49,20 +53,18 @@ class Options:
     monitor_namespace: str = "monitoring"
     """Where Prometheus runs; it may connect to the metrics port."""
     backoff_limit: int = 20
-    """New clusters after a lost head or a failed attempt; each resumes the run."""
+    """New clusters after a lost head or a failed attempt; each resumes the run. What cannot get better is not tried."""
     pre_running_deadline_s: int = 3600
     """An attempt that has no head and no driver by then fails, and the next one starts."""
     active_deadline_s: int = 14 * 86400
     """The job ends when an attempt has taken so long: KubeRay tries no other then. It bounds what a hang can cost."""
     keep_finished_s: int = 60
-    """A cluster that has finished is deleted after this."""
-    keep_failed_s: int = 900
-    """A cluster that has failed is kept for so long, so that its logs can be read."""
+    """The cluster of a job that has ended, however it did, is deleted after this; the driver's log stays readable."""
 
     def __post_init__(self) -> None:
         for name in ("gpus_per_node", "head_cpus", "head_memory_gib", "pre_running_deadline_s", "active_deadline_s"):
             self._require_at_least(1, name)
-        for name in ("cpus_per_node", "memory_gib_per_node", "backoff_limit", "keep_finished_s", "keep_failed_s"):
+        for name in ("cpus_per_node", "memory_gib_per_node", "backoff_limit", "keep_finished_s"):
             self._require_at_least(0, name)
         for name in ("spot_nodes", "on_demand_nodes"):
             self._require_at_least(-1, name)
@@ -70,6 +72,11 @@ class Options:
             raise ConfigError(
                 f"--set claim_path={self.claim_path} is no absolute path of plain names, so nothing can be mounted "
                 "there. Try --set claim_path=/mnt/solvent."
+            )
+        if self.node_notices and not self.service_account:
+            raise ConfigError(
+                "--set node_notices=true needs a service account that may read nodes, and no pod would have one. Add "
+                "--set service_account=NAME, and apply what solvent render ... --rights prints."
             )
         for name in self.secret_names:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):

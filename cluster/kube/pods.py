@@ -27,6 +27,18 @@ HEAD_PRIORITY = "solvent-head"
 WORKER_PRIORITY = "solvent-worker"
 CONFIG_FOLDER = "/etc/solvent"
 _HEAD_GRACE_S = 30
+"""While it trains, a head stays for as long as its workers may need it to save together."""
+_MOST_WAIT_S = _HEAD_GRACE_S - 4
+DRIVER_MARK = "--stop-retries"
+"""By this option of its command the head's hook knows that the driver still runs."""
+_END_HEAD = (
+    f"n=0; while [ $n -lt {_MOST_WAIT_S} ] && grep -qs -e '[-]{DRIVER_MARK[1:]}' /proc/[0-9]*/cmdline; "
+    "do sleep 1; n=$((n+1)); done; "
+    'for p in /proc/[0-9]*; do read -r name 2>/dev/null < "$p/comm" && [ "$name" = gcs_server ] && kill "${p#/proc/}"; '
+    "done; true"
+)
+AUTOSCALER_COMMAND = "trap 'exit 0' TERM; $KUBERAY_GEN_AUTOSCALER_START_CMD & wait $!"
+"""Process 1 of the autoscaler's container, which else ignores SIGTERM for the whole grace period."""
 USER_ID = 1000
 """k8s/Dockerfile makes this user."""
 _NOTICE_FILE = "/tmp/solvent-notice"
@@ -39,7 +51,11 @@ def get_container_security() -> ContainerSecurity:
 
 
 def build_head(name: str, options: Options, cloud: Cloud, *, is_autoscaling: bool) -> PodTemplate:
-    """Return the head's pod: driver and coordinator, on a node that stays."""
+    """Return the head's pod: driver and coordinator, on a node that stays.
+
+    Its process 1 is a shell that ignores SIGTERM, so each head would be paid for until SIGKILL. The preStop hook waits
+    for the driver alone, and then ends Ray's first process; with it `ray start --block` ends, and so does the shell.
+    """
     container: Container = {
         "name": "ray-head",
         "image": options.image,
@@ -49,6 +65,7 @@ def build_head(name: str, options: Options, cloud: Cloud, *, is_autoscaling: boo
             {"name": "dashboard", "containerPort": 8265},
             {"name": "metrics", "containerPort": 8080},
         ],
+        "lifecycle": {"preStop": {"exec": {"command": ["/bin/sh", "-c", _END_HEAD]}}},
         "resources": _require(cpus=options.head_cpus, memory_gib=options.head_memory_gib),
         "securityContext": get_container_security(),
         "volumeMounts": [
@@ -80,6 +97,8 @@ def build_worker(name: str, options: Options, cloud: Cloud, capacity: Capacity, 
         {"name": "SOLVENT_NOTICE_FILE", "value": _NOTICE_FILE},
         {"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": str(drain_s)},
     ]
+    if options.node_notices:
+        env.append({"name": "NODE_NAME", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}})
     container: Container = {
         "name": "ray-worker",
         "image": options.image,
@@ -91,7 +110,7 @@ def build_worker(name: str, options: Options, cloud: Cloud, capacity: Capacity, 
         "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}, *_mount_claim(options)],
     }
     spec = _build_spec(options, container, grace_s=cloud.grace_s, priority=WORKER_PRIORITY)
-    spec["automountServiceAccountToken"] = False
+    spec["automountServiceAccountToken"] = options.node_notices
     spec["affinity"] = _spread_over_nodes(capacity)
     if options.gpu:
         spec["nodeSelector"] = {cloud.gpu_label: options.gpu}

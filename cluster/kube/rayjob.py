@@ -27,7 +27,9 @@ from cluster.kube.names import get_job_name
 from cluster.kube.options import Options
 from cluster.kube.placement import check_placement
 from cluster.kube.pods import (
+    AUTOSCALER_COMMAND,
     CONFIG_FOLDER,
+    DRIVER_MARK,
     HEAD_PRIORITY,
     ROLE_LABEL,
     RUN_LABEL,
@@ -77,30 +79,19 @@ def _build_job(name: str, options: Options, cloud: Cloud, sizes: Sizes, *, clust
     if options.queue:
         labels["kueue.x-k8s.io/queue-name"] = options.queue
     spec: RayJobSpec = {
-        "entrypoint": f"solvent train {CONFIG_FOLDER}/config.yaml",
+        # A run that only fails again stops its own job, which KubeRay then does not try again (runtime/retries.py).
+        "entrypoint": f"solvent train {CONFIG_FOLDER}/config.yaml {DRIVER_MARK}",
         "submissionMode": "K8sJobMode",
         "submitterConfig": {"backoffLimit": 2},
         "submitterPodTemplate": build_submitter(name, options, cloud),
         "backoffLimit": options.backoff_limit,
         "preRunningDeadlineSeconds": options.pre_running_deadline_s,
         "activeDeadlineSeconds": options.active_deadline_s,
+        # No deletionRules: none of theirs applies to a job that was stopped. Kueue wants it this way, too.
+        "shutdownAfterJobFinishes": True,
+        "ttlSecondsAfterFinished": options.keep_finished_s,
         "rayClusterSpec": _build_cluster(name, options, cloud, sizes, cluster_cpus),
     }
-    if options.queue:  # Kueue takes back what it lent by suspending, which wants this older way of cleaning up
-        spec["shutdownAfterJobFinishes"] = True
-        spec["ttlSecondsAfterFinished"] = options.keep_finished_s
-    else:
-        kept = {"SUCCEEDED": options.keep_finished_s, "FAILED": options.keep_failed_s}
-        spec["deletionStrategy"] = {
-            "deletionRules": [
-                {"condition": {"jobStatus": "SUCCEEDED", "ttlSeconds": kept["SUCCEEDED"]}, "policy": "DeleteCluster"},
-                {"condition": {"jobStatus": "FAILED", "ttlSeconds": kept["FAILED"]}, "policy": "DeleteCluster"},
-                {
-                    "condition": {"jobDeploymentStatus": "Failed", "ttlSeconds": kept["FAILED"]},
-                    "policy": "DeleteCluster",
-                },
-            ]
-        }
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
@@ -133,6 +124,7 @@ def _build_cluster(name: str, options: Options, cloud: Cloud, sizes: Sizes, clus
             "idleTimeoutSeconds": _IDLE_S,
             "resources": {"requests": {"cpu": "500m", "memory": "512Mi"}, "limits": {"memory": "1Gi"}},
             "securityContext": get_container_security(),
+            "args": [AUTOSCALER_COMMAND],
         }
         cluster["autoscalerOptions"] = autoscaler
     return cluster
@@ -141,6 +133,9 @@ def _build_cluster(name: str, options: Options, cloud: Cloud, sizes: Sizes, clus
 def _build_groups(name: str, options: Options, cloud: Cloud, sizes: Sizes, cluster_cpus: int) -> list[WorkerGroup]:
     """Return the spot group and the one to fall back on; Ray's autoscaler tries the higher priority first."""
     spot_nodes = sizes.most_nodes if options.spot_nodes < 0 else options.spot_nodes
+    # A pod that was given notice counts until it is gone; its replacement is only asked for if there is room beside it.
+    # Nobody asks for more than the run's workers, so this rents no more of them.
+    num_leaving = spot_nodes if options.spot_nodes < 0 and not options.queue else 0
     on_demand_nodes = sizes.least_nodes if options.on_demand_nodes < 0 else options.on_demand_nodes
     on_demand_nodes = 0 if options.queue else on_demand_nodes
     if spot_nodes + on_demand_nodes < sizes.least_nodes:
@@ -168,7 +163,7 @@ def _build_groups(name: str, options: Options, cloud: Cloud, sizes: Sizes, clust
             made["idleTimeoutSeconds"] = _IDLE_S
         return made
 
-    groups = [build(SPOT_GROUP, "spot", cloud.spot, spot_nodes, 10)]
+    groups = [build(SPOT_GROUP, "spot", cloud.spot, spot_nodes + num_leaving, 10)]
     if on_demand_nodes:
         groups.append(build(ON_DEMAND_GROUP, "on-demand", cloud.on_demand, on_demand_nodes, 0))
     return groups

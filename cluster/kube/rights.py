@@ -4,14 +4,16 @@ Rights of one namespace do. PriorityClasses have none, so a Role cannot grant th
 missing only if it may.
 """
 
-from collections.abc import Sequence
-from typing import Any, NotRequired, TypedDict, cast
+from collections.abc import Sequence, Set
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from cluster.kube.manifests import Manifest, Metadata
 from cluster.kube.needs import find_needs
 from cluster.kube.server import PATHS
 
 ROLE = "solvent-submit"
+WATCH_ROLE = "solvent-node-notices"
+_RBAC = "rbac.authorization.k8s.io"
 _MADE = ["create", "patch", "delete"]
 """Server-side apply asks for the first two."""
 _FOLLOWED = ["get", "list", "watch"]
@@ -27,19 +29,29 @@ class Rule(TypedDict):
 
 
 class Role(TypedDict):
-    """Rights in one namespace."""
+    """Rights in one namespace, or (ClusterRole) in all and for what belongs to none."""
 
     apiVersion: str
-    kind: str
+    kind: Literal["Role", "ClusterRole"]
     metadata: Metadata
     rules: list[Rule]
+
+
+class Binding(TypedDict):
+    """Who has the rights of a role."""
+
+    apiVersion: str
+    kind: Literal["RoleBinding", "ClusterRoleBinding"]
+    metadata: Metadata
+    roleRef: dict[str, str]
+    subjects: list[dict[str, str]]
 
 
 def build_rights(documents: Sequence[Manifest]) -> list[Manifest]:
     """Return the stream's PriorityClasses, and the Role with which it can be submitted, followed and deleted."""
     namespace = documents[-1]["metadata"]["namespace"]
     kinds = dict.fromkeys(document["kind"] for document in documents if document["kind"] != "PriorityClass")
-    rules: list[Rule] = [_allow(kind, [*_FOLLOWED, *_MADE] if kind == "RayJob" else _MADE) for kind in kinds]
+    rules = [_allow(kind, [*_FOLLOWED, *_MADE] if kind == "RayJob" else _MADE) for kind in kinds]
     rules += [
         _allow("Pod", ["get", "list"]),
         {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]},
@@ -47,15 +59,50 @@ def build_rights(documents: Sequence[Manifest]) -> list[Manifest]:
     ]
     # of these only whether they exist; a Secret's right cannot be had without its values
     for kind, name in find_needs(documents):
-        rules.append({**_allow(kind, ["get"]), "resourceNames": [name]})
-    role: Role = {
-        "apiVersion": "rbac.authorization.k8s.io/v1",
-        "kind": "Role",
-        "metadata": {"name": ROLE, "namespace": namespace},
-        "rules": rules,
-    }
+        rule = _allow(kind, ["get"])
+        rule["resourceNames"] = [name]
+        rules.append(rule)
+    role = _build_role("Role", ROLE, rules, namespace)
     shared = [document for document in documents if document["kind"] == "PriorityClass"]
-    return [*shared, cast(Manifest, role)]
+    return [*shared, *_build_watch_rights(documents[-1], namespace), cast(Manifest, role)]
+
+
+def _build_watch_rights(job: Manifest, namespace: str) -> list[Manifest]:
+    """Return what lets the service account of workers that watch their nodes do so; nothing if they do not."""
+    templates = [group["template"]["spec"] for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]]
+    accounts = {spec["serviceAccountName"] for spec in templates if spec.get("automountServiceAccountToken")}
+    if not accounts:
+        return []
+    name = f"{WATCH_ROLE}-{namespace}"
+    nodes: Rule = {"apiGroups": [""], "resources": ["nodes"], "verbs": ["get"]}
+    made = [
+        _build_role("ClusterRole", name, [nodes]),
+        _build_binding("ClusterRoleBinding", name, accounts, namespace),
+        _build_role("Role", WATCH_ROLE, [_allow("Pod", ["get"])], namespace),
+        _build_binding("RoleBinding", WATCH_ROLE, accounts, namespace),
+    ]
+    return cast(list[Manifest], made)
+
+
+def _build_role(kind: Literal["Role", "ClusterRole"], name: str, rules: list[Rule], namespace: str = "") -> Role:
+    metadata: Metadata = {"name": name, "namespace": namespace} if namespace else {"name": name}
+    return {"apiVersion": f"{_RBAC}/v1", "kind": kind, "metadata": metadata, "rules": rules}
+
+
+def _build_binding(
+    kind: Literal["RoleBinding", "ClusterRoleBinding"], name: str, accounts: Set[str], namespace: str
+) -> Binding:
+    is_of_all = kind == "ClusterRoleBinding"
+    role = {"apiGroup": _RBAC, "kind": "ClusterRole" if is_of_all else "Role", "name": name}
+    subjects = [{"kind": "ServiceAccount", "name": account, "namespace": namespace} for account in sorted(accounts)]
+    metadata: Metadata = {"name": name} if is_of_all else {"name": name, "namespace": namespace}
+    return {
+        "apiVersion": f"{_RBAC}/v1",
+        "kind": kind,
+        "metadata": metadata,
+        "roleRef": role,
+        "subjects": subjects,
+    }
 
 
 def describe_rights(namespace: str) -> str:

@@ -104,40 +104,6 @@ def _find_in_document(document: Manifest) -> Iterator[str]:
 # ---- the operator's
 
 
-def find_bad_deletion(stream: Stream) -> Iterator[str]:
-    """Either a time to live or rules, one rule per condition and policy, in the order workers, cluster, self."""
-    spec = stream.job["spec"]
-    rules = spec.get("deletionStrategy", {}).get("deletionRules", [])
-    shuts_down = spec.get("shutdownAfterJobFinishes", False)
-    if shuts_down == bool(rules):
-        yield (
-            f"shutdownAfterJobFinishes={shuts_down} with {len(rules)} deletionRules: KubeRay takes one of the two, and "
-            "without either a finished cluster is paid for on and on. Drop one, or add the other."
-        )
-    if spec.get("ttlSecondsAfterFinished") and not shuts_down:
-        yield "ttlSecondsAfterFinished needs shutdownAfterJobFinishes: true. Set it, or use deletionRules."
-    if spec.get("suspend") and not shuts_down:
-        yield "suspend: true needs shutdownAfterJobFinishes: true. Set it instead of deletionRules."
-    order = ("DeleteWorkers", "DeleteCluster", "DeleteSelf")
-    seen: dict[tuple[str, str], int] = {}
-    for index, rule in enumerate(rules):
-        condition = rule["condition"]
-        when = [status for key in ("jobStatus", "jobDeploymentStatus") if (status := condition.get(key))]
-        if len(when) != 1:
-            yield f"deletionRules[{index}] must have one of jobStatus and jobDeploymentStatus. Leave one."
-            continue
-        if rule["policy"] == "DeleteWorkers" and stream.cluster["enableInTreeAutoscaling"]:
-            yield f"deletionRules[{index}]: DeleteWorkers is not for clusters that scale. Use DeleteCluster."
-        where = "deployment" if "jobDeploymentStatus" in condition else "job"
-        if (f"{where} {when[0]}", rule["policy"]) in seen:
-            yield f"deletionRules[{index}] is there twice ({when[0]}, {rule['policy']}). Drop one."
-        seen[f"{where} {when[0]}", rule["policy"]] = condition["ttlSeconds"]
-    for when in sorted({when for when, _ in seen}):
-        times = [seen[when, policy] for policy in order if (when, policy) in seen]
-        if times != sorted(times):
-            yield f"deletionRules for {when}: workers go first, then the cluster, then the RayJob. Order ttlSeconds so."
-
-
 def find_bad_replicas(stream: Stream) -> Iterator[str]:
     """Keep minReplicas <= replicas <= maxReplicas."""
     for path, group in stream.groups:
@@ -183,8 +149,6 @@ def find_bad_kueue(stream: Stream) -> Iterator[str]:
         return
     if stream.cluster["enableInTreeAutoscaling"]:
         yield "a RayJob in a Kueue queue must have enableInTreeAutoscaling: false. Set it, or drop the queue's label."
-    if not stream.job["spec"].get("shutdownAfterJobFinishes"):
-        yield "a RayJob in a Kueue queue must have shutdownAfterJobFinishes: true. Set it, or drop the queue's label."
     if len(stream.groups) > _MOST_KUEUE_GROUPS:
         yield f"a RayJob in a Kueue queue has {_MOST_KUEUE_GROUPS} worker groups at most, not {len(stream.groups)}."
 
@@ -236,9 +200,11 @@ def find_bad_grace(stream: Stream) -> Iterator[str]:
 
 
 def find_missing_token_guard(stream: Stream) -> Iterator[str]:
-    """Keep the API server's token out of every pod but the head."""
+    """Keep the API server's token out of every pod but the head, and workers that are to watch their nodes."""
     for path, pod in stream.pods[1:]:
-        if pod["spec"].get("automountServiceAccountToken", True):
+        env = {variable["name"] for variable in pod["spec"]["containers"][0].get("env", [])}
+        watches = "NODE_NAME" in env and "serviceAccountName" in pod["spec"]
+        if pod["spec"].get("automountServiceAccountToken", True) and not watches:
             yield f"{path}: a service-account token has no use there. Set automountServiceAccountToken: false."
 
 
@@ -308,7 +274,6 @@ def find_bad_neighbours(stream: Stream) -> Iterator[str]:
 
 
 RULES: tuple[Callable[[Stream], Iterator[str]], ...] = (
-    find_bad_deletion,
     find_bad_replicas,
     find_bad_groups,
     find_bad_autoscaler,

@@ -17,7 +17,7 @@ from elastic.errors import ConfigError
 
 RAY_TOKEN = "RAY_AUTH_TOKEN"
 _FOLDER = "/tmp/solvent-config"
-_KUBERNETES_ONLY = ("secret", "auth_secret", "service_account", "queue", "monitor")
+_KUBERNETES_ONLY = ("secret", "auth_secret", "service_account", "node_notices", "queue", "monitor")
 
 
 def plan_task(config: RunConfig, options: Options) -> tuple[Sizes, int]:

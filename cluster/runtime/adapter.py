@@ -3,6 +3,8 @@
 Checked against ray 2.60 (`check_version` refuses others; tests/ray/test_adapter.py is the contract).
 """
 
+import asyncio
+import json
 import math
 import os
 import re
@@ -304,6 +306,38 @@ def post(method: Any, *args: object) -> None:
 def kill(actor: Any) -> None:
     """End an actor at once."""
     ray.kill(actor)
+
+
+# ---- the Ray job that this process is the entrypoint of
+
+
+def stop_own_job(message: str) -> None:
+    """Mark the Ray job that started this process as stopped, with a message; whatever the exit code, it stays so.
+
+    Ray offers to stop a job, but not to say why; nor does it let an entrypoint choose what its exit means. Its own
+    supervisor, which writes down the end of a process, leaves a job that has ended as it is.
+
+    Raises:
+        SolventError: this process is no job's entrypoint, or the head does not answer.
+    """
+    job: Any = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    submission = cast(dict[str, Any], job.get("metadata") or {}).get("job_submission_id")
+    address = os.environ.get("RAY_ADDRESS")
+    if not submission or not address:
+        raise SolventError(
+            "this process is not the entrypoint of a Ray job, so there is none to stop. Leave --stop-retries out."
+        )
+    from ray._raylet import GcsClient  # noqa: PLC0415 # pyright: ignore[reportAttributeAccessIssue]
+    from ray.dashboard.modules.job.common import JobInfoStorageClient, JobStatus  # noqa: PLC0415 (untyped)
+
+    async def stop() -> None:
+        jobs: Any = JobInfoStorageClient(GcsClient(address=address))
+        await jobs.put_status(submission, JobStatus.STOPPED, message=message)
+
+    try:
+        asyncio.run(stop())
+    except (RpcError, RuntimeError, TimeoutError) as error:
+        raise SolventError(f"the Ray job {submission} cannot be stopped for good: {error}") from error
 
 
 # ---- Ray Train

@@ -2,6 +2,7 @@
 
 import json
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -182,6 +183,20 @@ def test_the_role_that_render_prints_is_enough_to_submit_follow_and_delete(api, 
     assert err.count("the right to get it is missing") == len(classes)  # they belong to the whole cluster
     assert main([*COMMAND, *words, "--delete"]) == 0
     assert {kind for kind, _ in get_made(api)} == {"PriorityClass", "Secret", "ServiceAccount"}
+
+
+def test_workers_that_watch_their_nodes_may_do_so_with_what_render_prints(capsys):
+    words = ["--set", "service_account=trainer", "--set", "node_notices=true"]
+    _, others = get_rights(capsys, *words)
+    made = {document["kind"]: document for document in others}
+    assert made["ClusterRole"]["rules"] == [{"apiGroups": [""], "resources": ["nodes"], "verbs": ["get"]}]
+    account = {"kind": "ServiceAccount", "name": "trainer", "namespace": "default"}
+    for binding in ("ClusterRoleBinding", "RoleBinding"):
+        assert made[binding]["subjects"] == [account]
+        assert made[binding]["roleRef"]["name"] == made[made[binding]["roleRef"]["kind"]]["metadata"]["name"]
+    for document in others:
+        kubernetes_validate.validate(document, "1.32", strict=True)
+    assert "ClusterRole" not in {document["kind"] for document in get_rights(capsys)[1]}
 
 
 def test_a_right_that_is_missing_for_the_log_is_told_once_and_the_job_is_followed(api, capsys):

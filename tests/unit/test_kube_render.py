@@ -205,13 +205,43 @@ def test_the_notice_that_the_hook_writes_is_one_that_the_node_watch_reads(tmp_pa
 def test_groups_hold_the_workers_that_the_run_wants_whole_nodes_at_a_time():
     documents = render(make_config(min_workers=3, max_workers=17), "generic", make_options(gpus_per_node=4))
     groups = get_job(documents)["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-    assert [group["maxReplicas"] for group in groups] == [5, 1]
+    assert [group["maxReplicas"] for group in groups] == [10, 1]  # 5 nodes of 4 GPUs, and as many that are leaving
     assert groups[0]["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "4"
+
+
+def test_workers_get_a_token_only_to_watch_their_nodes():
+    for watches in (True, False):
+        options = make_options(node_notices=watches, service_account="trainer")
+        spec = get_job(render(make_config(), "generic", options))["spec"]
+        pod = spec["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]
+        assert pod["automountServiceAccountToken"] == watches
+        assert ("NODE_NAME" in {variable["name"] for variable in pod["containers"][0]["env"]}) == watches
+        assert not spec["submitterPodTemplate"]["spec"]["automountServiceAccountToken"]
+
+
+@pytest.mark.parametrize(("settings", "most"), [({}, 8), ({"spot_nodes": 4}, 4), ({"queue": "team"}, 4)])
+def test_a_node_under_notice_has_room_beside_it_for_its_replacement_unless_nodes_are_limited(settings, most):
+    groups = get_job(render(make_config(), "generic", make_options(**settings)))["spec"]["rayClusterSpec"]
+    assert groups["workerGroupSpecs"][0]["maxReplicas"] == most
+
+
+def test_a_head_whose_driver_is_gone_ends_at_once_and_so_does_its_autoscaler():
+    cluster = get_job(render(make_config(), "generic", make_options()))["spec"]["rayClusterSpec"]
+    (container,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+    assert "gcs_server" in container["lifecycle"]["preStop"]["exec"]["command"][-1]
+    assert cluster["autoscalerOptions"]["args"][0].startswith("trap 'exit 0' TERM; ")
+
+
+def test_what_cannot_get_better_is_told_to_the_driver_of_a_job_that_kuberay_tries_again():
+    spec = get_job(render(make_config(), "generic", make_options()))["spec"]
+    assert spec["entrypoint"].endswith(" --stop-retries") and spec["backoffLimit"] > 0
+    # KubeRay applies no deletionRule to a job that was stopped: only this ends its cluster
+    assert spec["shutdownAfterJobFinishes"] and "deletionStrategy" not in spec
 
 
 def test_a_queue_fixes_the_number_of_nodes_and_turns_the_autoscaler_off():
     spec = get_job(render(make_config(), "eks-spot", make_options(queue="team")))["spec"]
-    assert spec["shutdownAfterJobFinishes"] and "deletionStrategy" not in spec
+    assert spec["shutdownAfterJobFinishes"]
     assert not spec["rayClusterSpec"]["enableInTreeAutoscaling"]
     group = spec["rayClusterSpec"]["workerGroupSpecs"][0]
     assert (group["minReplicas"], group["replicas"], group["maxReplicas"]) == (4, 4, 4)
