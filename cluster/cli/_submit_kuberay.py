@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
             print_json(result if args.detach else {**result, "end": "finished", "reason": "", "attempts": 0})
         return 0
     try:
-        ending = follow(server, submitted.job, say=_say, show=_say if args.json else _show)
+        colors = "keep" if sys.stdout.isatty() and not args.json else "strip"
+        ending = follow(server, submitted.job, say=_say, show=_say if args.json else _show, colors=colors)
     except KeyboardInterrupt:
         _say(f"{submitted.job} goes on without being watched; the same command follows it again, with --delete it ends")
         raise

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from cluster.kube.job_log import JobLog
 from cluster.kube.job_warnings import JobWarnings
+from cluster.kube.log_lines import Colors
 from cluster.kube.manifests import Manifest
 from cluster.kube.refusals import ServerLostError
 from cluster.kube.server import ApiServer
@@ -32,17 +33,25 @@ class Ending:
     attempts: int
 
 
-def follow(server: ApiServer, name: str, *, say: Callable[[str], None], show: Callable[[str], None]) -> Ending:
+def follow(
+    server: ApiServer,
+    name: str,
+    *,
+    say: Callable[[str], None],
+    show: Callable[[str], None],
+    colors: Colors = "strip",
+) -> Ending:
     """Watch a job to its end; a server that is away for a while, or overloaded, is asked again for as long as it takes.
 
     Args:
         say: takes what we have to tell, a change of state at a time; it is called from several threads.
         show: takes the lines of the job's log; it is called from a thread of its own.
+        colors: `keep` those of the log for a terminal.
 
     Raises:
         ClusterError: the server refused.
     """
-    log = JobLog(server, name, show=show, say=say)
+    log = JobLog(server, name, show=show, say=say, colors=colors)
     warnings = JobWarnings(server, name, say=say)
     try:
         ending = _watch(server, name, say=say, log=log, warnings=warnings)

@@ -2,8 +2,9 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from cluster.kube.log_lines import Colors, LogLines
 from cluster.kube.refusals import ForbiddenError, ServerLostError
 from cluster.kube.server import LOG_SILENT_S, ApiServer
 from elastic.errors import ClusterError
@@ -21,12 +22,19 @@ class JobLog:
     """
 
     def __init__(
-        self, server: ApiServer, name: str, *, show: Callable[[str], None], say: Callable[[str], None]
+        self,
+        server: ApiServer,
+        name: str,
+        *,
+        show: Callable[[str], None],
+        say: Callable[[str], None],
+        colors: Colors = "strip",
     ) -> None:
         self._server = server
         self._name = name
         self._show = show
         self._say = say
+        self._lines = LogLines(colors=colors)
         self._stopping = threading.Event()
         self._is_forbidden = False
         self._seen: dict[str, tuple[str, int]] = {}
@@ -76,17 +84,24 @@ class JobLog:
         is_over = is_last or _is_over(self._server, pod)
         since, num_shown = self._seen.get(pod, ("", 0))
         num_again = 0
-        for at, line in self._server.stream_log(pod, since=since, follow=not is_over):
-            num_again += at == since
-            if at < since or (at == since and num_again <= num_shown):
-                continue  # the server goes by whole seconds
-            last, num = self._seen.get(pod, ("", 0))
-            self._seen[pod] = (at, num + 1 if at == last else 1)
-            self._show(line)
-            if self._stopping.is_set() and not is_last:
-                return
+        try:
+            for at, line in self._server.stream_log(pod, since=since, follow=not is_over):
+                num_again += at == since
+                if at < since or (at == since and num_again <= num_shown):
+                    continue  # the server goes by whole seconds
+                last, num = self._seen.get(pod, ("", 0))
+                self._seen[pod] = (at, num + 1 if at == last else 1)
+                self._show_all(self._lines.take(line))
+                if self._stopping.is_set() and not is_last:
+                    return
+        finally:
+            self._show_all(self._lines.flush())
         if is_over:
             self._complete.add(pod)
+
+    def _show_all(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self._show(line)
 
 
 def _is_over(server: ApiServer, pod: str) -> bool:

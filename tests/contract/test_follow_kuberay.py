@@ -6,6 +6,7 @@ import pytest
 
 from cluster.kube import server
 from tests.contract._kube_submission import NAME, Submission, api, end_pod, finish, get_made, start_job
+from tests.unit.test_log_lines import RAYS
 
 pytest.importorskip("kubernetes")
 __all__ = ["api"]  # a fixture
@@ -193,6 +194,17 @@ def test_lines_of_one_moment_are_shown_once_each(api, capsys):
     finish(api)
     assert submission.get_code() == 0
     assert capsys.readouterr().out.splitlines()[2:] == [f"part {part}" for part in range(6)]
+
+
+def test_colors_bars_and_rays_own_tracebacks_are_not_shown_where_no_terminal_is(api, capsys):
+    submission = Submission()
+    start_job(api)
+    api.add_log("mine-abc12", "\x1b[36m(autoscaler)\x1b[0m Resized", " 10%|#\r100%|##| 2/2", *RAYS)
+    finish(api)
+    assert submission.get_code() == 0
+    *_, resized, bar, lost = capsys.readouterr().out.splitlines()
+    assert (resized, bar) == ("(autoscaler) Resized", "100%|##| 2/2")
+    assert lost.startswith("(the job's log broke off at the head: ") and "ClientConnectorError" in lost
 
 
 def test_why_a_job_does_not_start_is_told_from_the_clusters_warnings(api, capsys):
