@@ -98,11 +98,17 @@ def build(args: argparse.Namespace) -> "Submission":
 
 
 def _submit(args: argparse.Namespace, server: "JobServer", submission: "Submission") -> int:
+    from cluster.log_lines import LogLines
     from cluster.runtime.submit import Ending, Limits, follow, submit
     from cluster.runtime.supervise import submit_with_patience, supervise
 
     limits = Limits(patience_s=args.patience_s or _PATIENCE_S, pending_s=args.pending_s or _PENDING_S)
-    show = _say if args.json else _show
+    lines = LogLines(colors="keep" if sys.stdout.isatty() and not args.json else "strip")
+
+    def show(line: str) -> None:
+        for shown in lines.take(line):
+            (_say if args.json else _show)(shown)
+
     if args.detach:
         job = submit(server, submission, nonce=secrets.token_hex(8), say=_say)
         if args.json:
@@ -117,6 +123,8 @@ def _submit(args: argparse.Namespace, server: "JobServer", submission: "Submissi
     except KeyboardInterrupt:
         _say("the run goes on without being watched; the same command follows it again, with --delete it ends")
         raise
+    for line in lines.flush():
+        (_say if args.json else _show)(line)
     if args.json:
         fields = {"run": submission.run, "end": ending.kind, "reason": ending.reason, "attempts": ending.attempts}
         print_json({**fields, "exit_code": ending.exit_code})

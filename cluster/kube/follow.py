@@ -8,10 +8,10 @@ from typing import Any, cast
 
 from cluster.kube.job_log import JobLog
 from cluster.kube.job_warnings import JobWarnings
-from cluster.kube.log_lines import Colors
 from cluster.kube.manifests import Manifest
 from cluster.kube.refusals import ServerLostError
 from cluster.kube.server import ApiServer
+from cluster.log_lines import Colors
 
 _ENDS = ("Complete", "Failed", "ValidationFailed")
 _EXIT_CODE = re.compile(r"failed with exit code (\d+)")

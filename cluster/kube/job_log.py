@@ -4,9 +4,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from cluster.kube.log_lines import Colors, LogLines
 from cluster.kube.refusals import ForbiddenError, ServerLostError
 from cluster.kube.server import LOG_SILENT_S, ApiServer
+from cluster.log_lines import Colors, LogLines
 from elastic.errors import ClusterError
 
 _RETRY_S = 2.0

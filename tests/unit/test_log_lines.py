@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.kube.log_lines import LogLines
+from cluster.log_lines import LogLines
 
 RAYS = """\
 Traceback (most recent call last):
