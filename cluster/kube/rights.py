@@ -52,11 +52,8 @@ def build_rights(documents: Sequence[Manifest]) -> list[Manifest]:
     namespace = documents[-1]["metadata"]["namespace"]
     kinds = dict.fromkeys(document["kind"] for document in documents if document["kind"] != "PriorityClass")
     rules = [_allow(kind, [*_FOLLOWED, *_MADE] if kind == "RayJob" else _MADE) for kind in kinds]
-    rules += [
-        _allow("Pod", ["get", "list"]),
-        {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]},
-        _allow("Event", ["list"]),
-    ]
+    log: Rule = {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]}
+    rules += [_allow("Pod", ["get", "list"]), log, _allow("Event", ["list"])]
     # of these only whether they exist; a Secret's right cannot be had without its values
     for kind, name in find_needs(documents):
         rule = _allow(kind, ["get"])
