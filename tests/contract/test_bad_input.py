@@ -270,10 +270,21 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(s
     assert read_tree(place) == before
 
 
+@pytest.mark.parametrize("words", [[], ["train.steps=1"]], ids=["the same steps", "fewer steps"])
+def test_a_run_that_has_finished_says_so_and_asks_for_no_node(saved, no_ray, words):
+    places = [f"storage={saved.storage}", f"data.path={saved.data}"]
+    result = call([*SOLVENT, "train"], saved.config, *places, *words, **no_ray)
+    assert result.returncode == 0, result.stderr
+    assert "finished: all steps done" in result.stdout and "no node is asked for" in result.stdout
+    result = call([*SOLVENT, "train", "--json"], saved.config, *places, *words, **no_ray)
+    assert json.loads(result.stdout)["end"] == "finished"
+
+
 def test_a_run_that_has_trained_waits_for_room_before_it_starts_again(saved, mount, no_ray):
     place = mount("-t", "tmpfs", "-o", "size=2m", "tmpfs")
     fill(place, left_bytes=0)
-    with start([*SOLVENT, "train"], saved.config, f"storage={place}", f"data.path={saved.data}", **no_ray) as command:
+    words = [f"storage={place}", f"data.path={saved.data}", "train.steps=1000"]
+    with start([*SOLVENT, "train"], saved.config, *words, **no_ray) as command:
         told = command.stderr.readline()
         assert f"{place / 'saved'}" in told and told.endswith("Trying for 30 s.\n"), told
         assert command.poll() is None
