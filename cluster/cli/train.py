@@ -40,8 +40,7 @@ def run(args: argparse.Namespace) -> int:
         return _train(args, None)
     from cluster.runtime.retries import stop_retries
 
-    with stop_retries() as driver:
-        return _train(args, driver)
+    return stop_retries(lambda driver: _train(args, driver))
 
 
 def _train(args: argparse.Namespace, driver: "RetriedDriver | None") -> int:

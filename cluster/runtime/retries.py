@@ -9,14 +9,12 @@ Final are: wrong input (exit code 2), a run that its coordinator gave up (no ste
 and drivers that follow each other without one more checkpoint between them.
 """
 
-import atexit
 import errno
 import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -35,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 _WRONG = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EINVAL)
 """Storage that is named wrongly, or forbidden; what else fails may pass, and the run may have been trained."""
+_LOG_S = 2.0
+"""Ray shows no more of a job's log once the job has ended, and looks for new lines every second."""
 _MAY_RESUME = 3
 """The exit code of a run that the same command resumes."""
 
@@ -133,27 +133,34 @@ class RetriedDriver:
         self._storage.write(KEY, [json.dumps(fields).encode()])
 
 
-@contextmanager
-def stop_retries() -> Generator[RetriedDriver]:
-    """Have this process's Ray job end for good if it fails in a way that would only repeat itself.
+def stop_retries(train: Callable[[RetriedDriver], int]) -> int:
+    """Train, and have this process's Ray job end for good if that fails in a way that would only repeat itself.
 
-    The job is stopped when the process ends: once it is, Ray shows no more of its log.
+    Raises:
+        SolventError: it failed in a way that may pass.
     """
     reasons: list[str] = []
-    with RetriedDriver(reasons.append) as driver:
-        atexit.register(_stop_own_job, reasons)
-        yield driver
+    try:
+        with RetriedDriver(reasons.append) as driver:
+            code = train(driver)
+    except SolventError as error:
+        if not reasons:
+            raise
+        sys.stderr.write(f"solvent: {error}\n")
+        code = error.exit_code
+    if reasons:
+        _stop_own_job(reasons[-1])
+    return code
 
 
-def _stop_own_job(reasons: list[str]) -> None:
-    if not reasons:
-        return
+def _stop_own_job(reason: str) -> None:
     from cluster.runtime import adapter  # noqa: PLC0415 (a driver that never came to Ray need not have waited for it)
 
     sys.stdout.flush()
     sys.stderr.flush()
+    time.sleep(_LOG_S)
     try:
-        adapter.stop_own_job(reasons[-1])
+        adapter.stop_own_job(reason)
     except SolventError as error:
         logger.warning("%s", error)
 

@@ -52,7 +52,7 @@ class KubeApi:
         self.refuses_to_create = {}
         """The same for what is applied only."""
         self.stumbles = []
-        """HTTP codes (429, 5xx) of the next answers."""
+        """HTTP codes (429, 5xx) of the next answers; None: that one is as it should be."""
         self.missing = set()
         self.undeclared = set()
         """Fields that the CRD, which is an older one, does not have."""
@@ -185,7 +185,8 @@ class _Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(_RefusedError, ConnectionError):
             if self.api.stumbles:
                 code = self.api.stumbles.pop(0)
-                self.refuse(code, f"the server is not well ({code})")
+                if code is not None:
+                    self.refuse(code, f"the server is not well ({code})")
             if self.headers.get("Authorization") != f"Bearer {TOKEN}":
                 self.refuse(401, "Unauthorized")
             kind = PLURALS.get(plural)

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from cluster.cli import main
+from cluster.kube import refusals
 from tests.contract._kube_api import TOKEN, KubeApi
 from tests.contract._kube_submission import COMMAND, NAME, Submission, api, finish, get_made, start_job
 
@@ -242,6 +243,16 @@ def test_an_image_pull_secret_of_an_override_must_be_there(api, capsys, tmp_path
     (tmp_path / "fragment.yaml").write_text(yaml.safe_dump(fragment))
     assert main([*COMMAND, "--detach", "--override", str(tmp_path / "fragment.yaml")]) == 1
     assert "namespace default has no Secret pull" in capsys.readouterr().err
+
+
+def test_a_server_that_is_not_well_while_a_run_is_applied_or_deleted_is_asked_again(api, monkeypatch):
+    monkeypatch.setattr(refusals, "_RETRY_S", 0.1)
+    api.stumbles = [None, 503, None, 500, 429, None, 502]
+    assert main([*COMMAND, "--detach"]) == 0
+    assert ("RayJob", NAME) in api.objects
+    api.stumbles = [504, None, 500]
+    assert main([*COMMAND, "--delete"]) == 0
+    assert ("RayJob", NAME) not in api.objects
 
 
 def test_no_cluster_is_one_line_too(capsys, tmp_path, monkeypatch):
