@@ -29,6 +29,8 @@ CONFIG_FOLDER = "/etc/solvent"
 _HEAD_GRACE_S = 30
 """While it trains, a head stays for as long as its workers may need it to save together."""
 _MOST_WAIT_S = _HEAD_GRACE_S - 4
+_SUBMITTER_GRACE_S = 5
+"""It has nothing to save, and its process 1 is a shell that ignores SIGTERM as well."""
 DRIVER_MARK = "--stop-retries"
 """By this option of its command the head's hook knows that the driver still runs."""
 _END_HEAD = (
@@ -127,7 +129,7 @@ def build_submitter(name: str, options: Options, cloud: Cloud) -> PodTemplate:
         "resources": {"requests": {"cpu": "500m", "memory": "512Mi"}, "limits": {"memory": "1Gi"}},
         "securityContext": get_container_security(),
     }
-    spec = _build_spec(options, container, grace_s=_HEAD_GRACE_S, priority=HEAD_PRIORITY)
+    spec = _build_spec(options, container, grace_s=_SUBMITTER_GRACE_S, priority=HEAD_PRIORITY)
     spec["automountServiceAccountToken"] = False
     spec["affinity"] = {"nodeAffinity": require_nodes(cloud.on_demand)}
     spec["tolerations"] = list(cloud.on_demand.tolerations)

@@ -105,7 +105,7 @@ class ApiServer:
         Raises:
             ServerLostError, ClusterError: as for `apply`.
         """
-        return self._list("Event", {"fieldSelector": "type=Warning"})
+        return self._list("Event", {"fieldSelector": "type=Warning", "resourceVersion": "0"})  # 0: what it has at hand
 
     def delete(self, kind: str, name: str) -> bool:
         """Delete an object and what it owns; False if there is none.
