@@ -5,7 +5,6 @@ Ceilings are measured, not looked up: a data sheet knows neither the power limit
 
 import argparse
 import dataclasses
-import json
 import mmap
 import os
 import statistics
@@ -29,6 +28,7 @@ from elastic.metrics import get_memory_gib
 from elastic.ports import WorldSpec
 from elastic.precision import get_dtype
 from elastic.step import build_trainable, train_step
+from elastic.strict_json import dump_json
 from elastic.world import World, close_world, open_world
 
 _WARMUPS = 3
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"solvent: {error}", file=sys.stderr)  # noqa: T201 - a command
         return error.exit_code
     found = {"ceilings": dataclasses.asdict(ceilings), "steps": [dataclasses.asdict(rate) for rate in rates]}
-    print(json.dumps(found, indent=2) if args.json else _format(ceilings, rates))  # noqa: T201 - a command
+    print(dump_json(found, indent=2) if args.json else _format(ceilings, rates))  # noqa: T201 - a command
     return 0
 
 

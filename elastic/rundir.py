@@ -4,7 +4,6 @@
 """
 
 import errno
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic.errors import StorageError
+from elastic.strict_json import dump_json, load_json
 
 ORIGIN = "hf"
 """The folder of a run with what came with an imported model beside its weights."""
@@ -90,12 +90,12 @@ def parse_utc(text: str) -> float:
 
 
 def append_row(path: Path, row: Mapping[str, object]) -> None:
-    """Append one JSON line with one write, so that a reader never sees half of a line that was written whole.
+    """Append one line of strict JSON with one write, so that no reader sees half of a line that was written whole.
 
     Raises:
         StorageError: the storage is full, read-only or gone; a torn line may be left.
     """
-    line = (json.dumps(row, allow_nan=True) + "\n").encode()
+    line = (dump_json(row) + "\n").encode()
     try:
         with path.open("ab", buffering=0) as file:
             if file.write(line) < len(line):  # what the last free page could hold
@@ -108,7 +108,10 @@ def append_row(path: Path, row: Mapping[str, object]) -> None:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the whole lines of a JSONL file; a last line cut short by a crash is left out, a missing file is empty."""
+    """Yield the whole lines of a JSONL file; a last line cut short by a crash is left out, a missing file is empty.
+
+    What is not finite is None, as null and as the bare words that earlier versions wrote.
+    """
     if not path.exists():
         return
     with path.open(encoding="utf-8") as file:
@@ -116,7 +119,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith("\n"):
                 return
             try:
-                yield json.loads(line)
+                yield load_json(line)
             except ValueError:  # a torn line that a later attempt wrote on
                 continue
 

@@ -1,7 +1,6 @@
 """How a verb takes RUN and --json."""
 
 import argparse
-import json
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager, redirect_stdout
@@ -12,6 +11,7 @@ from tempfile import TemporaryDirectory
 from elastic.errors import StorageError
 from elastic.rundir import RunDir
 from elastic.storage import Storage, is_url, open_storage
+from elastic.strict_json import dump_json
 
 RUNS = Path("runs")
 
@@ -89,4 +89,4 @@ def text_on_stderr() -> Generator[None]:
 
 def print_json(value: object) -> None:
     """Print one JSON object on stdout."""
-    print(json.dumps(value, indent=2))
+    print(dump_json(value, indent=2))

@@ -1,6 +1,5 @@
 """The curves of the report, thinned to what a screen can show: pure, plain lists for the page's script."""
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import groupby
@@ -25,7 +24,7 @@ def build_curves(story: Story) -> dict[str, Any]:
     worlds = [list(rows) for _, rows in groupby(story.all_rows, key=lambda row: (row["attempt"], row["world_size"]))]
     return {
         "loss": _thin(_smooth(story.rows), y=1, limit=_MAX_POINTS),
-        "valLoss": [[r["tokens"], r["val_loss"]] for r in story.rows if math.isfinite(r.get("val_loss", math.nan))],
+        "valLoss": [[r["tokens"], r["val_loss"]] for r in story.rows if r.get("val_loss") is not None],
         "borders": [[rows[0]["tokens"], rows[0]["attempt"], rows[0]["world_size"]] for rows in worlds],
         "startS": start_s,
         "spanS": end_s - start_s,
@@ -41,7 +40,7 @@ def _smooth(rows: Sequence[Row]) -> list[Point]:
 
     The mean runs forwards and then backwards, so that it does not trail behind a steep curve.
     """
-    rows = [row for row in rows if math.isfinite(row["loss"])]
+    rows = [row for row in rows if row["loss"] is not None]
     keep = 1 - 1 / max(4, len(rows) / 150)
     forwards = _running_mean([row["loss"] for row in rows], keep)
     smooth = _running_mean(forwards[::-1], keep)[::-1]

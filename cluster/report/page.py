@@ -3,7 +3,6 @@
 Tables and figures are in the HTML itself; `page.js` draws the curves. Nothing is loaded from a network.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from cluster.report.story import Row, Story, read_story
 from elastic.ports import Phase
 from elastic.redact import redact
 from elastic.rundir import RunDir, format_utc
+from elastic.strict_json import dump_json
 
 _HERE = Path(__file__).parent
 
@@ -39,7 +39,7 @@ def build_report(run_dir: RunDir, *, now_s: float | None = None) -> Path:
 def render(story: Story, *, now_s: float) -> str:
     """Return the page."""
     # "<" never appears in the data, so no string of the run can close its script element
-    data = json.dumps(build_curves(story), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    data = dump_json(build_curves(story), separators=(",", ":")).replace("<", "\\u003c")
     config = yaml.safe_dump(redact(story.config), sort_keys=False) if story.config else "config.yaml is missing."
     return Template((_HERE / "page.html").read_text()).substitute(
         css=(_HERE / "page.css").read_text(),

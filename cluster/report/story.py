@@ -56,8 +56,8 @@ class Story:
         return [row["step"] for row in self.rows if "bad_step" in row]
 
     def get_last(self, column: str) -> Any:
-        """Return the newest value of a column that not every row has; None if no row has it."""
-        return next((row[column] for row in reversed(self.rows) if row.get(column) is not None), None)
+        """Return the newest value of a column that not every row has; None if no row has it, or it is not finite."""
+        return next((row[column] for row in reversed(self.rows) if column in row), None)
 
     def get_state(self, now_s: float) -> State:
         """Return how the newest attempt ended, or whether it is still heard of."""

@@ -22,6 +22,7 @@ from elastic.checkpoint.shards import Box
 from elastic.errors import CheckpointError, StorageError
 from elastic.ports import Progress
 from elastic.storage import Storage
+from elastic.strict_json import dump_json
 
 FORMAT_VERSION = 2
 CHECKPOINTS = "checkpoints/"
@@ -160,7 +161,7 @@ def commit(storage: Storage, directory: str, manifest: Manifest) -> None:
     Raises:
         StorageError: another writer was faster.
     """
-    data = json.dumps({"format_version": FORMAT_VERSION, **asdict(manifest)}, separators=(",", ":")).encode()
+    data = dump_json({"format_version": FORMAT_VERSION, **asdict(manifest)}, separators=(",", ":")).encode()
     key = f"{directory}/{MANIFEST}"
     if not storage.put_new(key, data):
         epoch = json.loads(storage.read(key)).get("epoch", 0)

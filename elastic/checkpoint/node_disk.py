@@ -20,6 +20,7 @@ from zlib_ng.zlib_ng import crc32
 from elastic.checkpoint.arena import Arena
 from elastic.direct import write_all
 from elastic.storage.local import sync
+from elastic.strict_json import dump_json
 
 _MOST_STATES = 4
 """Of so many states files are kept as long as nobody says which one is complete: short worlds leave one each."""
@@ -82,7 +83,7 @@ class NodeDisk:
         if path.exists():
             return
         unfinished = path.with_suffix(_UNFINISHED)
-        text = json.dumps(about).encode()
+        text = dump_json(about).encode()
         tail = len(text).to_bytes(8, "big") + crc32(text).to_bytes(8, "big")
         try:
             with unfinished.open("wb", buffering=0) as file:
