@@ -4,7 +4,7 @@ An attempt whose writer was killed left rows in `metrics.jsonl` and none here; t
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from elastic.ports import Source
@@ -30,7 +30,8 @@ class AttemptRow:
     resumed_from: Source | None
     """None: killed before it could say."""
     lost_steps: int
-    """Steps that an earlier attempt had applied and this one had to do again."""
+    """Steps that the attempt before had applied and this one had to do again, from where that one had come to: what
+    earlier losses cost is in their own rows. 0 if this one applied none; the next one that does has them."""
     outage_s: float
     """From the last step of an earlier attempt to the first of this one (or to its end, if it finished none)."""
     change: str | None = None
@@ -49,6 +50,8 @@ class History:
     """The newest; 0: none."""
     step: int = 0
     """The highest ever applied."""
+    last_step: int = 0
+    """The newest that the newest attempt with a step has applied; below `step` after a rewind."""
     last_step_s: float | None = None
     """Unix time at which the newest step was finished."""
 
@@ -58,7 +61,7 @@ def read_history(run_dir: RunDir) -> History:
     history = _history_of(read_rows(run_dir.metrics))
     attempts = (row["attempt"] for row in read_rows(run_dir.attempts))
     newest = max(attempts, default=0)
-    return History(attempt=max(history.attempt, newest), step=history.step, last_step_s=history.last_step_s)
+    return replace(history, attempt=max(history.attempt, newest))
 
 
 def next_attempt(run_dir: RunDir) -> int:
@@ -107,7 +110,7 @@ def build_row(
         first_step=resumed_step + 1 if stepped else None,
         last_step=last_step if stepped else None,
         resumed_from=resumed_from,
-        lost_steps=max(0, history.step - resumed_step),
+        lost_steps=max(0, history.last_step - resumed_step) if stepped else 0,
         outage_s=round(outage_s, 3),
         change=change,
         cause=cause,
@@ -163,7 +166,11 @@ def final_rows(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _history_of(rows: Iterable[Mapping[str, Any]]) -> History:
-    attempt, step, time_utc = 0, 0, None
+    attempt, step, last_step, time_utc = 0, 0, 0, None
     for row in rows:
-        attempt, step, time_utc = max(attempt, row["attempt"]), max(step, row["step"]), row["time_utc"]
-    return History(attempt=attempt, step=step, last_step_s=parse_utc(time_utc) if time_utc else None)
+        if row["attempt"] >= attempt:  # an older one is of a process that came back late
+            attempt, last_step = row["attempt"], row["step"]
+        step, time_utc = max(step, row["step"]), row["time_utc"]
+    return History(
+        attempt=attempt, step=step, last_step=last_step, last_step_s=parse_utc(time_utc) if time_utc else None
+    )

@@ -184,7 +184,8 @@ class Books:
         if attempt.first_step_s is None:
             attempt.first_step_s = now_s
             self._book_incident(attempt)
-        self.history = replace(self.history, step=max(self.history.step, progress.step), last_step_s=now_s)
+        best = max(self.history.step, progress.step)
+        self.history = replace(self.history, step=best, last_step=progress.step, last_step_s=now_s)
         self.tokens = max(self.tokens, progress.tokens)
 
     @_locked

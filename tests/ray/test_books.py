@@ -70,6 +70,27 @@ def test_a_coordinator_that_follows_a_dead_one_books_the_steps_that_were_done_wi
     assert (tiles[0].start_ms, tiles[-1].end_ms) == (100_000, 116_000)
 
 
+def train_attempt(books, attempt, change, *, resumed, last):
+    """An attempt of one trainer that applies a step a second and then ends."""
+    members, at_s = (Slot("n", "cpu0"),), 1000.0 * attempt
+    books.attempt_started(AttemptStarted(attempt=attempt, members=members), at_s)
+    books.restored(members[0], Progress(step=resumed, tokens=10 * resumed), "memory", at_s)
+    for step in range(resumed + 1, last + 1):
+        books.stepped(members[0], Progress(step=step, tokens=10 * step), [], at_s + step)
+    over = {"attempt": attempt, "members": members, "change": change, "reason": "", "cause": None}
+    books.attempt_ended(AttemptEnded(**over, noticed_s=at_s + last), at_s + last)
+
+
+def test_an_incident_counts_the_steps_that_it_lost_and_not_those_of_the_one_before(tmp_path):
+    books = open_books(str(tmp_path), RunConfig())
+    train_attempt(books, 1, "trainer_lost", resumed=0, last=100)
+    train_attempt(books, 2, "trainer_lost", resumed=69, last=69)  # dies before its first step
+    train_attempt(books, 3, "node_added", resumed=69, last=72)
+    train_attempt(books, 4, "finished", resumed=72, last=120)
+    assert [row["lost_steps"] for row in read_rows(books.run_dir.incidents)] == [31, 0]
+    assert [row["lost_steps"] for row in read_rows(books.run_dir.attempts)] == [0, 0, 31, 0]
+
+
 def test_a_coordinator_that_died_before_any_world_leaves_nothing_to_book(tmp_path):
     books = open_books(str(tmp_path), RunConfig(), lost_s=10.0)
     books.close_inherited(11.0)

@@ -39,12 +39,12 @@ def row_of(history, **changed):
 
 
 def test_a_rewind_costs_the_steps_since_the_state_it_started_from():
-    row = row_of(History(attempt=1, step=57, last_step_s=95.5))
+    row = row_of(History(attempt=1, step=57, last_step=57, last_step_s=95.5))
     assert (row.first_step, row.last_step, row.lost_steps, row.outage_s) == (51, 80, 7, 14.5)
 
 
 def test_a_state_newer_than_the_newest_row_costs_no_steps():
-    assert row_of(History(attempt=1, step=48, last_step_s=95.0)).lost_steps == 0
+    assert row_of(History(attempt=1, step=48, last_step=48, last_step_s=95.0)).lost_steps == 0
 
 
 def test_the_first_attempt_has_neither_lost_steps_nor_outage():
@@ -53,8 +53,34 @@ def test_the_first_attempt_has_neither_lost_steps_nor_outage():
 
 
 def test_an_attempt_without_a_step_was_an_outage_to_its_end():
-    row = row_of(History(attempt=1, step=50, last_step_s=95.0), last_step=50, first_step_s=None)
+    row = row_of(History(attempt=1, step=50, last_step=50, last_step_s=95.0), last_step=50, first_step_s=None)
     assert (row.first_step, row.last_step, row.lost_steps, row.outage_s) == (None, None, 0, 105.0)
+
+
+def test_a_planned_change_right_after_a_loss_costs_no_steps_again():
+    # killed at step 100, resumed from 69 and at 72 when a node joined: 31 steps were lost, once
+    rewound = History(attempt=2, step=100, last_step=72, last_step_s=95.0)
+    assert row_of(rewound, attempt=3, resumed_step=72, last_step=80).lost_steps == 0
+
+
+def test_an_attempt_without_a_step_leaves_the_steps_to_do_again_to_the_next(tmp_path):
+    before = History(attempt=1, step=57, last_step=57, last_step_s=95.0)
+    assert row_of(before, last_step=50, first_step_s=None).lost_steps == 0
+    assert row_of(before, attempt=3).lost_steps == 7
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5)), min_size=1, max_size=8))
+def test_lost_steps_of_all_attempts_are_the_rows_that_were_written_again(attempts):
+    history, written, lost, at = History(), 0, 0, 0
+    for number, (rewind, steps) in enumerate(attempts, start=1):
+        resumed = max(0, at - rewind) if number > 1 else 0
+        row = row_of(history, attempt=number, resumed_step=resumed, last_step=resumed + steps)
+        lost, written = lost + row.lost_steps, written + steps
+        if steps:
+            at = resumed + steps
+            history = History(attempt=number, step=max(history.step, at), last_step=at, last_step_s=1.0)
+    # every row beyond where training stands at the end was written again
+    assert lost == written - at
 
 
 def test_numbers_go_on_after_the_highest_that_either_file_knows(tmp_path):
@@ -83,8 +109,8 @@ def test_killed_attempts_get_a_row_from_what_their_metrics_tell(tmp_path):
     assert (second["end"], second["reason"]) == ("lost", "killed before it could say why")
     assert (second["lost_steps"], second["outage_s"]) == (5, 11.0)  # 10 - 5 steps; 1010 to 1021
     assert (parse_utc(second["start_utc"]), parse_utc(second["end_utc"])) == (1020.0, 1023.0)
-    assert (third["lost_steps"], third["outage_s"], third["resumed_from"]) == (5, 18.0, None)
-    assert read_history(run_dir) == History(attempt=3, step=12, last_step_s=1047.0)
+    assert (third["lost_steps"], third["outage_s"], third["resumed_from"]) == (3, 18.0, None)  # 8 - 5: 9 and 10 are told
+    assert read_history(run_dir) == History(attempt=3, step=12, last_step=12, last_step_s=1047.0)
 
 
 def test_a_run_without_files_has_nothing_to_close(tmp_path):
