@@ -71,6 +71,7 @@ class Injector:
     All of it happens in the caller's thread, the main one: Ray installs signal handlers when a node starts.
 
     Args:
+        least_nodes: that training needs; with fewer a node that was to come later comes at once.
         drain: announces that a node goes away at a Unix time.
         terminate: does to a node what SIGTERM does.
         restart_driver: kills the driver with -9 and starts it again.
@@ -84,6 +85,7 @@ class Injector:
         *,
         drain: Callable[[str, float], None],
         say: Callable[[str], None],
+        least_nodes: int = 1,
         terminate: Callable[[str], None] = _cannot,
         restart_driver: Callable[[], None] = _cannot,
         spoil_storage: Callable[[Fault, float], None] = _cannot,
@@ -93,6 +95,7 @@ class Injector:
         self._cluster = cluster
         self._drain = drain
         self._say = say
+        self._least_nodes = least_nodes
         self._terminate = terminate
         self._restart_driver = restart_driver
         self._spoil_storage = spoil_storage
@@ -130,8 +133,14 @@ class Injector:
         self.act_due()
         if self._first_step_s is None and scene.step:
             self._first_step_s = time.time()
-        staying = [node if node not in self._leaving else None for node in self._cluster.nodes_by_index]
-        strikes = self._schedule.take_due(scene, nodes=staying, elapsed_s=self.elapsed_s, is_saving=is_saving)
+        nodes = self._cluster.nodes_by_index
+        strikes = self._schedule.take_due(
+            scene,
+            nodes=[node if node not in self._leaving else None for node in nodes],
+            elapsed_s=self.elapsed_s,
+            is_saving=is_saving,
+            lacks_nodes=len(nodes) - nodes.count(None) < self._least_nodes,
+        )
         missed: list[Strike] = []
         for strike in strikes:
             is_behind = any(strike.comes_after(other) for other in missed)  # a file reads as a story
@@ -175,7 +184,9 @@ class Injector:
         if strike.node:
             return self._strike_node(fault, strike.node)
         if fault.fault == "add":
-            return f"node {self._cluster.add_node()[:8]} joins"
+            is_early = fault.at_step is not None and scene.step < fault.at_step
+            why = f", before step {fault.at_step}: too few nodes are left to reach it" if is_early else ""
+            return f"node {self._cluster.add_node()[:8]} joins{why}"
         if fault.fault == "driver_kill":
             self._restart_driver()
             return "kill -9 of the driver, which is started again"

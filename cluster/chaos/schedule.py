@@ -71,14 +71,25 @@ class Schedule:
             for fault in self.waiting
         )
 
-    def take_due(self, scene: Scene, *, nodes: Sequence[str | None], elapsed_s: float, is_saving: bool) -> list[Strike]:
+    def take_due(
+        self,
+        scene: Scene,
+        *,
+        nodes: Sequence[str | None],
+        elapsed_s: float,
+        is_saving: bool,
+        lacks_nodes: bool = False,
+    ) -> list[Strike]:
         """Return the faults that strike now; they are not waiting any more.
 
         Args:
             nodes: every node ever started, by index; None in the place of one that is gone or about to go.
             elapsed_s: since the first step; negative before it.
             is_saving: a checkpoint is being written.
+            lacks_nodes: too few nodes live for training, so no further step comes before a node does.
         """
+        if lacks_nodes and (rescue := self._take_rescue(elapsed_s)):
+            return [rescue]
         phase = get_phase(scene, is_saving=is_saving)
         strikes: list[Strike] = []
         for queue in (self._by_step, self._by_time):
@@ -100,6 +111,21 @@ class Schedule:
                 elif self._is_to_form(_get_moment(fault), scene):
                     held_up_by = fault
         return strikes
+
+    def _take_rescue(self, elapsed_s: float) -> Strike | None:
+        """Return the next node to come, before its step and past what waits for a world; None if time brings one.
+
+        Without it the run would wait forever: the step of its moment is never reached.
+        """
+        for numbered in (pair for pair in self._by_time if pair[1].fault == "add"):
+            if not _is_time(numbered[1], step=0, elapsed_s=elapsed_s):
+                return None
+            self._by_time.remove(numbered)
+            return Strike(fault=numbered[1], number=numbered[0])
+        for numbered in (pair for pair in self._by_step if pair[1].fault == "add"):
+            self._by_step.remove(numbered)
+            return Strike(fault=numbered[1], number=numbered[0])
+        return None
 
     def _is_to_form(self, moment: _Moment, scene: Scene) -> bool:
         """Tell whether the faults of a moment still bring a world."""

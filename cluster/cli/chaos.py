@@ -184,6 +184,7 @@ def _train(
     from cluster.runtime.local_cluster import LocalCluster
     from elastic.storage.faults import FAULTS_VARIABLE
 
+    least_nodes = config.get_world_sizes()[0]
     start_s = time.monotonic()
 
     def say(line: str) -> None:
@@ -201,6 +202,7 @@ def _train(
                 cluster,
                 drain=lambda node, deadline_s: adapter.drain_node(node, reason="spot", deadline_s=deadline_s),
                 terminate=adapter.drain_as_on_sigterm,
+                least_nodes=least_nodes,
                 restart_driver=driver.restart,
                 spoil_storage=partial(_spoil_storage, control),
                 say=say,
@@ -234,7 +236,7 @@ def _follow(
                 injector.watch(scene, is_saving=_is_saving(config))
             else:
                 injector.act_due()
-            too_few = len(cluster.nodes) < config.cluster.min_workers
+            too_few = len(cluster.nodes) < config.get_world_sizes()[0]
             reason = end.get_reason(injector, step=scene.step if scene else 0, too_few=too_few)
             if reason and not is_stopping:
                 say(f"the run ends: {reason}")

@@ -168,6 +168,15 @@ def test_a_node_whose_end_is_announced_is_not_hit_again(cluster):
     assert (told, cluster.removed) == (["a"], ["b"])
 
 
+def test_a_node_comes_before_its_step_once_too_few_are_left(cluster):
+    injector, said = build(cluster, Fault(fault="remove", at_step=5), Fault(fault="add", at_step=500))
+    injector.watch(make_scene(0))
+    injector.watch(make_scene(0))
+    assert cluster.nodes_by_index == [None, "b"]
+    assert said[-1] == "fault: node b joins, before step 500: too few nodes are left to reach it"
+    assert injector.is_done
+
+
 def test_times_count_from_the_first_step(cluster):
     injector, said = build(cluster, Fault(fault="add", at_s=0.05))
     assert injector.elapsed_s < 0

@@ -127,6 +127,34 @@ def test_one_that_was_missed_is_first_again_and_hits_the_same():
     assert take(schedule, make_scene()) == [strike]
 
 
+def rescue(schedule, *, step=40, elapsed_s=0.0):
+    scene = make_scene(stage="waiting", step=step, nodes=())
+    strikes = schedule.take_due(scene, nodes=[None], elapsed_s=elapsed_s, is_saving=False, lacks_nodes=True)
+    return [strike.fault for strike in strikes]
+
+
+def test_a_node_whose_step_cannot_be_reached_any_more_comes_at_once_and_only_one():
+    kill, first, second = Fault(fault="kill", at_step=60), Fault(fault="add", at_step=80), Fault(fault="add", at_step=90)
+    schedule = Schedule([kill, first, second])
+    assert rescue(schedule) == [first]
+    assert schedule.waiting == [kill, second]
+    assert take(schedule, make_scene(step=59)) == []  # a node has come; the others keep their steps
+
+
+def test_a_node_that_time_brings_is_waited_for_though_the_one_before_it_has_nobody_to_hit():
+    kill, timed, stepped = Fault(fault="kill", at_s=10), Fault(fault="add", at_s=20), Fault(fault="add", at_step=80)
+    schedule = Schedule([kill, timed, stepped])
+    assert rescue(schedule, elapsed_s=19) == []
+    assert rescue(schedule, elapsed_s=20) == [timed]
+    assert schedule.waiting == [stepped, kill]
+
+
+def test_without_a_node_to_come_nothing_changes():
+    schedule = Schedule([Fault(fault="kill", at_step=10)])
+    assert rescue(schedule) == []
+    assert len(schedule.waiting) == 1
+
+
 faults = st.builds(
     Fault,
     fault=st.sampled_from(KINDS),
