@@ -10,6 +10,7 @@ import yaml
 
 from elastic.config import CostConfig
 from elastic.errors import ConfigError
+from elastic.paths import expand_home
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ def load_prices(config: CostConfig) -> Prices:
     found = f"cost.price_file={config.price_file!r}"
     hint = "Write one line per offer, such as `aws-g5-spot: 0.41`."
     try:
-        content: Any = yaml.safe_load(Path(config.price_file).read_text(encoding="utf-8"))
+        content: Any = yaml.safe_load(Path(expand_home(config.price_file)).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{found} cannot be read ({error.strerror}). Correct the path, or leave it empty.") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:

@@ -123,7 +123,7 @@ def main(arguments: Sequence[str]) -> int:
     notices = SignalNotices()
     rank = int(os.environ.get("RANK", "0"))
     try:
-        config = config_load.load(arguments[0], arguments[1:])
+        config = config_load.load_here(arguments[0], arguments[1:])
         notices.grace_s = config.fault.term_grace_s
         outcome = _run(config, notices)
     except SolventError as error:

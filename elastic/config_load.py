@@ -1,5 +1,8 @@
 """A configuration file and `key=value` overrides become one `RunConfig`, and back.
 
+A configuration says where a run is, so it is read in one of two ways: `load` takes paths as they are written, for who
+sends them elsewhere; `load_here` makes them absolute, for who creates or resumes the run on this machine.
+
 Every value is checked against the type of its key, one key at a time, so that an error always names the key, the
 value, and where it was written. An override is taken as the text typed: `run=007` stays `007`. Nothing is looked up
 outside the file: what a run's `config.yaml` says is all there is to know, and no environment variable leaks into it.
@@ -15,6 +18,11 @@ from typing import Any, NamedTuple, cast
 
 from elastic.config import RunConfig
 from elastic.errors import ConfigError
+from elastic.paths import expand_home, resolve_path
+from elastic.rundir import find_own_run
+
+PATHS = ("storage", "data.path", "cost.price_file")
+NODE_DISK = "checkpoint.node_disk"
 
 
 class _Setting(NamedTuple):
@@ -32,6 +40,35 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: missing or malformed file, unknown key, wrong type, or values that contradict each other.
     """
     return _build([*_read_file(Path(path)), *_read_overrides(overrides)])
+
+
+def load_here(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """As `load`, for a run on this machine: every path becomes absolute.
+
+    A relative path is relative to the working directory. In the `config.yaml` of a run's own directory, which earlier
+    versions wrote with relative paths, it is relative to where the run was created.
+
+    Raises:
+        ConfigError: as `load`; or the file is a run's own and says that the run is elsewhere.
+    """
+    settings = _read_file(Path(path))
+    own = find_own_run(Path(expand_home(str(path))), {key: value for key, value, _ in settings})
+    typed = list(_read_overrides(overrides))
+    if own and own.moved_from and not {"storage", "run"} & {setting.key for setting in typed}:
+        raise ConfigError(
+            f"{path} belongs to the run in {own.directory}, but says that it is {own.moved_from}: the run was moved or "
+            f"copied, and another one would be resumed or begun from random weights. Add storage={own.directory.parent}"
+            " to go on with the run that lies beside the file."
+        )
+    settings = [_resolve_setting(setting, base=own.created_in if own else None) for setting in settings]
+    return resolve_paths(_build([*settings, *(_resolve_setting(setting, base=None) for setting in typed)]))
+
+
+def resolve_paths(config: RunConfig) -> RunConfig:
+    """Return the configuration for processes with other working directories."""
+    data = dataclasses.replace(config.data, path=resolve_path(config.data.path))
+    cost = dataclasses.replace(config.cost, price_file=resolve_path(config.cost.price_file))
+    return dataclasses.replace(config, storage=resolve_path(config.storage), data=data, cost=cost)
 
 
 def dump(config: RunConfig) -> str:
@@ -63,10 +100,20 @@ def _build(settings: Iterable[_Setting]) -> RunConfig:
     return cast(RunConfig, OmegaConf.to_object(building))
 
 
+def _resolve_setting(setting: _Setting, *, base: Path | None) -> _Setting:
+    key, value, _ = setting
+    if not isinstance(value, str):
+        return setting
+    if key == NODE_DISK:  # each node's own: a relative one is refused
+        return setting._replace(value=expand_home(value))
+    return setting._replace(value=resolve_path(value, base=base)) if key in PATHS else setting
+
+
 def _read_file(path: Path) -> list[_Setting]:
     from omegaconf import OmegaConf
     from yaml import YAMLError
 
+    path = Path(expand_home(str(path)))
     if not path.is_file():
         siblings = [str(p) for p in (path if path.is_dir() else path.parent).glob("*.y*ml")]
         near = difflib.get_close_matches(str(path), siblings, n=1)

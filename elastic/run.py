@@ -17,6 +17,7 @@ from elastic import plugins
 from elastic.attention import agree_on_attention
 from elastic.breaker import Breaker
 from elastic.checkpoint.arena import GIB
+from elastic.checkpoint.beginning import check_first_weights
 from elastic.checkpoint.host_memory import Room, has_room
 from elastic.checkpoint.keep import remove_orphans
 from elastic.checkpoint.load import restore
@@ -157,6 +158,7 @@ def _build_parts(
     )
     progress, recent, source = Progress(), Recent(), cast(Source, "scratch")
     if restored is None:
+        check_first_weights(run.storage)
         init_weights(trainable.model, seed=config.train.seed, std=config.model.init_std)
     else:
         progress, recent = restored.progress, Recent(**restored.extra.get("recent", {}))

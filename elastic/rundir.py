@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from elastic.errors import StorageError
+from elastic.storage import is_url
 from elastic.strict_json import dump_json, load_json
 
 ORIGIN = "hf"
 """The folder of a run with what came with an imported model beside its weights."""
+_WRITTEN = frozenset({"run", "storage", "data.path", "model.dim", "fault.lease_s"})
+"""Some of the keys that a run's own configuration has, since it has all; one that people write seldom has these."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,39 @@ class RunDir:
     def samples(self, *, attempt: int, rank: int) -> Path:
         """Return where a rank writes the sample ids it consumed in an attempt."""
         return self.root / f"samples-{attempt}-{rank}.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnRun:
+    """The run that a `config.yaml` was written for, as it lies beside it."""
+
+    directory: Path
+    created_in: Path | None
+    """What the file's relative paths are relative to; None: nobody can say."""
+    moved_from: str
+    """Where the file says that the run is, if that is not `directory`."""
+
+
+def find_own_run(path: Path, settings: Mapping[str, object]) -> OwnRun | None:
+    """Return the run of a run's own `config.yaml`; None for any other configuration file.
+
+    Args:
+        settings: what the file says, by key.
+    """
+    directory = Path(os.path.abspath(path)).parent  # noqa: PTH100 (pathlib leaves ".." in, or follows links)
+    run_dir = RunDir(directory)
+    is_own = path.name == run_dir.config.name and settings.keys() >= _WRITTEN
+    if not is_own or not (run_dir.metrics.exists() or any(run_dir.checkpoints.glob("step-*"))):
+        return None
+    if is_url(str(settings["storage"])):
+        return None
+    said = Path(str(settings["storage"])) / str(settings["run"])
+    if said.is_absolute():
+        is_here, created_in = said.resolve() == directory.resolve(), None
+    else:
+        is_here = directory.parts[-len(said.parts) :] == said.parts
+        created_in = Path(*directory.parts[: -len(said.parts)]) if is_here else None
+    return OwnRun(directory=directory, created_in=created_in, moved_from="" if is_here else str(said))
 
 
 def format_utc(time_s: float) -> str:

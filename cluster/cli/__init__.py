@@ -7,16 +7,20 @@ it takes and `run(args)` does it and returns the exit code. It imports torch, ra
 import argparse
 import atexit
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn, Protocol, cast
 
 from elastic import plugins
 from elastic.errors import SolventError
+from elastic.paths import expand_home
 
 INTERRUPTED_BY_KEYBOARD = 130
 """128 + SIGINT, as shells report it."""
+_HOME = re.compile(r"~[^/]*/")
 
 
 class Verb(Protocol):
@@ -69,10 +73,24 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def _expand_homes(args: argparse.Namespace) -> None:
+    """Replace `~` at the start of every argument that is a path; overrides are the configuration's own.
+
+    Raises:
+        ConfigError: there is no such home.
+    """
+    for name, value in vars(args).items():
+        if isinstance(value, str | Path) and _HOME.match(str(value)):
+            setattr(args, name, type(value)(expand_home(str(value))))
+        elif isinstance(value, list) and name == "inputs":
+            args.inputs = [expand_home(item) if _HOME.match(item) else item for item in args.inputs]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code; an error raised on purpose becomes one line on stderr."""
     args = _parse(argv)
     try:
+        _expand_homes(args)
         return args.run(args)
     except SolventError as error:
         if args.debug:

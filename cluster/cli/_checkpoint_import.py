@@ -27,12 +27,12 @@ def run(args: argparse.Namespace) -> int:
     from elastic.checkpoint.hf.folder import open_folder
     from elastic.checkpoint.hf.importing import import_folder
     from elastic.checkpoint.storage import GIB, check_space, check_writable, explain
-    from elastic.config_load import dump, load
+    from elastic.config_load import dump, load_here
     from elastic.data.hf_tokenizer import check_tokenizer
     from elastic.storage import is_url, join_url, open_storage
 
     start_s = time.monotonic()
-    config = load(args.config, args.overrides)
+    config = load_here(args.config, args.overrides)
     folder = open_folder(open_storage(args.folder))
     config = dataclasses.replace(config, model=folder.model)
     check_tokenizer(config.data.path, folder.read_tokenizer(), origin=args.folder)

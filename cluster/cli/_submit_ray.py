@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.cli._runs import print_json
 from elastic.errors import ClusterError, ConfigError
+from elastic.paths import expand_home
 
 if TYPE_CHECKING:
     from cluster.runtime.jobs import JobServer
@@ -91,7 +92,7 @@ def build(args: argparse.Namespace) -> "Submission":
         config,
         folder=Path(args.working_dir or "."),
         excludes=args.exclude,
-        prices=Path(config.cost.price_file).read_text() if config.cost.price_file else "",
+        prices=Path(expand_home(config.cost.price_file)).read_text() if config.cost.price_file else "",
         secrets=args.secret,
         env={name: os.environ.get(name, "") for name in args.env},
     )

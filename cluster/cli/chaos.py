@@ -60,11 +60,10 @@ def run(args: argparse.Namespace) -> int:
     from cluster.chaos.faults import load_faults
     from cluster.chaos.result import build_result
     from cluster.chaos.trace import load_trace, plan_trace
-    from cluster.runtime.driver import with_absolute_paths
-    from elastic.config_load import load
+    from elastic.config_load import load_here
 
     overrides = [*args.overrides, "data.record_samples=true"]
-    config = with_absolute_paths(load(args.config, overrides))
+    config = load_here(args.config, overrides)
     _check_arguments(args)
     num_nodes = args.nodes or config.cluster.max_workers
     faults: list[Fault] = []
@@ -92,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     check_before_paying(config)
     _check_new(config)
     out = sys.stderr if args.json else sys.stdout
-    arguments = [args.config, *overrides, f"storage={config.storage}", f"data.path={config.data.path}"]
+    arguments = [args.config, *overrides, *_get_paths(config)]
     with text_on_stderr() if args.json else nullcontext():
         exit_code, injector = _train(
             config,
@@ -110,6 +109,11 @@ def run(args: argparse.Namespace) -> int:
     if result["samples_lost"] or result["samples_repeated"]:
         return 1
     return exit_code or (1 if injector.missed else 0)
+
+
+def _get_paths(config: RunConfig) -> list[str]:
+    """Return the paths as overrides: the driver reads the same file, but need not find the same there."""
+    return [f"storage={config.storage}", f"data.path={config.data.path}", f"cost.price_file={config.cost.price_file}"]
 
 
 def _check_arguments(args: argparse.Namespace) -> None:

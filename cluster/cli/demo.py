@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cluster.cli.train import check_before_paying, check_is_path, get_run_dir, open_sinks
 from elastic.config import RunConfig
+from elastic.paths import resolve_path
 from elastic.rundir import read_rows
 
 NUM_NODES = 3
@@ -24,14 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepare, train through three incidents, and tell what happened."""
-    from elastic.config_load import load
+    from elastic.config_load import load_here
 
     why = "the demo trains on this machine, and its summary and report are made from files here"
     check_is_path(args.out, key="--out", why=why)
-    out = Path(args.out).resolve()
+    out = Path(resolve_path(args.out))
     data = out.with_name(out.name + "-data")
     where = [f"storage={out.parent}", f"run={out.name}", f"data.path={data}"]
-    config = load(_CONFIG, [*where, *args.overrides])
+    config = load_here(_CONFIG, [*where, *args.overrides])
     check_is_path(config.storage, why=why)
     _prepare(data)
     _move_aside(out)

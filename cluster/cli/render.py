@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from cluster.cli._runs import add_json, print_json
 from elastic.errors import ConfigError
+from elastic.paths import expand_home
 
 if TYPE_CHECKING:
     from cluster.kube.manifests import Manifest
@@ -101,7 +102,7 @@ def render_for(args: argparse.Namespace, profile: str) -> "list[Manifest]":
         from cluster.cost import load_prices
 
         load_prices(config.cost)
-        prices = Path(config.cost.price_file).read_text()
+        prices = Path(expand_home(config.cost.price_file)).read_text()
     fragments = read_overrides(args.override) if args.override else []
     return render(config, profile, parse_options(args.options), prices=prices, fragments=fragments)
 

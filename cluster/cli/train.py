@@ -44,9 +44,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace, driver: "RetriedDriver | None") -> int:
-    from elastic.config_load import load
+    from elastic.config_load import load_here
 
-    config = load(args.config, args.overrides)
+    config = load_here(args.config, args.overrides)
     if driver:
         driver.begin(config)
     check_before_paying(config)
@@ -124,6 +124,7 @@ def check_before_paying(config: RunConfig) -> None:
         CheckpointError: another version of Solvent wrote its checkpoints.
     """
     from cluster.providers import check_choice
+    from elastic.checkpoint.beginning import check_first_weights
     from elastic.checkpoint.fit import check_config
     from elastic.checkpoint.layout import list_committed, read_manifest
     from elastic.checkpoint.storage import (
@@ -153,6 +154,7 @@ def check_before_paying(config: RunConfig) -> None:
         has_trained = not is_url(storage.url)
     keep_trying(look, patience_s=PATIENCE_S if has_trained else 0.0)
     try:
+        check_first_weights(storage)
         for newest in list_committed(storage)[-1:]:
             check_config(config, read_manifest(storage, newest))
     except OSError as error:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Set
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from cluster.runtime import adapter
@@ -24,6 +23,7 @@ from cluster.runtime.published import Update
 from cluster.runtime.start_host import new_session
 from cluster.types import Scene
 from elastic.config import RunConfig
+from elastic.config_load import resolve_paths
 from elastic.errors import SolventError, StorageError
 
 POLL_S = 0.5
@@ -66,23 +66,12 @@ def train(
         StorageError: another driver leads a run of this name.
         SolventError: the coordinator does not answer, or died again and again.
     """
-    config = with_absolute_paths(config)
+    config = resolve_paths(config)
     adapter.connect(address, config.cluster)
     try:
         return _lead(config, on_update)
     finally:
         adapter.disconnect()
-
-
-def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """Return the configuration for processes with other working directories."""
-
-    def absolute(path: str) -> str:
-        return path if "://" in path or not path else str(Path(path).resolve())
-
-    data = dataclasses.replace(config.data, path=absolute(config.data.path))
-    cost = dataclasses.replace(config.cost, price_file=absolute(config.cost.price_file))
-    return dataclasses.replace(config, storage=absolute(config.storage), data=data, cost=cost)
 
 
 def get_coordinator_name(config: RunConfig) -> str:

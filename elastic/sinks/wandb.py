@@ -11,11 +11,11 @@ import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 
 import wandb
 
 from elastic.config import RunConfig
+from elastic.paths import resolve_path
 from elastic.ports import MetricSink
 from elastic.redact import redact
 from elastic.rundir import RunDir
@@ -44,7 +44,7 @@ KEYS = {
 
 def get_run_id(config: RunConfig) -> str:
     """Return the id that all attempts of a run share: a function of where it is stored and of its name."""
-    place = config.storage if "://" in config.storage else str(Path(config.storage).resolve())
+    place = resolve_path(config.storage)
     return hashlib.sha256(f"{place}\n{config.run}".encode()).hexdigest()[:16]
 
 

@@ -1,14 +1,21 @@
 """`solvent checkpoint import` and `export`, on a disk and in an object store: what they leave, and what they refuse."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from cluster.cli import main
 from elastic.checkpoint.layout import COMMITTED, MANIFEST, get_directory
 from elastic.data.prepare import prepare
+from elastic.rundir import read_rows
 from elastic.storage import open_storage
-from tests.contract._hf import write_hf_folder
+from tests.contract._hf import MODEL, write_hf_folder
 
 TOKENIZER = {
     "tokenizer.json": b'{"not": "read"}',
@@ -80,6 +87,55 @@ def test_an_import_that_was_cut_short_is_invisible_and_can_be_done_again(place, 
     code, imported = import_tuned(capsys, place, config)
     assert code == 0, imported
     assert run.get_size(f"{get_directory(0)}/{COMMITTED}") is not None
+
+
+@pytest.fixture
+def project(tmp_path, capsys, monkeypatch):
+    """A folder in which a model was imported, with paths relative to it, and another one beside it to work in."""
+    (tmp_path / "proj").mkdir()
+    (tmp_path / "away").mkdir()
+    monkeypatch.chdir(tmp_path / "proj")
+    rows = (json.dumps({"text": f"{n} sheep and {n * n} goats went over the hill."}) + "\n" for n in range(300))
+    (tmp_path / "proj" / "text.jsonl").write_text("".join(rows))
+    write_hf_folder("theirs", replace(MODEL, vocab_size=300))
+    prepare(["text.jsonl"], "data", vocab_size=300, num_processes=1)
+    (tmp_path / "proj" / "c.yaml").write_text(
+        "data: {path: data, seq_len: 8}\ndevice: cpu\nwandb: {mode: disabled}\n"
+        "train: {steps: 2, global_batch: 4, micro_batch: 4, eval_samples: 4}\n"
+    )
+    code, imported = call(capsys, "import", "theirs", "c.yaml", "run=tuned", "--json")
+    assert code == 0, imported
+    monkeypatch.chdir(tmp_path / "away")
+    return tmp_path / "proj"
+
+
+def train(config, *overrides):
+    command = [sys.executable, "-m", "elastic", str(config), *overrides]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=200, env=env)
+
+
+@pytest.mark.parametrize("written", ["today", "by an earlier version"])
+def test_an_imported_run_goes_on_from_its_weights_wherever_its_configuration_is_read_from(project, written):
+    run = project / "runs" / "tuned"
+    if written != "today":
+        text = (run / "config.yaml").read_text()
+        (run / "config.yaml").write_text(text.replace(f"{project}/runs", "runs").replace(f"{project}/data", "data"))
+    ended = train("../proj/runs/tuned/config.yaml")
+    assert ended.returncode == 0, ended.stderr
+    (row,) = read_rows(run / "attempts.jsonl")
+    assert (row["resumed_from"], row["first_step"], row["last_step"]) == ("disk", 1, 2)
+    assert not Path("runs").exists()
+
+
+def test_an_imported_run_whose_weights_are_gone_is_refused_instead_of_trained_from_random_ones(project, capsys):
+    shutil.rmtree(project / "runs" / "tuned" / "checkpoints")
+    config = project / "runs" / "tuned" / "config.yaml"
+    ended = train(config)
+    assert ended.returncode == 2, ended.stderr
+    assert "would begin from random weights" in ended.stderr
+    assert main(["train", str(config)]) == 2
+    assert "would begin from random weights" in capsys.readouterr().err
 
 
 def test_a_damaged_shard_is_named_and_nothing_that_looks_like_a_model_is_left(place, config, capsys):

@@ -109,7 +109,11 @@ def test_killed_attempts_get_a_row_from_what_their_metrics_tell(tmp_path):
     assert (second["end"], second["reason"]) == ("lost", "killed before it could say why")
     assert (second["lost_steps"], second["outage_s"]) == (5, 11.0)  # 10 - 5 steps; 1010 to 1021
     assert (parse_utc(second["start_utc"]), parse_utc(second["end_utc"])) == (1020.0, 1023.0)
-    assert (third["lost_steps"], third["outage_s"], third["resumed_from"]) == (3, 18.0, None)  # 8 - 5: 9 and 10 are told
+    assert (third["lost_steps"], third["outage_s"], third["resumed_from"]) == (
+        3,
+        18.0,
+        None,
+    )  # 8 - 5: 9 and 10 are told
     assert read_history(run_dir) == History(attempt=3, step=12, last_step=12, last_step_s=1047.0)
 
 

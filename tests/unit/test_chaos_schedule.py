@@ -134,7 +134,11 @@ def rescue(schedule, *, step=40, elapsed_s=0.0):
 
 
 def test_a_node_whose_step_cannot_be_reached_any_more_comes_at_once_and_only_one():
-    kill, first, second = Fault(fault="kill", at_step=60), Fault(fault="add", at_step=80), Fault(fault="add", at_step=90)
+    kill, first, second = (
+        Fault(fault="kill", at_step=60),
+        Fault(fault="add", at_step=80),
+        Fault(fault="add", at_step=90),
+    )
     schedule = Schedule([kill, first, second])
     assert rescue(schedule) == [first]
     assert schedule.waiting == [kill, second]
