@@ -280,7 +280,7 @@ def _has_netrc(machine: Machine) -> bool:
 
 
 def check_wandb(env: Mapping[str, str], *, has_netrc: bool) -> Check:
-    """Say whether W&B could go online; a run needs that only for wandb.mode=online."""
+    """Say whether W&B could go online; a run needs that only for wandb.mode=online, or WANDB_MODE=online."""
     if env.get("WANDB_API_KEY"):
         return Check(name="wandb", status="ok", text="logged in by WANDB_API_KEY")
     if has_netrc:

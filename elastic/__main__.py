@@ -40,6 +40,7 @@ from elastic.ports import (
 from elastic.run import train
 from elastic.rundir import RunDir, append_row
 from elastic.sinks import console, jsonl
+from elastic.sinks._wandb_choice import is_disabled
 from elastic.spool import OpenRun, open_run
 from elastic.world import open_store
 
@@ -218,7 +219,7 @@ def _train(
 
 def _open_sinks(config: RunConfig, run_dir: RunDir, opened: ExitStack) -> list[MetricSink]:
     sinks: list[MetricSink] = [jsonl.build(config, run_dir), console.build(config, run_dir)]
-    if config.wandb.mode != "disabled":
+    if not is_disabled(config, os.environ):
         from elastic.sinks import wandb  # noqa: PLC0415 (a second of imports, and an optional package here)
 
         sinks.append(wandb.build(config, run_dir))

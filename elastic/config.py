@@ -390,11 +390,14 @@ class CostConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WandbConfig:
-    """Weights & Biases; offline needs no account."""
+    """Weights & Biases. What is not set here is W&B's own environment's to say (WANDB_PROJECT, WANDB_NAME, ...)."""
 
-    mode: Literal["offline", "online", "disabled"] = "offline"
-    project: str = "solvent"
+    mode: Literal["auto", "offline", "online", "disabled"] = "auto"
+    """auto: as WANDB_MODE or WANDB_DISABLED say, else offline, which needs no account."""
+    project: str = ""
+    """Empty: as WANDB_PROJECT says, else solvent."""
     entity: str = ""
+    """Empty: as WANDB_ENTITY says, else the account's own."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ CONFIG is a YAML file; key=value overrides its keys. Training again under the sa
 """
 
 import argparse
+import os
 import sys
 from contextlib import nullcontext
 from functools import partial
@@ -107,7 +108,9 @@ def check_is_path(storage: str, *, key: str = "storage", why: str) -> None:
 
 def open_sinks(config: RunConfig, run_dir: RunDir) -> list[MetricSink]:
     """Open W&B, if the configuration wants it; its files lie in `run_dir`."""
-    if config.wandb.mode == "disabled":
+    from elastic.sinks._wandb_choice import is_disabled
+
+    if is_disabled(config, os.environ):
         return []
     from elastic.sinks import wandb
 

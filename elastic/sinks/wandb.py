@@ -1,4 +1,4 @@
-"""Weights & Biases: one run over all attempts, offline unless asked.
+"""Weights & Biases: one run over all attempts, offline unless asked; `_wandb_choice` says what its environment decides.
 
 Traps that shaped this file (measured with wandb 0.31):
 - `step=` is never passed: after a rewind the server drops rows of a step it has seen. The x axis is `train/tokens`.
@@ -9,6 +9,7 @@ Traps that shaped this file (measured with wandb 0.31):
 
 import hashlib
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 
@@ -19,6 +20,7 @@ from elastic.paths import resolve_path
 from elastic.ports import MetricSink
 from elastic.redact import redact
 from elastic.rundir import RunDir
+from elastic.sinks._wandb_choice import Choice, Mode, choose
 
 log = logging.getLogger(__name__)
 
@@ -53,32 +55,35 @@ def build(config: RunConfig, run_dir: RunDir) -> MetricSink:
 
     Call it where the rows of all attempts come together: the driver, or rank 0 under torchrun.
     """
-    if config.wandb.mode == "disabled":
+    choice = choose(config, os.environ, folder=str(run_dir.root))
+    if choice.overruled:
+        log.warning("W&B's environment is not followed in: %s", ", ".join(choice.overruled))
+    if choice.mode == "disabled":
         return WandbSink(None)
-    mode = config.wandb.mode
+    mode = choice.mode
     try:
         if mode == "online" and not wandb.login(prompt=False):
-            log.warning("wandb.mode=online but no API key is set; W&B goes on offline. Run `wandb login`.")
+            log.warning("W&B is to be online, but no API key is set; it goes on offline. Run `wandb login`.")
             mode = "offline"
-        return WandbSink(_open(config, run_dir, mode))
+        return WandbSink(_open(config, choice, mode))
     except Exception as error:  # whatever W&B cannot do, training goes on
         log.warning("W&B could not start (%s); it goes on offline. `wandb sync` uploads the run later.", error)
     try:
-        return WandbSink(_open(config, run_dir, "offline"))
+        return WandbSink(_open(config, choice, "offline"))
     except Exception as error:  # as above
         log.warning("W&B could not start offline either (%s); metrics.jsonl has all rows.", error)
         return WandbSink(None)
 
 
-def _open(config: RunConfig, run_dir: RunDir, mode: str) -> "wandb.Run":
+def _open(config: RunConfig, choice: Choice, mode: Mode) -> "wandb.Run":
     run = wandb.init(
-        project=config.wandb.project,
-        entity=config.wandb.entity or None,
-        dir=run_dir.root,
+        project=choice.project,
+        entity=choice.entity,
+        dir=choice.dir,
         id=get_run_id(config),
-        name=config.run,
+        name=choice.name,
         resume="allow",
-        mode=mode,  # pyright: ignore[reportArgumentType] - wandb types it as a Literal; ours is one of its values
+        mode=mode,
         config=redact(asdict(config)),
         settings=wandb.Settings(
             x_transaction_log_flush_interval=0.5,

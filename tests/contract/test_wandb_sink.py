@@ -111,6 +111,29 @@ def test_online_rows_of_all_attempts_reach_one_run_although_steps_repeat(tmp_pat
     assert summary["train/step"] == 6
 
 
+def test_the_environment_names_project_group_name_and_place_where_the_configuration_does_not(tmp_path):
+    (tmp_path / "w").mkdir()
+    env = {"WANDB_PROJECT": "p", "WANDB_RUN_GROUP": "g", "WANDB_NAME": "n", "WANDB_DIR": str(tmp_path / "w")}
+    assert "WARNING" not in finish(start(tmp_path, "auto", 1, 2, **env))
+    wandb = shutil.which("wandb", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    (folder,) = (tmp_path / "w" / "wandb").glob("offline-run-*")
+    out = subprocess.run([wandb, "leet", "inspect", folder, "--json"], capture_output=True, check=True).stdout
+    (run,) = [record["run"] for record in map(json.loads, out.splitlines()) if record["type"] == "run"]
+    assert (run["project"], run["run_group"], run["display_name"]) == ("p", "g", "n")
+
+
+@pytest.mark.parametrize("env", [{"WANDB_MODE": "disabled"}, {"WANDB_DISABLED": "true"}])
+def test_the_environment_can_turn_it_off(tmp_path, env):
+    finish(start(tmp_path, "auto", 1, 2, **env))
+    assert not (tmp_path / "r" / "wandb").exists()
+
+
+def test_what_the_configuration_overrules_is_told_in_one_line(tmp_path):
+    err = finish(start(tmp_path, "offline", 1, 1, WANDB_MODE="online", WANDB_RUN_ID="mine"))
+    (line,) = [line for line in err.splitlines() if "WARNING" in line]
+    assert "WANDB_MODE=online (wandb.mode=offline), WANDB_RUN_ID" in line
+
+
 def test_an_unreachable_server_costs_one_warning_and_no_row(tmp_path):
     err = finish(start(tmp_path, "online", 1, 3, WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="a" * 40))
     assert err.count("WARNING") == 1
