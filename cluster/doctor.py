@@ -31,6 +31,7 @@ from cluster.providers import (
     load,
 )
 from elastic.errors import NoticeError, SolventError
+from elastic.paths import STAND_IN
 
 CORE = ("torch", "ray", "numpy", "pyarrow", "omegaconf", "tokenizers", "wandb")
 GIB = 1 << 30
@@ -52,12 +53,16 @@ class Check:
     """What to do about it, unless it is ok."""
 
 
-def examine(machine: Machine, *, folder: Path, subreaper: str) -> list[Check]:
+def examine(
+    machine: Machine, *, folder: Path, subreaper: str, token_file: Path, find_address: Callable[[], str | None]
+) -> list[Check]:
     """Return every check of this machine. It takes seconds: torch and the metadata servers are asked.
 
     Args:
         folder: where runs would be written.
         subreaper: the variable under which Ray kills what must outlive its workers.
+        token_file: where Ray keeps this user's token.
+        find_address: returns where a driver would connect; raises if no head answers there.
     """
     evidence = detect_all(machine)
     return [
@@ -69,6 +74,9 @@ def examine(machine: Machine, *, folder: Path, subreaper: str) -> list[Check]:
         check_space("/dev/shm", _get_free_bytes(Path("/dev/shm")), warn_bytes=2 * GIB, fail_bytes=GIB // 4),
         check_space(f"disk at {folder}", _get_free_bytes(folder), warn_bytes=20 * GIB, fail_bytes=GIB),
         check_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
+        check_home(machine.env),
+        *check_token_file(token_file),
+        *check_ray_address(machine.env, find_address),
         *check_ray_settings(machine.env, subreaper=subreaper),
         check_wandb(machine.env, has_netrc=_has_netrc(machine)),
     ]
@@ -244,6 +252,41 @@ def check_files(limit: int) -> Check:
         status = "fail" if limit < 1024 else "warn"
         return Check(name="open files", status=status, text=text, fix="ulimit -n 65536 before Ray starts.")
     return Check(name="open files", status="ok", text=text)
+
+
+def check_home(env: Mapping[str, str]) -> Check:
+    """Judge the home: the command has put one in the place of one that is not there or cannot be written."""
+    home = env.get("HOME", "")
+    if not Path(home).name.startswith(STAND_IN):
+        return Check(name="home", status="ok", text=home)
+    fix = "Set HOME to a folder that this user can write, and that stays: logins and Ray's token are looked for there."
+    return Check(name="home", status="warn", text=f"none that can be written; {home} takes its place", fix=fix)
+
+
+def check_token_file(path: Path) -> list[Check]:
+    """Judge who may read the token that opens this user's clusters; nothing if there is none."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return []
+    if mode & 0o077:
+        fix = f"chmod 600 {path}: whoever has it can run anything on the cluster. Ray makes it readable for all."
+        return [Check(name="Ray token", status="warn", text=f"{path} can be read by others", fix=fix)]
+    return [Check(name="Ray token", status="ok", text=f"{path} is this user's alone")]
+
+
+def check_ray_address(env: Mapping[str, str], find_address: Callable[[], str | None]) -> list[Check]:
+    """Say whether a head answers where RAY_ADDRESS says; nothing if it does not say."""
+    name = "RAY_ADDRESS"
+    if not env.get(name):
+        return []
+    try:
+        address = find_address()
+    except SolventError as error:
+        fix = "Correct or unset it: train would not connect."
+        return [Check(name=name, status="fail", text=str(error), fix=fix)]
+    text = f"a head answers at {address}" if address else "a cluster of its own on this machine"
+    return [Check(name=name, status="ok", text=text)]
 
 
 def check_ray_settings(env: Mapping[str, str], *, subreaper: str) -> list[Check]:

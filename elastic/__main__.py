@@ -24,6 +24,7 @@ from elastic.checkpoint.storage import check_writable
 from elastic.config import RunConfig
 from elastic.errors import SolventError, StaleEpochError, StorageError
 from elastic.leader import Leadership, lead
+from elastic.paths import ensure_home
 from elastic.ports import (
     Finished,
     Interrupted,
@@ -124,6 +125,8 @@ def main(arguments: Sequence[str]) -> int:
     notices = SignalNotices()
     rank = int(os.environ.get("RANK", "0"))
     try:
+        if (notice := ensure_home(os.environ)) and rank == 0:
+            print(notice, file=sys.stderr, flush=True)  # noqa: T201
         config = config_load.load_here(arguments[0], arguments[1:])
         notices.grace_s = config.fault.term_grace_s
         outcome = _run(config, notices)

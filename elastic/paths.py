@@ -5,10 +5,17 @@ the same for processes elsewhere. URLs stay as they are.
 """
 
 import os
+import pwd
+import stat
+import tempfile
+from collections.abc import MutableMapping
 from pathlib import Path
 
 from elastic.errors import ConfigError
 from elastic.storage import is_url
+
+STAND_IN = "solvent-home-"
+"""The home of a user who has none, in the folder for temporary files."""
 
 
 def expand_home(text: str) -> str:
@@ -26,6 +33,44 @@ def expand_home(text: str) -> str:
             "become a folder of that name. Write the whole path."
         )
     return expanded
+
+
+def ensure_home(env: MutableMapping[str, str]) -> str:
+    """Give this process and its children a home to write to, if they have none; return what to say about it, or "".
+
+    A container may run under any user id (OpenShift does), without a line in /etc/passwd and with HOME=/. Ray, W&B and
+    compilers write to the home and ask for the name of the user, and end in tracebacks without.
+
+    Raises:
+        ConfigError: none can be made.
+    """
+    if not any(env.get(name) for name in ("LOGNAME", "USER")) and not _is_in_passwd():
+        env["USER"] = f"user{os.getuid()}"
+    home = env.get("HOME") or (pwd.getpwuid(os.getuid()).pw_dir if _is_in_passwd() else "")
+    if home and os.access(home, os.W_OK | os.X_OK):
+        env["HOME"] = home
+        return ""
+    made = Path(tempfile.gettempdir()) / f"{STAND_IN}{os.getuid()}"
+    found = f"HOME={env['HOME']} cannot be written" if env.get("HOME") else "HOME is not set"
+    try:
+        made.mkdir(mode=0o700, exist_ok=True)
+        status = made.lstat()
+        is_private = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
+    except OSError as error:
+        why = error.strerror
+        raise ConfigError(f"{found}, and neither can {made} ({why}). Set HOME to a folder of this user's.") from error
+    if not is_private:
+        raise ConfigError(f"{found}, and {made} is not this user's alone. Set HOME to a folder of this user's.")
+    env["HOME"] = str(made)
+    return f"{found}; {made} takes its place"
+
+
+def _is_in_passwd() -> bool:
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        return False
+    return True
 
 
 def resolve_path(text: str, *, base: Path | None = None) -> str:

@@ -16,7 +16,7 @@ from typing import NoReturn, Protocol, cast
 
 from elastic import plugins
 from elastic.errors import SolventError
-from elastic.paths import expand_home
+from elastic.paths import ensure_home, expand_home
 
 INTERRUPTED_BY_KEYBOARD = 130
 """128 + SIGINT, as shells report it."""
@@ -90,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code; an error raised on purpose becomes one line on stderr."""
     args = _parse(argv)
     try:
+        if notice := ensure_home(os.environ):
+            print(f"solvent: {notice}", file=sys.stderr)
         _expand_homes(args)
         return args.run(args)
     except SolventError as error:

@@ -20,10 +20,17 @@ def run(args: argparse.Namespace) -> int:
     """Print a line per check, and return 1 if one fails."""
     from cluster.doctor import examine
     from cluster.runtime.machine import build_machine
+    from cluster.runtime.ray_token import get_default_path
     from cluster.runtime.start_host import SUBREAPER
 
     machine = build_machine("", grace_s=0.0)
-    checks = examine(machine, folder=Path(args.storage).absolute(), subreaper=SUBREAPER)
+    checks = examine(
+        machine,
+        folder=Path(args.storage).absolute(),
+        subreaper=SUBREAPER,
+        token_file=get_default_path(machine.env),
+        find_address=_find_address,
+    )
     if args.json:
         print_json({"checks": [dataclasses.asdict(check) for check in checks]})
     else:
@@ -32,3 +39,9 @@ def run(args: argparse.Namespace) -> int:
             if check.fix:
                 print(f"      -> {check.fix}")
     return int(any(check.status == "fail" for check in checks))
+
+
+def _find_address() -> str | None:
+    from cluster.runtime.driver import find_address  # with Ray, so only if RAY_ADDRESS is set
+
+    return find_address()

@@ -54,16 +54,17 @@ def _train(args: argparse.Namespace, driver: "RetriedDriver | None") -> int:
     if (step := find_last_step(config)) >= config.train.steps:
         return _tell_finished(args, config, step)
 
-    from cluster.runtime.driver import get_address, train
+    from cluster.runtime.driver import find_address, train
     from cluster.runtime.view import View
     from elastic.spool import open_folder
 
+    address = find_address()
     with (
         text_on_stderr() if args.json else nullcontext(),
         open_folder(config.storage, config.run) as run_dir,
         View(config, partial(open_sinks, config, run_dir)) as view,
     ):
-        ending = train(config, address=get_address(), on_update=view.update)
+        ending = train(config, address=address, on_update=view.update)
         view.end(ending)
     if driver:
         driver.take(kind=ending.kind, reason=ending.reason, exit_code=ending.exit_code)

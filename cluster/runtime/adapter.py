@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import ray
 import ray.train
+from ray._private import services
 from ray._private import state as ray_state
 from ray._private.ray_constants import RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
 from ray._private.ray_logging import stdout_deduplicator
@@ -34,6 +35,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.providers import RAY_DEFAULT_S, RAY_SETTING, SelfDrain
+from cluster.runtime.ray_token import make_first_token
 from elastic.config import ClusterConfig
 from elastic.config import RunConfig as SolventConfig
 from elastic.errors import NoticeError, SolventError
@@ -103,8 +105,17 @@ def connect(address: str | None, cluster: ClusterConfig) -> None:
     if address:
         ray.init(address=address, **options)
         return
+    make_first_token(os.environ)
     num_cpus = max(os.cpu_count() or 1, cluster.max_workers * cluster.cpus_per_worker + 1)
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
+
+
+def find_own_cluster() -> str | None:
+    """Return the address of the Ray cluster that runs on this machine, as RAY_ADDRESS=auto means it, if any."""
+    try:
+        return services.get_ray_address_from_environment("auto", None)
+    except ConnectionError:  # there is none
+        return None
 
 
 def disconnect() -> None:

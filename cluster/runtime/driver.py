@@ -19,12 +19,13 @@ from cluster.runtime import adapter
 from cluster.runtime.agent import run_agent
 from cluster.runtime.closing import CLOSE_PATIENCE_S, Closing
 from cluster.runtime.coordinator import DRIVER_BUSY_S, Coordinator, Session
+from cluster.runtime.head_address import ADDRESS, PORT, Head, check_head, parse_address
 from cluster.runtime.published import Update
 from cluster.runtime.start_host import new_session
 from cluster.types import Scene
 from elastic.config import RunConfig
 from elastic.config_load import resolve_paths
-from elastic.errors import SolventError, StorageError
+from elastic.errors import ConfigError, SolventError, StorageError
 
 POLL_S = 0.5
 _CLOSE_POLL_S = 0.1
@@ -266,6 +267,23 @@ def _ask(name: str, method: str) -> Any | None:
         return None
 
 
-def get_address() -> str | None:
-    """Return the cluster that the environment names (`ray job submit` sets RAY_ADDRESS), if any."""
-    return os.environ.get("RAY_ADDRESS") or None
+def find_address() -> str | None:
+    """Return the cluster that the environment names (`ray job submit` sets RAY_ADDRESS), if any; its head answers.
+
+    Raises:
+        ConfigError: no head answers there, or it is no address of one.
+    """
+    text = os.environ.get(ADDRESS, "")
+    head = parse_address(text)
+    if head == "auto":
+        text = adapter.find_own_cluster() or ""
+        if not text:
+            raise ConfigError(
+                f"{ADDRESS}=auto, but no Ray cluster runs on this machine. Start one (solvent nodes head), set "
+                f"{ADDRESS}=HOST:{PORT}, or unset it to train on this machine alone."
+            )
+        head = parse_address(text)
+    if not isinstance(head, Head):
+        return None
+    check_head(head, os.environ)
+    return text

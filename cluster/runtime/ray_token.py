@@ -3,6 +3,7 @@
 Source: docs.ray.io/en/latest/ray-security/token-auth.html (2.60).
 """
 
+import contextlib
 import os
 import secrets
 from collections.abc import Mapping
@@ -42,6 +43,13 @@ def read_token(env: Mapping[str, str]) -> str:
 def get_default_path(env: Mapping[str, str]) -> Path:
     """Return where Ray keeps the token of a user."""
     return Path(env.get("HOME") or Path.home()) / ".ray" / "auth_token"
+
+
+def make_first_token(env: Mapping[str, str]) -> None:
+    """Make the token of a cluster of our own, unless there is one: Ray would make it readable for everybody."""
+    if env.get(MODE, "token").lower() == "token" and not read_token(env):
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            make_token(get_default_path(env))
 
 
 def make_token(path: Path) -> None:

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -201,6 +203,47 @@ def test_under_torchrun_a_mistake_is_explained_by_each_rank_without_a_traceback_
     assert result.returncode != 0
     assert f"rank 0: data.path='{tmp_path / 'none'}' does not exist" in result.stderr
     assert "elastic/run.py" not in result.stderr
+
+
+@pytest.fixture
+def silent_port():
+    """A port that takes connections and never says a word, as behind some firewalls."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("address", "parts"),
+    [
+        ("http://127.0.0.1:8265", ("is a dashboard's address", "solvent submit --to ray")),
+        ("ray://127.0.0.1:10001", ("is for clients outside", "Set RAY_ADDRESS=HOST:6379")),
+        ("127.0.0.1:{closed}", ("nobody listens there", "unset it to train on this machine")),
+        ("127.0.0.1:{silent}", ("nothing answers within 10 s", "unset it to train on this machine")),
+    ],
+)
+def test_the_address_of_no_head_is_explained_within_seconds(saved, silent_port, address, parts):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        closed = listener.getsockname()[1]
+    address = address.format(closed=closed, silent=silent_port)
+    start_s = time.monotonic()
+    where = (f"storage={saved.storage}", f"data.path={saved.data}")
+    result = call(SOLVENT, "train", saved.config, *where, RAY_ADDRESS=address)
+    assert_explained(result, f"RAY_ADDRESS={address}", *parts)
+    assert time.monotonic() - start_s < 60  # 10 s, and imports on a busy machine; Ray's own wait is minutes
+
+
+def test_ctrl_c_ends_the_wait_for_a_head(saved, silent_port):
+    where = (f"storage={saved.storage}", f"data.path={saved.data}")
+    with start(SOLVENT, "train", saved.config, *where, RAY_ADDRESS=f"127.0.0.1:{silent_port}") as process:
+        wanted = f"0100007F:{silent_port:04X}"  # 127.0.0.1 and the port, as the peer of a connection
+        while not any(line.split()[2] == wanted for line in Path("/proc/net/tcp").read_text().splitlines()[1:]):
+            assert process.poll() is None
+            time.sleep(0.05)
+        start_s = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, "Traceback" in err) == (130, False), err
+    assert time.monotonic() - start_s < 5
 
 
 def test_a_mistyped_demo_leaves_the_last_one_where_it_is(saved, no_ray):

@@ -10,6 +10,7 @@ from cluster import doctor
 from cluster.cli import main
 from cluster.providers import Evidence, Machine, fetch
 from cluster.runtime.start_host import SUBREAPER
+from elastic.errors import ConfigError
 from tests.contract._clouds import Aws, Gcp
 
 
@@ -141,6 +142,33 @@ def test_it_prints_a_line_per_check_no_secret_and_fails_only_for_failures(capsys
     checks = json.loads(capsys.readouterr().out)["checks"]
     assert [c["name"] for c in checks if c["status"] == "fail"] == [SUBREAPER]
     assert all(c["fix"] for c in checks if c["status"] != "ok")
+
+
+def test_a_home_that_was_put_in_place_of_none_is_told():
+    assert doctor.check_home({"HOME": "/home/me"}).status == "ok"
+    stands_in = doctor.check_home({"HOME": "/tmp/solvent-home-1000"})
+    assert (stands_in.status, "/tmp/solvent-home-1000" in stands_in.text) == ("warn", True)
+
+
+def test_a_token_that_others_can_read_is_told(tmp_path):
+    token = tmp_path / "auth_token"
+    assert doctor.check_token_file(token) == []
+    token.write_text("secret")
+    for mode, status in ((0o600, "ok"), (0o644, "warn"), (0o640, "warn")):
+        token.chmod(mode)
+        (check,) = doctor.check_token_file(token)
+        assert (check.status, "secret" in str(check)) == (status, False)
+
+
+def test_an_address_of_no_head_fails_and_says_why():
+    def refuse():
+        raise ConfigError("RAY_ADDRESS=x:1: nobody listens there")
+
+    assert doctor.check_ray_address({}, refuse) == []
+    (check,) = doctor.check_ray_address({"RAY_ADDRESS": "x:1"}, refuse)
+    assert (check.status, check.text) == ("fail", "RAY_ADDRESS=x:1: nobody listens there")
+    (check,) = doctor.check_ray_address({"RAY_ADDRESS": "x:1"}, lambda: "x:1")
+    assert (check.status, check.text) == ("ok", "a head answers at x:1")
 
 
 def test_wandb_is_online_by_a_key_or_by_netrc_for_its_server(tmp_path, monkeypatch):

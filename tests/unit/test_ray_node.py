@@ -8,6 +8,7 @@ import pytest
 from cluster.cli import main
 from cluster.kube.render import get_profile_names
 from cluster.runtime.ray_start import build_env, build_labels, check_private, parse_head, plan_head, plan_worker
+from cluster.runtime.ray_token import make_first_token
 from elastic.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -89,6 +90,27 @@ def test_a_token_that_is_made_is_long_and_for_its_user_only(tmp_path, monkeypatc
     assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
     assert re.fullmatch(r"[0-9a-f]{64}", path.read_text())
     assert path.read_text() not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("env", "is_made"),
+    [
+        ({}, True),
+        ({"RAY_AUTH_MODE": "token"}, True),
+        ({"RAY_AUTH_MODE": "disabled"}, False),
+        ({"RAY_AUTH_TOKEN": "x"}, False),
+    ],
+)
+def test_the_token_of_a_cluster_of_our_own_is_there_before_ray_makes_one_that_all_can_read(tmp_path, env, is_made):
+    path = tmp_path / ".ray" / "auth_token"
+    for _ in range(2):
+        make_first_token({"HOME": str(tmp_path), **env})
+        assert path.exists() == is_made
+    assert not is_made or path.stat().st_mode & 0o777 == 0o600
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    make_first_token({"HOME": str(tmp_path), **env})
+    assert path.read_text() == "mine"
 
 
 def test_nothing_of_ours_says_to_listen_on_all_addresses():
