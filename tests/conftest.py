@@ -2,8 +2,9 @@
 
 from hypothesis import settings
 
-# A loaded machine is slow, not wrong: time limits are pytest-timeout's business.
-settings.register_profile("solvent", deadline=None)
+# A loaded machine is slow, not wrong: time limits are pytest-timeout's business. A failure prints how to repeat it.
+settings.register_profile("solvent", deadline=None, print_blob=True)
 settings.load_profile("solvent")
 
 from tests.s3_server import s3_endpoint, s3_environment, s3_url  # noqa: E402, F401 (fixtures)
+from tests.second_try import pytest_configure, pytest_report_header, pytest_runtest_setup  # noqa: E402, F401 (hooks)
