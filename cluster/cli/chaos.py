@@ -6,33 +6,23 @@ exactly its samples.
 """
 
 import argparse
-import os
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from cluster.cli._runs import add_json, print_json, text_on_stderr
+from cluster.cli._struck import End, train_struck
 from cluster.cli.train import check_before_paying, check_is_path, get_run_dir
 from elastic.config import RunConfig
 from elastic.errors import ConfigError, StorageError
 from elastic.rundir import read_rows
 
 if TYPE_CHECKING:
-    from cluster.chaos.driver_process import DriverProcess
     from cluster.chaos.faults import Fault
-    from cluster.chaos.injector import Injector
-    from cluster.runtime.local_cluster import LocalCluster
 
 _ENDS = {0: "yes", 3: "no: interrupted, resumable"}
-_LOOK_EVERY_S = 0.05
-_LOOK_CLOSELY_EVERY_S = 0.005
-"""While the next fault waits for a save or a start, which may take some tens of milliseconds."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,14 +82,21 @@ def run(args: argparse.Namespace) -> int:
     _check_new(config)
     out = sys.stderr if args.json else sys.stdout
     arguments = [args.config, *overrides, *_get_paths(config)]
+    start_s = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"[{time.monotonic() - start_s:6.1f} s] {line}", file=out, flush=True)
+
     with text_on_stderr() if args.json else nullcontext():
-        exit_code, injector = _train(
+        say(f"starting a Ray cluster of {num_nodes} node(s) on this machine")
+        exit_code, injector = train_struck(
             config,
             faults,
             arguments=arguments,
             num_nodes=num_nodes,
-            end=_End(end_s=end_s, steps_after=args.steps_after),
+            end=End(end_s=end_s, steps_after=args.steps_after),
             out=out,
+            say=say,
         )
     result = build_result(config, injector.struck, missed=injector.missed, exit_code=exit_code)
     if args.json:
@@ -146,127 +143,6 @@ def _check_new(config: RunConfig) -> None:
             f"run={config.run!r} has trained before ({run_dir.root}), but chaos must see every sample from the first "
             f"step on. Give it a name of its own (run={config.run}-chaos), or remove the directory."
         )
-
-
-# ---- while it runs
-
-
-@dataclass(frozen=True, kw_only=True)
-class _End:
-    """When a run is interrupted though its last step is not done."""
-
-    end_s: float
-    """Seconds after the first step."""
-    steps_after: int | None
-    """So many steps after the last fault."""
-
-    def get_reason(self, injector: "Injector", *, step: int, too_few: bool) -> str:
-        """Return why the run ends now; empty if it goes on."""
-        if too_few and not injector.brings_nodes:
-            return "no fault brings the nodes that training needs"
-        if injector.elapsed_s > self.end_s:
-            return "the trace is over"
-        if self.steps_after is None or not injector.is_done or step < injector.struck[-1].step + self.steps_after:
-            return ""
-        return f"{self.steps_after} steps after the last fault"
-
-
-def _train(
-    config: RunConfig,
-    faults: Sequence["Fault"],
-    *,
-    arguments: Sequence[str],
-    num_nodes: int,
-    end: _End,
-    out: IO[str],
-) -> tuple[int, "Injector"]:
-    """Train on a cluster of our own while faults strike; return the driver's exit code and what was done to it."""
-    from cluster.chaos.driver_process import DriverProcess
-    from cluster.chaos.injector import Injector
-    from cluster.chaos.schedule import Schedule
-    from cluster.runtime import adapter
-    from cluster.runtime.local_cluster import LocalCluster
-    from elastic.storage.faults import FAULTS_VARIABLE
-
-    least_nodes = config.get_world_sizes()[0]
-    start_s = time.monotonic()
-
-    def say(line: str) -> None:
-        print(f"[{time.monotonic() - start_s:6.1f} s] {line}", file=out, flush=True)
-
-    with tempfile.TemporaryDirectory(prefix="solvent-chaos-") as folder:
-        control = Path(folder) / "storage.json"
-        os.environ[FAULTS_VARIABLE] = str(control)  # Ray's daemons hand it on to hosts, and they to trainers
-        say(f"starting a Ray cluster of {num_nodes} node(s) on this machine")
-        with LocalCluster(num_nodes=num_nodes, cpus_per_node=config.cluster.cpus_per_worker) as cluster:
-            adapter.connect(cluster.address, config.cluster)
-            driver = DriverProcess(arguments, output=out, env={"RAY_ADDRESS": cluster.address})
-            injector = Injector(
-                Schedule(faults),
-                cluster,
-                drain=lambda node, deadline_s: adapter.drain_node(node, reason="spot", deadline_s=deadline_s),
-                terminate=adapter.drain_as_on_sigterm,
-                least_nodes=least_nodes,
-                restart_driver=driver.restart,
-                spoil_storage=partial(_spoil_storage, control),
-                say=say,
-            )
-            try:
-                exit_code = _follow(config, driver, injector, cluster, end=end, say=say)
-            finally:
-                injector.close()
-                driver.kill()
-                adapter.disconnect()
-        del os.environ[FAULTS_VARIABLE]
-    return exit_code, injector
-
-
-def _follow(
-    config: RunConfig,
-    driver: "DriverProcess",
-    injector: "Injector",
-    cluster: "LocalCluster",
-    *,
-    end: _End,
-    say: Callable[[str], None],
-) -> int:
-    """Watch the run and let faults strike until its driver ends; return the driver's exit code."""
-    from cluster.runtime.driver import look
-
-    is_stopping = False
-    while (exit_code := driver.poll()) is None:
-        try:
-            if scene := look(config):
-                injector.watch(scene, is_saving=_is_saving(config))
-            else:
-                injector.act_due()
-            too_few = len(cluster.nodes) < config.get_world_sizes()[0]
-            reason = end.get_reason(injector, step=scene.step if scene else 0, too_few=too_few)
-            if reason and not is_stopping:
-                say(f"the run ends: {reason}")
-                is_stopping = True
-                driver.interrupt()
-            time.sleep(_LOOK_CLOSELY_EVERY_S if scene and injector.is_near(scene) else _LOOK_EVERY_S)
-        except KeyboardInterrupt:
-            if is_stopping:
-                raise
-            is_stopping = True
-            driver.interrupt()
-    return exit_code
-
-
-def _is_saving(config: RunConfig) -> bool:
-    """Tell whether a checkpoint has begun to appear and is not committed; an older one may be about to be removed."""
-    newest = max(get_run_dir(config).checkpoints.glob("step-*"), default=None)
-    return newest is not None and not (newest / "COMMITTED").exists()
-
-
-def _spoil_storage(control: Path, fault: "Fault", until_s: float) -> None:
-    """Tell every process of the run, through the control file they look at."""
-    from elastic.storage import faults
-
-    kind = cast(faults.Kind, fault.fault.removeprefix("storage_"))
-    faults.write_fault(control, faults.Fault(kind=kind, rate=fault.rate, until_s=until_s, seed=fault.seed))
 
 
 # ---- what it came to

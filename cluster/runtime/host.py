@@ -59,9 +59,10 @@ from cluster.runtime.messages import (
     SlotExpired,
     Welcome,
 )
-from cluster.runtime.priority import AHEAD, take_priority_of
+from cluster.runtime.priority import get_ahead, take_priority_of
 from cluster.runtime.seat import Seat
 from cluster.runtime.trainers import AgentLink, Place, Trainers
+from elastic.paths import ensure_home
 from elastic.transport import Acceptor, Link, listen_unix
 
 BEAT_S = 1.0
@@ -284,7 +285,9 @@ def main() -> None:
 def _start(spec: HostSpec) -> Host:
     """Warm up and open the door to agents."""
     raylet_pidfd = os.pidfd_open(spec.raylet_pid)  # fails if the node is going down already
-    if not (take_priority_of(spec.raylet_pid, ahead=AHEAD) or take_priority_of(spec.raylet_pid)):
+    if notice := ensure_home(os.environ):  # a pod of any user id has none
+        log(notice)
+    if not (take_priority_of(spec.raylet_pid, ahead=get_ahead(os.environ)) or take_priority_of(spec.raylet_pid)):
         log(f"trainers run at niceness {os.nice(0)}, as Ray's workers do; RAY_worker_niceness=0 for the raylet helps")
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"  # a thread pool would make forking unsafe; trainers set their own number

@@ -4,24 +4,49 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 from ray.cluster_utils import Cluster
 
+from cluster.runtime.priority import AHEAD_VARIABLE
 from cluster.types import RAY_HEAD_ENV
 from elastic.errors import SolventError
 
 _OBJECT_STORE_BYTES = 100 * 1024 * 1024  # ours carries nothing; 75 MiB is the least that Ray takes
 _START_TRIES = 3
+_FAVOURS_JOINING = {"RAY_worker_niceness": "1", AHEAD_VARIABLE: "3"}
+"""Workers as good as beside Ray's daemons (by itself Ray starts them at 15), and trainers less far ahead of both."""
+
+
+@contextmanager
+def _environment(settings: Mapping[str, str]) -> Generator[None]:
+    """Have daemons that are started meanwhile find these variables, where the user has not set them."""
+    added = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 class LocalCluster:
-    """A head without CPUs and some worker nodes, each with a raylet of its own; ends with its `with` block."""
+    """A head without CPUs and some worker nodes, each with a raylet of its own; ends with its `with` block.
 
-    def __init__(self, *, num_nodes: int, cpus_per_node: int = 1) -> None:
+    Args:
+        favour: who gets more of the machine's time. Ray's daemons and workers start for seconds whenever a node is to
+            come; behind the trainers of all other nodes, and beside whatever else computes here, that takes minutes.
+    """
+
+    def __init__(
+        self, *, num_nodes: int, cpus_per_node: int = 1, favour: Literal["training", "joining"] = "training"
+    ) -> None:
+        self._env = _FAVOURS_JOINING if favour == "joining" else {}
         self._cpus_per_node = cpus_per_node
         self._temp_dir = tempfile.mkdtemp(prefix="sv-")  # short: Unix sockets lie deep below it
         self._outer_temp_dir = os.environ.get("RAY_TMPDIR")
@@ -34,11 +59,8 @@ class LocalCluster:
             "include_dashboard": False,
             "object_store_memory": _OBJECT_STORE_BYTES,
         }
-        settings = {name: value for name, value in RAY_HEAD_ENV.items() if name not in os.environ}
-        os.environ.update(settings)  # read by the head's daemons, and by them alone
-        self._cluster = Cluster(initialize_head=True, head_node_args=head)
-        for name in settings:
-            del os.environ[name]
+        with _environment({**RAY_HEAD_ENV, **self._env}):  # read by the head's daemons, and by them alone
+            self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self._nodes: dict[str, Any] = {}
         self._started: list[str] = []
         for _ in range(num_nodes):
@@ -88,7 +110,8 @@ class LocalCluster:
         problem: Exception | None = None
         for _ in range(_START_TRIES):
             try:
-                node = self._cluster.add_node(num_cpus=self._cpus_per_node, object_store_memory=_OBJECT_STORE_BYTES)
+                with _environment(self._env):
+                    node = self._cluster.add_node(num_cpus=self._cpus_per_node, object_store_memory=_OBJECT_STORE_BYTES)
             except Exception as error:  # Ray has no type of its own for a node that is too slow to start
                 problem = error
                 continue

@@ -9,12 +9,22 @@ sessions by their own (sched_autogroup_enabled, see sched(7)).
 """
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 AHEAD = 5
 """Levels of niceness; each is worth a quarter more time, so this is three times the share."""
+AHEAD_VARIABLE = "SOLVENT_TRAINERS_AHEAD"
+"""Another number of levels, in the environment of the raylet: where several nodes share a machine, trainers that go
+ahead of Ray's daemons keep the next node from joining."""
 _AUTOGROUP = Path("/proc/self/autogroup")
+
+
+def get_ahead(env: Mapping[str, str]) -> int:
+    """Return how many levels trainers go ahead of their raylet."""
+    said = env.get(AHEAD_VARIABLE, "")
+    return int(said) if said.isdecimal() else AHEAD
 
 
 def take_priority_of(pid: int, *, ahead: int = 0) -> bool:

@@ -7,7 +7,7 @@ Source of the variables: docs.wandb.ai/models/track/environment-variables (wandb
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 from elastic.config import RunConfig
 
@@ -55,7 +55,7 @@ def choose(config: RunConfig, env: Mapping[str, str], *, folder: str) -> Choice:
     if wanted.mode != "auto":
         if mode not in (None, wanted.mode):
             overruled.append(f"{_get_mode_variable(env)} (wandb.mode={wanted.mode})")
-        mode = cast(Mode, wanted.mode)
+        mode = wanted.mode
     elif problem:
         overruled.append(problem)
     if mode != "disabled":

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.cli import chaos, main
+from cluster.cli import _struck, main
 from elastic.config import RunConfig
 from elastic.rundir import RunDir
 
@@ -27,7 +27,7 @@ def test_arguments_that_cannot_work_are_refused_with_the_reason(arguments, messa
 def test_a_checkpoint_is_being_saved_from_its_first_file_to_its_commit_and_not_while_an_old_one_is_removed(tmp_path):
     config = RunConfig(run="r", storage=str(tmp_path))
     folder = RunDir(tmp_path / "r").checkpoints
-    is_saving = lambda: chaos._is_saving(config)  # noqa: E731
+    is_saving = lambda: _struck.is_saving(config)  # noqa: E731
     assert not is_saving()
     for step in (10, 20):
         (folder / f"step-{step:08d}").mkdir(parents=True)

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from cluster.runtime.priority import AHEAD, AHEAD_VARIABLE, get_ahead
+
 TAKE = """
 import os, sys, threading
 from cluster.runtime.priority import take_priority_of
@@ -47,3 +49,8 @@ def test_all_threads_and_those_to_come_take_the_niceness_of_another_process_and_
 @pytest.mark.parametrize("ahead", [0, 3])
 def test_who_may_not_is_told_and_stays_as_nice_as_he_was(niceness, ahead):
     assert take("nobody", ahead=ahead)[0] == f"False{f' {niceness + 5}' * 3}"
+
+
+@pytest.mark.parametrize(("said", "ahead"), [("", AHEAD), ("0", 0), ("3", 3), ("-1", AHEAD), ("x", AHEAD)])
+def test_trainers_go_as_far_ahead_as_the_node_s_environment_says(said, ahead):
+    assert get_ahead({AHEAD_VARIABLE: said} if said else {}) == ahead
