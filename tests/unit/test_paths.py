@@ -15,6 +15,7 @@ from elastic.rundir import RunDir
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "home"
@@ -134,6 +135,5 @@ def test_folders_that_a_verb_makes_may_begin_with_the_home(home):
 def test_prices_are_found_in_the_home(home):
     from cluster.cost import load_prices
 
-    home.mkdir()
     (home / "p.yaml").write_text("aws-g5-spot: 0.4\n")
     assert load_prices(CostConfig(price_file="~/p.yaml")).by_offer == {"aws-g5-spot": 0.4}
