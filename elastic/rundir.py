@@ -107,7 +107,7 @@ def find_own_run(path: Path, settings: Mapping[str, object]) -> OwnRun | None:
         return None
     said = Path(str(settings["storage"])) / str(settings["run"])
     if said.is_absolute():
-        is_here, created_in = said.resolve() == directory.resolve(), None
+        is_here, created_in = said.exists() and said.samefile(directory), None
     else:
         is_here = directory.parts[-len(said.parts) :] == said.parts
         created_in = Path(*directory.parts[: -len(said.parts)]) if is_here else None
