@@ -19,7 +19,7 @@ from elastic.errors import SolventError
 
 _OBJECT_STORE_BYTES = 100 * 1024 * 1024  # ours carries nothing; 75 MiB is the least that Ray takes
 _START_TRIES = 3
-_FAVOURS_JOINING = {"RAY_worker_niceness": "1", AHEAD_VARIABLE: "3"}
+_FAVOURS_JOINING = {"RAY_worker_niceness": "1", AHEAD_VARIABLE: "1"}
 """Workers as good as beside Ray's daemons (by itself Ray starts them at 15), and trainers less far ahead of both."""
 
 
