@@ -71,7 +71,8 @@ def test_an_event_of_what_was_closed_meanwhile_reaches_nobody(loop, connect):
     def close_all():
         for link, _ in pairs:
             loop.unwatch(link)
-        others.extend(connect())
+        while not numbers & {link.fileno() for link in others} and len(others) < 500:  # lower ones may be free as well
+            others.extend(connect())
         for link in others:
             loop.watch(link, lambda: called.append("a new link"))
         called.append("the first")
