@@ -98,6 +98,7 @@ def run_loop(parts: Parts, progress: Progress, recent: spikes.Recent, timeline: 
         progress = Progress(step=step + 1, tokens=progress.tokens + (0 if is_bad else result.target_tokens))
         is_last, is_leaving = progress.step == config.train.steps, result.decision not in interrupt.STAY
         is_eval_due = is_last or (is_due(progress.step, config.train.eval_every_steps) and not is_leaving)
+        is_eval_due = is_eval_due and bool(parts.eval_microbatches)  # of all ranks or none
         step_s = wait_s + timeline.begin("eval" if is_eval_due else "data")
         val_loss = eval_loss(parts.trainable, parts.eval_microbatches, parts.world) if is_eval_due else None
         report(parts, progress, result, lr=lr, step_s=step_s, val_loss=val_loss)

@@ -4,8 +4,10 @@
 warns of a preemption and who watches the progress is hidden behind the Protocols of this file.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal, Protocol
 
 Phase = Literal["start", "train", "redo", "save", "load", "reconfigure", "wait", "data", "eval", "idle"]
@@ -53,6 +55,23 @@ class Progress:
 
     step: int = 0
     tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataIdentity:
+    """Which tokens, and whose tokens, a run trains on, wherever their folder lies; from its `dataset.json`."""
+
+    tokenizer_sha256: str
+    train_sha256: str = ""
+    """Of the hashes of the shards, in their order. Empty: not known, the run has a tokenizer and no data yet."""
+    val_sha256: str = ""
+    train_tokens: int = 0
+    val_tokens: int = 0
+
+    @property
+    def name(self) -> str:
+        """Return 16 hexadecimal digits that change with any of it."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)

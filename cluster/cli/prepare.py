@@ -4,6 +4,7 @@ INPUT is a file, a folder, a glob, a URI such as s3://bucket/folder, or `kjv:`, 
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -22,10 +23,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="FILE", help="a Hugging Face tokenizer.json; default: train our own BPE")
     parser.add_argument("--eot-token", metavar="TOKEN", help="ends a document; default: the tokenizer's own")
     parser.add_argument(
+        "--bos-token", metavar="TOKEN", help="begins a document; default: what the tokenizer puts there; '': none"
+    )
+    parser.add_argument(
+        "--special-tokens",
+        choices=("text", "parse"),
+        default="text",
+        help="what a special token written out in a text is (default %(default)s; parse: the token)",
+    )
+    parser.add_argument(
         "--vocab-size", metavar="N", type=int, default=4096, help="of our own BPE (default %(default)s)"
     )
-    parser.add_argument("--val-fraction", metavar="X", type=float, default=0.05, help="held out (default %(default)s)")
-    parser.add_argument("--text-key", metavar="KEY", default="text", help="of jsonl and parquet (default %(default)s)")
+    parser.add_argument(
+        "--val-fraction", metavar="X", type=float, default=0.05, help="held out; 0: none (default %(default)s)"
+    )
+    parser.add_argument("--text-key", metavar="KEY", default="text", help="of json and parquet (default %(default)s)")
+    parser.add_argument(
+        "--max-missing",
+        metavar="X",
+        type=float,
+        default=0.1,
+        help="share of rows without text that is left out; more end the job (default %(default)s)",
+    )
     parser.add_argument("--processes", metavar="N", type=int, default=0, help="default: one per core")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier prepare made")
     add_json(parser)
@@ -36,19 +55,28 @@ def run(args: argparse.Namespace) -> int:
     from elastic.data.prepare import prepare
 
     start_s = time.monotonic()
-    with _progress_bar() as on_progress:
-        info = prepare(
-            args.inputs,
-            args.out,
-            tokenizer=args.tokenizer,
-            eot_token=args.eot_token,
-            vocab_size=args.vocab_size,
-            val_fraction=args.val_fraction,
-            num_processes=args.processes,
-            text_key=args.text_key,
-            overwrite=args.overwrite,
-            on_progress=on_progress,
-        )
+    notes: list[str] = []
+    try:
+        with _progress_bar() as on_progress:
+            info = prepare(
+                args.inputs,
+                args.out,
+                tokenizer=args.tokenizer,
+                eot_token=args.eot_token,
+                bos_token=args.bos_token,
+                special_tokens=args.special_tokens,
+                vocab_size=args.vocab_size,
+                val_fraction=args.val_fraction,
+                num_processes=args.processes,
+                text_key=args.text_key,
+                max_missing=args.max_missing,
+                overwrite=args.overwrite,
+                on_progress=on_progress,
+                on_note=notes.append,
+            )
+    finally:
+        for note in notes:
+            print(note, file=sys.stderr)
     summary = {
         "path": args.out,
         "vocab_size": info.vocab_size,
@@ -58,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
         "val_documents": info.val.num_documents,
         "train_entropy_nats": info.train_entropy_nats,
         "seconds": time.monotonic() - start_s,
+        "notes": notes,
     }
     if args.json:
         print_json(summary)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from elastic.errors import DataError
+from elastic.ports import DataIdentity
 
 DATASET_FILE = "dataset.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -53,7 +54,7 @@ class DatasetInfo:
     """The content of `dataset.json`."""
 
     vocab_size: int
-    """The largest token id a tokenizer of this folder can make, plus one."""
+    """The largest token id that the tokenizer of this folder has a name for, plus one."""
     eot_id: int
     tokenizer_sha256: str
     train_entropy_nats: float
@@ -62,6 +63,32 @@ class DatasetInfo:
     """Validation tokens under the training frequencies, add-one smoothed; None without validation tokens."""
     train: SplitInfo
     val: SplitInfo
+    bos_id: int | None = None
+    """The token that begins each document; None: none does (nor did it before this was written down)."""
+    largest_id: int | None = None
+    """Of the tokens in the shards; None: was not counted."""
+
+    @property
+    def needed_vocab_size(self) -> int:
+        """How many rows an embedding needs for this data.
+
+        A tokenizer may have names for more (added tokens beyond a published model's embedding): what does not occur
+        needs no row.
+        """
+        return self.vocab_size if self.largest_id is None else self.largest_id + 1
+
+    @property
+    def identity(self) -> DataIdentity:
+        """What tells this data from any other, wherever the folder lies."""
+        hashes = [json.dumps([shard.sha256 for shard in self.get_split(split).shards]) for split in SPLITS]
+        train, val = (hashlib.sha256(text.encode()).hexdigest() for text in hashes)
+        return DataIdentity(
+            tokenizer_sha256=self.tokenizer_sha256,
+            train_sha256=train,
+            val_sha256=val,
+            train_tokens=self.train.num_tokens,
+            val_tokens=self.val.num_tokens,
+        )
 
     def get_split(self, split: Split) -> SplitInfo:
         """Return the part of that name."""
@@ -81,8 +108,17 @@ def read_info(folder: Path) -> DatasetInfo:
         DataError: not made by `solvent prepare`, or by another version of it.
     """
     path = folder / DATASET_FILE
+    return parse_info(path.read_bytes(), path)
+
+
+def parse_info(content: bytes, path: Path | str) -> DatasetInfo:
+    """Return what the bytes of a `dataset.json` say.
+
+    Raises:
+        DataError: not made by `solvent prepare`, or by another version of it.
+    """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(content)
         version = raw.pop("version")
         if version == VERSION:
             train, val = (_parse_split(raw.pop(split)) for split in SPLITS)

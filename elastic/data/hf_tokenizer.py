@@ -6,17 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from elastic.data.format import DATASET_FILE, TOKENIZER_FILE, read_info
-from elastic.data.tokenizer import load_tokenizer
+from elastic.data.format import DATASET_FILE, TOKENIZER_FILE, DatasetInfo, read_info
+from elastic.data.tokenizer import get_prefix, parse_tokenizer, replace_prefix
 from elastic.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
 class HfTokenizer:
-    """The files by name, and the id of the token that ends a document."""
+    """The files by name, and the ids of the tokens that end and begin a document."""
 
     files: Mapping[str, bytes]
     eot_id: int
+    bos_id: int | None
+    """None: documents begin with their text."""
+    tokenizer_sha256: str
+    """Of the `tokenizer.json` that the data was made with."""
 
 
 def read_tokenizer(folder: Path) -> HfTokenizer:
@@ -26,22 +30,44 @@ def read_tokenizer(folder: Path) -> HfTokenizer:
         DataError: the folder is not one.
         FileNotFoundError: there is no such folder.
     """
-    info = read_info(folder)
-    path = folder / TOKENIZER_FILE
-    eot_token = load_tokenizer(path).id_to_token(info.eot_id)
+    return build_tokenizer(read_info(folder), (folder / TOKENIZER_FILE).read_bytes())
+
+
+def build_tokenizer(info: DatasetInfo, tokenizer_json: bytes) -> HfTokenizer:
+    """Return the tokenizer of prepared data, beginning a text as the data's documents begin.
+
+    A prompt must begin with the token that the model was trained to see there, and with no other: such a row of the
+    embedding was never trained.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
+    tokenizer = parse_tokenizer(tokenizer_json, TOKENIZER_FILE)
+    bos_token = None if info.bos_id is None else tokenizer.id_to_token(info.bos_id)
+    if get_prefix(tokenizer) != ([] if info.bos_id is None else [info.bos_id]):
+        bos = None if info.bos_id is None or bos_token is None else (bos_token, info.bos_id)
+        tokenizer_json = replace_prefix(tokenizer_json, bos)
     settings = {
         # the class that takes tokenizer.json as it is; a model's own class would put its own rules in place of ours
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": eot_token,
+        **({"bos_token": bos_token} if bos_token else {}),
+        "eos_token": tokenizer.id_to_token(info.eot_id),
         "clean_up_tokenization_spaces": False,
     }
     return HfTokenizer(
         files={
-            TOKENIZER_FILE: path.read_bytes(),
+            TOKENIZER_FILE: tokenizer_json,
             "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode(),
         },
         eot_id=info.eot_id,
+        bos_id=info.bos_id,
+        tokenizer_sha256=info.tokenizer_sha256,
     )
+
+
+def is_prepared(data_path: str) -> bool:
+    """Tell whether a prepared folder is here."""
+    return bool(data_path) and (Path(data_path) / DATASET_FILE).is_file()
 
 
 def check_tokenizer(data_path: str, tokenizer_json: bytes | None, *, origin: str) -> None:
@@ -53,10 +79,9 @@ def check_tokenizer(data_path: str, tokenizer_json: bytes | None, *, origin: str
     Raises:
         DataError: the two differ.
     """
-    folder = Path(data_path)
-    if tokenizer_json is None or not data_path or not (folder / DATASET_FILE).is_file():
+    if tokenizer_json is None or not is_prepared(data_path):
         return
-    if read_info(folder).tokenizer_sha256 != hashlib.sha256(tokenizer_json).hexdigest():
+    if read_info(Path(data_path)).tokenizer_sha256 != hashlib.sha256(tokenizer_json).hexdigest():
         raise DataError(
             f"data.path={data_path!r} was made with another tokenizer than {origin} has, so its token ids mean other "
             "text to this model. Prepare it anew: "

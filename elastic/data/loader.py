@@ -22,7 +22,7 @@ from torch import Tensor
 from elastic.config import RunConfig
 from elastic.data.format import Split
 from elastic.data.order import rank_slice, sample_ids
-from elastic.data.shards import Dataset, check_not_empty
+from elastic.data.shards import Dataset, check_not_empty, has_validation
 from elastic.loss import IGNORE
 
 
@@ -117,9 +117,13 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Return the first `train.eval_samples` validation samples (or all), one microbatch per batch.
 
+    None if the data was prepared without validation.
+
     Raises:
         DataError: validation holds no full sample.
     """
+    if not has_validation(dataset):
+        return iter(())
     seq_len = config.data.seq_len
     check_not_empty(dataset, "val", seq_len)
     micro_batch = get_micro_batch(config, world_size)

@@ -5,6 +5,8 @@ memory holds one shard of each split and the batches in flight, however large th
 the number of processes. It is written beside the target and renamed at the end: the folder is complete or not there.
 """
 
+import errno
+import logging
 import os
 import secrets
 import shutil
@@ -19,14 +21,16 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Tokenizer
 
 from elastic.data.documents import Source, find_sources
+from elastic.data.encoder import Encoded, Encoder, find_division, split_text
 from elastic.data.format import DATASET_FILE, SPLITS, TOKENIZER_FILE, DatasetInfo, Split, hash_file, write_info
+from elastic.data.rows import Tally
 from elastic.data.tokenizer import (
-    Encoded,
-    Encoder,
+    SpecialTokens,
+    find_bos_id,
     find_eot_id,
-    get_split,
     get_vocab_size,
     load_tokenizer,
     train_tokenizer,
@@ -36,6 +40,8 @@ from elastic.data.writer import SplitWriter
 from elastic.errors import DataError
 from elastic.storage.local import sync
 
+log = logging.getLogger(__name__)
+
 SHARD_TOKENS = 1 << 27
 """256 MiB of 16-bit tokens; a corpus of 2 T tokens makes 15 000 files."""
 TOKENIZER_CHARS = 1 << 29
@@ -44,6 +50,8 @@ BATCH_CHARS = 1 << 20
 """Text that one process encodes at a time."""
 SMALL_CORPUS_BYTES = 64 << 20
 """Below this, starting processes takes longer than it saves."""
+MAX_MISSING = 0.1
+"""The share of rows without text that is let pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +66,7 @@ class PrepareProgress:
 
 
 OnProgress = Callable[[PrepareProgress], None]
+OnNote = Callable[[str], None]
 
 
 def _ignore_progress(_: PrepareProgress) -> None:
@@ -70,13 +79,17 @@ def prepare(
     *,
     tokenizer: str | Path | None = None,
     eot_token: str | None = None,
+    bos_token: str | None = None,
+    special_tokens: SpecialTokens = "text",
     vocab_size: int = 4096,
     val_fraction: float = 0.05,
     num_processes: int = 0,
     text_key: str = "text",
+    max_missing: float = MAX_MISSING,
     shard_tokens: int = SHARD_TOKENS,
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
+    on_note: OnNote = log.info,
 ) -> DatasetInfo:
     """Turn text into a folder of token shards.
 
@@ -87,11 +100,15 @@ def prepare(
         out: the folder to make.
         tokenizer: a Hugging Face `tokenizer.json`; None trains a byte-level BPE of `vocab_size` on the training split.
         eot_token: the token between documents; None takes the tokenizer's own.
-        val_fraction: share of the documents that is held out, chosen by content.
+        bos_token: the token that begins a document; None takes what the tokenizer itself puts there, empty none.
+        special_tokens: what a special token written out in a text is: text, or the token.
+        val_fraction: share of the documents that is held out, chosen by content. 0: none, to train without validation.
         num_processes: 0 takes one per core, or none besides this one for a small corpus.
-        text_key: the field (jsonl) or column (parquet) that holds the text.
+        text_key: the field (json) or column (parquet) that holds the text.
+        max_missing: the share of rows without text that is left out; more end the job.
         overwrite: replace a folder that an earlier `prepare` made.
         on_progress: called now and then from this thread.
+        on_note: takes what the user should know of the inputs, a line each.
 
     Raises:
         DataError: an input, the tokenizer or the target cannot be used, or there is no text.
@@ -105,29 +122,74 @@ def prepare(
     if not 0 <= val_fraction < 1:
         raise DataError(f"val_fraction={val_fraction} is a share of the documents. Use 0 or more, and less than 1.")
     _check_target(out, overwrite=overwrite)
-    sources = find_sources(inputs, text_key=text_key)
+    sources = find_sources(inputs, text_key=text_key, on_note=on_note)
     if not num_processes:
         small = sum(source.size_bytes for source in sources) < SMALL_CORPUS_BYTES
         num_processes = 1 if small else os.cpu_count() or 1
+    texts = _read_all(sources, Tally(max_missing))
+    divide = find_division(texts, val_fraction) if val_fraction else "documents"
 
     with _stage_folder(out) as folder:
         path = folder / TOKENIZER_FILE
         if tokenizer is None:
             report(PrepareProgress(stage="tokenizer", num_files=len(sources)))
-            texts = (text for text in _sample(sources, TOKENIZER_CHARS) if get_split(text, val_fraction) == "train")
-            train_tokenizer(texts, vocab_size=vocab_size).save(str(path))
+            heads = _sample(sources, TOKENIZER_CHARS, Tally(max_missing))
+            parts = (part for text in heads for part in split_text(text, val_fraction, divide))
+            learned = train_tokenizer((text for split, text in parts if split == "train"), vocab_size=vocab_size)
+            path.write_text(learned.to_str(pretty=True), encoding="utf-8")
         else:
             load_tokenizer(Path(tokenizer))
             shutil.copyfile(tokenizer, path)
         loaded = load_tokenizer(path)
-        encoder = Encoder(path, find_eot_id(loaded, eot_token), get_vocab_size(loaded), val_fraction)
+        encoder = Encoder(
+            tokenizer_file=path,
+            eot_id=find_eot_id(loaded, eot_token),
+            bos_id=find_bos_id(loaded, bos_token),
+            vocab_size=get_vocab_size(loaded),
+            val_fraction=val_fraction,
+            divide=divide,
+            special_tokens=special_tokens,
+        )
+        on_note(_describe_documents(loaded, encoder))
         writers: dict[Split, SplitWriter] = {
             split: SplitWriter(folder, split, encoder, shard_tokens) for split in SPLITS
         }
-        info = _write_tokens(sources, encoder, writers, num_processes=num_processes, report=report)
+        tally = Tally(max_missing)
+        info = _write_tokens(sources, encoder, writers, tally=tally, num_processes=num_processes, report=report)
         write_info(folder, info)
         write_stamp(folder, info)
+    for note in (tally.finish(), _describe_special(writers, encoder), _describe_validation(info, encoder)):
+        if note:
+            on_note(note)
     return info
+
+
+def _describe_documents(tokenizer: Tokenizer, encoder: Encoder) -> str:
+    end = tokenizer.id_to_token(encoder.eot_id)
+    begin = "" if encoder.bos_id is None else f"begins with {tokenizer.id_to_token(encoder.bos_id)} and "
+    return f"each document {begin}ends with {end}"
+
+
+def _describe_special(writers: Mapping[Split, SplitWriter], encoder: Encoder) -> str:
+    names = sorted(frozenset[str]().union(*(writer.spelled for writer in writers.values())))
+    if not names:
+        return ""
+    num = sum(writer.num_spelled for writer in writers.values())
+    how = (
+        "and were read as text; --special-tokens parse makes them the tokens"
+        if encoder.special_tokens == "text"
+        else "and became the tokens; --special-tokens text reads them as text"
+    )
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"special tokens stand written out in {num:,} documents ({', '.join(names[:5])}{more}) {how}"
+
+
+def _describe_validation(info: DatasetInfo, encoder: Encoder) -> str:
+    if not info.val.num_tokens:
+        return "nothing is held out: training on this data computes no validation loss"
+    if encoder.divide == "inside":
+        return "too few documents to hold out whole ones: the end of each is held out"
+    return ""
 
 
 def _write_tokens(
@@ -135,6 +197,7 @@ def _write_tokens(
     encoder: Encoder,
     writers: Mapping[Split, SplitWriter],
     *,
+    tally: Tally,
     num_processes: int,
     report: OnProgress,
 ) -> DatasetInfo:
@@ -143,7 +206,7 @@ def _write_tokens(
     def read() -> Iterator[str]:
         nonlocal files_done
         for source in sources:
-            yield from source.read()
+            yield from tally.read(source.read())
             files_done += 1
 
     for encoded in _encode_all(encoder, _batches(read()), num_processes):
@@ -160,6 +223,7 @@ def _write_tokens(
         )
     train, val = writers["train"], writers["val"]
     if not train.num_tokens:
+        tally.finish()  # may say better why
         raise DataError(
             f"the inputs hold no text to train on (files: {len(sources)}, documents with text: {val.num_documents}"
             f"{', all held out' if val.num_documents else ''}). Name files with text in them, or lower val_fraction."
@@ -167,6 +231,8 @@ def _write_tokens(
     return DatasetInfo(
         vocab_size=encoder.vocab_size,
         eot_id=encoder.eot_id,
+        bos_id=encoder.bos_id,
+        largest_id=int(np.flatnonzero(train.counts + val.counts)[-1]),
         tokenizer_sha256=hash_file(encoder.tokenizer_file),
         train_entropy_nats=_cross_entropy_nats(train.counts, train.counts),
         val_cross_entropy_nats=_cross_entropy_nats(val.counts, train.counts + 1) if val.num_tokens else None,
@@ -182,11 +248,17 @@ def _cross_entropy_nats(counts: npt.NDArray[np.int64], model_counts: npt.NDArray
     return float(-(share * np.log(model_counts[seen] / model_counts.sum())).sum())
 
 
-def _sample(sources: Sequence[Source], max_chars: int) -> Iterator[str]:
+def _read_all(sources: Iterable[Source], tally: Tally) -> Iterator[str]:
+    """Yield the documents that have text."""
+    for source in sources:
+        yield from (text for text in tally.read(source.read()) if text and not text.isspace())
+
+
+def _sample(sources: Sequence[Source], max_chars: int, tally: Tally) -> Iterator[str]:
     """Yield the head of every source, sharing the budget equally among those still to come."""
     for i, source in enumerate(sources):
         share = max_chars // (len(sources) - i)
-        for text in source.read():
+        for text in tally.read(source.read()):
             if share <= 0:
                 break
             share -= len(text)
@@ -265,6 +337,18 @@ def _stage_folder(out: Path) -> Generator[Path]:
         else:
             staged.rename(out)
         sync(out.parent)
+    except OSError as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise _explain_write(error, out) from error
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
+
+
+def _explain_write(error: OSError, out: Path) -> DataError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    hint = "Free some space there, or choose" if full else "Check that disk, or choose"
+    return DataError(
+        f"{out} cannot be written ({os.strerror(error.errno) if error.errno else error}), so the data is not complete, "
+        f"and what there was of it is removed. {hint} another disk with --out."
+    )

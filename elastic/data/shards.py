@@ -92,16 +92,36 @@ def check_fits(dataset: Dataset, config: RunConfig) -> None:
     """Refuse data and a configuration that cannot go together, before a GPU is rented.
 
     Raises:
-        DataError: a token id has no row in the embedding, or a split holds not even one sample.
+        DataError: a token id has no row in the embedding, or a split that is not left out holds not even one sample.
     """
-    if dataset.info.vocab_size > config.model.vocab_size:
-        raise DataError(
-            f"model.vocab_size={config.model.vocab_size} is smaller than the {dataset.info.vocab_size} tokens of "
-            f"data.path={config.data.path!r}: some would have no embedding. "
-            f"Set model.vocab_size={dataset.info.vocab_size}."
-        )
+    check_vocab(dataset.info, config)
     for split in sorted(SPLITS, key=lambda split: dataset.info.get_split(split).num_tokens):  # the shortest decides
-        check_not_empty(dataset, split, config.data.seq_len)
+        if split == "train" or has_validation(dataset):
+            check_not_empty(dataset, split, config.data.seq_len)
+
+
+def check_vocab(info: DatasetInfo, config: RunConfig) -> None:
+    """Refuse a model that has no row for a token of the data; what does not occur needs none.
+
+    Raises:
+        DataError: a token id is too large.
+    """
+    rows = config.model.vocab_size
+    if info.needed_vocab_size <= rows:
+        return
+    what = f"holds the token id {info.largest_id}"
+    if info.largest_id is None:
+        what = f"may hold ids up to {info.vocab_size - 1} (prepared anew, it would say which it does hold)"
+    raise DataError(
+        f"model.vocab_size={rows} is too small: data.path={config.data.path!r} {what}, which would have no embedding. "
+        f"Set model.vocab_size={info.vocab_size} for a new model. One that was trained with {rows} needs data of its "
+        "own tokenizer: solvent prepare INPUT --tokenizer ITS/tokenizer.json"
+    )
+
+
+def has_validation(dataset: Dataset) -> bool:
+    """Tell whether anything is held out; data may be prepared without."""
+    return dataset.info.val.num_tokens > 0
 
 
 def check_not_empty(dataset: Dataset, split: Split, seq_len: int) -> None:
@@ -117,5 +137,5 @@ def check_not_empty(dataset: Dataset, split: Split, seq_len: int) -> None:
     raise DataError(
         f"data.seq_len={seq_len} needs {seq_len + 1} tokens, the {split} split of {dataset.folder} has {num_tokens}: "
         f"there is not one full sample. {advice}repare more text"
-        + (" with a larger --val-fraction." if split == "val" else ".")
+        + (" with a larger --val-fraction, or with --val-fraction 0 to train without." if split == "val" else ".")
     )

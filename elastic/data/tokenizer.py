@@ -1,33 +1,25 @@
 """Text to token ids: a byte-level BPE trained here, or the `tokenizer.json` of a Hugging Face model."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from elastic.data.format import SPLITS, Split, Tokens
+from elastic.data.format import Split
 from elastic.errors import DataError
+
+SpecialTokens = Literal["text", "parse"]
+"""What a special token that is written out in a text is: text like any other, or the token."""
 
 EOT_TOKEN = "<|endoftext|>"
 _KNOWN_EOT_TOKENS = (EOT_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "<|endofsentence|>", "[EOS]")
-_PIECE_CHARS = 1 << 18  # encoding needs some 100 bytes per character: a long document goes in pieces
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Whole documents of one split: their tokens on end, each closed by the end-of-text token, and their lengths."""
-
-    tokens: Tokens
-    lengths: npt.NDArray[np.int64]
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
@@ -52,14 +44,30 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Load a `tokenizer.json` so that it encodes all of a text, and only the text.
+def load_tokenizer(path: Path, *, special_tokens: SpecialTokens = "text") -> Tokenizer:
+    """Load a `tokenizer.json` so that it encodes all of a text.
 
     Raises:
         DataError: missing, or not a file of the `tokenizers` library.
     """
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"tokenizer={path} cannot be loaded ({error.strerror}). Give the tokenizer.json of a Hugging Face model, "
+            "or leave it out to train one."
+        ) from error
+    return parse_tokenizer(content, path, special_tokens=special_tokens)
+
+
+def parse_tokenizer(content: bytes, path: Path | str, *, special_tokens: SpecialTokens = "text") -> Tokenizer:
+    """Return the tokenizer that the bytes of a `tokenizer.json` describe.
+
+    Raises:
+        DataError: they do not.
+    """
+    try:
+        tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises nothing more exact
         raise DataError(
             f"tokenizer={path} cannot be loaded ({error}). Give the tokenizer.json of a Hugging Face model, or leave "
@@ -67,7 +75,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         ) from error
     tokenizer.no_truncation()  # many published files carry the limits of their model
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is text
+    tokenizer.encode_special_tokens = special_tokens == "text"  # then "<|endoftext|>" in a text is text
     return tokenizer
 
 
@@ -88,6 +96,73 @@ def find_eot_id(tokenizer: Tokenizer, eot_token: str | None) -> int:
     )
 
 
+def find_bos_id(tokenizer: Tokenizer, bos_token: str | None) -> int | None:
+    """Return the id of the token that begins a document; None: none does.
+
+    Args:
+        bos_token: the one named; empty: none; None: what the tokenizer itself puts before a text, as Llama's does.
+            A model that is prompted through that tokenizer sees it first, so it must have been trained on it.
+
+    Raises:
+        DataError: there is no such token, or the tokenizer puts several there.
+    """
+    if bos_token is None:
+        prefix = get_prefix(tokenizer)
+        if len(prefix) > 1:
+            names = " ".join(str(tokenizer.id_to_token(token_id)) for token_id in prefix)
+            raise DataError(
+                f"the tokenizer begins a text with {len(prefix)} tokens ({names}), and a document can begin with one. "
+                "Name it with --bos-token, or none with --bos-token ''."
+            )
+        return prefix[0] if prefix else None
+    if not bos_token:
+        return None
+    token_id = tokenizer.token_to_id(bos_token)
+    if token_id is None:
+        raise DataError(
+            f"the tokenizer has no token {bos_token} to begin a document with. Name one that it has with --bos-token, "
+            "or none with --bos-token ''."
+        )
+    return token_id
+
+
+def get_prefix(tokenizer: Tokenizer) -> list[int]:
+    """Return the ids that the tokenizer's post-processor puts before a text."""
+    encoded = tokenizer.encode("a")
+    num_special = next((i for i, mask in enumerate(encoded.special_tokens_mask) if not mask), 0)
+    return encoded.ids[:num_special]
+
+
+def replace_prefix(tokenizer_json: bytes, bos: tuple[str, int] | None) -> bytes:
+    """Return a `tokenizer.json` that begins a text with this token and its id, or with none, and adds nothing else."""
+    content: dict[str, Any] = json.loads(tokenizer_json)
+    old = content.get("post_processor")
+    parts: list[dict[str, Any]] = old.get("processors", [old]) if old else []
+    kept = [part for part in parts if part["type"] == "ByteLevel"]  # of offsets; it adds no tokens
+    if bos:
+        kept.append(_build_template(*bos))
+    content["post_processor"] = {"type": "Sequence", "processors": kept} if kept else None
+    return (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode()
+
+
+def _build_template(token: str, token_id: int) -> dict[str, Any]:
+    def put(sequence: str, type_id: int) -> list[dict[str, Any]]:
+        first = {"SpecialToken": {"id": token, "type_id": type_id}}
+        return [first, {"Sequence": {"id": sequence, "type_id": type_id}}]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": put("A", 0),
+        "pair": put("A", 0) + put("B", 1),
+        "special_tokens": {token: {"id": token, "ids": [token_id], "tokens": [token]}},
+    }
+
+
+def get_special_tokens(tokenizer: Tokenizer) -> list[str]:
+    """Return the special tokens as they would stand in a text."""
+    return [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+
+
 def get_vocab_size(tokenizer: Tokenizer) -> int:
     """Return the largest id plus one; some vocabularies have holes."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -97,51 +172,3 @@ def get_split(text: str, val_fraction: float) -> Split:
     """Choose a document's split by its content: equal documents never stand on both sides, and more data moves none."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return "val" if int.from_bytes(digest, "big") < val_fraction * 2**64 else "train"
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """Turns documents into tokens; small and picklable, it goes to the worker processes."""
-
-    tokenizer_file: Path
-    eot_id: int
-    vocab_size: int
-    val_fraction: float
-
-    @property
-    def dtype(self) -> type[np.uint16] | type[np.uint32]:
-        """The smallest type that holds every id."""
-        return np.uint16 if self.vocab_size <= 2**16 else np.uint32
-
-    def encode(self, texts: Sequence[str]) -> dict[Split, Encoded]:
-        """Encode documents, each into its split."""
-        tokenizer = _load_once(self.tokenizer_file)
-        documents: dict[Split, list[list[str]]] = {split: [] for split in SPLITS}
-        for text in texts:
-            documents[get_split(text, self.val_fraction)].append(list(_cut(text)))
-        encoded: dict[Split, Encoded] = {}
-        for split, cut in documents.items():
-            pieces = iter(tokenizer.encode_batch_fast([p for parts in cut for p in parts], add_special_tokens=False))
-            ids = [[i for _ in parts for i in next(pieces).ids] + [self.eot_id] for parts in cut]
-            tokens = [np.array(one, self.dtype) for one in ids]
-            encoded[split] = Encoded(
-                tokens=np.concatenate(tokens) if tokens else np.empty(0, self.dtype),
-                lengths=np.array([len(one) for one in ids], np.int64),
-            )
-        return encoded
-
-
-@lru_cache(maxsize=1)
-def _load_once(path: Path) -> Tokenizer:
-    return load_tokenizer(path)
-
-
-def _cut(text: str) -> Iterator[str]:
-    """Cut a long text before spaces, where byte-level BPE begins a new word anyway."""
-    start = 0
-    while len(text) - start > _PIECE_CHARS:
-        end = text.rfind(" ", start + 1, start + _PIECE_CHARS)
-        end = end if end > 0 else start + _PIECE_CHARS
-        yield text[start:end]
-        start = end
-    yield text[start:]

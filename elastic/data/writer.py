@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from elastic.data.encoder import Encoded, Encoder
 from elastic.data.format import Shard, Split, SplitInfo, Tokens, write_shard
-from elastic.data.tokenizer import Encoded, Encoder
 
 
 class SplitWriter:
@@ -15,6 +15,8 @@ class SplitWriter:
     def __init__(self, folder: Path, split: Split, encoder: Encoder, shard_tokens: int) -> None:
         self.num_documents = 0
         self.num_tokens = 0
+        self.num_spelled = 0
+        self.spelled: frozenset[str] = frozenset()
         self.counts = np.zeros(encoder.vocab_size, np.int64)
         self._folder = folder
         self._split = split
@@ -27,6 +29,8 @@ class SplitWriter:
         """Append whole documents."""
         self._row_ends.append(self.num_tokens + np.cumsum(part.lengths))
         self.num_documents += len(part.lengths)
+        self.num_spelled += part.num_spelled
+        self.spelled |= part.spelled
         self.counts += np.bincount(part.tokens, minlength=len(self.counts))
         tokens = part.tokens
         while len(tokens):

@@ -380,3 +380,12 @@ def test_chaos_strikes_no_run_that_exists(saved, tmp_path):
     result = call(SOLVENT, "chaos", saved.config, *where)
     assert_explained(result, "run='saved' has trained before", "chaos must see every sample", "run=saved-chaos")
     assert read_tree(saved.run) == before
+
+
+def test_a_disk_that_fills_up_while_data_is_prepared_is_explained_and_nothing_is_left_on_it(mount, no_ray):
+    """The shards of this text have 2 MiB and more."""
+    place = mount("-t", "tmpfs", "-o", "size=2m", "tmpfs")
+    before = read_tree(place)
+    result = call(SOLVENT, "prepare", "kjv:", "--out", place / "data", "--vocab-size", "300", **no_ray)
+    assert_explained(result, f"{place / 'data'} cannot be written (No space left on device)", "with --out")
+    assert read_tree(place) == before

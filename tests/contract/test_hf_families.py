@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from elastic import plugins
@@ -14,6 +15,8 @@ from elastic.checkpoint.hf.folder import find_family, get_families, open_folder
 from elastic.checkpoint.hf.numbers import to_fp32
 from elastic.data.hf_tokenizer import read_tokenizer
 from elastic.data.prepare import prepare
+from elastic.data.shards import open_dataset
+from elastic.data.tokenizer import train_tokenizer
 from elastic.storage import open_storage
 
 SHAPE = {
@@ -168,3 +171,27 @@ def test_our_tokenizer_gives_the_same_ids_there(tmp_path):
     assert loaded(text)["input_ids"] == own.encode(text).ids
     assert loaded.decode(loaded(text)["input_ids"]) == text
     assert loaded.eos_token_id == tokenizer.eot_id
+
+
+@pytest.mark.parametrize("bos_token", [None, "", "<extra>"])
+def test_a_prompt_begins_there_as_the_documents_began_that_we_trained_on(tmp_path, bos_token):
+    given = train_tokenizer(["In the beginning was the Word."], vocab_size=280)
+    given.add_special_tokens(["<s>", "<extra>"])
+    given.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", given.token_to_id("<s>"))]
+    )
+    given.save(str(tmp_path / "given.json"))
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "the Word was with God"}))
+    folder = tmp_path / "data"
+    info = prepare(
+        [tmp_path / "text.jsonl"], folder, tokenizer=tmp_path / "given.json", bos_token=bos_token, val_fraction=0.0
+    )
+    row = open_dataset(folder).read("train", 0, info.train.num_tokens - 1).tolist()
+    tokenizer = read_tokenizer(folder)
+    (tmp_path / "hf").mkdir()
+    for name, content in tokenizer.files.items():
+        (tmp_path / "hf" / name).write_bytes(content)
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert loaded("the Word was with God")["input_ids"] == row[:-1]
+    assert loaded.eos_token_id == row[-1]
+    assert loaded.bos_token_id == tokenizer.bos_id == (row[0] if bos_token != "" else None)
