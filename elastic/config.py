@@ -137,6 +137,9 @@ class DataConfig:
 
     path: str = ""
     """The folder that `solvent prepare --out` wrote."""
+    replace: str = ""
+    """Lets a run go on with other data or another tokenizer than it began with: the 16 digits that its refusal names.
+    Any further change is refused again."""
     seq_len: int = 256
     """Target tokens per sample."""
     record_samples: bool = False

@@ -25,14 +25,15 @@ from elastic.checkpoint.memory import Memory
 from elastic.checkpoint.save import Checkpointer
 from elastic.checkpoint.storage import PATIENCE_S, check_space, estimate_checkpoint_bytes, explain, keep_trying
 from elastic.config import RunConfig
+from elastic.data.kept import keep_data
 from elastic.data.loader import Loader, eval_batches
-from elastic.data.shards import check_fits, open_dataset
+from elastic.data.shards import Dataset, check_fits, has_validation, open_dataset
 from elastic.epochs import EpochGuard, check_epoch
-from elastic.errors import StaleEpochError, StorageError
+from elastic.errors import DataError, StaleEpochError, StorageError
 from elastic.loop import Parts, SampleRecorder, run_loop
 from elastic.metrics import get_peak_flops
 from elastic.nn import init_weights
-from elastic.ports import Lost, MetricSink, NoticeSource, Observer, Outcome, Progress, Source, WorldSpec
+from elastic.ports import DataIdentity, Lost, MetricSink, NoticeSource, Observer, Outcome, Progress, Source, WorldSpec
 from elastic.profile import Profiler
 from elastic.spikes import Recent
 from elastic.spool import OpenRun, open_run
@@ -145,6 +146,8 @@ def _build_parts(
     """Build data, model and checkpointer, restore the newest state, and take it all down again."""
     dataset = open_dataset(config.data.path)
     check_fits(dataset, config)
+    data = dataset.info.identity
+    _check_same_data(data, config, world)
     trainable = build_trainable(config, world, first_weights="undefined")
     laps.end("model")
     restored = restore(
@@ -153,9 +156,17 @@ def _build_parts(
         trainable.optimizer,
         config=config,
         device=world.device,
+        data=data,
         memory=memory,
         keepers=spec.keepers,
     )
+    if world.rank == 0:
+        _keep_data(run.storage, dataset)
+        if config.train.eval_every_steps and not has_validation(dataset):
+            log.warning(
+                "train.eval_every_steps=%d has no effect: data.path=%s was prepared without validation",
+                *(config.train.eval_every_steps, config.data.path),
+            )
     progress, recent, source = Progress(), Recent(), cast(Source, "scratch")
     if restored is None:
         check_first_weights(run.storage)
@@ -189,6 +200,7 @@ def _build_parts(
         peer=spec.peer,
         restored_index=restored_index,
         mean_s_between_losses=spec.mean_s_between_losses,
+        data=data,
     )
     if restored:
         checkpointer.plan_ahead(restored.live, trainable.optimizer)
@@ -226,6 +238,31 @@ def _build_parts(
             progress,
             recent,
         )
+
+
+def _check_same_data(data: DataIdentity, config: RunConfig, world: World) -> None:
+    """Make sure that `data.path` leads all ranks to the same data.
+
+    Raises:
+        DataError: it does not; on all ranks.
+    """
+    seen = torch.zeros(world.world_size, dtype=torch.int64, device=world.device)
+    seen[world.rank] = int(data.name[:15], 16)
+    names: list[int] = world.sum_(seen).tolist()
+    other = next((rank for rank, name in enumerate(names) if name != names[0]), None)
+    if other is not None:
+        raise DataError(
+            f"data.path={config.data.path!r} holds other data on the node of rank {other} than on that of rank 0 (this "
+            f"is rank {world.rank}, with {data.train_tokens:,} training tokens on node {world.node}). Copy the same "
+            "prepared folder to all nodes, or put it where all see it."
+        )
+
+
+def _keep_data(storage: Storage, dataset: Dataset) -> None:
+    try:
+        keep_data(storage, dataset)
+    except OSError as error:
+        raise explain(error, storage.url) from error
 
 
 def _agree_on_memory(memory: Memory | None, config: RunConfig, world: World) -> Memory | None:

@@ -21,6 +21,10 @@ _WRITTEN = frozenset({"run", "storage", "data.path", "model.dim", "fault.lease_s
 """Some of the keys that a run's own configuration has, since it has all; one that people write seldom has these."""
 
 
+DATA = "data"
+"""The folder of a run with the tokenizer and the description of the data that it was trained on."""
+
+
 @dataclass(frozen=True)
 class RunDir:
     """Paths below `<storage>/<run>/` (CONTRACT: others read these names)."""

@@ -4,18 +4,22 @@ Weights only: the optimizer's state stays in the run.
 """
 
 import argparse
+import hashlib
 import json
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.cli._runs import add_json, add_run, open_run, print_json
+from cluster.cli._checkpoint_ls import open_checkpoints
+from cluster.cli._runs import add_json, add_run, print_json
 from elastic.errors import DataError, StorageError
 
 if TYPE_CHECKING:
     from elastic.checkpoint.hf.exporting import TokenizerFiles
-    from elastic.checkpoint.layout import CommittedCheckpoint
+    from elastic.checkpoint.layout import CommittedCheckpoint, Manifest
+    from elastic.data.hf_tokenizer import HfTokenizer
     from elastic.storage import Storage
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -31,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-shard-gib", metavar="X", type=float, default=4.0, help="of one file (default %(default)s)"
     )
-    parser.add_argument("--tokenizer", metavar="DIR", help="a folder of `solvent prepare`; default: the run's own")
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", help="a folder of `solvent prepare`, for a run that has none; default: its own"
+    )
     add_json(parser)
 
 
@@ -45,11 +51,11 @@ def run(args: argparse.Namespace) -> int:
     from elastic.storage import open_storage
 
     start_s = time.monotonic()
-    storage = open_run(args.run_name)
-    checkpoint = _find_checkpoint(storage, args.step)
+    storage, named_step = open_checkpoints(args.run_name)
+    checkpoint = _find_checkpoint(storage, named_step if args.step is None else args.step)
     manifest = read_manifest(storage, checkpoint)
     model = {key.removeprefix("model."): value for key, value in manifest.config.items() if key.startswith("model.")}
-    tokenizer = _find_tokenizer(storage, args.tokenizer or manifest.config["data.path"])
+    tokenizer = _find_tokenizer(storage, manifest, args.tokenizer)
     out = open_storage(args.out)
     try:
         exported = write_folder(
@@ -97,21 +103,66 @@ def _find_checkpoint(storage: "Storage", step: int | None) -> "CommittedCheckpoi
     return committed[max(committed) if step is None else step]
 
 
-def _find_tokenizer(storage: "Storage", prepared: str) -> "TokenizerFiles":
-    """Return the files that the run was imported with, else those of its data."""
-    from elastic.checkpoint.hf.exporting import TokenizerFiles
-    from elastic.checkpoint.hf.importing import KEPT
-    from elastic.data.hf_tokenizer import read_tokenizer
+def _find_tokenizer(storage: "Storage", manifest: "Manifest", named: str | None) -> "TokenizerFiles":
+    """Return the tokenizer of what the checkpoint was trained on: as it was imported, else as the run keeps it.
 
-    kept = {key.removeprefix(KEPT): storage.read(key) for key in storage.list(KEPT)}
-    if any(name.startswith("tokenizer") for name in kept):
-        config: Mapping[str, Any] = json.loads(kept.pop("config.json"))
-        return TokenizerFiles(files=kept, token_ids={name: config.get(name) for name in _TOKEN_IDS})
+    Raises:
+        DataError: there is none, or the one that was named is not the checkpoint's.
+    """
+    from elastic.checkpoint.fit import get_data
+    from elastic.data.hf_tokenizer import build_tokenizer, read_tokenizer
+    from elastic.data.kept import read_kept
+
+    identity = get_data(manifest)
+    sha256 = identity.tokenizer_sha256 if identity else ""
+    imported = _read_imported(storage, sha256)
+    if imported and not named:
+        return imported
+    kept = read_kept(storage, identity) if identity and not named else None
+    if kept:
+        return _as_files(build_tokenizer(kept.info, kept.tokenizer_json))
+    folder = named or str(manifest.config["data.path"])
     try:
-        own = read_tokenizer(Path(prepared))
+        own = read_tokenizer(Path(folder))
     except FileNotFoundError:
+        if imported:
+            return imported
         raise DataError(
-            f"data.path={prepared!r} of the run is not here, and a model is of no use without its tokenizer. Name the "
+            f"data.path={folder!r} of the run is not here, and a model is of no use without its tokenizer. Name the "
             "folder that `solvent prepare` wrote with --tokenizer DIR."
         ) from None
-    return TokenizerFiles(files=own.files, token_ids={**dict.fromkeys(_TOKEN_IDS), "eos_token_id": own.eot_id})
+    if sha256 and own.tokenizer_sha256 != sha256:
+        what = f"--tokenizer={folder}" if named else f"data.path={folder!r}"
+        raise DataError(
+            f"{what} has another tokenizer than this checkpoint was trained with, so the ids of the model mean other "
+            "text there. Leave --tokenizer out if the run has its own, or name the folder of the data that it was "
+            "trained on with --tokenizer DIR."
+        )
+    if not sha256:
+        print(
+            f"this checkpoint does not say which tokenizer it was trained with (an older version of Solvent wrote it); "
+            f"that of {folder} is taken for it",
+            file=sys.stderr,
+        )
+    return _as_files(own)
+
+
+def _read_imported(storage: "Storage", sha256: str) -> "TokenizerFiles | None":
+    """Return the files that the run was imported with, if they are (or may be) of the tokenizer with this hash."""
+    from elastic.checkpoint.hf.exporting import TokenizerFiles
+    from elastic.checkpoint.hf.importing import KEPT
+
+    kept = {key.removeprefix(KEPT): storage.read(key) for key in storage.list(KEPT)}
+    own = kept.get("tokenizer.json")
+    is_other = own is not None and sha256 and hashlib.sha256(own).hexdigest() != sha256
+    if is_other or not any(name.startswith("tokenizer") for name in kept):
+        return None
+    config: Mapping[str, Any] = json.loads(kept.pop("config.json"))
+    return TokenizerFiles(files=kept, token_ids={name: config.get(name) for name in _TOKEN_IDS})
+
+
+def _as_files(own: "HfTokenizer") -> "TokenizerFiles":
+    from elastic.checkpoint.hf.exporting import TokenizerFiles
+
+    ids = {**dict.fromkeys(_TOKEN_IDS), "bos_token_id": own.bos_id, "eos_token_id": own.eot_id}
+    return TokenizerFiles(files=own.files, token_ids=ids)

@@ -28,7 +28,9 @@ def run(args: argparse.Namespace) -> int:
     from elastic.checkpoint.hf.importing import import_folder
     from elastic.checkpoint.storage import GIB, check_space, check_writable, explain
     from elastic.config_load import dump, load_here
-    from elastic.data.hf_tokenizer import check_tokenizer
+    from elastic.data.format import read_info
+    from elastic.data.hf_tokenizer import check_tokenizer, is_prepared
+    from elastic.data.shards import check_vocab
     from elastic.storage import is_url, join_url, open_storage
 
     start_s = time.monotonic()
@@ -36,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
     folder = open_folder(open_storage(args.folder))
     config = dataclasses.replace(config, model=folder.model)
     check_tokenizer(config.data.path, folder.read_tokenizer(), origin=args.folder)
+    if is_prepared(config.data.path):
+        check_vocab(read_info(Path(config.data.path)), config)
     run_url = join_url(config.storage, config.run)
     storage = open_storage(run_url)
     check_writable(storage)

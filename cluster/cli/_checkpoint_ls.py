@@ -3,8 +3,10 @@
 import argparse
 import time
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from cluster.cli._runs import add_json, add_run, open_run, print_json
+from elastic.errors import StorageError
 
 if TYPE_CHECKING:
     from elastic.checkpoint.verify import Found
@@ -25,9 +27,9 @@ def run(args: argparse.Namespace) -> int:
     """
     from elastic.checkpoint.storage import explain_unreadable
 
-    storage = open_run(args.run_name)
+    storage, step = open_checkpoints(args.run_name)
     try:
-        rows = [describe(found) for found in find(storage)]
+        rows = [describe(found) for found in find(storage, step)]
     except OSError as error:
         raise explain_unreadable(error, storage.url) from error
     if args.json:
@@ -37,12 +39,48 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def find(storage: "Storage") -> "list[Found]":
-    """Return what is below `checkpoints/`."""
+def open_checkpoints(name: str) -> "tuple[Storage, int | None]":
+    """Return the run that a name, a path or a URL leads to, and the step if it is one checkpoint's of it.
+
+    Raises:
+        StorageError: there is none.
+    """
+    from elastic.checkpoint.layout import CHECKPOINTS, get_directory_step
+
+    path = urlsplit(name).path if name.startswith("file://") else name
+    path = path.rstrip("/") or path
+    run, _, last = path.rpartition("/")
+    step = get_directory_step(last)
+    if step is not None:
+        path, (run, _, last) = run, run.rpartition("/")
+    if last == CHECKPOINTS.rstrip("/") and run:
+        return open_run(run), step
+    if step is not None:
+        raise StorageError(
+            f"RUN={name} names a checkpoint outside of a run: what can be read of it lies in <run>/{CHECKPOINTS}. Name "
+            f"the run, or <run>/{CHECKPOINTS}{last or 'step-00000000'}."
+        )
+    return open_run(path), None
+
+
+def find(storage: "Storage", step: int | None = None) -> "list[Found]":
+    """Return what is below `checkpoints/`, or only the checkpoint of one step.
+
+    Raises:
+        StorageError: that one is not there.
+    """
+    from elastic.checkpoint.layout import get_directory
     from elastic.checkpoint.verify import find_checkpoints
     from elastic.epochs import get_newest_epoch
 
-    return find_checkpoints(storage, newest_epoch=get_newest_epoch(storage))
+    found = find_checkpoints(storage, newest_epoch=get_newest_epoch(storage))
+    if step is None:
+        return found
+    own = [one for one in found if get_directory(step).endswith(f"/{one.name}")]
+    if not own:
+        names = ", ".join(one.name for one in found) or "none"
+        raise StorageError(f"{storage.url} has no {get_directory(step)}. Checkpoints there: {names}.")
+    return own
 
 
 def describe(found: "Found") -> dict[str, Any]:

@@ -3,8 +3,8 @@
 import argparse
 from typing import Any
 
-from cluster.cli._checkpoint_ls import describe, find, print_table
-from cluster.cli._runs import add_json, add_run, open_run, print_json
+from cluster.cli._checkpoint_ls import describe, find, open_checkpoints, print_table
+from cluster.cli._runs import add_json, add_run, print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,10 +22,10 @@ def run(args: argparse.Namespace) -> int:
     from elastic.checkpoint.storage import explain_unreadable
     from elastic.checkpoint.verify import find_all_damage
 
-    storage = open_run(args.run_name)
+    storage, step = open_checkpoints(args.run_name)
     rows: list[dict[str, Any]] = []
     try:
-        for found in find(storage):
+        for found in find(storage, step):
             damage = list(find_all_damage(storage, found))
             row = describe(found)
             rows.append({**row, "state": "damaged", "notes": damage} if damage else row)
@@ -38,5 +38,6 @@ def run(args: argparse.Namespace) -> int:
         print_json({"run": storage.url, "newest_is_whole": is_whole, "checkpoints": rows})
     else:
         print_table(storage.url, rows)
-        print("the newest is whole" if is_whole else "the newest is not whole" if committed else "none is committed")
+        which = "the newest" if step is None else "it"
+        print(f"{which} is whole" if is_whole else f"{which} is not whole" if committed else "none is committed")
     return 0 if is_whole else 1

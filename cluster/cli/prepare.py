@@ -1,4 +1,4 @@
-"""Turn text, jsonl or parquet into a tokenizer and token shards.
+"""Turn text, JSON lines or Parquet into a tokenizer and token shards.
 
 INPUT is a file, a folder, a glob, a URI such as s3://bucket/folder, or `kjv:`, the text of the demo.
 """

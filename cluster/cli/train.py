@@ -4,6 +4,7 @@ CONFIG is a YAML file; key=value overrides its keys. Training again under the sa
 """
 
 import argparse
+import logging
 import os
 import sys
 from contextlib import nullcontext
@@ -21,6 +22,8 @@ from elastic.storage import is_url, join_url, open_storage
 
 if TYPE_CHECKING:
     from cluster.runtime.retries import RetriedDriver
+
+log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,7 +132,7 @@ def check_before_paying(config: RunConfig) -> None:
     """
     from cluster.providers import check_choice
     from elastic.checkpoint.beginning import check_first_weights
-    from elastic.checkpoint.fit import check_config
+    from elastic.checkpoint.fit import check_resume
     from elastic.checkpoint.layout import list_committed, read_manifest
     from elastic.checkpoint.storage import (
         PATIENCE_S,
@@ -145,7 +148,8 @@ def check_before_paying(config: RunConfig) -> None:
     load_prices(config.cost)
     check_choice(config.cluster.notices)
     config.get_world_sizes()
-    check_fits(open_dataset(config.data.path), config)
+    dataset = open_dataset(config.data.path)
+    check_fits(dataset, config)
     storage = open_storage(join_url(config.storage, config.run))
 
     def look() -> None:
@@ -160,6 +164,7 @@ def check_before_paying(config: RunConfig) -> None:
     try:
         check_first_weights(storage)
         for newest in list_committed(storage)[-1:]:
-            check_config(config, read_manifest(storage, newest))
+            for remark in check_resume(config, read_manifest(storage, newest), data=dataset.info.identity):
+                log.warning("%s", remark)
     except OSError as error:
         raise explain_unreadable(error, storage.url) from error

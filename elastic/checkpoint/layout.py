@@ -115,6 +115,12 @@ def get_directory(step: int) -> str:
     return f"{CHECKPOINTS}step-{step:08d}"
 
 
+def get_directory_step(name: str) -> int | None:
+    """Return the step that a directory's name carries; None if it is no checkpoint's name."""
+    match = _STEP_NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
 def get_shard_name(*, epoch: int, rank: int) -> str:
     """Return the name of a rank's file; the epoch keeps a writer of an older world from touching a newer one's."""
     return f"e{epoch:08d}-{rank:05d}.safetensors"

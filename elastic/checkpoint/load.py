@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from elastic.checkpoint.collect import Parcels
 from elastic.checkpoint.fill import NUM_COPIERS, NUM_READERS, READ_BYTES, fill
-from elastic.checkpoint.fit import check_config, check_tensors, get_unsaved
+from elastic.checkpoint.fit import check_resume, check_tensors, get_unsaved
 from elastic.checkpoint.keeping import Held
 from elastic.checkpoint.layout import CommittedCheckpoint, Manifest, find_damage, list_committed, read_manifest
 from elastic.checkpoint.memory import Memory
@@ -39,7 +39,7 @@ from elastic.checkpoint.state import (
 from elastic.checkpoint.storage import explain_unreadable
 from elastic.config import RunConfig
 from elastic.errors import CheckpointError, SolventError
-from elastic.ports import Address, Progress, Source
+from elastic.ports import Address, DataIdentity, Progress, Source
 from elastic.storage import Storage, is_url
 from elastic.timeline import Laps
 
@@ -71,6 +71,7 @@ def restore(
     *,
     config: RunConfig,
     device: torch.device,
+    data: DataIdentity | None = None,
     memory: Memory | None = None,
     keepers: Mapping[str, Address] | None = None,
     group: dist.ProcessGroup | None = None,
@@ -82,12 +83,14 @@ def restore(
 
     Args:
         device: where the state lies.
+        data: what training would go on with.
         memory: this process' part of the memory tier.
         keepers: where the memories of the living nodes are served.
         group: all ranks, unused by anyone else meanwhile; the default group if None.
 
     Raises:
         ConfigError: a key changed that must not change during a run.
+        DataError: the data is not what the run was trained on.
         CheckpointError: the state is of another shape, of another format, or no checkpoint is whole.
         StorageError: the storage cannot be read.
     """
@@ -100,7 +103,7 @@ def restore(
     live = get_live_state(model, optimizer) if candidates else {}
     laps.end("live state")
     for candidate in candidates:
-        found = _FOUND.broadcast(_inspect(storage, candidate, config, live) if rank == 0 else None, group)
+        found = _FOUND.broadcast(_inspect(storage, candidate, config, data, live) if rank == 0 else None, group)
         if isinstance(found, Exception):
             raise found
         if isinstance(found, Manifest):
@@ -222,20 +225,23 @@ def load_state(
 
 
 def _inspect(
-    storage: Storage, candidate: _Candidate, config: RunConfig, live: Mapping[str, Tensor]
+    storage: Storage,
+    candidate: _Candidate,
+    config: RunConfig,
+    data: DataIdentity | None,
+    live: Mapping[str, Tensor],
 ) -> Manifest | SolventError | str:
     """Return the manifest of a state to load, why the run cannot go on from it, or what is damaged."""
     is_stored = isinstance(candidate, CommittedCheckpoint)
     try:
         manifest = read_manifest(storage, candidate) if is_stored else candidate.manifest
-        changed = check_config(config, manifest)
+        remarks = check_resume(config, manifest, data=data)
         check_tensors({name: tuple(tensor.shape) for name, tensor in live.items()}, manifest)
         damage = find_damage(storage, candidate, manifest) if is_stored else None
     except OSError as error:
         return explain_unreadable(error, storage.url)
     except SolventError as error:
         return error
-    if changed:
-        changes = ", ".join(f"{key}: {then} -> {now}" for key, (then, now) in sorted(changed.items()))
-        logger.warning("resuming at step %d under a changed configuration: %s", manifest.progress.step, changes)
+    for remark in remarks:
+        logger.warning("%s", remark)
     return damage or manifest

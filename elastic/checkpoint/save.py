@@ -36,7 +36,7 @@ from elastic.checkpoint.state import get_live_state, get_mesh_shape, get_rng_nam
 from elastic.checkpoint.votes import Votes
 from elastic.config import RunConfig
 from elastic.errors import SavesFailedError, StaleEpochError, StorageError
-from elastic.ports import Address, Progress
+from elastic.ports import Address, DataIdentity, Progress
 from elastic.rundir import format_utc
 from elastic.storage import Storage
 
@@ -67,6 +67,7 @@ class Checkpointer:
         peer: the keeper that shall have copies of this node's snapshots.
         restored_index: of this process' arena that holds the state that was restored; it is filled again last.
         mean_s_between_losses: what planned intervals are made for.
+        data: what the state is trained on; every manifest says it.
     """
 
     def __init__(
@@ -85,8 +86,9 @@ class Checkpointer:
         peer: Address | None = None,
         restored_index: int | None = None,
         mean_s_between_losses: float = 3600.0,
+        data: DataIdentity | None = None,
     ) -> None:
-        self._config = config
+        self._config, self._data = config, data
         self._device = device
         self._epoch = epoch
         self._on_committed, self._on_kept = on_committed, on_kept
@@ -473,7 +475,7 @@ class Checkpointer:
             world_size=self._world_size,
             device=self._device.type,
             mesh=get_mesh_shape(state, self._world_size),
-            config=(computing := get_computing_config(self._config)),
+            config=(computing := get_computing_config(self._config, self._data)),
             config_hash=get_config_hash(computing),
             tensors={},
             generators={},

@@ -186,7 +186,8 @@ def _describe_special(writers: Mapping[Split, SplitWriter], encoder: Encoder) ->
 
 def _describe_validation(info: DatasetInfo, encoder: Encoder) -> str:
     if not info.val.num_tokens:
-        return "nothing is held out: training on this data computes no validation loss"
+        wanted = "; to have one, raise --val-fraction" if encoder.val_fraction else ""
+        return f"nothing is held out: training on this data computes no validation loss{wanted}"
     if encoder.divide == "inside":
         return "too few documents to hold out whole ones: the end of each is held out"
     return ""

@@ -4,6 +4,7 @@ It holds the weights alone: at step 0 the moments of the optimizer are zeros. No
 ever in memory.
 """
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from elastic.checkpoint.layout import (
 from elastic.checkpoint.shards import ITEM_BYTES, Box, build_layout
 from elastic.config import RunConfig
 from elastic.errors import StorageError
-from elastic.ports import Progress
+from elastic.ports import DataIdentity, Progress
 from elastic.rundir import ORIGIN
 from elastic.storage import Storage
 
@@ -87,7 +88,9 @@ def import_folder(folder: ModelFolder, run: Storage, config: RunConfig, *, file_
         run.write(f"{directory}/{shard.file}", shard)
         files[shard.file] = shard.record
         tensors |= shard.get_index()
-    computing = get_computing_config(config)
+    tokenizer = folder.read_tokenizer()
+    data = DataIdentity(tokenizer_sha256=hashlib.sha256(tokenizer).hexdigest()) if tokenizer is not None else None
+    computing = get_computing_config(config, data)
     manifest = Manifest(
         progress=Progress(),
         epoch=0,

@@ -1,0 +1,58 @@
+"""What a run keeps of its data beside its checkpoints: which data it was, and the tokenizer. No torch here.
+
+    data/<16 digits>/dataset.json       as in the prepared folder
+    data/<16 digits>/tokenizer.json
+
+The digits are those of the identity in the manifests of the checkpoints, so that each checkpoint has the tokenizer that
+its ids are of, however often the prepared folder was replaced or moved since.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+from elastic.data.format import DATASET_FILE, TOKENIZER_FILE, DatasetInfo, parse_info
+from elastic.data.shards import Dataset
+from elastic.errors import DataError
+from elastic.ports import DataIdentity
+from elastic.rundir import DATA
+from elastic.storage import Storage
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptTokenizer:
+    """The tokenizer of a run, as the data had it."""
+
+    info: DatasetInfo
+    tokenizer_json: bytes
+
+
+def keep_data(run: Storage, dataset: Dataset) -> None:
+    """Copy what describes the data into a run, unless it is there; the shards stay where they are.
+
+    Raises:
+        OSError: the storage cannot be written.
+    """
+    where = f"{DATA}/{dataset.info.identity.name}"
+    if run.get_size(f"{where}/{DATASET_FILE}") is None:
+        for name in (TOKENIZER_FILE, DATASET_FILE):  # the description last: with it, both are there
+            run.write(f"{where}/{name}", [(dataset.folder / name).read_bytes()])
+
+
+def read_kept(run: Storage, identity: DataIdentity) -> KeptTokenizer | None:
+    """Return the tokenizer of the data that a checkpoint was trained on; None if the run does not have it.
+
+    Raises:
+        DataError: what is there is damaged.
+        OSError: the storage cannot be read.
+    """
+    where = f"{DATA}/{identity.name}"
+    if any(run.get_size(f"{where}/{name}") is None for name in (TOKENIZER_FILE, DATASET_FILE)):
+        return None
+    info = parse_info(run.read(f"{where}/{DATASET_FILE}"), f"{run.url}/{where}/{DATASET_FILE}")
+    tokenizer_json = run.read(f"{where}/{TOKENIZER_FILE}")
+    if hashlib.sha256(tokenizer_json).hexdigest() != identity.tokenizer_sha256:
+        raise DataError(
+            f"{run.url}/{where}/{TOKENIZER_FILE} is not the tokenizer that the run was trained with: it was changed "
+            "since. Put it back from the prepared data."
+        )
+    return KeptTokenizer(info=info, tokenizer_json=tokenizer_json)
