@@ -13,7 +13,15 @@ import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
 from elastic.data.format import SPLITS, Split, Tokens
-from elastic.data.tokenizer import SpecialTokens, get_special_tokens, get_split, load_tokenizer
+from elastic.data.tokenizer import (
+    SpecialTokens,
+    find_bos_id,
+    find_eot_id,
+    get_special_tokens,
+    get_split,
+    get_vocab_size,
+    load_tokenizer,
+)
 
 WINDOW_CHARS = 1 << 18
 """Encoding needs some 100 bytes per character: a longer document is encoded in windows."""
@@ -79,6 +87,32 @@ class Encoder:
             num_spelled=sum(map(bool, found)),
             spelled=frozenset[str]().union(*found),
         )
+
+
+def build_encoder(
+    path: Path,
+    *,
+    eot_token: str | None,
+    bos_token: str | None,
+    special_tokens: SpecialTokens,
+    val_fraction: float,
+    divide: Divide,
+) -> Encoder:
+    """Return the encoder of a `tokenizer.json`; see `prepare` for the tokens.
+
+    Raises:
+        DataError: the tokenizer cannot be used, or has no such token.
+    """
+    tokenizer = load_tokenizer(path)
+    return Encoder(
+        tokenizer_file=path,
+        eot_id=find_eot_id(tokenizer, eot_token),
+        bos_id=find_bos_id(tokenizer, bos_token),
+        vocab_size=get_vocab_size(tokenizer),
+        val_fraction=val_fraction,
+        divide=divide,
+        special_tokens=special_tokens,
+    )
 
 
 @lru_cache(maxsize=1)

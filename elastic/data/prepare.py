@@ -5,15 +5,12 @@ memory holds one shard of each split and the batches in flight, however large th
 the number of processes. It is written beside the target and renamed at the end: the folder is complete or not there.
 """
 
-import errno
 import logging
 import os
-import secrets
 import shutil
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,21 +21,14 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from elastic.data.documents import Source, find_sources
-from elastic.data.encoder import Encoded, Encoder, find_division, split_text
-from elastic.data.format import DATASET_FILE, SPLITS, TOKENIZER_FILE, DatasetInfo, Split, hash_file, write_info
+from elastic.data.encoder import Encoded, Encoder, build_encoder, find_division, split_text
+from elastic.data.format import SPLITS, TOKENIZER_FILE, DatasetInfo, Split, hash_file, write_info
 from elastic.data.rows import Tally
-from elastic.data.tokenizer import (
-    SpecialTokens,
-    find_bos_id,
-    find_eot_id,
-    get_vocab_size,
-    load_tokenizer,
-    train_tokenizer,
-)
+from elastic.data.target import check_target, stage_folder
+from elastic.data.tokenizer import SpecialTokens, load_tokenizer, train_tokenizer
 from elastic.data.verify import write_stamp
 from elastic.data.writer import SplitWriter
 from elastic.errors import DataError
-from elastic.storage.local import sync
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +111,7 @@ def prepare(
     report = on_progress or _ignore_progress
     if not 0 <= val_fraction < 1:
         raise DataError(f"val_fraction={val_fraction} is a share of the documents. Use 0 or more, and less than 1.")
-    _check_target(out, overwrite=overwrite)
+    check_target(out, overwrite=overwrite)
     sources = find_sources(inputs, text_key=text_key, on_note=on_note)
     if not num_processes:
         small = sum(source.size_bytes for source in sources) < SMALL_CORPUS_BYTES
@@ -129,7 +119,7 @@ def prepare(
     texts = _read_all(sources, Tally(max_missing))
     divide = find_division(texts, val_fraction) if val_fraction else "documents"
 
-    with _stage_folder(out) as folder:
+    with stage_folder(out) as folder:
         path = folder / TOKENIZER_FILE
         if tokenizer is None:
             report(PrepareProgress(stage="tokenizer", num_files=len(sources)))
@@ -140,17 +130,15 @@ def prepare(
         else:
             load_tokenizer(Path(tokenizer))
             shutil.copyfile(tokenizer, path)
-        loaded = load_tokenizer(path)
-        encoder = Encoder(
-            tokenizer_file=path,
-            eot_id=find_eot_id(loaded, eot_token),
-            bos_id=find_bos_id(loaded, bos_token),
-            vocab_size=get_vocab_size(loaded),
+        encoder = build_encoder(
+            path,
+            eot_token=eot_token,
+            bos_token=bos_token,
+            special_tokens=special_tokens,
             val_fraction=val_fraction,
             divide=divide,
-            special_tokens=special_tokens,
         )
-        on_note(_describe_documents(loaded, encoder))
+        on_note(_describe_documents(load_tokenizer(path), encoder))
         writers: dict[Split, SplitWriter] = {
             split: SplitWriter(folder, split, encoder, shard_tokens) for split in SPLITS
         }
@@ -307,49 +295,3 @@ def _encode_all(encoder: Encoder, batches: Iterable[list[str]], num_processes: i
 
 def _enter_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's only switch; processes share the cores already
-
-
-def _check_target(out: Path, *, overwrite: bool) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not (out / DATASET_FILE).is_file():
-        raise DataError(f"{out} is in the way: it exists and `solvent prepare` did not make it. Choose another --out.")
-    if not overwrite:
-        raise DataError(f"{out} holds prepared data already. Choose another --out, or replace it with --overwrite.")
-
-
-@contextmanager
-def _stage_folder(out: Path) -> Generator[Path]:
-    """Give a folder beside the target that takes its place when the block ends well, and vanishes when it does not."""
-    staged = out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}")
-    try:
-        staged.mkdir(parents=True)
-    except OSError as error:
-        raise DataError(f"{out} cannot be made ({error}). Choose a folder that you may write to as --out.") from error
-    try:
-        yield staged
-        for path in (*staged.iterdir(), staged):
-            sync(path)
-        if out.exists():
-            replaced = out.with_name(f".{out.name}.replaced-{secrets.token_hex(4)}")
-            out.rename(replaced)
-            staged.rename(out)
-            shutil.rmtree(replaced)
-        else:
-            staged.rename(out)
-        sync(out.parent)
-    except OSError as error:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise _explain_write(error, out) from error
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
-
-
-def _explain_write(error: OSError, out: Path) -> DataError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    hint = "Free some space there, or choose" if full else "Check that disk, or choose"
-    return DataError(
-        f"{out} cannot be written ({os.strerror(error.errno) if error.errno else error}), so the data is not complete, "
-        f"and what there was of it is removed. {hint} another disk with --out."
-    )
