@@ -110,9 +110,9 @@ def connect(address: tuple[str, int], secret: str, *, purpose: Purpose, timeout_
     Raises:
         WireError: nobody is there, or not one of ours.
     """
-    dial = Dial(address, secret, purpose=purpose, timeout_s=timeout_s)
-    with contextlib.closing(dial):
-        while (peer := dial.turn(timeout_s)) is None:
+    until_s = time.monotonic() + timeout_s
+    with contextlib.closing(Dial(address, secret, purpose=purpose, timeout_s=timeout_s)) as dial:
+        while (peer := dial.turn(max(0.001, until_s - time.monotonic()))) is None:
             pass
     return peer
 

@@ -54,7 +54,7 @@ def encode(header: Header, *, seal: Seal | None, limit_bytes: int) -> bytes:
     Raises:
         ValueError: it is longer than the peer takes.
     """
-    text = json.dumps(header, separators=(",", ":"), default=to_plain).encode()
+    text = _ENCODER.encode(header).encode()
     if len(text) > limit_bytes:
         raise ValueError(f"a {header.get('kind')} of {len(text)} bytes is longer than a message may be ({limit_bytes})")
     return _LENGTH.pack(len(text)) + (seal.make(text) if seal else b"") + text
@@ -63,6 +63,9 @@ def encode(header: Header, *, seal: Seal | None, limit_bytes: int) -> bytes:
 def to_plain(value: object) -> object:
     """Return a part of a message for JSON: a dataclass within another one names its kind too."""
     return {"kind": type(value).__name__, **vars(value)}
+
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"), default=to_plain)
 
 
 def parse_length(data: bytes | bytearray | memoryview, *, limit_bytes: int) -> int:

@@ -121,8 +121,13 @@ class Link(Generic[_M]):
             return None
 
     def close(self) -> None:
-        """Close the socket."""
-        self._socket.close()
+        """Close the socket. Where messages are sent at once, no other thread sends into what has its number next."""
+        if self._socket.gettimeout() is None:
+            self._socket.close()
+            return
+        with self._sending:
+            self.fault = self.fault or "it was closed"
+            self._socket.close()
 
     def _send_some(self, data: bytes) -> None:
         now_s = time.monotonic()
