@@ -25,6 +25,7 @@ from ray._private import state as ray_state
 from ray._private.ray_constants import RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
 from ray._private.ray_logging import stdout_deduplicator
 from ray._private.worker import get_dashboard_url
+from ray._raylet import Config as RayConfig  # pyright: ignore[reportAttributeAccessIssue] # compiled
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError, RpcError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
@@ -35,7 +36,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.providers import RAY_DEFAULT_S, RAY_SETTING, SelfDrain
-from cluster.runtime.ray_token import make_first_token
+from cluster.runtime.ray_token import MODE, explain_refusal, make_first_token, read_token
 from elastic.config import ClusterConfig
 from elastic.config import RunConfig as SolventConfig
 from elastic.errors import NoticeError, SolventError
@@ -44,6 +45,7 @@ from elastic.storage import is_url
 CHECKED_VERSION = "2.60"
 NAMESPACE = "solvent"
 _CALL_TIMEOUT_S = 30.0
+_ADMITTED_S = 5.0
 _TRAIN_SETTINGS = {
     # A placement group of the old size waits this long for a node that died unseen by us too (60 s by default).
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3",
@@ -103,11 +105,50 @@ def connect(address: str | None, cluster: ClusterConfig) -> None:
     options: dict[str, Any] = {"namespace": NAMESPACE, "logging_level": "WARNING", "log_to_driver": False}
     stdout_deduplicator.skip_re = _DYING_WORDS
     if address:
+        show_token(address)
         ray.init(address=address, **options)
         return
     make_first_token(os.environ)
     num_cpus = max(os.cpu_count() or 1, cluster.max_workers * cluster.cpus_per_worker + 1)
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
+
+
+def show_token(address: str) -> None:
+    """Have this process show its token to the cluster at HOST:PORT, if that lets nobody in without one.
+
+    By default Ray shows none there. Where none is wanted it must not: a driver that shows one wants one from the
+    workers that call it back. Ray itself finds out after 20 s that it is refused, and tells why in its log. An address
+    where nobody answers in time is left to it.
+
+    Raises:
+        ConfigError: there is no token here, or the cluster has another.
+    """
+    import grpc  # noqa: PLC0415 (a fifth of a second that agents and coordinator do not need, like the next)
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc  # noqa: PLC0415
+
+    if "://" in address or ":" not in address:
+        return
+    is_set, token = MODE in os.environ, read_token(os.environ)
+    if is_set and os.environ[MODE].lower() == "token" and not token:
+        raise explain_refusal(address, os.environ)  # Ray aborts the process
+
+    def is_refused(metadata: list[tuple[str, str]]) -> bool:
+        request: Any = gcs_service_pb2.CheckAliveRequest()  # pyright: ignore[reportAttributeAccessIssue] # generated
+        with grpc.insecure_channel(address) as channel:
+            stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+            try:
+                stub.CheckAlive(request, timeout=_ADMITTED_S, metadata=metadata)
+            except grpc.RpcError as error:
+                return isinstance(error, grpc.Call) and error.code() == grpc.StatusCode.UNAUTHENTICATED
+        return False
+
+    if not is_refused([]):
+        return
+    if not token or is_refused([("authorization", f"Bearer {token}")]):
+        raise explain_refusal(address, os.environ)
+    if not is_set:
+        os.environ[MODE] = "token"
+        RayConfig.initialize("")  # it has read the environment when it was imported
 
 
 def find_own_cluster() -> str | None:

@@ -40,6 +40,20 @@ def read_token(env: Mapping[str, str]) -> str:
         return ""
 
 
+def explain_refusal(address: str, env: Mapping[str, str]) -> ConfigError:
+    """Return what it means that a cluster does not let us in."""
+    own = get_default_path(env)
+    what_to_do = f"Copy the head's ~/.ray/auth_token to {own}, or set {TOKEN}."
+    wants = f"RAY_ADDRESS={address}: this cluster lets nobody in without its token"
+    if env.get(MODE, "token").lower() != "token":
+        return ConfigError(f"{wants}, and {MODE}={env[MODE]} keeps Ray from showing one. Unset {MODE}. {what_to_do}")
+    if not read_token(env):
+        asked_for = f"{MODE}={env[MODE]}" if MODE in env else wants
+        return ConfigError(f"{asked_for}, and there is none here. {what_to_do}")
+    source = TOKEN if env.get(TOKEN, "").strip() else env.get(TOKEN_PATH, "") or str(own)
+    return ConfigError(f"{wants}, and the one in {source} is another. {what_to_do}")
+
+
 def get_default_path(env: Mapping[str, str]) -> Path:
     """Return where Ray keeps the token of a user."""
     return Path(env.get("HOME") or Path.home()) / ".ray" / "auth_token"

@@ -8,7 +8,6 @@ import sys
 import urllib.request
 from pathlib import Path
 
-from cluster.runtime.ray_token import MODE
 from elastic.processes import list_processes
 from tests.ray._network import Network
 from tests.ray._nodes import get_env
@@ -45,7 +44,7 @@ class Rented:
 
     @property
     def driver_env(self) -> dict[str, str]:
-        return {**self.env, MODE: "token"}
+        return dict(self.env)
 
     def enter(self, machine: int = 0) -> list[str]:
         """Return what goes before a command that shall run on a machine: the head, if none is named."""
