@@ -1,8 +1,10 @@
 """The coordinator's connections to hosts: who may come, who counts as there, and who as gone."""
 
+import socket
 import time
+import tracemalloc
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing, suppress
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +24,9 @@ from cluster.runtime.messages import (
     Welcome,
 )
 from elastic.transport import Dial, Link, WireError
+from elastic.transport.frames import encode
+from elastic.transport.handshake import Handshake
+from elastic.transport.typed import to_header
 
 SECRET = "s3cret"
 
@@ -143,6 +148,66 @@ def test_what_no_host_says_ends_its_own_connection_and_no_other(served):
     odd.send(Join(slot="cpu0", attempt=1))  # of ours, but no word of a host
     served.serve_until(lambda: len(served.gone) == 2)
     assert served.hosts.get_pids() == {"n1": 1}
+
+
+def test_a_recorded_greeting_with_all_that_followed_is_worth_nothing_when_it_is_said_again(served):
+    caller = Handshake(SECRET, role="caller", purpose="coordinator")
+    hello, answer = caller.start(), b""
+    with socket.create_connection(("127.0.0.1", served.hosts.port), timeout=5) as host:
+        host.sendall(hello)
+        host.settimeout(0.01)
+        while caller.num_wanted:
+            served.hosts.serve(timeout_s=0.01)
+            with suppress(TimeoutError):
+                answer += (data := host.recv(caller.num_wanted))
+                proof = caller.feed(data)
+        first = to_header(HostHello(node="n1", pid=1, keeper=None))
+        recorded = [hello, proof + encode(first, seal=caller.seals.sent, limit_bytes=1000)]
+        host.sendall(recorded[1])
+        served.serve_until(lambda: served.ready)
+        for said in (recorded, [b"".join(recorded)], [answer, recorded[1]]):
+            stranger = socket.create_connection(("127.0.0.1", served.hosts.port), timeout=5)
+            with stranger, suppress(ConnectionError):  # it is sent away before it has said all
+                for part in said:
+                    stranger.sendall(part)
+                    served.hosts.serve(timeout_s=0.02)
+                while stranger.recv(4096):
+                    served.hosts.serve(timeout_s=0.02)
+        assert (served.ready, served.gone, served.hosts.get_pids()) == (["n1"], [], {"n1": 1})
+
+
+def test_strangers_of_all_kinds_change_nothing_for_a_host_and_fill_no_memory(served):
+    link = served.join("n1")
+    served.serve_until(lambda: served.ready)
+    tracemalloc.start()
+    with ExitStack() as stack:
+
+        def connect():
+            return stack.enter_context(socket.create_connection(("127.0.0.1", served.hosts.port), timeout=5))
+
+        for data in (b"GET / HTTP/1.0\r\n\r\n", bytes.fromhex("1603010200"), b"[1]\n", b"Solvent2half a greeting"):
+            connect().sendall(data)
+            served.hosts.serve(timeout_s=0.01)
+        endless = connect()
+        endless.setblocking(False)
+        with suppress(ConnectionError):
+            for _ in range(1600):
+                with suppress(BlockingIOError):
+                    endless.send(b"a" * 65536)
+                served.hosts.serve(timeout_s=0)
+            raise AssertionError("all of it was taken")
+        for _ in range(2000):
+            connect()
+            served.hosts.serve(timeout_s=0)
+        link.send(SlotExpired(slot="cpu0"))
+        start_s = time.monotonic()
+        served.serve_until(lambda: served.messages)
+        assert time.monotonic() - start_s < 1
+        _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20 << 20
+    assert (served.gone, served.hosts.get_pids()) == ([], {"n1": 1})
+    assert len(served.said) == 1
 
 
 def test_a_host_that_takes_nothing_is_let_go_and_no_other_waits_for_it(served, monkeypatch):
