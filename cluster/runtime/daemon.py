@@ -53,8 +53,9 @@ def write_to(log: Path) -> None:
 
 
 def log(text: str) -> None:
-    """Add a line to the daemon's own log, which `write_to` has made of its output."""
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)  # noqa: T201
+    """Add a line to the daemon's own log, which `write_to` has made of its output; a full disk ends no daemon."""
+    with contextlib.suppress(OSError):
+        print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)  # noqa: T201
 
 
 class Starter:

@@ -460,7 +460,8 @@ def _tell_failure(job: "Future[None]") -> None:
 
 
 def _log(text: str) -> None:
-    print(f"keeper: {text}", file=sys.stderr, flush=True)  # noqa: T201 (the log of whoever started it)
+    with contextlib.suppress(OSError):  # a full disk ends no keeper
+        print(f"keeper: {text}", file=sys.stderr, flush=True)  # noqa: T201 (the log of whoever started it)
 
 
 def main() -> NoReturn:

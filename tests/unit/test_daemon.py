@@ -1,11 +1,14 @@
 """One daemon per folder."""
 
+import contextlib
 import fcntl
 import shutil
 import stat
+import sys
 
 import pytest
 
+from cluster.runtime import daemon
 from cluster.runtime.daemon import take_folder
 
 
@@ -38,3 +41,14 @@ def test_the_lock_of_a_folder_that_was_removed_meanwhile_is_worth_nothing(tmp_pa
 
     monkeypatch.setattr(fcntl, "flock", lock_too_late)
     assert not take_folder(folder)
+
+
+def test_a_full_disk_ends_no_daemon_that_has_something_to_say(monkeypatch):
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(OSError, match="No space left"):
+            print("the look itself works", flush=True)
+        daemon.log("a connection was refused")
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):  # what it holds goes nowhere
+            full.close()
