@@ -27,6 +27,19 @@ def find_running(pid: int) -> Process | None:
     return None if process is None or process.has_ended else process
 
 
+def describe_state(pid: int) -> str:
+    """Return what a process does in the kernel, for people: of its threads, the first that has not ended."""
+    for task in sorted((_PROC / str(pid) / "task").glob("*")):
+        try:
+            state = (task / "stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+            where = (task / "wchan").read_text(errors="replace").strip("0\n")
+        except OSError:  # it has just ended
+            continue
+        if state not in "ZX":
+            return f"state {state}{f' in {where}' if where else ''}"
+    return "no thread left"
+
+
 def list_processes() -> Iterator[Process]:
     """Yield all processes, those that have just ended too."""
     for folder in _PROC.glob("[0-9]*"):

@@ -173,11 +173,7 @@ class Books:
         attempt = self._attempt
         if attempt is None:
             return
-        before = attempt.before.step
-        is_redone = progress.step <= before
-        self.phases(slot, [("redo" if is_redone and phase == "train" else phase, a, b) for phase, a, b in phases])
-        if phases and self._speaks_for_node(slot):  # until the next step is told
-            self.ledger.switch(slot.node, "redo" if progress.step < before else "train", phases[-1][2])
+        self.step_times(slot, progress.step, phases)
         if slot != attempt.started.members[0]:
             return
         attempt.last_step = progress.step
@@ -187,6 +183,18 @@ class Books:
         best = max(self.history.step, progress.step)
         self.history = replace(self.history, step=best, last_step=progress.step, last_step_s=now_s)
         self.tokens = max(self.tokens, progress.tokens)
+
+    @_locked
+    def step_times(self, slot: Slot, step: int, phases: Sequence[tuple[Phase, float, float]]) -> None:
+        """Book what time went into up to the end of a step, as the first trainer of a node tells it."""
+        attempt = self._attempt
+        if attempt is None:
+            return
+        before = attempt.before.step
+        is_redone = step <= before
+        self.phases(slot, [("redo" if is_redone and phase == "train" else phase, a, b) for phase, a, b in phases])
+        if phases and self._speaks_for_node(slot):  # until the next step is told
+            self.ledger.switch(slot.node, "redo" if step < before else "train", phases[-1][2])
 
     @_locked
     def phases(self, slot: Slot, phases: Sequence[tuple[Phase, float, float]]) -> None:

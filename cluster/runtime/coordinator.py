@@ -65,6 +65,7 @@ from cluster.types import (
     TrainerEnded,
     TrainerReady,
     Undrained,
+    Unkillable,
     Worker,
     get_leave_limit_s,
 )
@@ -375,8 +376,10 @@ class Coordinator:
                     exit_code=message.exit_code,
                 )
                 self._decide(end)
+            case said.TrainerStuck():
+                self._decide(Unkillable(slot=slot, attempt=message.attempt, reason=message.reason))
 
-    def _hear_trainer(self, slot: Slot, attempt: int | None, message: said.TrainerMessage) -> None:
+    def _hear_trainer(self, slot: Slot, attempt: int | None, message: said.TrainerMessage) -> None:  # noqa: PLR0912 (a case per message)
         """Take what a trainer of the current attempt says; an older one has nothing to say any more."""
         # of a coordinator before this one, or of a world that is over
         if attempt is None or attempt != self._state.attempt or slot not in self._state.ranks:
@@ -392,6 +395,9 @@ class Coordinator:
                     self._out.add_row(dict(message.row))
                 self._books.stepped(slot, progress, message.phases, now_s)
                 self._decide(Stepped(attempt=attempt, progress=progress))
+            case said.Progressed(times=times):
+                for each in times:
+                    self._books.step_times(slot, each.step, each.phases)
             case said.Restored(progress=progress, source=source):
                 self._resumed_step = progress.step
                 # from a disk of the nodes' own it is not safe: the next ones may not have it

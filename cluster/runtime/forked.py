@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from cluster.runtime.messages import (
     WorldLeft,
 )
 from elastic.checkpoint.keeping import KeeperProcess
-from elastic.transport import Link, Peer
+from elastic.transport import Link, Peer, WireError
 
 _PR_SET_PDEATHSIG = 1
 
@@ -59,11 +60,22 @@ class Trainer:
     said: WorldLeft | None = None
     """Its last word about how it ended, if it ends with its world."""
     killed: bool = False
+    """The coordinator, or who follows it, wants its end."""
+    killed_s: float | None = None
+    """When it was killed first, on the monotonic clock."""
+    stuck_in: int | None = None
+    """The attempt that the coordinator was told cannot have a trainer in its slot, because this does not end."""
 
-    def kill(self) -> None:
-        """End it; its parent has yet to wait for that."""
-        self.killed = True
+    def kill(self, *, is_wanted: bool = True) -> None:
+        """End it; its parent hears of that, and must not wait: the kernel lets go of some processes late or never."""
+        self.killed = self.killed or is_wanted
+        self.killed_s = time.monotonic() if self.killed_s is None else self.killed_s
         os.kill(self.pid, signal.SIGKILL)
+
+    def take_exit_code(self) -> int | None:
+        """Return its exit code (-N: signal N) and let the kernel forget it; None while it has not ended."""
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        return os.waitstatus_to_exitcode(status) if pid else None
 
 
 def fork_trainer(
@@ -82,12 +94,19 @@ def fork_trainer(
         inherited: descriptors that are none of the child's business.
 
     Raises:
-        WireError: the keeper is gone.
+        OSError: the kernel has no process, memory or descriptor for it.
     """
     ours, theirs = socket.socketpair()
-    memory = keeper.open_connection() if keeper else None
+    memory: socket.socket | None = None
+    with contextlib.suppress(WireError):  # it has just ended; another one may be there for the next trainer
+        memory = keeper.open_connection() if keeper else None
     parent_pid = os.getpid()
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError:
+        for each in filter(None, (ours, theirs, memory)):
+            each.close()
+        raise
     if pid == 0:
         ours.close()
         for descriptor in inherited:

@@ -67,6 +67,8 @@ from elastic.transport import Acceptor, Link, listen_unix
 
 BEAT_S = 1.0
 _RETRY_S = 0.2
+_END_S = 2.0
+"""For its trainers to end with it, so that their devices are free. One that does not is left behind."""
 
 
 class Host:
@@ -75,14 +77,13 @@ class Host:
     Args:
         raylet_pidfd: readable once the raylet has ended.
         live: a trainer's life.
-
-    Raises:
-        WireError: the keeper of the snapshots did not start.
     """
 
     def __init__(self, spec: HostSpec, raylet_pidfd: int, live: Callable[..., None]) -> None:
         self.spec = spec
         self.places: dict[str, Place] = {}
+        self.retired: dict[str, Place] = {}
+        """Those whose lease has run out. What runs there may take its time to end, and is in the way of another."""
         self.loop = EventLoop()
         self.renewed_s = 0.0
         """When the coordinator last renewed leases (`EventLoop.awake_s`); one without slots has it renew its own."""
@@ -122,18 +123,18 @@ class Host:
                 next_beat_s = now_s + BEAT_S
                 self._beat()
             self._expire_leases()
+            self.trainers.check_keeper()
             for place in self.places.values():
                 self.trainers.check(place)
 
     def end(self, reason: str) -> NoReturn:
         """End the trainers, tell the agents, remove every trace and exit."""
         log(f"host ends: {reason}")
-        for place in self.places.values():
-            for trainer in filter(None, (place.trainer, place.spare)):
-                trainer.kill()
-                os.waitpid(trainer.pid, 0)
+        places = [*self.places.values(), *self.retired.values()]
+        for place in places:
             if place.agent:
                 place.agent.send(Bye(reason=reason))
+        self.trainers.end_all(places, limit_s=_END_S)
         shutil.rmtree(self.spec.folder, ignore_errors=True)
         os._exit(0)
 
@@ -173,8 +174,7 @@ class Host:
             agent.send(Fenced(by=place.group))
             return
         if place is None:
-            log_path = Path(self.spec.folder) / f"{name}.log"
-            place = self.places[name] = Place(name=name, log=log_path, env={}, group=group, agent=None)
+            place = self.places[name] = self._open_place(name, group)
         if place.agent:
             place.agent.send(Fenced(by=group))
         place.group, place.agent, place.env = group, agent, claim.env
@@ -186,6 +186,13 @@ class Host:
             self.trainers.provide(place)
         else:
             self.trainers.tell_claim(place)
+
+    def _open_place(self, name: str, group: int) -> Place:
+        place = self.retired.pop(name, None)
+        if place is None:
+            return Place(name=name, log=Path(self.spec.folder) / f"{name}.log", env={}, group=group, agent=None)
+        place.is_cleared = False
+        return place
 
     def _pick_slot(self, group: int) -> str:
         """Return the first slot that no agent of this group holds (without GPUs, one slot is as good as another)."""
@@ -208,7 +215,7 @@ class Host:
         for place in expired:
             self.coordinator.tell(SlotExpired(slot=place.name))
             self.trainers.clear(place)
-            del self.places[place.name]
+            self.retired[place.name] = self.places.pop(place.name)
         if not self.places and (expired or self.renewed_s < oldest_s):
             self.end(f"nobody has renewed its lease for {self.spec.lease_s:g} s")
 
@@ -247,16 +254,24 @@ class Host:
                 else:  # its lease ran out while the message was on its way
                     self.trainers.tell_ended(slot, attempt, "crashed", "its slot is gone")
             case Go() | Park() | Leave() | Kill() | RowsKept():
-                place = self.places.get(message.slot)
-                trainer = place.trainer if place else None
-                if trainer is None or trainer.attempt != message.attempt:  # it comes too late
-                    return
-                if isinstance(message, Kill):
-                    trainer.kill()
-                else:
-                    trainer.link.send(message)
+                self._pass_on(message)
             case _:
                 assert_never(message)
+
+    def _pass_on(self, message: Go | Park | Leave | Kill | RowsKept) -> None:
+        """Have the trainer of a slot do as it is told, unless that comes too late."""
+        place = self.places.get(message.slot)
+        if place is None:
+            return
+        if isinstance(message, Leave | Kill):
+            self.trainers.give_up_joining(place, message.attempt)
+        trainer = place.trainer
+        if trainer is None or trainer.attempt != message.attempt:
+            return
+        if isinstance(message, Kill):
+            trainer.kill()
+        else:
+            trainer.link.send(message)
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from cluster.runtime.messages import (
     SlotExpired,
     TrainerLeft,
     TrainerSaid,
+    TrainerStuck,
     Welcome,
 )
 from cluster.types import Slot
@@ -31,7 +32,7 @@ from elastic.transport import Acceptor, Link
 
 HOST_SILENT_S = 4.0
 """A host that has not sent its beat (once a second) for this long is taken for gone: a lost machine sends no FIN."""
-News = SlotClaimed | SlotExpired | TrainerLeft | TrainerSaid
+News = SlotClaimed | SlotExpired | TrainerLeft | TrainerStuck | TrainerSaid
 """What a host says of trainers and claims."""
 _LAST_WORD_S = 1.0
 """For so long a host that takes nothing keeps the others' coordinator from its end."""

@@ -137,12 +137,32 @@ class Restored:
 
 @dataclass(frozen=True, kw_only=True)
 class Stepped:
-    """It finished a step."""
+    """It finished a step; said by rank 0."""
 
     progress: Progress
     row: Row
     phases: PhaseTimes
     """Since the last one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTimes:
+    """What time went into up to the end of a step, since the one before."""
+
+    step: int
+    phases: PhaseTimes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progressed:
+    """It finished these steps, as all ranks did; said now and then by those that do not write the rows."""
+
+    num_steps: int
+    """In this world, up to now."""
+    step: int
+    """The last one."""
+    times: tuple[StepTimes, ...]
+    """Of the first rank of a node; the node's others did the same. Empty: for the host alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,10 +208,22 @@ class RowsAsked:
     """Attempt and file."""
 
 
-TrainerMessage = Ready | Phases | Restored | Stepped | Committed | Kept | Stalled | RowWritten | RowsAsked
+TrainerMessage = Ready | Phases | Restored | Stepped | Progressed | Committed | Kept | Stalled | RowWritten | RowsAsked
 """What the coordinator is told."""
 FROM_TRAINER = Vocabulary[Warm | Alive | WorldLeft | TrainerMessage](
-    Warm, Alive, WorldLeft, Ready, Phases, Restored, Stepped, Committed, Kept, Stalled, RowWritten, RowsAsked
+    Warm,
+    Alive,
+    WorldLeft,
+    Ready,
+    Phases,
+    Restored,
+    Stepped,
+    Progressed,
+    Committed,
+    Kept,
+    Stalled,
+    RowWritten,
+    RowsAsked,
 )
 
 
@@ -252,6 +284,15 @@ class TrainerLeft:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainerStuck:
+    """A process that was killed has not ended, and no trainer of its slot can be in this attempt's world."""
+
+    slot: str
+    attempt: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainerSaid:
     """What a trainer says, or is said of one that says nothing."""
 
@@ -260,9 +301,9 @@ class TrainerSaid:
     message: TrainerMessage
 
 
-HostMessage = KeeperMoved | Beat | SlotClaimed | SlotExpired | TrainerLeft | TrainerSaid
+HostMessage = KeeperMoved | Beat | SlotClaimed | SlotExpired | TrainerLeft | TrainerStuck | TrainerSaid
 FROM_HOST = Vocabulary[HostHello | HostMessage](
-    HostHello, KeeperMoved, Beat, SlotClaimed, SlotExpired, TrainerLeft, TrainerSaid
+    HostHello, KeeperMoved, Beat, SlotClaimed, SlotExpired, TrainerLeft, TrainerStuck, TrainerSaid
 )
 
 

@@ -1,10 +1,11 @@
 """What runs in the slots of a host: a trainer each, maybe a spare one, and one in the place of any that dies."""
 
-import os
 import signal
 import socket
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ from cluster.controller import Holder
 from cluster.runtime.daemon import log
 from cluster.runtime.event_loop import EventLoop
 from cluster.runtime.forked import OrderLink, Trainer, fork_trainer
+from cluster.runtime.host_keeper import HostKeeper
 from cluster.runtime.host_spec import HostSpec
 from cluster.runtime.messages import (
     Abandoned,
@@ -22,24 +24,31 @@ from cluster.runtime.messages import (
     Join,
     KeeperMoved,
     Leave,
+    Progressed,
     Restored,
     SeatTold,
     SlotClaimed,
     Stalled,
     Stepped,
     TrainerLeft,
+    TrainerMessage,
     TrainerSaid,
+    TrainerStuck,
     Warm,
     WorldLeft,
 )
 from cluster.types import get_leave_limit_s
-from elastic.checkpoint.keeping import KeeperProcess, start_keeper
+from elastic.checkpoint.keeping import KeeperProcess, launch_keeper
+from elastic.processes import describe_state
 from elastic.transport import Link
 
 AgentLink = Link[Claim | SeatTold | Abandoned]
 _Ended = Literal["finished", "interrupted", "lost", "failed", "crashed", "killed"]
 _SPARE_AFTER_STEPS = 20
 """A spare trainer rehearses beside one that trains. By then that one has all the GPU memory that it needs."""
+UNKILLABLE_S = 5.0
+"""Less than the coordinator waits (`Policy.kill_s`): it then knows more than that nothing has come of its `Kill`."""
+_LOOK_S = 0.01
 
 
 @dataclass(kw_only=True)
@@ -64,6 +73,10 @@ class Place:
     is_told: bool = False
     has_forked: bool = False
     """It has had a trainer."""
+    joining: int | None = None
+    """The attempt that it joins once the process in it has ended."""
+    is_cleared: bool = False
+    """Its lease has run out; nothing takes the place of what runs in it."""
 
     def get_holder(self) -> Holder | None:
         """Return the worker group of the agent that holds it, and the group's size; None without an agent."""
@@ -79,48 +92,55 @@ class Trainers:
     Args:
         tell: sends the coordinator a message; False if it has not been told.
         live: a trainer's life, `trainer.run`; this process has imported what that needs.
-
-    Raises:
-        WireError: the keeper of their snapshots did not start.
     """
 
     def __init__(
         self, spec: HostSpec, loop: EventLoop, *, tell: Callable[[HostMessage], bool], live: Callable[..., None]
     ) -> None:
         self._spec, self._loop, self._tell, self._live = spec, loop, tell, live
-        self._keeper = self._start_keeper() if spec.config["checkpoint"]["memory"] != "off" else None
+        self._dying: list[Trainer] = []
+        """Spares that nobody waits for, and that have not ended."""
+        self._keeper: HostKeeper | None = None
+        if spec.config["checkpoint"]["memory"] != "off":
+            launch = partial(launch_keeper, node=spec.node, ip=spec.node_ip, secret=spec.secret, disk=spec.disk)
+            self._keeper = HostKeeper(lambda port: launch(port=port), on_changed=self._tell_keeper)
+            self._keeper.start()
 
     # ---- their keeper
 
     def get_keeper_address(self) -> tuple[str, int] | None:
-        """Return where other nodes reach the snapshots of this one; None: none are kept in memory."""
-        return (self._spec.node_ip, self._keeper.port) if self._keeper else None
+        """Return where other nodes reach the snapshots of this one; None: none are kept in memory now."""
+        port = self._keeper.get_port() if self._keeper else None
+        return None if port is None else (self._spec.node_ip, port)
 
-    def _start_keeper(self) -> KeeperProcess:
-        spec = self._spec
-        return start_keeper(node=spec.node, ip=spec.node_ip, secret=spec.secret, disk=spec.disk)
+    def check_keeper(self) -> None:
+        """Look after the keeper; call it often."""
+        if self._keeper:
+            self._keeper.check()
 
-    def _replace_dead_keeper(self) -> None:
-        """Start another keeper if there was one; trainers that hang on the dead one train on without snapshots."""
-        if self._keeper is None or self._keeper.process.poll() is None:
-            return
-        log("the keeper is gone; its snapshots with it")
-        self._keeper = self._start_keeper()
+    def _get_keeper(self) -> KeeperProcess | None:
+        return self._keeper.current if self._keeper else None
+
+    def _tell_keeper(self) -> None:
         self._tell(KeeperMoved(address=self.get_keeper_address()))
 
     # ---- worlds
 
     def join(self, place: Place, attempt: int) -> None:
         """Let the slot's trainer take part in the next world, or one in its place."""
-        self._replace_dead_keeper()
-        trainer = place.trainer
+        trainer, keeper = place.trainer, self._get_keeper()
         # one that the coordinator lost track of (two must never share a slot), or that hangs on a dead keeper
-        if trainer is not None and (trainer.attempt is not None or trainer.keeper is not self._keeper):
-            self._end(place)
+        has_other_keeper = trainer is not None and keeper is not None and trainer.keeper is not keeper
+        if trainer is not None and (trainer.killed_s is not None or trainer.attempt is not None or has_other_keeper):
+            trainer.kill()
+            place.joining = attempt  # once it has ended
+            return
         if place.trainer is None:
             self.provide(place)
         trainer = place.trainer
-        assert trainer is not None
+        if trainer is None:
+            self.tell_ended(place.name, attempt, "crashed", "no trainer could be forked; the host's log says why")
+            return
         trainer.attempt, trainer.step, trainer.num_steps = attempt, 0, 0
         trainer.link.send(Join(slot=place.name, attempt=attempt))
 
@@ -137,6 +157,8 @@ class Trainers:
         trainer = place.trainer
         if trainer is None:
             return
+        if trainer.killed_s is not None and time.monotonic() > trainer.killed_s + UNKILLABLE_S:
+            self._check_dying(place, trainer)
         now_s = self._loop.awake_s
         if trainer.leave_until_s is not None and now_s > trainer.leave_until_s and not trainer.killed:
             trainer.kill()  # another takes its place
@@ -147,10 +169,22 @@ class Trainers:
             stall = Stalled(step=trainer.step, where="silent", waited_s=silent_s)
             self._tell(TrainerSaid(slot=place.name, attempt=trainer.attempt, message=stall))
 
+    def _check_dying(self, place: Place, trainer: Trainer) -> None:
+        """Tell that a process which was killed is still there, for each attempt that it is in the way of."""
+        attempt, place.joining = (trainer.attempt if place.joining is None else place.joining), None
+        if attempt is None or attempt == trainer.stuck_in:
+            return
+        trainer.stuck_in = attempt
+        reason = f"process {trainer.pid} ({describe_state(trainer.pid)}) has not ended {UNKILLABLE_S:g} s after SIGKILL"
+        log(f"{place.name}: {reason}")
+        self._tell(TrainerStuck(slot=place.name, attempt=attempt, reason=reason))
+
     def tell_claim(self, place: Place) -> None:
         """Tell a claim that is news, unless its trainer could not join a world yet."""
         trainer = place.trainer
-        is_busy = trainer is not None and (not trainer.is_warm or trainer.leave_until_s is not None)
+        is_busy = trainer is not None and (
+            not trainer.is_warm or trainer.leave_until_s is not None or trainer.killed_s is not None
+        )
         if place.claim and not place.is_told and not is_busy:
             place.is_told = self._tell(place.claim)
 
@@ -162,22 +196,42 @@ class Trainers:
 
     def provide(self, place: Place) -> None:
         """Give a slot that has none a trainer: its spare, if that is ready, else one that is forked now."""
-        self._replace_dead_keeper()
         spare = place.spare
-        if spare and spare.is_warm and spare.keeper is self._keeper:
+        if spare and spare.is_warm and spare.keeper is self._get_keeper():
             place.trainer, place.spare = spare, None
             return
         self._end_spare(place)
         # one that replaces another is waited for
         place.trainer = self._fork(place, rehearses="not" if place.has_forked else "fully")
-        place.has_forked = True
+        place.has_forked = place.has_forked or place.trainer is not None
 
     def clear(self, place: Place) -> None:
-        """End all that runs in a slot; nothing takes its place."""
-        self._end(place)
+        """End all that runs in a slot; nothing takes its place until somebody claims it again."""
+        place.is_cleared = True
+        if place.trainer:
+            place.trainer.kill()
         self._end_spare(place)
 
-    def _fork(self, place: Place, *, rehearses: Literal["fully", "sparingly", "not"]) -> Trainer:
+    def give_up_joining(self, place: Place, attempt: int) -> None:
+        """Let a world go for which the slot's next trainer waited; nothing happens unless it did."""
+        if place.joining == attempt:
+            place.joining = None
+            self.tell_ended(place.name, attempt, "lost", "the world was given up before it was joined")
+
+    def end_all(self, places: Iterable[Place], *, limit_s: float) -> None:
+        """End all trainers; return once they have ended, or at the limit: the kernel may never let go of one."""
+        trainers = [each for place in places for each in (place.trainer, place.spare) if each] + self._dying
+        for trainer in trainers:
+            trainer.kill()
+        until_s = time.monotonic() + limit_s
+        while trainers and time.monotonic() < until_s:
+            trainers = [trainer for trainer in trainers if trainer.take_exit_code() is None]
+            time.sleep(_LOOK_S)
+        for trainer in trainers:
+            log(f"process {trainer.pid} is left behind: {describe_state(trainer.pid)}")
+
+    def _fork(self, place: Place, *, rehearses: Literal["fully", "sparingly", "not"]) -> Trainer | None:
+        """Fork a trainer; None if the kernel has no process, memory or descriptor for one now."""
         spec = self._spec
 
         def run(link: OrderLink, keeper: socket.socket | None) -> None:
@@ -193,9 +247,13 @@ class Trainers:
             )
 
         inherited = self._loop.get_descriptors()
-        trainer = fork_trainer(run, keeper=self._keeper, env=place.env, log=place.log, inherited=inherited)
+        try:
+            trainer = fork_trainer(run, keeper=self._get_keeper(), env=place.env, log=place.log, inherited=inherited)
+        except OSError as error:  # the others of this host train on
+            log(f"no trainer can be forked for {place.name}: {error}")
+            return None
         self._loop.watch(trainer.link, lambda: self._hear(place, trainer))
-        self._loop.watch(trainer.pidfd, lambda: (self._reap_spare if trainer is place.spare else self._reap)(place))
+        self._loop.watch(trainer.pidfd, lambda: self._hear_end(place, trainer))
         return trainer
 
     def _hear(self, place: Place, trainer: Trainer) -> None:
@@ -203,7 +261,7 @@ class Trainers:
         if messages is None:
             if trainer.link.fault:
                 log(f"the connection to the trainer of {place.name} was ended: {trainer.link.fault}")
-                os.kill(trainer.pid, signal.SIGKILL)  # nobody can lead it any more; another takes its place
+                trainer.kill(is_wanted=False)  # nobody can lead it any more; another takes its place
             trainer.is_talking = False
             self._loop.unwatch(trainer.link)
             return
@@ -221,13 +279,26 @@ class Trainers:
                 case WorldLeft():
                     trainer.said = message
                 case _:
-                    if isinstance(message, (Restored, Stepped)):
-                        trainer.step = message.progress.step
-                    if isinstance(message, Stepped):
-                        trainer.num_steps += 1
-                        if trainer.num_steps == _SPARE_AFTER_STEPS:
-                            self._provide_spare(place)
+                    self._take_steps(place, trainer, message)
+                    if isinstance(message, Progressed) and not message.times:
+                        continue
                     self._tell(TrainerSaid(slot=place.name, attempt=trainer.attempt, message=message))
+
+    def _take_steps(self, place: Place, trainer: Trainer, message: TrainerMessage) -> None:
+        """Note how far a trainer is."""
+        num_before = trainer.num_steps
+        match message:
+            case Restored(progress=progress):
+                trainer.step = progress.step
+            case Stepped(progress=progress):
+                trainer.step = progress.step
+                trainer.num_steps += 1
+            case Progressed():
+                trainer.step, trainer.num_steps = message.step, message.num_steps
+            case _:
+                return
+        if num_before < _SPARE_AFTER_STEPS <= trainer.num_steps:
+            self._provide_spare(place)
 
     def _book_leave(self, place: Place, trainer: Trainer, left: WorldLeft) -> None:
         """Tell that a trainer, which stays, is in its world no more."""
@@ -237,42 +308,51 @@ class Trainers:
             self.tell_ended(place.name, attempt, left.outcome, left.reason, left.exit_code)
         self.tell_claim(place)
 
-    def _reap(self, place: Place, *, then: Literal["replace", "nothing"] = "replace") -> None:
-        """Book a trainer's end, after all that it has still said; one that had a world is replaced at once."""
-        trainer = place.trainer
-        assert trainer is not None
+    def _hear_end(self, place: Place, trainer: Trainer) -> None:
+        """Take note that a trainer has ended, after all that it has still said."""
         while trainer.is_talking and trainer.link.can_receive():
             self._hear(place, trainer)
         if trainer.is_talking:  # a child of its own has the other end, and will say nothing
             trainer.is_talking = False
             self._loop.unwatch(trainer.link)
-        _, status = os.waitpid(trainer.pid, 0)
+        code = trainer.take_exit_code()
+        if code is None:
+            return
         self._loop.unwatch(trainer.pidfd)
-        place.trainer = None
-        code = os.waitstatus_to_exitcode(status)
+        if trainer in self._dying:
+            self._dying.remove(trainer)
+        elif trainer is place.spare:  # its GPU may allow one process only
+            place.spare, place.has_spares = None, False
+            log(f"the spare trainer of {place.name} ended; it gets no other")
+        else:
+            place.trainer = None
+            self._book_end(place, trainer, code)
+
+    def _book_end(self, place: Place, trainer: Trainer, code: int) -> None:
+        """Tell how a trainer ended; one that had a world is replaced at once, unless by one that nobody waits for."""
         attempt, said = trainer.attempt, trainer.said
         if place.agent:
             place.agent.send(Exited(pid=trainer.pid, code=code, attempt=attempt))
         if attempt is None:
             log(f"the trainer of {place.name} ended with {code} while it waited for a world")
-            self.tell_claim(place)  # the next one is forked when it is needed, and what ends that one is told
-            return
-        if said:
+        elif said:
             self.tell_ended(place.name, attempt, said.outcome, said.reason, said.exit_code)
         elif trainer.killed:
             self.tell_ended(place.name, attempt, "killed", "ended by its coordinator")
         else:
             how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
             self.tell_ended(place.name, attempt, "crashed", f"trainer ended with {how}")
-        if then == "replace":
-            if not said:
-                self.provide(place)
-            self.tell_claim(place)
-
-    def _end(self, place: Place) -> None:
-        if place.trainer:
-            place.trainer.kill()
-            self._reap(place, then="nothing")
+        if trainer.stuck_in is not None and trainer.stuck_in != attempt:  # of a world that did without this slot
+            self.tell_ended(place.name, trainer.stuck_in, "killed", "the process in its slot has ended at last")
+        if place.is_cleared:
+            return
+        if (joining := place.joining) is not None:
+            place.joining = None
+            self.join(place, joining)
+            return
+        if attempt is not None and not said:
+            self.provide(place)
+        self.tell_claim(place)  # without a trainer: the next is forked when it is needed, and what ends that is told
 
     # ---- spares
 
@@ -284,21 +364,10 @@ class Trainers:
         config = self._spec.config
         is_wanted = config["compile"] and config["cluster"]["spare_trainers"]
         if is_wanted and place.has_spares and place.spare is None:
-            self._replace_dead_keeper()
             place.spare = self._fork(place, rehearses="sparingly")
-
-    def _reap_spare(self, place: Place) -> None:
-        """Do without spares in a slot whose spare ends by itself: its GPU may allow one process only."""
-        self._end_spare(place)
-        place.has_spares = False
-        log(f"the spare trainer of {place.name} ended; it gets no other")
 
     def _end_spare(self, place: Place) -> None:
         spare, place.spare = place.spare, None
-        if spare is None:
-            return
-        spare.kill()
-        os.waitpid(spare.pid, 0)
-        self._loop.unwatch(spare.pidfd)
-        if spare.is_talking:
-            self._loop.unwatch(spare.link)
+        if spare is not None:
+            spare.kill()
+            self._dying.append(spare)

@@ -55,6 +55,8 @@ class KeeperSpec:
     secret: str
     disk: str = ""
     """Folder of this run on a disk of the node's own; empty: snapshots are in memory only."""
+    port: int = 0
+    """Where other nodes look for it, unless that is taken; 0: any."""
 
 
 @dataclass(kw_only=True)
@@ -464,6 +466,13 @@ def _log(text: str) -> None:
         print(f"keeper: {text}", file=sys.stderr, flush=True)  # noqa: T201 (the log of whoever started it)
 
 
+def _listen(ip: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((ip, port))
+    except OSError:  # somebody else has the port by now
+        return socket.create_server((ip, 0))
+
+
 def main() -> NoReturn:
     """Become the keeper that the first message on standard input describes."""
     owner = Channel(Peer(socket.socket(fileno=os.dup(0)), None))
@@ -474,7 +483,7 @@ def main() -> NoReturn:
     if os.getppid() != spec.owner_pid:
         os._exit(1)
     os.nice(_NICENESS)
-    listener = socket.create_server((spec.ip, 0)) if spec.ip else None
+    listener = _listen(spec.ip, spec.port) if spec.ip else None
     try:
         owner.send({"kind": "ready", "port": listener.getsockname()[1] if listener else 0})
         Keeper(spec, owner).serve(listener)

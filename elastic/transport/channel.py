@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import socket
 import struct
 import threading
@@ -94,6 +95,12 @@ class Channel:
         except WireError:
             self.close()
             raise
+
+    def can_receive(self, timeout_s: float) -> bool:
+        """Wait until `receive` has something to do; False if it has not in time."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(1000 * timeout_s))
 
     def take_descriptor(self) -> int:
         """Return the oldest file descriptor that came with a message.
