@@ -20,21 +20,14 @@ from torch.distributed.distributed_c10d import Store
 
 from cluster.runtime.forked import OrderLink
 from cluster.runtime.interface import find_interface
+from cluster.runtime.link_observer import LinkObserver
 from cluster.runtime.messages import (
-    Alive,
-    Committed,
     Go,
     Join,
-    Kept,
     Order,
     Park,
-    Phases,
-    PhaseTimes,
     Ready,
-    Restored,
     RowsKept,
-    Stalled,
-    Stepped,
     Warm,
     WorldLeft,
 )
@@ -46,7 +39,7 @@ from elastic.breaker import Breaker
 from elastic.checkpoint.memory import Memory
 from elastic.config import RunConfig
 from elastic.errors import SolventError
-from elastic.ports import Finished, Interrupted, Lost, MetricSink, Notice, Phase, Progress, Source, Stall, WorldSpec
+from elastic.ports import Finished, Interrupted, Lost, MetricSink, Notice, WorldSpec
 from elastic.rundir import RunDir
 from elastic.sinks import jsonl
 from elastic.storage import is_url, join_url, open_storage
@@ -107,51 +100,6 @@ class Orders:
                     self.worlds.put(world)
                 elif order.attempt == world.attempt:
                     world.take(order)
-
-
-class LinkObserver:
-    """Sends what happens in training up the link: one message per step."""
-
-    def __init__(self, link: OrderLink) -> None:
-        self._link = link
-        self._step = 0
-        self._phases: list[tuple[Phase, float, float]] = []
-
-    def phase(self, phase: Phase, start_s: float, end_s: float) -> None:
-        """Keep a stretch of time for the next message; loading and saving are told at once."""
-        self._phases.append((phase, start_s, end_s))
-        if phase in ("load", "save"):
-            self._link.send(Phases(phases=self._take_phases()))
-
-    def restored(self, progress: Progress, source: Source) -> None:
-        """Tell where this attempt starts from."""
-        self._step = progress.step
-        self._link.send(Restored(progress=progress, source=source))
-
-    def stepped(self, progress: Progress, row: Mapping[str, object]) -> None:
-        """Tell a finished step, with the time since the last one."""
-        self._step = progress.step
-        self._link.send(Stepped(progress=progress, row=dict(row), phases=self._take_phases()))
-
-    def committed(self, progress: Progress) -> None:
-        """Tell a checkpoint that became visible."""
-        self._link.send(Committed(progress=progress))
-
-    def kept(self, progress: Progress) -> None:
-        """Tell a snapshot that is in memory on all ranks."""
-        self._link.send(Kept(progress=progress))
-
-    def alive(self) -> None:
-        """Let the host know that this process is not frozen."""
-        self._link.send(Alive())
-
-    def stalled(self, stall: Stall) -> None:
-        """Tell that there is no progress; the coordinator knows what the others say and ends the world if it must."""
-        self._link.send(Stalled(step=self._step, where=stall.where, waited_s=stall.waited_s))
-
-    def _take_phases(self) -> PhaseTimes:
-        phases, self._phases = tuple(self._phases), []
-        return phases
 
 
 def run(
@@ -251,6 +199,7 @@ def _train_in(
         peer=go.peer,
         mean_s_between_losses=go.mean_s_between_losses,
     )
+    observer = LinkObserver(link, rank=spec.rank, local_rank=spec.local_rank)
     run: RelayedRun | None = None
     sinks: list[MetricSink] = []
 
@@ -265,17 +214,20 @@ def _train_in(
             run = RelayedRun(
                 storage, own, attempt=spec.attempt, streams=streams, send=link.send, answers=world.rows_kept
             )
-        outcome = elastic_run.train(
-            config,
-            spec,
-            notices=world,
-            observer=LinkObserver(link),
-            open_sinks=open_sinks,
-            store=store if spec.rank == 0 else None,
-            run=run,
-            memory=memory,
-            breaker=world.breaker,
-        )
+        try:
+            outcome = elastic_run.train(
+                config,
+                spec,
+                notices=world,
+                observer=observer,
+                open_sinks=open_sinks,
+                store=store if spec.rank == 0 else None,
+                run=run,
+                memory=memory,
+                breaker=world.breaker,
+            )
+        finally:
+            observer.flush()
     except SolventError as error:
         link.send(WorldLeft(outcome="failed", reason=str(error), exit_code=error.exit_code, stays=False))
         return False

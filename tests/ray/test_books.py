@@ -165,3 +165,21 @@ def test_a_run_that_somebody_ended_on_purpose_has_no_incident(tmp_path):
     books.close(112.0)
     resume(run_dir, at_s=140.0)
     assert not list(read_rows(run_dir.incidents))
+
+
+def test_steps_that_a_node_tells_together_are_booked_one_by_one(tmp_path):
+    for step in (1, 2):
+        write_step(RunDir(tmp_path), step, float(step))
+    books = open_books(str(tmp_path), RunConfig())
+    nodes = {name: WorkerNode(id=name, num_workers=1, offer="") for name in ("a", "b")}
+    books.follow_nodes(nodes, 10.0)
+    members = tuple(Slot(node, "cpu0") for node in nodes)
+    books.attempt_started(AttemptStarted(attempt=2, members=members), 10.0)
+    for step in (1, 2, 3, 4):
+        end_s = 10.0 + step
+        books.step_times(members[1], step, [("train", end_s - 1, end_s)])
+    books.close(20.0)
+    rows = [row for row in read_ledger(read_rows(books.run_dir.ledger)) if row.node == "b"]
+    assert check_tiling(rows) == []
+    tiles = [(row.state, row.start_ms, row.end_ms) for row in rows]
+    assert tiles == [("redo", 10_000, 12_000), ("train", 12_000, 20_000)]  # steps 1 and 2 had been done before
