@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -76,6 +76,7 @@ from elastic.checkpoint.placement import NodeLabels, plan_peers
 from elastic.config import RunConfig
 from elastic.errors import SolventError
 from elastic.leader import Leadership, lead
+from elastic.ports import Address
 from elastic.spool import open_run
 from elastic.storage import is_url
 
@@ -97,6 +98,18 @@ class Session:
     secret: str = field(repr=False)
     port: int = 0
     """Of the coordinator before, where the hosts look for the next one until they are told of another place."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Memories:
+    """What the trainers of an attempt know of the memory tier."""
+
+    attempt: int
+    keepers: Mapping[str, Address]
+    """Who serves what."""
+    peers: Mapping[str, str]
+    """Which node gets the copies of which."""
+    mean_s_between_losses: float
 
 
 class Coordinator:
@@ -174,6 +187,7 @@ class Coordinator:
         self._told_by_watch: set[str] = set()
         self._resumed_step = self._safe_step = 0
         self._labels: dict[str, NodeLabels] = {}
+        self._memories: _Memories | None = None
         self._groups: dict[str, int] = {}
         self._pids: dict[Slot, int] = {}
         """Of the trainers of the current attempt that are ready."""
@@ -472,7 +486,7 @@ class Coordinator:
         fields: dict[str, Any] = {**vars(action), "slot": action.slot.name}
         match action:
             case Go():
-                return said.Go(**fields, **self._find_memories(action.slot))
+                return self._to_go(action)
             case Join():
                 return said.Join(**fields)
             case Park():
@@ -497,19 +511,33 @@ class Coordinator:
         else:
             self._post(Draining(node=node, deadline_s=None, reason=reason))
 
-    def _find_memories(self, slot: Slot) -> dict[str, Any]:
-        """Return what a trainer must know of the memory tier: who serves what, and who gets its copies."""
-        keepers = self._hosts.get_keepers()
-        members = {slot.node for slot in self._state.members} & keepers.keys()
-        labels = {node: self._labels.get(node, NodeLabels()) for node in members}
-        has_peer = self._config.checkpoint.memory == "peer"
-        peer = plan_peers(labels).get(slot.node) if has_peer else None
-        assumed_s = 3600 * self._config.fault.mean_hours_between_losses
-        return {
-            "keepers": keepers,
-            "peer": keepers[peer] if peer else None,
-            "mean_s_between_losses": self._books.estimate_mean_s_between_losses(assumed_s),
-        }
+    def _find_memories(self, attempt: int) -> "_Memories":
+        """Return what the trainers of an attempt must know of the memory tier; found once for all of them."""
+        if self._memories is None or self._memories.attempt != attempt:
+            keepers = self._hosts.get_keepers()
+            members = self._state.member_nodes & keepers.keys()
+            labels = {node: self._labels.get(node, NodeLabels()) for node in members}
+            assumed_s = 3600 * self._config.fault.mean_hours_between_losses
+            self._memories = _Memories(
+                attempt=attempt,
+                keepers=keepers,
+                peers=plan_peers(labels) if self._config.checkpoint.memory == "peer" else {},
+                mean_s_between_losses=self._books.estimate_mean_s_between_losses(assumed_s),
+            )
+            for node in self._state.member_nodes:
+                self._hosts.tell(node, said.KeepersTold(attempt=attempt, keepers=keepers))
+        return self._memories
+
+    def _to_go(self, action: Go) -> said.Go:
+        memories = self._find_memories(action.attempt)
+        peer = memories.peers.get(action.slot.node)
+        fields: dict[str, Any] = {**vars(action), "slot": action.slot.name}
+        return said.Go(
+            **fields,
+            keepers={},
+            peer=memories.keepers[peer] if peer else None,
+            mean_s_between_losses=memories.mean_s_between_losses,
+        )
 
     # ---- the watching thread
 

@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
@@ -63,8 +63,8 @@ class Trainer:
     """The coordinator, or who follows it, wants its end."""
     killed_s: float | None = None
     """When it was killed first, on the monotonic clock."""
-    stuck_in: int | None = None
-    """The attempt that the coordinator was told cannot have a trainer in its slot, because this does not end."""
+    stuck_in: list[int] = field(default_factory=list[int])
+    """The attempts that the coordinator was told cannot have a trainer in its slot, because this does not end."""
 
     def kill(self, *, is_wanted: bool = True) -> None:
         """End it; its parent hears of that, and must not wait: the kernel lets go of some processes late or never."""

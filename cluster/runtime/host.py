@@ -27,6 +27,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, assert_never
 
@@ -49,6 +50,7 @@ from cluster.runtime.messages import (
     HostHello,
     HostMessage,
     Join,
+    KeepersTold,
     Kill,
     Leave,
     Park,
@@ -82,6 +84,8 @@ class Host:
     def __init__(self, spec: HostSpec, raylet_pidfd: int, live: Callable[..., None]) -> None:
         self.spec = spec
         self.places: dict[str, Place] = {}
+        self.keepers: KeepersTold | None = None
+        """For the trainers of the newest world."""
         self.retired: dict[str, Place] = {}
         """Those whose lease has run out. What runs there may take its time to end, and is in the way of another."""
         self.loop = EventLoop()
@@ -253,6 +257,8 @@ class Host:
                     self.trainers.join(place, attempt)
                 else:  # its lease ran out while the message was on its way
                     self.trainers.tell_ended(slot, attempt, "crashed", "its slot is gone")
+            case KeepersTold():
+                self.keepers = message
             case Go() | Park() | Leave() | Kill() | RowsKept():
                 self._pass_on(message)
             case _:
@@ -270,6 +276,8 @@ class Host:
             return
         if isinstance(message, Kill):
             trainer.kill()
+        elif isinstance(message, Go) and self.keepers and self.keepers.attempt == message.attempt:
+            trainer.link.send(replace(message, keepers=self.keepers.keepers))
         else:
             trainer.link.send(message)
 

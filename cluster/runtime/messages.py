@@ -352,10 +352,18 @@ class Go:
     store_host: str
     store_port: int
     keepers: Mapping[str, Address]
-    """Where the memories of the nodes are served."""
+    """Where the memories of the nodes are served; empty from the coordinator, and added by the host (`KeepersTold`)."""
     peer: Address | None
     """The one that gets copies of this node's."""
     mean_s_between_losses: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepersTold:
+    """The trainers of the node find the memories of all nodes there; told before they go, once for all of them."""
+
+    attempt: int
+    keepers: Mapping[str, Address]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -401,5 +409,5 @@ class RowsKept:
 Order = Join | Go | Park | Leave | RowsKept
 """What a trainer hears."""
 TO_TRAINER = Vocabulary[Order](Join, Go, Park, Leave, RowsKept)
-CoordinatorMessage = Welcome | Renew | End | Kill | Order
-TO_HOST = Vocabulary[CoordinatorMessage](Welcome, Renew, End, Kill, Join, Go, Park, Leave, RowsKept)
+CoordinatorMessage = Welcome | Renew | End | KeepersTold | Kill | Order
+TO_HOST = Vocabulary[CoordinatorMessage](Welcome, Renew, End, KeepersTold, Kill, Join, Go, Park, Leave, RowsKept)

@@ -172,9 +172,9 @@ class Trainers:
     def _check_dying(self, place: Place, trainer: Trainer) -> None:
         """Tell that a process which was killed is still there, for each attempt that it is in the way of."""
         attempt, place.joining = (trainer.attempt if place.joining is None else place.joining), None
-        if attempt is None or attempt == trainer.stuck_in:
+        if attempt is None or attempt in trainer.stuck_in:
             return
-        trainer.stuck_in = attempt
+        trainer.stuck_in.append(attempt)
         reason = f"process {trainer.pid} ({describe_state(trainer.pid)}) has not ended {UNKILLABLE_S:g} s after SIGKILL"
         log(f"{place.name}: {reason}")
         self._tell(TrainerStuck(slot=place.name, attempt=attempt, reason=reason))
@@ -342,8 +342,9 @@ class Trainers:
         else:
             how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
             self.tell_ended(place.name, attempt, "crashed", f"trainer ended with {how}")
-        if trainer.stuck_in is not None and trainer.stuck_in != attempt:  # of a world that did without this slot
-            self.tell_ended(place.name, trainer.stuck_in, "killed", "the process in its slot has ended at last")
+        for of_other in trainer.stuck_in:  # a world that did without this slot
+            if of_other != attempt:
+                self.tell_ended(place.name, of_other, "killed", "the process in its slot has ended at last")
         if place.is_cleared:
             return
         if (joining := place.joining) is not None:

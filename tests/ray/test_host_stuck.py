@@ -3,9 +3,9 @@
 import time
 
 from cluster.runtime.messages import Beat, ClaimGranted, End, Join, Kill, Leave, SlotClaimed, TrainerLeft, TrainerStuck
-from tests.ray._stuck import grip
 from tests.ray._traces import is_alive, wait_until
 from tests.ray.test_host import run_host
+from tests.stuck import grip
 
 
 def assert_beats(host, *, for_s):
