@@ -33,6 +33,8 @@ def grip(pid: int) -> Iterator[Grip]:
     ours, theirs = os.pipe()
     tracer = os.fork()
     if not tracer:
+        for first, last in ((3, theirs), (theirs + 1, 4096)):  # what the test closes shall be closed
+            os.closerange(first, last)
         trace = ctypes.CDLL(None, use_errno=True).ptrace
         trace.argtypes = [ctypes.c_long] * 4
         os.write(theirs, b"x" if trace(_PTRACE_SEIZE, pid, 0, _PTRACE_O_TRACEEXIT) == 0 else b"-")

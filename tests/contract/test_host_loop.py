@@ -1,0 +1,188 @@
+"""A whole host in a process of its own, with a real keeper and real trainers that know nothing of torch."""
+
+import ctypes
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from contextlib import contextmanager
+from pathlib import Path
+
+from cluster.controller import Holder
+from cluster.runtime.daemon import take_folder, write_to
+from cluster.runtime.host import Host
+from cluster.runtime.host_spec import HostSpec
+from cluster.runtime.messages import (
+    Alive,
+    Beat,
+    ClaimGranted,
+    End,
+    Go,
+    Join,
+    KeeperMoved,
+    KeepersTold,
+    Kill,
+    Leave,
+    Ready,
+    SlotClaimed,
+    SlotExpired,
+    Stepped,
+    TrainerLeft,
+    TrainerSaid,
+    TrainerStuck,
+    Warm,
+    WorldLeft,
+)
+from cluster.runtime.seat import Seat
+from elastic.ports import Progress
+from tests.ray._traces import find_keepers, is_alive, wait_until
+from tests.ray.test_host import HostUnderTest
+from tests.stuck import grip
+
+PR_SET_PDEATHSIG = 1
+
+
+def live(link, config, **_):
+    """Tell of a step with the names of all keepers when the world goes, and leave it when told to."""
+    link.send(Warm())
+    while (orders := link.receive()) is not None:
+        for order in orders:
+            match order:
+                case Join():
+                    link.send(Ready(store_host="h", store_port=1, pid=os.getpid()))
+                    link.send(Alive())
+                case Go(keepers=keepers):
+                    row = {"keepers": sorted(keepers)}
+                    link.send(Stepped(progress=Progress(step=1, tokens=1), row=row, phases=()))
+                case Leave():
+                    link.send(WorldLeft(outcome="lost", reason="told", exit_code=3, stays=True))
+                case _:
+                    pass
+
+
+class LightHost(HostUnderTest):
+    """The real host, forked from this process instead of started with torch."""
+
+    def start(self, **changes):
+        parent, self.pid = os.getpid(), os.fork()
+        if self.pid:
+            return
+        try:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            assert os.getppid() == parent
+            fields = {**self.spec, **changes}
+            spec = HostSpec(seat=Seat(**fields.pop("seat")), **fields)
+            os.environ["TMPDIR"] = str(self.folder)  # by which its keeper is found
+            assert take_folder(Path(spec.folder))
+            write_to(Path(spec.folder) / "host.log")
+            sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)  # pytest has others
+            Host(spec, os.pidfd_open(spec.raylet_pid), live).serve()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+
+
+@contextmanager
+def run_host(*, lease_s=60.0, **changes):
+    """A host with these differences in its `HostSpec`."""
+    folder = Path(tempfile.mkdtemp(prefix="t-"))
+    host = LightHost(folder, lease_s, {})
+    try:
+        host.start(**changes)
+        host.hello = host.meet()
+        yield host
+    except BaseException:
+        print(host.log.read_text() if host.log.exists() else "it has no log")
+        raise
+    finally:
+        os.kill(host.pid, signal.SIGKILL)
+        os.waitpid(host.pid, 0)
+        host.close()
+        shutil.rmtree(folder)
+
+
+def assert_beats(host, *, for_s):
+    until_s = time.monotonic() + for_s
+    while time.monotonic() < until_s:
+        host.coordinator.expect(Beat, timeout_s=2)
+
+
+def test_a_host_is_told_once_where_the_memories_are_and_each_trainer_that_goes_knows():
+    with run_host() as host:
+        host.claim(1, "a").expect(ClaimGranted)
+        host.claim(1, "b").expect(ClaimGranted)
+        for slot in "ab":
+            host.join(1, slot)
+        host.coordinator.link.send(KeepersTold(attempt=1, keepers={"n1": ("h", 1), "n2": ("h", 2)}))
+        for slot in "ab":
+            host.go(1, slot)
+            said = host.coordinator.expect(TrainerSaid, slot=slot).message
+            assert said.row == {"keepers": ["n1", "n2"]}
+        held = Holder(group=1, group_size=1)
+        host.coordinator.expect(Beat, holders={"a": held, "b": held})
+
+
+def test_a_killed_keeper_is_back_at_its_place_within_10_s_and_neither_a_beat_nor_a_trainer_is_lost():
+    with run_host() as host:
+        host.claim(1).expect(ClaimGranted)
+        pid = host.join(1)
+        assert host.hello.keeper is not None
+        (keeper,) = find_keepers(host.folder)
+        killed_s = time.monotonic()
+        os.kill(keeper, signal.SIGKILL)
+        assert host.coordinator.expect(KeeperMoved).address is None
+        assert host.coordinator.expect(KeeperMoved).address == host.hello.keeper
+        assert time.monotonic() - killed_s < 10
+        assert_beats(host, for_s=2)
+        assert is_alive(pid)
+        assert "the keeper is gone (signal 9); its snapshots with it" in host.log.read_text()
+
+
+def test_a_host_whose_keeper_cannot_start_serves_all_the_same_and_says_why():
+    with run_host(node_ip="203.0.113.1") as host:  # TEST-NET-3: no address of this machine to listen at
+        assert host.hello.keeper is None
+        host.claim(1).expect(ClaimGranted)
+        pid = host.join(1)
+        assert_beats(host, for_s=3)
+        assert is_alive(pid)
+        assert "the keeper did not start: the keeper ended while it started" in host.log.read_text()
+
+
+def test_a_process_that_does_not_end_keeps_its_host_neither_from_its_beat_nor_from_its_end():
+    with run_host() as host:
+        host.claim(1, "a").expect(ClaimGranted)
+        host.coordinator.expect(SlotClaimed, slot="a")
+        pid = host.join(1, "a")
+        with grip(pid) as held:
+            host.coordinator.link.send(Kill(slot="a", attempt=1))
+            stuck = host.coordinator.expect(TrainerStuck, timeout_s=10)
+            assert "has not ended 5 s after SIGKILL" in stuck.reason
+            assert_beats(host, for_s=2)
+            start_s = time.monotonic()
+            host.coordinator.link.send(End(reason="the run is over", forget=False))
+            host.coordinator.expect_end(timeout_s=4)
+            assert time.monotonic() - start_s < 4
+            assert is_alive(pid)
+            held.let_go()
+        wait_until(lambda: not is_alive(pid), timeout_s=5, what="the trainer ends")
+
+
+def test_a_slot_whose_lease_ran_out_is_claimed_again_behind_what_has_not_ended_there():
+    with run_host(lease_s=1.0) as host:
+        agent, other = host.claim(1, "a"), host.claim(1, "b")
+        agent.expect(ClaimGranted)
+        other.expect(ClaimGranted)
+        pid = host.join(1, "a")
+        with grip(pid) as held:
+            agent.link.close()
+            host.coordinator.expect(SlotExpired, slot="a")
+            host.claim(2, "a").expect(ClaimGranted)
+            host.coordinator.link.send(Join(slot="a", attempt=2))
+            assert host.coordinator.expect(TrainerStuck, timeout_s=10).attempt == 2
+            held.let_go()
+            assert host.coordinator.expect(TrainerLeft, slot="a", attempt=2).outcome == "killed"
+        assert host.join(3, "a") != pid
