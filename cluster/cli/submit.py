@@ -2,7 +2,8 @@
 
 CONFIG is a YAML file; key=value overrides its keys. `--to ray` sends the working directory and the configuration to a
 Ray cluster's job API; `--to kuberay` renders a RayJob (see `solvent render`) and applies it through your kubeconfig.
-The same command finds a job that runs, and resumes one that has ended. Ctrl-C stops following; the run goes on.
+The same command finds a job that runs, and resumes one that has ended before its run had finished. Ctrl-C stops
+following; the run goes on.
 """
 
 import argparse
