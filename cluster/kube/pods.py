@@ -36,9 +36,10 @@ DRIVER_MARK = "--stop-retries"
 _END_HEAD = (
     f"n=0; while [ $n -lt {_MOST_WAIT_S} ] && grep -qs -e '[-]{DRIVER_MARK[1:]}' /proc/[0-9]*/cmdline; "
     "do sleep 1; n=$((n+1)); done; "
-    'for p in /proc/[0-9]*; do read -r name 2>/dev/null < "$p/comm" && [ "$name" = gcs_server ] && kill "${p#/proc/}"; '
-    "done; true"
+    'for p in /proc/[0-9]*; do read -r name 2>/dev/null < "$p/comm" && [ "$name" = gcs_server ] && '
+    'kill -9 "${p#/proc/}"; done; true'
 )
+"""SIGKILL: `ray start --block` takes a SIGTERM of its processes for a stop that somebody else sees to, and stays."""
 AUTOSCALER_COMMAND = "trap 'exit 0' TERM; $KUBERAY_GEN_AUTOSCALER_START_CMD & wait $!"
 """Process 1 of the autoscaler's container, which else ignores SIGTERM for the whole grace period."""
 USER_ID = 1000

@@ -72,8 +72,8 @@ def run_job(head, *words):
 def test_wrong_input_stops_the_job_with_the_reason_as_its_message(head, config):
     job, log = run_job(head, config, "data.path=/nowhere", "run=wrong")
     assert job["status"] == "STOPPED", job
-    assert job["message"].startswith("solvent ended this job for good: failed with exit code 2: data.path=/nowhere")
-    assert "solvent: data.path=/nowhere" in log
+    assert job["message"].startswith("solvent ended this job for good: failed with exit code 2: data.path='/nowhere'")
+    assert "solvent: data.path='/nowhere' does not exist" in log
 
 
 def test_a_head_without_a_driver_ends_long_before_its_grace_period_does():

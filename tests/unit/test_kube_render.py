@@ -228,7 +228,8 @@ def test_a_node_under_notice_has_room_beside_it_for_its_replacement_unless_nodes
 def test_a_head_whose_driver_is_gone_ends_at_once_and_so_does_its_autoscaler():
     cluster = get_job(render(make_config(), "generic", make_options()))["spec"]["rayClusterSpec"]
     (container,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
-    assert "gcs_server" in container["lifecycle"]["preStop"]["exec"]["command"][-1]
+    script = container["lifecycle"]["preStop"]["exec"]["command"][-1]
+    assert "gcs_server" in script and "kill -9" in script  # of SIGTERM Ray thinks that somebody else sees to the rest
     assert cluster["autoscalerOptions"]["args"][0].startswith("trap 'exit 0' TERM; ")
 
 
