@@ -37,7 +37,7 @@ def head():
         yield head
     finally:
         head.close()
-        wait_until(lambda: not find_processes(folder), timeout_s=30, what=lambda: f"left: {find_processes(folder)}")
+        wait_until(lambda: not find_processes(folder), timeout_s=120, what=lambda: f"left: {find_processes(folder)}")
         shutil.rmtree(folder)
 
 
