@@ -48,8 +48,8 @@ def explain_refusal(address: str, env: Mapping[str, str]) -> ConfigError:
     if env.get(MODE, "token").lower() != "token":
         return ConfigError(f"{wants}, and {MODE}={env[MODE]} keeps Ray from showing one. Unset {MODE}. {what_to_do}")
     if not read_token(env):
-        asked_for = f"{MODE}={env[MODE]}" if MODE in env else wants
-        return ConfigError(f"{asked_for}, and there is none here. {what_to_do}")
+        why = f"{MODE}={env[MODE]}, but there is no token here" if MODE in env else f"{wants}, and there is none here"
+        return ConfigError(f"{why}. {what_to_do}")
     source = TOKEN if env.get(TOKEN, "").strip() else env.get(TOKEN_PATH, "") or str(own)
     return ConfigError(f"{wants}, and the one in {source} is another. {what_to_do}")
 

@@ -42,12 +42,14 @@ def find_ports(pid):
         with contextlib.suppress(OSError):
             inodes.add(str(entry.readlink()))
     found = []
-    for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
-            host, port = fields[1].split(":")
-            found.append((socket.inet_ntoa(bytes.fromhex(host)[::-1]), int(port, 16)))
-    return [("127.0.0.1" if host == "0.0.0.0" else host, port) for host, port in found]
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
+                host, port = fields[1].split(":")
+                ip = socket.inet_ntoa(bytes.fromhex(host[-8:])[::-1])  # the last part of one that is mapped to IPv6
+                found.append(("127.0.0.1" if ip == "0.0.0.0" else ip, int(port, 16)))
+    return found
 
 
 def find_targets(folder):

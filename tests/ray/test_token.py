@@ -29,14 +29,16 @@ def rented():
 @pytest.mark.parametrize(
     ("env", "words"),
     [
-        ({"HOME": "/nowhere"}, "this cluster lets nobody in without its token, and there is none here"),
-        ({"HOME": "/nowhere", "RAY_AUTH_MODE": "token"}, "RAY_AUTH_MODE=token, and there is none here"),
+        ({"HOME": "elsewhere"}, "this cluster lets nobody in without its token, and there is none here"),
+        ({"HOME": "elsewhere", "RAY_AUTH_MODE": "token"}, "RAY_AUTH_MODE=token, but there is no token here"),
         ({"RAY_AUTH_TOKEN": "0" * 64}, "the one in RAY_AUTH_TOKEN is another"),
         ({"RAY_AUTH_MODE": "disabled"}, "RAY_AUTH_MODE=disabled keeps Ray from showing one"),
     ],
     ids=["none", "none but asked for", "wrong", "off"],
 )
 def test_without_the_token_of_the_cluster_training_is_refused_at_once_in_one_line(rented, data, tmp_path, env, words):
+    if "HOME" in env:
+        env = {**env, "HOME": str(tmp_path)}
     run = Run(rented, data, tmp_path)
     start_s = time.monotonic()
     done = run_train(run, env)

@@ -24,7 +24,7 @@ def test_a_refusal_names_what_was_shown_and_what_to_do(home, tmp_path):
         (home, f"and the one in {home['HOME']}/.ray/auth_token is another"),
         ({**home, "RAY_AUTH_TOKEN": "x"}, "and the one in RAY_AUTH_TOKEN is another"),
         (elsewhere, "RAY_ADDRESS=h:1: this cluster lets nobody in without its token, and there is none here"),
-        ({**elsewhere, "RAY_AUTH_MODE": "token"}, "RAY_AUTH_MODE=token, and there is none here"),
+        ({**elsewhere, "RAY_AUTH_MODE": "token"}, "RAY_AUTH_MODE=token, but there is no token here"),
         ({**home, "RAY_AUTH_MODE": "disabled"}, "RAY_AUTH_MODE=disabled keeps Ray from showing one"),
     ):
         text = str(explain_refusal("h:1", env))
