@@ -42,8 +42,6 @@ class Trainer:
     pid: int
     pidfd: int
     link: TrainerLink
-    keeper: KeeperProcess | None
-    """The one that holds its snapshots."""
     attempt: int | None = None
     """Whose world it is in; None: it waits for one."""
     is_warm: bool = False
@@ -120,7 +118,7 @@ def fork_trainer(
     if memory:
         memory.close()
     link = Link(Peer(ours, None), FROM_TRAINER, sends="at once", limit_bytes=MAX_TRAINER_BYTES)
-    return Trainer(pid=pid, pidfd=os.pidfd_open(pid), link=link, keeper=keeper)
+    return Trainer(pid=pid, pidfd=os.pidfd_open(pid), link=link)
 
 
 def _live(run: Callable[[], None], *, env: Mapping[str, str], log: Path, parent_pid: int) -> NoReturn:

@@ -1,6 +1,7 @@
 """What a host must know to start."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cluster.runtime.seat import Seat
@@ -24,3 +25,8 @@ class HostSpec:
     """What its trainers train, as `dataclasses.asdict` made it."""
     disk: str = ""
     """Folder of this run on a disk of the node's own, for snapshots; empty: there is none."""
+
+
+def get_keeper_folder(folder: Path) -> Path:
+    """Return where trainers find the keeper of a host's node, from the host's own folder."""
+    return folder / "keeper"

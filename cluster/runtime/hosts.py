@@ -182,6 +182,8 @@ class Hosts:
         for message in messages:
             match message:
                 case KeeperMoved(address=address):
+                    how = "is gone: no snapshots in memory until another one serves" if address is None else "serves"
+                    self._say(f"node {host.node[:8]}: the keeper of its snapshots {how}")
                     host.keeper = address
                 case Beat(holders=holders):
                     host.holders = {Slot(host.node, name): holder for name, holder in holders.items()}

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from cluster.runtime.forked import OrderLink
+from cluster.runtime.host_spec import get_keeper_folder
 from cluster.runtime.interface import find_interface
 from cluster.runtime.link_observer import LinkObserver
 from cluster.runtime.messages import (
@@ -116,7 +117,7 @@ def run(
     """Open device and store, then train in one world after the other until one ends for good.
 
     Args:
-        keeper: connection to the node's keeper; None: snapshots are not kept in memory.
+        keeper: connection to the node's keeper; None: it has none now.
         secret: opens the keepers of the other nodes.
         folder: goes with the host.
         rehearses: sparingly beside a trainer that must not run out of memory, not at all where somebody waits.
@@ -127,7 +128,9 @@ def run(
     _choose_interface(node_ip)
     _open_device(config)
     store = open_store(node_ip, timeout_s=config.fault.collective_timeout_s)
-    memory = Memory(keeper, node=node, secret=secret) if keeper else None
+    memory: Memory | None = None
+    if config.checkpoint.memory != "off":
+        memory = Memory(keeper, node=node, secret=secret, folder=get_keeper_folder(folder))
     orders, streams = Orders(link), Streams()
     if rehearses != "not":
         _rehearse(config, is_beside_others=rehearses == "sparingly")

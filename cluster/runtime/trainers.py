@@ -14,7 +14,7 @@ from cluster.runtime.daemon import log
 from cluster.runtime.event_loop import EventLoop
 from cluster.runtime.forked import OrderLink, Trainer, fork_trainer
 from cluster.runtime.host_keeper import HostKeeper
-from cluster.runtime.host_spec import HostSpec
+from cluster.runtime.host_spec import HostSpec, get_keeper_folder
 from cluster.runtime.messages import (
     Abandoned,
     Alive,
@@ -102,7 +102,10 @@ class Trainers:
         """Spares that nobody waits for, and that have not ended."""
         self._keeper: HostKeeper | None = None
         if spec.config["checkpoint"]["memory"] != "off":
-            launch = partial(launch_keeper, node=spec.node, ip=spec.node_ip, secret=spec.secret, disk=spec.disk)
+            folder = str(get_keeper_folder(Path(spec.folder)))
+            launch = partial(
+                launch_keeper, node=spec.node, ip=spec.node_ip, secret=spec.secret, disk=spec.disk, folder=folder
+            )
             self._keeper = HostKeeper(lambda port: launch(port=port), on_changed=self._tell_keeper)
             self._keeper.start()
 
@@ -128,10 +131,9 @@ class Trainers:
 
     def join(self, place: Place, attempt: int) -> None:
         """Let the slot's trainer take part in the next world, or one in its place."""
-        trainer, keeper = place.trainer, self._get_keeper()
-        # one that the coordinator lost track of (two must never share a slot), or that hangs on a dead keeper
-        has_other_keeper = trainer is not None and keeper is not None and trainer.keeper is not keeper
-        if trainer is not None and (trainer.killed_s is not None or trainer.attempt is not None or has_other_keeper):
+        trainer = place.trainer
+        # one that the coordinator lost track of: two must never share a slot
+        if trainer is not None and (trainer.killed_s is not None or trainer.attempt is not None):
             trainer.kill()
             place.joining = attempt  # once it has ended
             return
@@ -197,7 +199,7 @@ class Trainers:
     def provide(self, place: Place) -> None:
         """Give a slot that has none a trainer: its spare, if that is ready, else one that is forked now."""
         spare = place.spare
-        if spare and spare.is_warm and spare.keeper is self._get_keeper():
+        if spare and spare.is_warm:
             place.trainer, place.spare = spare, None
             return
         self._end_spare(place)

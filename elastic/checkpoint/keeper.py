@@ -32,7 +32,7 @@ from elastic.checkpoint.holdings import Holding, Snapshot, SupersededError, chec
 from elastic.checkpoint.host_memory import get_available_bytes
 from elastic.checkpoint.node_disk import NodeDisk, StateName
 from elastic.errors import CheckpointError
-from elastic.transport import PIECE_BYTES, Acceptor, Channel, Header, Peer, WireError, connect
+from elastic.transport import PIECE_BYTES, Acceptor, Channel, Header, Peer, WireError, connect, listen_unix
 
 _PR_SET_PDEATHSIG = 1
 _NICENESS = 10  # on a machine without a core to spare, training goes first
@@ -57,6 +57,8 @@ class KeeperSpec:
     """Folder of this run on a disk of the node's own; empty: snapshots are in memory only."""
     port: int = 0
     """Where other nodes look for it, unless that is taken; 0: any."""
+    folder: str = ""
+    """Where the trainers of this node can connect to it by themselves; empty: nowhere."""
 
 
 @dataclass(kw_only=True)
@@ -91,11 +93,27 @@ class Keeper:
             self._find_stored(self._disk)
         if listener is not None:
             threading.Thread(target=self._accept, args=(listener,), name="accept", daemon=True).start()
+        if self._spec.folder:
+            folder = Path(self._spec.folder)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            here = listen_unix(folder)
+            threading.Thread(target=self._accept_trainers, args=(here,), name="accept-here", daemon=True).start()
         while (message := self._owner.receive()) is not None:
             if message["kind"] == "adopt":
                 self._adopt()
 
     # ---- trainers of this node
+
+    def _accept_trainers(self, listener: socket.socket) -> None:
+        """Take trainers of this node whose keeper was another one before, or none."""
+        acceptor = Acceptor(listener, say=_log, secret=None)
+        while True:
+            for peer in acceptor.turn(_LOOK_EVERY_S):
+                try:
+                    _start_thread(self._serve_trainer, _Trainer(channel=Channel(peer)))
+                except RuntimeError as error:  # no more threads
+                    _log(f"a trainer gets no snapshots: {error}")
+                    peer.socket.close()
 
     def _adopt(self) -> None:
         """Serve one more trainer, if that can be: one that cannot be served trains on without snapshots."""

@@ -6,7 +6,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -16,6 +17,7 @@ from elastic.checkpoint.holdings import Snapshot
 from elastic.checkpoint.keeper import KeeperSpec
 from elastic.transport import Channel, Header, Peer, WireError, connect
 
+_LOOK_EVERY_S = 1.0
 _READY_TIMEOUT_S = 30.0
 """A busy machine takes seconds to start Python."""
 
@@ -77,13 +79,14 @@ def start_keeper(*, node: str, ip: str, secret: str, disk: str = "") -> KeeperPr
     return keeper
 
 
-def launch_keeper(*, node: str, ip: str, secret: str, disk: str = "", port: int = 0) -> KeeperProcess:
+def launch_keeper(*, node: str, ip: str, secret: str, disk: str = "", port: int = 0, folder: str = "") -> KeeperProcess:
     """Start a keeper that ends with this process; call it on the main thread, whose end would end the keeper.
 
     Args:
         ip: where other nodes reach it; empty: nowhere.
         disk: the run's folder on a disk of the node's own; empty: there is none.
         port: where they look for it, unless that is taken; 0: any.
+        folder: where this node's trainers can connect to it by themselves, and to the next one; empty: nowhere.
 
     Raises:
         OSError: the kernel has no process or no descriptor for it.
@@ -103,7 +106,7 @@ def launch_keeper(*, node: str, ip: str, secret: str, disk: str = "", port: int 
         channel.close()
         raise
     keeper = KeeperProcess(process=process, channel=channel)
-    spec = KeeperSpec(node=node, owner_pid=os.getpid(), ip=ip, secret=secret, disk=disk, port=port)
+    spec = KeeperSpec(node=node, owner_pid=os.getpid(), ip=ip, secret=secret, disk=disk, port=port, folder=folder)
     with contextlib.suppress(WireError):  # it has just ended, which `wait_ready` says
         channel.send({"kind": "spec", "spec": asdict(spec)})
     return keeper
@@ -132,19 +135,37 @@ class Held:
 class KeeperClient:
     """One trainer's connection to the keeper of its node. Calls return at once; answers come as futures.
 
+    Where that keeper has ended, the next call looks for the one that has taken its place, which then holds the arenas
+    as well; what they held is not known there.
+
     Args:
-        connection: from `KeeperProcess.open_connection`.
+        connection: from `KeeperProcess.open_connection`; None: there is no keeper yet.
         origin: names this trainer, unlike any other of the run.
+        reconnect: returns a connection to the next keeper of the node; None if there is none (yet).
     """
 
-    def __init__(self, connection: socket.socket, *, origin: str) -> None:
-        self._channel = Channel(Peer(connection, None))
+    def __init__(
+        self,
+        connection: socket.socket | None,
+        *,
+        origin: str,
+        reconnect: Callable[[], Peer | None] = lambda: None,
+    ) -> None:
         self.origin = origin
+        self._reconnect = reconnect
+        self._looked_s = -float("inf")
+        self._held: dict[int, Arena] = {}
         self._lock = threading.Lock()
         self._answers: dict[int, Future[Any]] = {}
         self._num_asked = 0
-        self._is_gone = False
-        threading.Thread(target=self._listen, name="keeper", daemon=True).start()
+        self._is_gone = True
+        self._finding = threading.Lock()
+        if connection is None:
+            connection, theirs = socket.socketpair()
+            theirs.close()
+            self._channel = Channel(Peer(connection, None))
+        else:
+            self._take_channel(Channel(Peer(connection, None)))
 
     def hold(self, index: int, arena: Arena) -> None:
         """Let the keeper hold an arena too, so that it outlives this process.
@@ -152,15 +173,18 @@ class KeeperClient:
         Raises:
             WireError: the keeper is gone; so for all methods.
         """
-        header = {"kind": "hold", "origin": self.origin, "index": index}
-        self._channel.send({**header, "num_bytes": arena.num_bytes}, descriptor=arena.descriptor)
+        self._held[index] = arena
+        if not self._find_keeper():  # else it has been told
+            self._send_hold(index, arena)
 
     def release(self, index: int) -> None:
         """Have the keeper let go of an arena that will not be filled again."""
+        self._held.pop(index, None)
         self._channel.send({"kind": "release", "index": index})
 
     def begin(self, index: int, *, epoch: int) -> None:
         """Say that an arena is about to be filled; what it held is void from now on."""
+        self._find_keeper()
         self._channel.send({"kind": "begin", "index": index, "epoch": epoch})
 
     def fill(
@@ -228,7 +252,30 @@ class KeeperClient:
         """Leave; the keeper keeps what is filled."""
         self._channel.close()
 
+    def _find_keeper(self) -> bool:
+        """Connect to the next keeper if ours has ended, at most once a second; return whether that was so just now."""
+        with self._finding:
+            if not self._is_gone or time.monotonic() < self._looked_s + _LOOK_EVERY_S:
+                return False
+            self._looked_s = time.monotonic()
+            if (peer := self._reconnect()) is None:
+                return False
+            self._take_channel(Channel(peer))
+            for index, arena in list(self._held.items()):
+                self._send_hold(index, arena)
+            return True
+
+    def _take_channel(self, channel: Channel) -> None:
+        with self._lock:
+            self._channel, self._is_gone = channel, False
+        threading.Thread(target=self._listen, args=(channel,), name="keeper", daemon=True).start()
+
+    def _send_hold(self, index: int, arena: Arena) -> None:
+        header = {"kind": "hold", "origin": self.origin, "index": index}
+        self._channel.send({**header, "num_bytes": arena.num_bytes}, descriptor=arena.descriptor)
+
     def _ask(self, header: Header) -> "Future[Any]":
+        self._find_keeper()
         answer: Future[Any] = Future()
         with self._lock:
             self._num_asked += 1
@@ -239,14 +286,14 @@ class KeeperClient:
         self._channel.send({**header, "id": number})
         return answer
 
-    def _listen(self) -> None:
+    def _listen(self, channel: Channel) -> None:
         with contextlib.suppress(OSError):  # said below, to all who wait
-            while (message := self._channel.receive()) is not None:
+            while (message := channel.receive()) is not None:
                 self._take(message)
         with self._lock:
             self._is_gone = True
             waiting, self._answers = self._answers, {}
-        self._channel.close()
+        channel.close()
         for answer in waiting.values():
             answer.set_exception(WireError("the keeper is gone"))
 

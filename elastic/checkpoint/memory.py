@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from zlib import crc32
 
 import torch
@@ -30,7 +31,7 @@ from elastic.checkpoint.snapshots import WholeSnapshot, build_record, list_block
 from elastic.checkpoint.sources import ShardSource
 from elastic.checkpoint.stage import HostArenas
 from elastic.ports import Address
-from elastic.transport import WireError
+from elastic.transport import WireError, connect_unix
 
 logger = logging.getLogger(__name__)
 
@@ -45,15 +46,19 @@ class Memory:
     """Snapshots of this process, in memory that its node's keeper holds as well.
 
     Args:
-        connection: to the keeper, from `KeeperProcess.open_connection`.
+        connection: to the keeper, from `KeeperProcess.open_connection`; None: there is none yet.
         node: whose keeper that is.
         secret: opens the keepers of the other nodes.
+        folder: where the node's next keeper can be reached once that one has ended; None: nowhere.
     """
 
-    def __init__(self, connection: socket.socket, *, node: str, secret: str) -> None:
+    def __init__(self, connection: socket.socket | None, *, node: str, secret: str, folder: Path | None = None) -> None:
         self.node = node
         self._secret = secret
-        self._client = KeeperClient(connection, origin=f"{node}-{os.getpid()}-{secrets.token_hex(4)}")
+        origin = f"{node}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._client = KeeperClient(
+            connection, origin=origin, reconnect=lambda: connect_unix(folder) if folder else None
+        )
         self._arenas: HostArenas | None = None
         self._filled: dict[int, Snapshot] = {}
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from elastic.checkpoint import keeping
 from elastic.checkpoint.arena import allocate_arena
 from elastic.checkpoint.holdings import Snapshot
-from elastic.checkpoint.keeping import KeeperClient, RemoteKeeper, start_keeper
+from elastic.checkpoint.keeping import KeeperClient, RemoteKeeper, launch_keeper, start_keeper
 from elastic.processes import find_running
-from elastic.transport import Channel, Peer, WireError, connect
+from elastic.transport import Channel, Peer, WireError, connect, connect_unix
 from tests.memory_limit import MIB, limit_memory
 
 SECRET = "s3cret"
@@ -309,6 +310,38 @@ def test_bytes_that_are_no_message_end_the_connection():
         Channel(Peer(theirs, None)).receive()
     ours.close()
     theirs.close()
+
+
+def find_next(trainer):
+    try:
+        return trainer.client.fetch_list() == []
+    except WireError:
+        return False
+
+
+def test_a_trainer_goes_on_with_the_keeper_that_follows_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(keeping, "_LOOK_EVERY_S", 0.05)
+    about = {"node": "a", "ip": "127.0.0.1", "secret": SECRET, "folder": str(tmp_path / "keeper")}
+    first = launch_keeper(**about)
+    assert first.wait_ready(30)
+    trainer = Trainer(first)
+    trainer.client._reconnect = lambda: connect_unix(tmp_path / "keeper")
+    assert trainer.fill(0, 1).result(10) == ""
+    os.kill(first.process.pid, signal.SIGKILL)
+    first.close()
+    wait_until(lambda: trainer.client._is_gone, "its end is seen")
+    with pytest.raises(WireError):
+        trainer.fill(1, 2).result(10)
+    second = launch_keeper(**about, port=first.port)
+    assert second.wait_ready(30)
+    assert second.port == first.port
+    wait_until(lambda: find_next(trainer), "it finds the next one")
+    assert trainer.fill(1, 3).result(10) == ""
+    with remote(second) as stranger:
+        assert [held.snapshot.step for held in stranger.fetch_list()] == [3], "what the dead one had is gone with it"
+    assert trainer.fill(0, 4).result(10) == ""
+    trainer.client.close()
+    second.close()
 
 
 def get_status(pid, field):
