@@ -189,7 +189,7 @@ def stand_in_for_ray(num_nodes: int) -> SimpleNamespace:
         get_own_actor=lambda: None,
         get_worker_nodes=lambda _: list(nodes.values()),
         get_draining_nodes=dict,
-        NodeTask=lambda *_: SimpleNamespace(is_over=lambda: False),
+        NodeTask=lambda *_: SimpleNamespace(is_over=lambda: False, get_failure=lambda: ""),
     )
 
 

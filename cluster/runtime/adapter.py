@@ -26,7 +26,7 @@ from ray._private.ray_constants import RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
 from ray._private.ray_logging import stdout_deduplicator
 from ray._private.worker import get_dashboard_url
 from ray._raylet import Config as RayConfig  # pyright: ignore[reportAttributeAccessIssue] # compiled
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError, RpcError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError, RpcError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -288,6 +288,18 @@ class NodeTask:
     def is_over(self) -> bool:
         """Whether it has returned, failed, or can never run as its node is gone."""
         return bool(ray.wait([self._result], timeout=0)[0])
+
+    def get_failure(self) -> str:
+        """Return what it has failed of; empty if it has not, or goes on."""
+        if not self.is_over():
+            return ""
+        try:
+            ray.get(self._result)
+        except RayTaskError as error:
+            return str(error.cause)
+        except RayError as error:  # its node or its process is gone
+            return type(error).__name__
+        return ""
 
 
 def create_on_node(node: str, cls: type, kwargs: dict[str, Any]) -> Any:

@@ -546,6 +546,7 @@ class Coordinator:
         starts = HostStarts(
             lambda node: adapter.NodeTask(node, start_host, node, self.get_host_fields()),
             every_s=self._config.fault.lease_s / 6,  # one that has lost its coordinator looks for the next for a half
+            say=self._out.say,
         )
         announced: dict[str, float | None] = {}
         start_from_s = time.time() + (_RETURN_S if self._follows else 0.0)

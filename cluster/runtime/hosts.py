@@ -207,6 +207,10 @@ class Start(Protocol):
         """Whether it has come to an end, good or bad."""
         ...
 
+    def get_failure(self) -> str:
+        """Return what it has failed of; empty if it has not, or goes on."""
+        ...
+
 
 class HostStarts:
     """Has a host started on each node that lacks one, and again where none has come of that.
@@ -217,10 +221,11 @@ class HostStarts:
     Args:
         start: starts a host on a node, without waiting for it.
         every_s: not sooner than so long after the start before.
+        say: takes a line for people about a start that failed.
     """
 
-    def __init__(self, start: Callable[[str], Start], *, every_s: float) -> None:
-        self._start, self._every_s = start, every_s
+    def __init__(self, start: Callable[[str], Start], *, every_s: float, say: Callable[[str], None]) -> None:
+        self._start, self._every_s, self._say = start, every_s, say
         self._starts: dict[str, tuple[float, Start]] = {}
 
     def follow(self, nodes: Set[str], with_host: Set[str], *, now_s: float) -> None:
@@ -235,6 +240,8 @@ class HostStarts:
         for node in nodes - with_host:
             since_s, start = self._starts.get(node, (0.0, None))
             if start is None or (start.is_over() and now_s - since_s > self._every_s):
+                if start is not None and (failure := start.get_failure()):
+                    self._say(f"node {node[:8]}: {failure}; it is tried again")
                 self._starts[node] = (now_s, self._start(node))
 
 

@@ -303,15 +303,16 @@ class Starts:
     def __init__(self) -> None:
         self.of: list[str] = []
         self.over: set[str] = set()
+        self.said: list[str] = []
 
     def start(self, node: str) -> SimpleNamespace:
         self.of.append(node)
-        return SimpleNamespace(is_over=lambda: node in self.over)
+        return SimpleNamespace(is_over=lambda: node in self.over, get_failure=lambda: f"no room on {node}")
 
 
 def test_a_host_is_started_again_once_a_start_is_over_and_none_has_come_of_it():
     began = Starts()
-    starts = HostStarts(began.start, every_s=10)
+    starts = HostStarts(began.start, every_s=10, say=began.said.append)
     starts.follow({"n1", "n2"}, {"n2"}, now_s=100)
     assert began.of == ["n1"]
     starts.follow({"n1", "n2"}, {"n2"}, now_s=200)  # it goes on, however long it takes
@@ -319,6 +320,7 @@ def test_a_host_is_started_again_once_a_start_is_over_and_none_has_come_of_it():
     began.over.add("n1")
     starts.follow({"n1", "n2"}, {"n2"}, now_s=201)
     assert began.of == ["n1", "n1"]
+    assert began.said == ["node n1: no room on n1; it is tried again"]
     starts.follow({"n1", "n2"}, {"n2"}, now_s=210)  # it may be on its way
     starts.follow({"n1", "n2"}, {"n1", "n2"}, now_s=300)
     assert began.of == ["n1", "n1"]
@@ -328,7 +330,7 @@ def test_a_host_is_started_again_once_a_start_is_over_and_none_has_come_of_it():
 
 def test_the_start_on_a_node_that_is_gone_is_forgotten():
     began = Starts()
-    starts = HostStarts(began.start, every_s=10)
+    starts = HostStarts(began.start, every_s=10, say=began.said.append)
     for nodes in ({"n1"}, set(), {"n1"}):
         starts.follow(nodes, set(), now_s=100)
     assert began.of == ["n1", "n1"]
