@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from elastic.direct import write_all
+from elastic.direct import read_into, write_all
 
 TEMPORARY_SUFFIX = ".tmp"
 """Ends the name of a file that is still written; the name begins with a dot. It is no key."""
@@ -54,13 +54,9 @@ class LocalStorage:
         """Read straight into the caller's memory."""
         path = self._get_path(key)
         with path.open("rb", buffering=0) as file:
-            file.seek(start)
-            rest = out.cast("B")
-            while rest:
-                num_bytes = file.readinto(rest)
-                if not num_bytes:
-                    raise OSError(errno.ENODATA, f"ends {len(rest)} bytes too early", str(path))
-                rest = rest[num_bytes:]
+            num_bytes = read_into(file.fileno(), start, out)
+        if num_bytes < out.nbytes:
+            raise OSError(errno.ENODATA, f"ends {out.nbytes - num_bytes} bytes too early", str(path))
 
     def get_size(self, key: str) -> int | None:
         """Return the size of a regular file."""

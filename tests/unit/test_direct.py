@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic import direct
-from elastic.direct import write_all
+from elastic.direct import read_into, write_all
 
 MIB = 2**20
 
@@ -130,3 +130,22 @@ def test_a_disk_that_is_full_is_told(memory):
         assert failure.value.errno == errno.ENOSPC
     finally:
         os.close(descriptor)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 4 * MIB + 9), st.integers(0, 3 * MIB))
+def test_what_is_read_directly_is_what_is_there_wherever_it_begins_and_ends(offset, size):
+    path = Path("read.bin")
+    if not path.exists():
+        path.write_bytes(b"".join(number.to_bytes(4, "big") for number in range(MIB)) + b"end")
+    out = bytearray(size)
+    with path.open("rb", buffering=0) as file:
+        done = read_into(file.fileno(), offset, memoryview(out))
+        assert not fcntl.fcntl(file.fileno(), fcntl.F_GETFL) & os.O_DIRECT
+    expected = path.read_bytes()[offset : offset + size]
+    assert bytes(out[:done]) == expected
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
