@@ -99,7 +99,7 @@ class AttemptObserver:
         self.last_step = progress.step
         self.first_step_s = self.first_step_s or time()
 
-    def kept(self, progress: Progress) -> None:
+    def kept(self, progress: Progress, *, copied: bool) -> None:
         """Say nothing: without a cluster there is no memory that outlives this process."""
 
     def committed(self, progress: Progress) -> None:

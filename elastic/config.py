@@ -236,7 +236,8 @@ class CheckpointConfig:
     keep_last: int = 3
     memory: Literal["peer", "node", "off"] = "peer"
     """Under `solvent train`, snapshots are also kept in host memory, where they outlive the trainer: on its node, and
-    as a copy on another one (peer). Each node then holds at most four shards of a worker per worker."""
+    as a copy on another one (peer). Each node then holds at most five shards of a worker per worker, or
+    fewer where it has less room."""
     memory_every_steps: int = 0
     """Optimizer steps between two snapshots. 0: planned, as above; at every step if they cost nothing."""
     node_disk: str = ""

@@ -24,29 +24,31 @@ STAY: frozenset[Decision] = frozenset({"continue", "settle"})
 GIVE_UP: frozenset[Decision] = frozenset({"hand_over_now", "save_now", "leave_now"})
 """Those that leave the step under way unfinished."""
 
-_REGROUP_S = 5.0
-"""Trainers leave a world and form the next one in less, also where one of them must be killed for it."""
+_REGROUP_S = 1.5
+"""Trainers that have handed their state over leave a world and form the next one in less."""
 
 
 def decide(
     *,
     seconds_left: float,
     rest_of_step_s: float,
-    usual_save_s: float | None,
+    save_s: float | None,
     margin: float,
+    copy_s: float = 0.0,
     keep_in: Literal["memory", "storage"] = "storage",
     is_keeping: bool = False,
 ) -> Decision:
     """Return what a rank that has a notice wants all ranks to do.
 
-    A state can be handed over once the snapshot before it, if one is under way, is safe. Until then all train on, if
-    there is so much time that nothing need be copied (`needs_copies`).
+    A state is handed over once no other one is on its way to memory. Until then all train on, if there is time for
+    that and for all that comes after it.
 
     Args:
         seconds_left: time until this node is gone; infinite for a planned change.
         rest_of_step_s: usual seconds until the update of the step under way is made; infinite if that is unknown.
-        usual_save_s: measured seconds until a state is safe in `keep_in`; None if none was saved there yet.
-        margin: a save is begun only if `margin` times its usual time is left.
+        save_s: estimated seconds until a state is safe in `keep_in`, begun now; None if nothing is known of that.
+        margin: a save is begun only if `margin` times its estimate is left.
+        copy_s: estimated seconds in which this rank's part goes from one node to another.
         keep_in: where the state must be safe.
         is_keeping: a snapshot is on its way to memory.
     """
@@ -54,10 +56,10 @@ def decide(
     would_wait = is_keeping and keep_in == "memory"
     if math.isinf(seconds_left):
         return "settle" if would_wait else finish
-    left_s = seconds_left - rest_of_step_s
-    if would_wait and not needs_copies(seconds_left=left_s, usual_save_s=usual_save_s, margin=margin):
+    need_s = margin * (save_s or 0.0)
+    if would_wait and seconds_left - rest_of_step_s >= 2 * need_s + _REGROUP_S + margin * copy_s:
         return "settle"
-    spare_s = seconds_left - margin * (usual_save_s or 0.0)
+    spare_s = seconds_left - need_s
     if spare_s <= 0:
         return "leave_now"
     if spare_s > rest_of_step_s:
@@ -65,21 +67,21 @@ def decide(
     return "hand_over_now" if keep_in == "memory" else "save_now"
 
 
-def needs_copies(*, seconds_left: float, usual_save_s: float | None, margin: float) -> bool:
-    """Tell whether a state that is handed over must be copied to other nodes as well.
+def needs_copies(*, seconds_left: float, save_s: float, copy_s: float) -> bool:
+    """Tell whether a state that is handed over must be copied to other nodes before its own leave.
 
-    The next world fetches what it needs from the nodes that leave, if they live for so long: until it is handed over,
-    fetched, and in other memories as part of the next world's first snapshot. Each takes about as long as a save, of
-    which a copy is the longest part where the network is slow; nobody trains while copies are made that nobody reads.
+    The next world fetches what it needs from the nodes that leave, if they live until it has formed and fetched: a copy
+    takes as long as that, and nobody trains meanwhile. One is made only where there is time for it and not for the
+    other; where there is time for neither, the next world fetches what it can, and else has what is older.
 
     Args:
         seconds_left: as for `decide`.
-        usual_save_s: measured seconds until a state is safe in memory, its copies included; None if none was saved yet.
-        margin: so many times the usual time must be left.
+        save_s: estimated seconds until the state is in this node's memory.
+        copy_s: as for `decide`.
     """
-    if math.isinf(seconds_left):
+    if math.isinf(seconds_left) or seconds_left >= save_s + _REGROUP_S + copy_s:
         return False
-    return usual_save_s is None or seconds_left < _REGROUP_S + margin * 3 * usual_save_s
+    return seconds_left >= save_s + copy_s
 
 
 def agree(counts: Sequence[float]) -> Decision:

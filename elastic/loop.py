@@ -148,6 +148,7 @@ def report(
         now_s=time.time(),
         bad_step=None if result.verdict in ("good", "overflow") else result.verdict,
         val_loss=val_loss,
+        unkept_steps=parts.checkpointer.get_unkept_steps(progress.step),
     )
     for sink in parts.sinks:
         sink.write(row)
@@ -202,8 +203,9 @@ def get_wish(parts: Parts, timeline: Timeline, when: Literal["start", "end"]) ->
     return interrupt.decide(
         seconds_left=get_seconds_left(notice),
         rest_of_step_s=0.0 if when == "end" else float("inf") if usual_step_s is None else usual_step_s,
-        usual_save_s=parts.checkpointer.get_usual_s(notice.keep_in),
+        save_s=estimate_save_s(parts, notice.keep_in),
         margin=parts.config.fault.save_margin,
+        copy_s=parts.checkpointer.estimate_copy_s(),
         keep_in=notice.keep_in,
         is_keeping=parts.checkpointer.is_keeping,
     )
@@ -217,11 +219,17 @@ def get_seconds_left(notice: Notice) -> float:
 def needs_copies(parts: Parts) -> bool:
     """Tell whether this rank's part of a state that is handed over must be copied to another node as well."""
     notice = parts.notices.get_notice()
-    return notice is None or interrupt.needs_copies(
+    return notice is not None and interrupt.needs_copies(
         seconds_left=get_seconds_left(notice),
-        usual_save_s=parts.checkpointer.get_usual_s("memory"),
-        margin=parts.config.fault.save_margin,
+        save_s=parts.checkpointer.estimate_hand_over_s(),
+        copy_s=parts.checkpointer.estimate_copy_s(),
     )
+
+
+def estimate_save_s(parts: Parts, keep_in: Literal["memory", "storage"]) -> float | None:
+    """Return how long it takes to bring the state to where it must be safe; None if no save there was measured yet."""
+    checkpointer = parts.checkpointer
+    return checkpointer.estimate_hand_over_s() if keep_in == "memory" else checkpointer.get_usual_s("storage")
 
 
 def get_due(parts: Parts, progress: Progress, decision: interrupt.Decision) -> Due | None:

@@ -91,6 +91,7 @@ def build_row(
     now_s: float,
     bad_step: str | None = None,
     val_loss: float | None = None,
+    unkept_steps: tuple[int, int] | None = None,
 ) -> dict[str, object]:
     """Return one row of `metrics.jsonl`, for the step that brought training to `progress`.
 
@@ -98,6 +99,8 @@ def build_row(
         step_tokens: target tokens of this step, over all ranks.
         bad_step: why the update was not made; left out of the row if it was.
         val_loss: left out of the row unless this step was evaluated.
+        unkept_steps: how many steps would be made again if a trainer, and if a node were lost now; left out where no
+            states are kept in memory.
     """
     tokens_per_s = step_tokens / step_s
     peak_flops = peak_flops_per_gpu * world_size if peak_flops_per_gpu else None
@@ -115,5 +118,7 @@ def build_row(
         "memory_gib": memory_gib,
         "time_utc": format_utc(now_s),
     }
-    seldom = {"bad_step": bad_step, "val_loss": val_loss}
+    seldom: dict[str, object] = {"bad_step": bad_step, "val_loss": val_loss}
+    if unkept_steps is not None:
+        seldom |= {"redo_steps_trainer_lost": unkept_steps[0], "redo_steps_node_lost": unkept_steps[1]}
     return row | {name: value for name, value in seldom.items() if value is not None}

@@ -152,8 +152,8 @@ class Observer(Protocol):
         """Take a checkpoint that became visible (rank 0 only)."""
         ...
 
-    def kept(self, progress: Progress) -> None:
-        """Take a state that is in the memory of the nodes, and copied (rank 0 only)."""
+    def kept(self, progress: Progress, *, copied: bool) -> None:
+        """Take a state that is whole in the memory of the nodes; `copied`: no node alone has any part (rank 0 only)."""
         ...
 
     def alive(self) -> None:

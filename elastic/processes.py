@@ -1,10 +1,14 @@
 """The processes of this machine, as Linux tells them in /proc/<pid>/stat: proc(5)."""
 
+import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 _PROC = Path("/proc")
+
+_NICENESS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,3 +64,8 @@ def _read(pid: int) -> Process | None:
         started=int(fields[19]),
         has_ended=fields[0] in "ZX",
     )
+
+
+def be_nice() -> None:
+    """Let training go first on a machine without a core to spare; for the calling thread alone."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

@@ -16,12 +16,11 @@ from torch.distributed.distributed_c10d import Store
 from elastic import plugins
 from elastic.attention import agree_on_attention
 from elastic.breaker import Breaker
-from elastic.checkpoint.arena import GIB
 from elastic.checkpoint.beginning import check_first_weights
-from elastic.checkpoint.host_memory import Room, has_room
 from elastic.checkpoint.keep import remove_orphans
 from elastic.checkpoint.load import restore
 from elastic.checkpoint.memory import Memory
+from elastic.checkpoint.room import agree_on_room
 from elastic.checkpoint.save import Checkpointer
 from elastic.checkpoint.storage import PATIENCE_S, check_space, estimate_checkpoint_bytes, explain, keep_trying
 from elastic.config import RunConfig
@@ -196,7 +195,7 @@ def _build_parts(
         before_commit=run.push,
         on_committed=watchers.observer.committed,
         on_kept=watchers.observer.kept,
-        memory=_agree_on_memory(memory, config, world),
+        memory=agree_on_room(memory, config, world, begins=restored is None),
         peer=spec.peer,
         restored_index=restored_index,
         mean_s_between_losses=spec.mean_s_between_losses,
@@ -263,29 +262,6 @@ def _keep_data(storage: Storage, dataset: Dataset) -> None:
         keep_data(storage, dataset)
     except OSError as error:
         raise explain(error, storage.url) from error
-
-
-def _agree_on_memory(memory: Memory | None, config: RunConfig, world: World) -> Memory | None:
-    """Do without the memory tier, on all ranks, where a node has no room for the snapshots of its own."""
-    if memory is None:
-        return None
-    model = plugins.load("elastic.models", config.model.kind, key="model.kind")
-    shard_bytes = estimate_checkpoint_bytes(model.num_params(config.model)) // world.world_size
-    for waits in (False, True):  # to wait costs seconds, which are rarely needed
-        own = memory.look_for_room(shard_bytes, waits=waits)
-        table = torch.zeros(world.world_size, len(own), dtype=torch.int64, device=world.device)
-        table[world.rank] = torch.tensor(own)
-        rooms = [Room(*row) for row in world.sum_(table).tolist()]
-        if has_room(rooms, spare_bytes=GIB):
-            return memory
-    if not has_room([room for room in rooms if room.node == own.node], spare_bytes=GIB):
-        log.warning(
-            "this node has %.1f GiB of host memory left, too little for snapshots of %.1f GiB a rank, so this world "
-            "keeps none: give it more, or set checkpoint.memory=off",
-            own.available_bytes / GIB,
-            shard_bytes / GIB,
-        )
-    return None
 
 
 def _get_peak_flops(device: torch.device) -> float | None:

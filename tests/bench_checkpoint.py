@@ -151,6 +151,11 @@ def bench_ours(bench: Bench) -> float:
     kept_s: list[float] = []
     """What each snapshot took until training heard that it was safe."""
     model, optimizer = bench.trainable.model, bench.trainable.optimizer
+
+    def on_kept(progress: Progress, *, copied: bool) -> None:
+        if copied:
+            kept_s.append(round(time.perf_counter() - started_s[progress.step], 2))
+
     checkpointer = Checkpointer(
         storage,
         bench.config,
@@ -158,7 +163,7 @@ def bench_ours(bench: Bench) -> float:
         epoch=1,
         memory=memory,
         on_committed=lambda progress: durable.append(progress.step),
-        on_kept=lambda progress: kept_s.append(round(time.perf_counter() - started_s[progress.step], 2)),
+        on_kept=on_kept,
     )
     checkpointer.plan_ahead(get_live_state(model, optimizer), optimizer)  # as in a run that was restored
 

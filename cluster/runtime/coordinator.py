@@ -420,8 +420,8 @@ class Coordinator:
                 self._books.restored(slot, progress, source, now_s)
             case said.Phases(phases=phases):
                 self._books.phases(slot, phases)
-            case said.Kept(progress=progress):
-                self._safe_step = max(self._safe_step, progress.step)
+            case said.Kept(progress=progress, copied=copied):
+                self._safe_step = max(self._safe_step, progress.step if copied else 0)
             case said.Stalled(where=where):
                 if slot not in self._state.stalls.by_slot:
                     rank = self._state.ranks[slot]

@@ -80,9 +80,9 @@ class LinkObserver:
         """Tell a checkpoint that became visible."""
         self._link.send(Committed(progress=progress))
 
-    def kept(self, progress: Progress) -> None:
+    def kept(self, progress: Progress, *, copied: bool) -> None:
         """Tell a snapshot that is in memory on all ranks."""
-        self._link.send(Kept(progress=progress))
+        self._link.send(Kept(progress=progress, copied=copied))
 
     def alive(self) -> None:
         """Let the host know that this process is not frozen."""

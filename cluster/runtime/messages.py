@@ -174,9 +174,11 @@ class Committed:
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """A snapshot is in memory on all ranks."""
+    """A snapshot is whole in the memory of the nodes."""
 
     progress: Progress
+    copied: bool
+    """No node alone has any part of it."""
 
 
 @dataclass(frozen=True, kw_only=True)

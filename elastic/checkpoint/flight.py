@@ -9,7 +9,7 @@ from typing import Literal
 from elastic.checkpoint.durable import BuildManifest, DurableWriter
 from elastic.checkpoint.plan import SavePlan
 from elastic.checkpoint.stage import Staged
-from elastic.ports import Address, Progress
+from elastic.ports import Progress
 
 Tier = Literal["memory", "storage"]
 
@@ -23,39 +23,38 @@ class Flight:
     progress: Progress
     start_s: float
     stall_s: float = 0.0
-    """What the call that started it cost the training thread."""
+    """What the training thread lost: the call that started it, and what the update had to wait for."""
+    is_first_touch: bool
+    """Memory for it is found as it is filled."""
     staged: Staged
-    peer: Address | None
-    """The keeper that gets a copy of it."""
     plan: SavePlan
+    follows: bool
+    """Copies on other nodes follow."""
     build_manifest: BuildManifest
     kept: Future[str] = field(default_factory=Future[str])
-    """Once it is in memory, and copied: what went wrong with that, or nothing."""
+    """Once it is in this node's memory: what went wrong with that, or nothing."""
     kept_s: float = 0.0
     """Seconds from the start until then."""
+    is_counted: bool = False
+    """All ranks know that it is kept, or not."""
     committed_s: Future[float] = field(default_factory=Future[float])
     """Seconds from start to commit, as rank 0 measured them; or why there was no commit."""
 
-    def bring(self, writer: DurableWriter, keep: "Callable[[Flight], Future[str]] | None") -> None:
+    def bring(self, writer: DurableWriter, keep: "Callable[[Flight], str] | None") -> None:
         """Bring the state to memory and, if it goes so far, to the storage.
 
         Args:
-            keep: hands it to the keeper; None if there is none.
+            keep: hands it to the keeper, and returns what is wrong with that; None if there is none.
         """
         try:
             self.staged.wait_on_host()
-            if keep is not None:
-                keep(self).add_done_callback(self._take_kept)
+            self.kept_s = time.monotonic() - self.start_s
+            self.kept.set_result(keep(self) if keep is not None else "no keeper")
             if self.tier == "storage":
                 arena, step = self.staged.arena, self.progress.step
                 took_s = writer.write(step, arena, self.plan, self.build_manifest, start_s=self.start_s)
                 self.committed_s.set_result(took_s)
         except BaseException as error:  # whatever it is, the training thread raises it
-            if self.tier == "memory":
+            if not self.kept.done():
                 self.kept.set_result(f"{type(error).__name__}: {error}")
             self.committed_s.set_exception(error)
-
-    def _take_kept(self, answer: Future[str]) -> None:
-        self.kept_s = time.monotonic() - self.start_s
-        problem = answer.exception()
-        self.kept.set_result(str(problem) if problem else answer.result())

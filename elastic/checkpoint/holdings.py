@@ -1,7 +1,7 @@
 """What a keeper has in memory: one trainer's shard of one snapshot, and what is known about it. No torch here."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -37,13 +37,28 @@ class Holding:
     num_bytes: int = 0
     chunks: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
     """Offset and size of each chunk that has a checksum of its own."""
-    checksums: list[int] = field(default_factory=list[int])
+    checksums: list[int] | None = None
+    """Of each chunk; None until all have been taken."""
     record: Any = None
     """The trainer's own JSON value."""
     generation: int = 0
     """Counts the fillings, so that work for an earlier one gives up."""
     checked: threading.Event = field(default_factory=threading.Event)
     """`checksums` are those of this filling, or it was given up."""
+
+    def begin(self, epoch: int) -> None:
+        """Make what it holds void: it is about to be filled. The caller has the lock."""
+        self.snapshot, self.checksums, self.epoch = None, None, epoch
+        self.generation += 1
+        self.checked.set()
+        self.checked = threading.Event()
+
+    def fill(self, message: Mapping[str, Any], *, num_bytes: int) -> None:
+        """Take what it is filled with; it counts from now on. The caller has the lock."""
+        self.snapshot = Snapshot(**message["snapshot"])
+        self.num_bytes = num_bytes
+        self.chunks = [(offset, size) for offset, size in message["chunks"]]
+        self.record = message["record"]
 
 
 class SupersededError(Exception):

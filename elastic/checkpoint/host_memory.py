@@ -4,6 +4,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+MOST_ARENAS = 3
+"""One holds the newest snapshot that has copies, one the newest that is whole, and one is filled."""
+NUM_COPIES = 2
+"""Of each shard at its peer: one that counts, and one that comes."""
+WAYS = ((MOST_ARENAS, NUM_COPIES), (2, NUM_COPIES), (2, 0), (1, 0))
+"""How many arenas a rank has and how many copies of its shards its peer, the best first. While there is only one, a
+state is gone as soon as the next begins to take its place: two of one's own count for more than copies."""
+
 
 class Room(NamedTuple):
     """What one rank sees of its node; plain numbers, so that all ranks can see those of all."""
@@ -13,7 +21,10 @@ class Room(NamedTuple):
     first_bytes: int
     """What this rank has yet to take for the first snapshot of its world."""
     more_bytes: int
-    """What it will hold for all of them more than now; smaller arenas are given back after the first."""
+    """What it, and the copies of as many shards, will hold more than now; smaller arenas are given back after the first
+    snapshot that is safe."""
+    all_bytes: int
+    """The same before any are given back."""
     left_bytes: int
     """What trainers that are gone have left on the node, which is given back then as well."""
     available_bytes: int
@@ -24,10 +35,23 @@ def has_room(rooms: Iterable[Room], *, spare_bytes: int) -> bool:
 
     A node whose ranks need nothing any more has it.
     """
+    return all(_has_room(ranks, spare_bytes) for ranks in _group(rooms))
+
+
+def is_roomy(rooms: Iterable[Room], *, spare_bytes: int) -> bool:
+    """Tell whether every node has room for all snapshots before it gives any of earlier worlds back."""
+    return all(_is_roomy(ranks, spare_bytes) for ranks in _group(rooms))
+
+
+def _is_roomy(ranks: Sequence[Room], spare_bytes: int) -> bool:
+    return min(rank.available_bytes for rank in ranks) > sum(rank.all_bytes for rank in ranks) + spare_bytes
+
+
+def _group(rooms: Iterable[Room]) -> list[list[Room]]:
     nodes: dict[int, list[Room]] = {}
     for room in rooms:
         nodes.setdefault(room.node, []).append(room)
-    return all(_has_room(ranks, spare_bytes) for ranks in nodes.values())
+    return list(nodes.values())
 
 
 def _has_room(ranks: Sequence[Room], spare_bytes: int) -> bool:

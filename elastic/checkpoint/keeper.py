@@ -1,8 +1,8 @@
 """The keeper: one process per node that holds snapshots in host memory while the trainers that made them come and go.
 
-A trainer fills an arena and hands it over; the keeper checksums it, sends a copy to the keeper of another node, and
-serves it at the next recovery. None of that takes the trainer's interpreter lock or the time of its training thread. It
-imports no torch, so it starts at once and is small.
+A trainer fills an arena and hands it over: from then on it is listed and served, whatever else goes on. The keeper
+checksums it, and sends a copy to the keeper of another node when it is told to. None of that takes the trainer's
+interpreter lock or the time of its training thread. It imports no torch, so it starts at once and is small.
 
 What was written to the node's disk on request is served like memory by the next keeper there.
 
@@ -19,29 +19,29 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from zlib_ng.zlib_ng import crc32
-
 from elastic.checkpoint.arena import GIB, Arena, allocate_arena
+from elastic.checkpoint.copies import CopySender, Incoming, SummedPieces, checksum_parts
 from elastic.checkpoint.holdings import Holding, Snapshot, SupersededError, check_current, cut, describe
 from elastic.checkpoint.host_memory import get_available_bytes
 from elastic.checkpoint.node_disk import NodeDisk, StateName
 from elastic.errors import CheckpointError
-from elastic.transport import PIECE_BYTES, Acceptor, Channel, Header, Peer, WireError, connect, listen_unix
+from elastic.processes import be_nice
+from elastic.transport import Acceptor, Channel, Header, Peer, WireError, listen_unix
 
 _PR_SET_PDEATHSIG = 1
-_NICENESS = 10  # on a machine without a core to spare, training goes first
 _CHECKSUM_THREADS = max(1, min(8, (os.cpu_count() or 1) // 2))  # whoever restores the newest snapshot waits for them
 _BATCH = 16
 """Blocks that a thread checksums at a time; handing them out one by one takes as long as the sums themselves."""
 _LOOK_EVERY_S = 1.0
-_PEER_TIMEOUT_S = 30.0
-"""A lost machine sends no FIN; a living one takes its bytes and checks a copy sooner than this."""
+_LEFT_S = 2.0
+"""A connection of a copy that was given up is gone by then; else its memory is left to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +66,10 @@ class _Trainer:
     """A connected trainer and what goes on for it in the background."""
 
     channel: Channel
+    sender: CopySender
     origin: str = ""
+    checks: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "check", initializer=be_nice))
     copies: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "copy"))
-    peer: Channel | None = None
-    peer_address: tuple[str, int] | None = None
 
 
 class Keeper:
@@ -82,9 +82,11 @@ class Keeper:
         self._holdings: dict[tuple[str, int], Holding] = {}
         self._origins: set[str] = set()
         """The trainers of this node that are connected: their arenas are theirs to fill again."""
-        self._checksummers = ThreadPoolExecutor(_CHECKSUM_THREADS, "checksum")
+        self._incoming: dict[tuple[str, int], Incoming] = {}
+        """Copies that come."""
+        self._checksummers = ThreadPoolExecutor(_CHECKSUM_THREADS, "checksum", initializer=be_nice)
         self._disk = NodeDisk(Path(spec.disk)) if spec.disk else None
-        self._disk_writer = ThreadPoolExecutor(1, "disk")
+        self._disk_writer = ThreadPoolExecutor(1, "disk", initializer=be_nice)
         self._freer = ThreadPoolExecutor(1, "free")
 
     def serve(self, listener: socket.socket | None) -> None:
@@ -123,7 +125,10 @@ class Keeper:
             _log(f"a trainer gets no snapshots: {error}")
             return
         try:
-            _start_thread(self._serve_trainer, _Trainer(channel=Channel(Peer(connection, None))))
+            trainer = _Trainer(
+                channel=Channel(Peer(connection, None)), sender=CopySender(self._spec.node, self._spec.secret)
+            )
+            _start_thread(self._serve_trainer, trainer)
         except RuntimeError as error:  # no more threads
             _log(f"a trainer gets no snapshots: {error}")
             connection.close()
@@ -143,8 +148,9 @@ class Keeper:
                     if holding.snapshot is None:
                         self._drop(holding)
             trainer.channel.close()
-            trainer.copies.submit(_forget_peer, trainer)
-            trainer.copies.shutdown(wait=False)  # a copy under way is worth finishing
+            trainer.copies.submit(trainer.sender.forget)
+            for pool in (trainer.checks, trainer.copies):
+                pool.shutdown(wait=False)  # what is under way is worth finishing
 
     def _obey_trainer(self, trainer: _Trainer, message: Header) -> None:
         match message["kind"]:
@@ -159,12 +165,18 @@ class Keeper:
                 with self._lock:
                     self._drop(self._holdings[trainer.origin, message["index"]])
             case "begin":
-                self._begin(self._holdings[trainer.origin, message["index"]], message["epoch"])
+                with self._lock:
+                    self._holdings[trainer.origin, message["index"]].begin(message["epoch"])
             case "fill":
-                holding = self._holdings[trainer.origin, message["index"]]
-                self._fill(holding, message)
-                generation = holding.generation
-                trainer.copies.submit(self._finish, trainer, holding, generation, message)
+                with self._lock:
+                    holding = self._holdings[trainer.origin, message["index"]]
+                    holding.fill(message, num_bytes=message["num_bytes"])
+                    generation = holding.generation
+                trainer.checks.submit(self._check, trainer, holding, generation, message)
+            case "copy":
+                trainer.copies.submit(self._copy, trainer, message, trainer.sender.begin())
+            case "halt":
+                trainer.sender.halt()
             case "store":
                 self._disk_writer.submit(self._store, trainer, message)
             case "map":
@@ -172,27 +184,11 @@ class Keeper:
             case _:
                 self._obey_anyone(trainer.channel, message)
 
-    def _begin(self, holding: Holding, epoch: int) -> None:
-        with self._lock:
-            holding.snapshot, holding.epoch = None, epoch
-            holding.generation += 1
-            holding.checked.set()
-            holding.checked = threading.Event()
-
-    def _fill(self, holding: Holding, message: Header) -> None:
-        with self._lock:
-            holding.snapshot = Snapshot(**message["snapshot"])
-            holding.num_bytes = message["num_bytes"]
-            holding.chunks = [(offset, size) for offset, size in message["chunks"]]
-            holding.record = message["record"]
-
-    def _finish(self, trainer: _Trainer, holding: Holding, generation: int, message: Header) -> None:
-        """Checksum a filled arena, send a copy away, and tell the trainer that it may rely on both."""
+    def _check(self, trainer: _Trainer, holding: Holding, generation: int, message: Header) -> None:
+        """Checksum a filled arena, and tell the trainer."""
         problem = ""
         try:
             self._checksum(holding, generation)
-            if message["peer"]:
-                self._copy(trainer, holding, generation, tuple(message["peer"]))
         except SupersededError:
             problem = "superseded"
         except OSError as error:
@@ -203,39 +199,47 @@ class Keeper:
         _reply(trainer, message, kind="kept", problem=problem)
 
     def _checksum(self, holding: Holding, generation: int) -> None:
-        done = holding.checked
+        with self._lock:
+            check_current(holding, generation)
+            done, chunks = holding.checked, holding.chunks
+
+        def checksum(first: int) -> list[int]:
+            check_current(holding, generation)
+            return checksum_parts(holding.arena, chunks[first : first + _BATCH])
+
         try:
-            view = holding.arena.view
-            parts = [view[offset : offset + size] for offset, size in holding.chunks]
-            batches = [parts[first : first + _BATCH] for first in range(0, len(parts), _BATCH)]
-            checksums = [one for batch in self._checksummers.map(_checksum_all, batches) for one in batch]
+            checksums = [
+                one for batch in self._checksummers.map(checksum, range(0, len(chunks), _BATCH)) for one in batch
+            ]
             with self._lock:
                 check_current(holding, generation)
                 holding.checksums = checksums
         finally:
             done.set()
 
-    def _copy(self, trainer: _Trainer, holding: Holding, generation: int, address: tuple[str, int]) -> None:
+    def _copy(self, trainer: _Trainer, message: Header, is_halted: Callable[[], bool]) -> None:
+        """Send a copy of a filling to the peer, and tell the trainer that it may rely on it."""
+        problem = ""
+        with self._lock:
+            holding = self._holdings.get((trainer.origin, message["index"]))
+            generation = holding.generation if holding else 0
         try:
-            if trainer.peer is None or trainer.peer_address != address:
-                trainer.peer = Channel(connect(address, self._spec.secret, purpose="keeper"))
-                trainer.peer_address = address
-                trainer.peer.set_timeout(_PEER_TIMEOUT_S)
-            with self._lock:
-                check_current(holding, generation)
-                header = {"kind": "push", **describe(holding, self._spec.node), "capacity": holding.arena.num_bytes}
-            trainer.peer.send(header, cut(holding, generation), num_bytes=holding.num_bytes)
-            answer = trainer.peer.receive()
-            if answer is None or answer["kind"] != "pushed":
-                raise WireError(f"the copy was refused: {(answer or {}).get('problem', 'the peer is gone')}")
-        except (OSError, SupersededError):
-            _forget_peer(trainer)
-            raise
+            if holding is None or holding.snapshot != Snapshot(**message["snapshot"]):
+                raise SupersededError
+            trainer.sender.send(holding, generation, tuple(message["peer"]), is_halted)
+        except SupersededError:
+            problem = "superseded"
+        except OSError as error:
+            problem = str(error)
+        except BaseException as error:  # as for `_check`
+            _log(traceback.format_exc())
+            problem = f"{type(error).__name__}: {error}"
+        _reply(trainer, message, kind="copied", problem=problem)
 
     def _store(self, trainer: _Trainer, message: Header) -> None:
         try:
             problem = self._store_all(trainer, message)
-        except BaseException as error:  # as for `_finish`
+        except BaseException as error:  # as for `_check`
             _log(traceback.format_exc())
             problem = f"{type(error).__name__}: {error}"
         _reply(trainer, message, kind="stored", problem=problem)
@@ -285,7 +289,7 @@ class Keeper:
                     is_on_disk=True,
                     epoch=about["snapshot"]["epoch"],
                 )
-                self._fill(holding, dict(about))
+                holding.fill(about, num_bytes=about["num_bytes"])
                 holding.checksums = about["checksums"]
                 holding.checked.set()
                 self._holdings[holding.origin, holding.index] = holding
@@ -326,7 +330,11 @@ class Keeper:
     def _obey_anyone(self, channel: Channel, message: Header) -> None:
         match message["kind"]:
             case "push":
-                self._take_copy(channel, message)
+                self._open_copy(channel, message)
+            case "stripe":
+                self._take_stripe(channel, message)
+            case "seal":
+                self._seal_copy(channel, message)
             case "list":
                 channel.send({"kind": "list", "id": message.get("id"), "held": self._list()})
             case "read":
@@ -334,60 +342,97 @@ class Keeper:
             case "retire":
                 self._retire(message["before_epoch"], message["keep_step"])
             case "measure":
-                self._freer.submit(lambda: None).result()  # what was let go of is free
+                if message["waits"]:
+                    self._freer.submit(lambda: None).result()  # what was let go of is free
                 with self._lock:
                     in_memory = [holding for holding in self._holdings.values() if not holding.is_on_disk]
                     left = [holding for holding in in_memory if self._is_left(holding)]
                 sums = {
                     "held_bytes": sum(holding.arena.num_bytes for holding in in_memory),
                     "left_bytes": sum(holding.arena.num_bytes for holding in left),
+                    "copy_bytes": sum(holding.arena.num_bytes for holding in in_memory if holding.is_copy),
                 }
                 channel.send({"kind": "measured", "id": message.get("id"), **sums})
             case kind:
                 raise WireError(f"{kind!r} is no message that a keeper knows")
 
     def _list(self) -> list[dict[str, Any]]:
+        """Return what is here, at once; of what was filled just now the checksums are not known yet."""
         with self._lock:
-            holdings = [holding for holding in self._holdings.values() if holding.snapshot is not None]
-        for holding in holdings:
-            holding.checked.wait()
-        with self._lock:
-            return [describe(holding, self._spec.node) for holding in holdings if holding.snapshot is not None]
+            held = [holding for holding in self._holdings.values() if holding.snapshot is not None]
+            return [describe(holding, self._spec.node) for holding in held]
 
-    def _take_copy(self, channel: Channel, message: Header) -> None:
-        """Receive what another node's trainer has filled, into memory that mirrors its arena."""
-        key = (str(message["origin"]), int(message["index"]))
-        num_bytes, capacity = int(message["bytes"]), int(message["capacity"])
+    def _open_copy(self, channel: Channel, message: Header) -> None:
+        """Make room for a copy of what another node's trainer has filled; the one that was there is void."""
+        key = _get_key(message)
+        capacity = int(message["capacity"])
+        num_bytes, epoch = int(message["num_bytes"]), int(message["snapshot"]["epoch"])
         with self._lock:
-            holding = self._holdings.get(key)
-            if holding is not None and (not holding.is_copy or holding.arena.num_bytes < num_bytes):
+            holding, before = self._holdings.get(key), self._incoming.pop(key, None)
+            if (holding is not None and not holding.is_copy) or num_bytes > capacity:
                 raise WireError(f"{key} is no copy of {num_bytes} bytes")
-        problem = ""
-        if holding is None:
-            try:
-                self._freer.submit(lambda: None).result()  # what was let go of is free
-                with self._lock:
-                    copies = [holding for holding in self._holdings.values() if holding.is_copy]
-                    _check_memory(capacity, sum(copy.arena.num_bytes for copy in copies if not copy.num_bytes))
-                    arena = allocate_arena(capacity, name="copy")
-                    holding = Holding(origin=key[0], index=key[1], arena=arena, is_copy=True)
-                    self._holdings[key] = holding
-            except CheckpointError as error:
-                problem = str(error)
-        if holding is None:
-            _swallow(channel, num_bytes)
-        else:
-            self._begin(holding, message["snapshot"]["epoch"])
-            generation = holding.generation
-            channel.receive_into(holding.arena.view[:num_bytes])
-            self._fill(holding, {**message, "num_bytes": num_bytes})
-            self._checksum(holding, generation)
-            if holding.checksums != message["checksums"]:
-                self._begin(holding, message["snapshot"]["epoch"])
+            if holding is not None:
+                holding.begin(epoch)
+        is_left = before is None or before.wait_until_left(_LEFT_S)
+        if holding is not None and not (is_left and holding.arena.num_bytes >= num_bytes):
+            with self._lock:
+                self._drop(holding)
+            holding = None
+        try:
+            holding = holding or self._allocate_copy(key, capacity, epoch)
+        except CheckpointError as error:
+            channel.send({"kind": "refused", "problem": str(error)})
+            return
+        with self._lock:
+            incoming = Incoming(holding=holding, message=message, ticket=holding.generation)
+            incoming.checksums = [None] * len(message["chunks"])
+            self._incoming[key] = incoming
+        channel.send({"kind": "open", "ticket": incoming.ticket})
+
+    def _allocate_copy(self, key: tuple[str, int], num_bytes: int, epoch: int) -> Holding:
+        """Return memory for a copy, if this node can spare it.
+
+        Raises:
+            CheckpointError: it cannot.
+        """
+        self._freer.submit(lambda: None).result()  # what was let go of is free
+        with self._lock:
+            copies = [holding for holding in self._holdings.values() if holding.is_copy]
+            _check_memory(num_bytes, sum(copy.arena.num_bytes for copy in copies if not copy.num_bytes))
+            arena = allocate_arena(num_bytes, name="copy")
+            arena.populate()  # while the first bytes come
+            holding = Holding(origin=key[0], index=key[1], arena=arena, is_copy=True, epoch=epoch)
+            self._holdings[key] = holding
+            return holding
+
+    def _take_stripe(self, channel: Channel, message: Header) -> None:
+        be_nice()  # it is this connection's thread
+        self._find_incoming(message).take(channel, message)
+        channel.send({"kind": "taken"})
+
+    def _seal_copy(self, channel: Channel, message: Header) -> None:
+        """Let a copy count if it has come whole."""
+        incoming, problem = self._find_incoming(message), ""
+        with self._lock:
+            del self._incoming[_get_key(message)]
+            check_current(incoming.holding, incoming.ticket)
+            if incoming.checksums == message["checksums"]:
+                incoming.holding.fill(incoming.message, num_bytes=int(incoming.message["num_bytes"]))
+                incoming.holding.checksums = message["checksums"]
+                incoming.holding.checked.set()
+            else:
                 problem = "the copy has other bytes than the original"
         channel.send({"kind": "refused" if problem else "pushed", "problem": problem})
 
+    def _find_incoming(self, message: Header) -> Incoming:
+        with self._lock:
+            incoming = self._incoming.get(_get_key(message))
+        if incoming is None or incoming.ticket != message["ticket"]:
+            raise SupersededError
+        return incoming
+
     def _read(self, channel: Channel, message: Header) -> None:
+        """Send bytes of a holding, and their checksum if that is asked for: where none was taken yet."""
         holding = self._find(message)
         if holding is None:
             channel.send({"kind": "missing", "id": message.get("id")})
@@ -395,9 +440,14 @@ class Keeper:
         start, size = int(message["start"]), int(message["size"])
         if not 0 <= start <= start + size <= holding.num_bytes:
             raise WireError(f"bytes {start} to {start + size} are outside of {holding.num_bytes}")
-        view = holding.arena.view[start : start + size]
-        pieces = (view[at : at + PIECE_BYTES] for at in range(0, size, PIECE_BYTES))
-        channel.send({"kind": "data", "id": message.get("id")}, pieces, num_bytes=size)
+        generation, answer = holding.generation, {"kind": "data", "id": message.get("id")}
+        if message["sums"]:
+            summed = SummedPieces(holding.arena, start, size, check=partial(check_current, holding, generation))
+            channel.send(answer, summed, num_bytes=size)
+            channel.send({"kind": "sum", "crc32": summed.crc32})
+        else:
+            check = partial(check_current, holding, generation)
+            channel.send_file(answer, holding.arena.descriptor, [(start, size)], check=check)
 
     def _retire(self, before_epoch: int, keep_step: int | None) -> None:
         """Free what a newer attempt has made worthless; `keep_step`, what it started from, stays.
@@ -430,10 +480,8 @@ class Keeper:
         self._freer.submit(holding.arena.close).add_done_callback(_tell_failure)
 
 
-def _forget_peer(trainer: _Trainer) -> None:
-    if trainer.peer is not None:
-        trainer.peer.close()
-        trainer.peer = None
+def _get_key(message: Header) -> tuple[str, int]:
+    return str(message["origin"]), int(message["index"])
 
 
 def _check_memory(num_bytes: int, awaited_bytes: int) -> None:
@@ -453,20 +501,9 @@ def _check_memory(num_bytes: int, awaited_bytes: int) -> None:
         )
 
 
-def _swallow(channel: Channel, num_bytes: int) -> None:
-    scrap = memoryview(bytearray(min(num_bytes, PIECE_BYTES)))
-    while num_bytes:
-        channel.receive_into(scrap[:num_bytes])
-        num_bytes -= min(num_bytes, PIECE_BYTES)
-
-
 def _reply(trainer: _Trainer, message: Header, *, kind: str, **fields: object) -> None:
     with contextlib.suppress(WireError):  # it is gone; nobody is left to tell
         trainer.channel.send({"kind": kind, "id": message["id"], **fields})
-
-
-def _checksum_all(parts: Sequence[memoryview]) -> list[int]:
-    return [crc32(part) for part in parts]
 
 
 def _start_thread(target: Callable[..., None], *args: object) -> None:
@@ -500,7 +537,6 @@ def main() -> NoReturn:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != spec.owner_pid:
         os._exit(1)
-    os.nice(_NICENESS)
     listener = _listen(spec.ip, spec.port) if spec.ip else None
     try:
         owner.send({"kind": "ready", "port": listener.getsockname()[1] if listener else 0})

@@ -12,6 +12,8 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
+from zlib_ng.zlib_ng import crc32
+
 from elastic.checkpoint.arena import Arena
 from elastic.checkpoint.holdings import Snapshot
 from elastic.checkpoint.keeper import KeeperSpec
@@ -122,8 +124,8 @@ class Held:
     num_bytes: int
     chunks: tuple[tuple[int, int], ...]
     """Offset and size of each chunk."""
-    checksums: tuple[int, ...]
-    """CRC-32 of each chunk."""
+    checksums: tuple[int, ...] | None
+    """CRC-32 of each chunk; None while they are not all known."""
     record: Any
     """What the trainer gave with it."""
     is_copy: bool
@@ -195,21 +197,34 @@ class KeeperClient:
         num_bytes: int,
         chunks: Sequence[tuple[int, int]],
         record: object,
-        peer: tuple[str, int] | None,
     ) -> Future[str]:
-        """Say that an arena is filled: it counts from now on.
+        """Say that an arena is filled: it counts from now on, whatever becomes of this process.
 
         Args:
             num_bytes: how much of the arena the snapshot takes, from its start.
             chunks: offset and size of the parts that get checksums of their own.
             record: JSON value that comes with the snapshot when it is listed.
-            peer: host and port of the keeper that shall have a copy.
 
         Returns:
-            Once it is checksummed and copied: an empty string, or what went wrong with the copy.
+            Once it is checksummed: an empty string, or what went wrong.
         """
         fields = {"snapshot": asdict(snapshot), "num_bytes": num_bytes, "chunks": chunks, "record": record}
-        return self._ask({"kind": "fill", "index": index, "peer": peer, **fields})
+        return self._ask({"kind": "fill", "index": index, **fields})
+
+    def copy(self, index: int, snapshot: Snapshot, *, peer: tuple[str, int]) -> Future[str]:
+        """Have what an arena was filled with copied to another keeper, after the copies that were asked for before.
+
+        Args:
+            peer: host and port of that keeper.
+
+        Returns:
+            Once the copy counts: an empty string, or what went wrong.
+        """
+        return self._ask({"kind": "copy", "index": index, "snapshot": asdict(snapshot), "peer": peer})
+
+    def halt_copies(self) -> None:
+        """Give up the copy under way."""
+        self._channel.send({"kind": "halt"})
 
     def store(self, *, epoch: int, step: int, complete: tuple[int, int] | None) -> Future[str]:
         """Have the shards of a state, with the copies that lie here, written to the disk of the node.
@@ -233,11 +248,18 @@ class KeeperClient:
 
         What it was told to let go of is free by then, which takes a second for 10 GiB.
         """
-        return self._ask({"kind": "measure"}).result()["held_bytes"]
+        return self._measure()["held_bytes"]
 
     def fetch_left_bytes(self) -> int:
         """Return how much of that trainers have left who are gone: what a world frees once it has a snapshot."""
-        return self._ask({"kind": "measure"}).result()["left_bytes"]
+        return self._measure()["left_bytes"]
+
+    def fetch_copy_bytes(self) -> int:
+        """Return how much the keeper holds as copies for others; at once."""
+        return self._measure(waits=False)["copy_bytes"]
+
+    def _measure(self, *, waits: bool = True) -> Mapping[str, int]:
+        return self._ask({"kind": "measure", "waits": waits}).result()
 
     def fetch_memory(self, held: Held) -> Arena | None:
         """Return a held shard itself, shared and not copied; None if it is there no more."""
@@ -301,7 +323,7 @@ class KeeperClient:
         with self._lock:
             answer = self._answers.pop(message["id"])
         match message["kind"]:
-            case "kept" | "stored":
+            case "kept" | "copied" | "stored":
                 answer.set_result(message["problem"])
             case "list":
                 answer.set_result(message["held"])
@@ -329,9 +351,15 @@ class RemoteKeeper:
         return _to_held(self._ask({"kind": "list"}, "list")["held"])
 
     def read_into(self, held: Held, start: int, out: memoryview) -> None:
-        """Fill `out` with the bytes of a held shard from `start`."""
-        self._ask({"kind": "read", **_name(held), "start": start, "size": len(out)}, "data")
+        """Fill `out` with the bytes of a held shard from `start`.
+
+        Where no checksums are known yet, the keeper takes one of what it sends: what was damaged on the way is noticed.
+        """
+        sums = held.checksums is None
+        self._ask({"kind": "read", **_name(held), "start": start, "size": len(out), "sums": sums}, "data")
         self._channel.receive_into(out)
+        if sums and crc32(out) != self._take("sum")["crc32"]:
+            raise WireError("other bytes came than were sent")
 
     def retire(self, *, before_epoch: int, keep_step: int | None) -> None:
         """Have the snapshots of earlier attempts freed, all but those of one step."""
@@ -343,6 +371,9 @@ class RemoteKeeper:
 
     def _ask(self, header: Header, expected: str) -> Header:
         self._channel.send(header)
+        return self._take(expected)
+
+    def _take(self, expected: str) -> Header:
         answer = self._channel.receive()
         if answer is None or answer["kind"] != expected:
             raise WireError(f"the keeper has it no more ({(answer or {}).get('kind', 'it is gone')})")
@@ -361,7 +392,7 @@ def _to_held(rows: Sequence[Mapping[str, Any]]) -> list[Held]:
             snapshot=Snapshot(**row["snapshot"]),
             num_bytes=row["num_bytes"],
             chunks=tuple((offset, size) for offset, size in cast("list[tuple[int, int]]", row["chunks"])),
-            checksums=tuple(row["checksums"]),
+            checksums=None if row["checksums"] is None else tuple(row["checksums"]),
             record=row["record"],
             is_copy=row["is_copy"],
             is_on_disk=row["is_on_disk"],

@@ -48,7 +48,7 @@ class Chunk:
     """Its first element in the whole tensor, per dim."""
     shape: tuple[int, ...]
     crc32: tuple[int, ...]
-    """Of each `BLOCK_BYTES`, the last block shorter."""
+    """Of each `BLOCK_BYTES`, the last block shorter; empty in memory alone: nobody has taken them yet."""
 
     @property
     def box(self) -> Box:
@@ -72,7 +72,8 @@ class FileRecord:
 
     size_bytes: int
     header_bytes: int
-    header_crc32: int
+    header_crc32: int | None
+    """None in memory alone: nobody has taken it yet."""
 
 
 @dataclass(frozen=True, kw_only=True)

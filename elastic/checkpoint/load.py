@@ -26,7 +26,7 @@ from elastic.checkpoint.memory import Memory
 from elastic.checkpoint.reads import plan_checks, plan_reads
 from elastic.checkpoint.resident import Rows
 from elastic.checkpoint.shards import get_box
-from elastic.checkpoint.snapshots import WholeSnapshot, assemble
+from elastic.checkpoint.snapshots import WholeSnapshot, assemble, outline
 from elastic.checkpoint.sources import ShardSource, StorageSource
 from elastic.checkpoint.state import (
     DTYPES,
@@ -96,14 +96,16 @@ def restore(
     """
     rank, laps = dist.get_rank(group), Laps()
     held = memory.fetch_all(keepers or {}) if memory and rank == 0 else []
-    candidates = _CANDIDATES.broadcast(_find_candidates(storage, held) if rank == 0 else None, group)
+    seen = _find_candidates(storage, held) if rank == 0 else None
+    candidates = _CANDIDATES.broadcast(list(map(_outline, seen)) if isinstance(seen, list) else seen, group)
     if isinstance(candidates, Exception):
         raise candidates
     laps.end("looked")
     live = get_live_state(model, optimizer) if candidates else {}
     laps.end("live state")
-    for candidate in candidates:
-        found = _FOUND.broadcast(_inspect(storage, candidate, config, data, live) if rank == 0 else None, group)
+    for number, candidate in enumerate(candidates):
+        whole = seen[number] if isinstance(seen, list) else None
+        found = _FOUND.broadcast(_inspect(storage, whole, config, data, live) if whole else None, group)
         if isinstance(found, Exception):
             raise found
         if isinstance(found, Manifest):
@@ -140,6 +142,11 @@ def _find_candidates(storage: Storage, held: Sequence[Held]) -> list[_Candidate]
         return explain_unreadable(error, storage.url)
     found: list[_Candidate] = [*assemble(held), *reversed(committed)]
     return sorted(found, key=lambda candidate: -candidate.step)
+
+
+def _outline(candidate: _Candidate) -> _Candidate:
+    """Return what other ranks are told of a state."""
+    return outline(candidate) if isinstance(candidate, WholeSnapshot) else candidate
 
 
 @contextmanager

@@ -10,9 +10,8 @@ import os
 import secrets
 import socket
 import sys
-import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +21,13 @@ import torch
 
 from elastic.checkpoint.arena import Arena
 from elastic.checkpoint.holdings import Snapshot
-from elastic.checkpoint.host_memory import Room, get_available_bytes
+from elastic.checkpoint.host_memory import MOST_ARENAS, Room, get_available_bytes
 from elastic.checkpoint.keeping import Held, KeeperClient, RemoteKeeper
 from elastic.checkpoint.layout import Manifest
 from elastic.checkpoint.plan import SavePlan
+from elastic.checkpoint.rates import Rates
 from elastic.checkpoint.resident import Rows
-from elastic.checkpoint.snapshots import WholeSnapshot, build_record, list_blocks
+from elastic.checkpoint.snapshots import WholeSnapshot, assemble, build_record, list_blocks
 from elastic.checkpoint.sources import ShardSource
 from elastic.checkpoint.stage import HostArenas
 from elastic.ports import Address
@@ -35,10 +35,10 @@ from elastic.transport import WireError, connect_unix
 
 logger = logging.getLogger(__name__)
 
-_NUM_ARENAS = 2
-"""While one is filled, the other has the snapshot before."""
-_LIST_TIMEOUT_S = 2.0
-"""A keeper that does not answer for so long is gone; its shards come from copies, or from the storage."""
+_LIST_SOON_S = 2.0
+"""A keeper that does not answer for so long is not waited for any more if there is a whole state without it."""
+_LIST_TIMEOUT_S = 10.0
+"""Else it is, for so long: what it holds is newer than what is in the storage."""
 _READ_TIMEOUT_S = 30.0
 
 
@@ -61,33 +61,44 @@ class Memory:
         )
         self._arenas: HostArenas | None = None
         self._filled: dict[int, Snapshot] = {}
+        self.rates = Rates()
 
     def get_arenas(self, device: torch.device) -> HostArenas:
         """Return the arenas to stage in; the same ones in every world."""
         if self._arenas is None:
             self._arenas = HostArenas(
                 device,
-                count=_NUM_ARENAS,
+                count=MOST_ARENAS,
                 on_allocated=self._hold,
                 on_released=self._let_go,
                 wait_for_freed=self._fetch_left_bytes,  # the keeper answers once all is free
             )
         return self._arenas
 
-    def look_for_room(self, shard_bytes: int, *, waits: bool) -> Room:
+    def look_for_room(
+        self, shard_bytes: int, local_rank: int, *, num_arenas: int, num_copies: int, waits: bool
+    ) -> Room:
         """Return what this rank needs for snapshots of shards of this size, and what its node has.
 
         Args:
+            local_rank: what copies take already is counted by the first rank of a node.
+            num_copies: of each shard; this node holds as many for others as it has shards.
             waits: until all is free that was held for earlier attempts and is retired; and counts what will be.
         """
         left_bytes = self._fetch_left_bytes() if waits else 0
-        capacity, held_bytes = (self._arenas.capacity_bytes, self._arenas.held_bytes) if self._arenas else (0, 0)
+        capacity, held_bytes, num_held = 0, 0, 0
+        if arenas := self._arenas:
+            capacity, held_bytes, num_held = arenas.capacity_bytes, arenas.held_bytes, arenas.num_held
         fits = shard_bytes <= capacity
+        size = capacity if fits else shard_bytes
+        own_bytes = max(0, num_arenas - num_held) * size if fits else num_arenas * size
+        copy_bytes = num_copies * size - (self._fetch_copy_bytes() if local_rank == 0 and num_copies else 0)
         available = get_available_bytes()
         return Room(
             node=crc32(self.node.encode()),
             first_bytes=0 if fits else shard_bytes,
-            more_bytes=0 if fits else _NUM_ARENAS * shard_bytes - held_bytes,
+            more_bytes=copy_bytes + own_bytes - (0 if fits else held_bytes),
+            all_bytes=copy_bytes + own_bytes,
             left_bytes=left_bytes,
             available_bytes=sys.maxsize if available is None else available,
         )
@@ -98,26 +109,32 @@ class Memory:
         with contextlib.suppress(WireError):  # `fill` tells
             self._client.begin(index, epoch=epoch)
 
-    def fill(
-        self, index: int, snapshot: Snapshot, plan: SavePlan, manifest: Manifest, *, peer: Address | None
-    ) -> "Future[str]":
-        """Say that an arena is filled.
-
-        Returns:
-            Once it is checksummed, and copied to the peer: an empty string, or what went wrong.
-        """
+    def fill(self, index: int, snapshot: Snapshot, plan: SavePlan, manifest: Manifest) -> str:
+        """Say that an arena is filled: it outlives this process from now on; return what is wrong with that."""
         self._filled[index] = snapshot
         try:
-            return self._client.fill(
+            self._client.fill(
                 index,
                 snapshot,
                 num_bytes=plan.own.num_bytes,
                 chunks=list_blocks(plan.own),
                 record=build_record(plan.own_file, plan.own, manifest),
-                peer=peer,
             )
         except WireError as error:
+            return str(error)
+        return ""
+
+    def copy(self, index: int, snapshot: Snapshot, *, peer: Address) -> "Future[str]":
+        """Have what was filled copied to another node; see `KeeperClient.copy`."""
+        try:
+            return self._client.copy(index, snapshot, peer=peer)
+        except WireError as error:
             return _fail(error)
+
+    def halt_copies(self) -> None:
+        """Give up the copy under way."""
+        with contextlib.suppress(WireError):  # with the keeper
+            self._client.halt_copies()
 
     def store(self, snapshot: Snapshot, *, complete: tuple[int, int] | None) -> "Future[str]":
         """Have what this node holds of a snapshot's state written to its disk; see `KeeperClient.store`."""
@@ -136,7 +153,7 @@ class Memory:
             self._client.retire(before_epoch=before_epoch, keep_step=keep_step)
 
     def fetch_all(self, keepers: Mapping[str, Address]) -> list[Held]:
-        """Return what all keepers hold; one that does not answer holds nothing."""
+        """Return what all keepers hold; one that does not answer, however long it is needed, holds nothing."""
 
         def fetch(node: str) -> list[Held]:
             try:
@@ -146,8 +163,19 @@ class Memory:
                 logger.warning("the memory of node %s cannot be asked: %s", node[:8], error)
                 return []
 
-        with ThreadPoolExecutor(max(1, len(keepers)), "list") as pool:
-            return [held for of_node in pool.map(fetch, keepers) for held in of_node]
+        def gather(done: Iterable[Future[list[Held]]]) -> list[Held]:
+            return [held for of_node in done for held in of_node.result()]
+
+        pool = ThreadPoolExecutor(max(1, len(keepers)), "list")
+        asked = {pool.submit(fetch, node): node for node in keepers}
+        pool.shutdown(wait=False)
+        done, late = wait(asked, _LIST_SOON_S)
+        if late and not any(not snapshot.needs_disks for snapshot in assemble(gather(done))):
+            done, late = wait(asked)
+        if late:
+            names = ", ".join(sorted(asked[one][:8] for one in late))
+            logger.warning("the memory of node(s) %s does not answer soon, and is not needed", names)
+        return gather(done)
 
     def find_resident(self, snapshot: WholeSnapshot) -> Rows | None:
         """Return what of a snapshot still lies on this process' device, where it was made."""
@@ -221,6 +249,12 @@ class Memory:
         except WireError:  # it ends with the keeper
             return 0
 
+    def _fetch_copy_bytes(self) -> int:
+        try:
+            return self._client.fetch_copy_bytes()
+        except WireError:
+            return 0
+
     def _let_go(self, index: int) -> None:
         self._filled.pop(index, None)
         with contextlib.suppress(WireError):
@@ -260,8 +294,8 @@ class _RemoteSource:
     node: str
     held: Mapping[str, Held]
     connect: Callable[[], RemoteKeeper]
-    _keeper: RemoteKeeper | None = None
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _idle: list[RemoteKeeper] = field(default_factory=list[RemoteKeeper])
+    """Connections that no reader uses; there are as many as there were readers at once, each with its own stream."""
 
     @property
     def name(self) -> str:
@@ -277,16 +311,20 @@ class _RemoteSource:
 
     def read_into(self, file: str, offset: int, out: memoryview) -> None:
         """Read over the network; a node that is gone is a file that is gone."""
-        with self._lock:
+        keeper: RemoteKeeper | None = None
+        try:
             try:
-                self._keeper = self._keeper or self.connect()
-                self._keeper.read_into(self.held[file], offset, out)
-            except OSError as error:
-                self.close()
-                raise OSError(errno.EIO, f"{self.name} does not give it ({error})") from error
+                keeper = self._idle.pop()
+            except IndexError:
+                keeper = self.connect()
+            keeper.read_into(self.held[file], offset, out)
+        except OSError as error:
+            if keeper is not None:
+                keeper.close()
+            raise OSError(errno.EIO, f"{self.name} does not give it ({error})") from error
+        self._idle.append(keeper)
 
     def close(self) -> None:
         """Leave."""
-        if self._keeper is not None:
-            self._keeper.close()
-            self._keeper = None
+        while self._idle:
+            self._idle.pop().close()

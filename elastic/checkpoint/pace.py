@@ -15,7 +15,8 @@ class Pace:
         every_steps: save after each so many steps. 0: plan it.
         at_first: the first save comes after the first step; else after the first interval.
         first_cost: what a save is taken to cost until one was measured.
-        longest_s: a planned interval is never longer.
+        longest_s: a planned interval is never longer, unless saves took more than their share then.
+        most_share: of the time of training that saves may take to be so frequent.
     """
 
     def __init__(
@@ -27,7 +28,9 @@ class Pace:
         first_cost: SaveCost,
         mean_s_between_losses: float,
         longest_s: float,
+        most_share: float = 1.0,
     ) -> None:
+        self._most_share = most_share
         self._every_steps = every_steps
         self._last_step: int | None = None if at_first else start_step
         self._costs: deque[SaveCost] = deque([first_cost], maxlen=_RECENT)
@@ -61,7 +64,8 @@ class Pace:
             stall_s=statistics.median(cost.stall_s for cost in self._costs),
             busy_s=statistics.median(cost.busy_s for cost in self._costs),
         )
-        return plan_every_steps(cost=cost, step_s=step_s, mean_s_between_losses=self._mean_s, longest_s=self._longest_s)
+        longest_s = max(self._longest_s, cost.stall_s / self._most_share)
+        return plan_every_steps(cost=cost, step_s=step_s, mean_s_between_losses=self._mean_s, longest_s=longest_s)
 
     def agree(self, every_steps: int) -> None:
         """Take the longest plan of all ranks."""

@@ -45,7 +45,8 @@ class Block:
     offset: int
     """In the file."""
     num_bytes: int
-    crc32: int
+    crc32: int | None
+    """None: nobody has taken it yet, and what is read is what there is."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,12 @@ class Read:
         return self.blocks[-1].offset + self.blocks[-1].num_bytes - self.offset
 
     @property
-    def crc32(self) -> int:
+    def crc32(self) -> int | None:
         """Return the checksum of all of it: one sum over a long read lets other threads work longest."""
         combined = 0
         for block in self.blocks:
+            if block.crc32 is None:
+                return None
             combined = crc32_combine(combined, block.crc32, block.num_bytes)
         return combined
 
@@ -155,7 +158,7 @@ def _get_blocks(name: str, chunk: Chunk, first: int, stop: int) -> Iterator[Bloc
     for number in range((first - chunk.offset) // BLOCK_BYTES, -(-(stop - chunk.offset) // BLOCK_BYTES)):
         start = number * BLOCK_BYTES
         num_bytes = min(BLOCK_BYTES, chunk.num_bytes - start)
-        yield Block(name, chunk.offset + start, num_bytes, chunk.crc32[number])
+        yield Block(name, chunk.offset + start, num_bytes, chunk.crc32[number] if chunk.crc32 else None)
 
 
 def _join(blocks: Mapping[tuple[str, int], Block], *, max_bytes: int) -> list[Read]:

@@ -1,6 +1,7 @@
 """Save the state of all ranks in the background: to the memory of the nodes often, to the storage now and then.
 
-The training thread only starts the copy to host memory; threads and the node's keeper do the rest. Nothing is decided
+The training thread only starts the copy to host memory; threads and the node's keeper do the rest. A state that is
+whole in the memory of the nodes counts at once; its copies on other nodes trail behind (`PeerTier`). Nothing is decided
 by one rank alone: what fails on one fails on all, at the same step.
 """
 
@@ -14,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -21,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from elastic.checkpoint.choice import Urgency
 from elastic.checkpoint.disk_tier import DiskTier
 from elastic.checkpoint.durable import BuildManifest, DurableWriter
 from elastic.checkpoint.fit import get_computing_config, get_config_hash
@@ -29,8 +32,11 @@ from elastic.checkpoint.holdings import Snapshot
 from elastic.checkpoint.interval import SaveCost
 from elastic.checkpoint.layout import FileRecord, Manifest, TensorRecord
 from elastic.checkpoint.memory import Memory
+from elastic.checkpoint.memory_tier import NO_BALLOT, MemoryTier, OnKept, ignore_kept
 from elastic.checkpoint.pace import Pace
+from elastic.checkpoint.peer_tier import Kept
 from elastic.checkpoint.plan import SavePlan, build_plan
+from elastic.checkpoint.rates import Rates
 from elastic.checkpoint.stage import HostArenas, Stager
 from elastic.checkpoint.state import get_live_state, get_mesh_shape, get_rng_name, get_rng_state
 from elastic.checkpoint.votes import Votes
@@ -39,11 +45,17 @@ from elastic.errors import SavesFailedError, StaleEpochError, StorageError
 from elastic.ports import Address, DataIdentity, Progress
 from elastic.rundir import format_utc
 from elastic.storage import Storage
+from elastic.timeline import Laps
 
 logger = logging.getLogger(__name__)
 
+
 _TIERS: tuple[Tier, ...] = ("memory", "storage")
 _LONGEST_PAUSE_S = 30.0
+_LONGEST_UNKEPT_S = 3.0
+"""A snapshot is begun so long after the last one at the latest, if that costs training next to nothing:"""
+_MOST_SHARE = 0.004
+"""of its time."""
 _FIRST_COST = SaveCost(stall_s=1.0, busy_s=1.0)
 """What a durable save is taken to cost until one was measured."""
 _RECENT_STEPS = 20
@@ -62,7 +74,7 @@ class Checkpointer:
         start: where this world begins.
         check_epoch, before_commit: see `DurableWriter`.
         on_committed: called by rank 0, on the training thread, for each checkpoint that became visible.
-        on_kept: likewise for each state that is in memory, and copied, on all ranks.
+        on_kept: likewise for each state that is whole in memory, and again once it is copied (`copied`).
         memory: where snapshots are kept; None: states go to the storage only.
         peer: the keeper that shall have copies of this node's snapshots.
         restored_index: of this process' arena that holds the state that was restored; it is filled again last.
@@ -81,7 +93,7 @@ class Checkpointer:
         check_epoch: Callable[[], None] = lambda: None,
         before_commit: Callable[[], None] = lambda: None,
         on_committed: Callable[[Progress], None] = lambda _: None,
-        on_kept: Callable[[Progress], None] = lambda _: None,
+        on_kept: OnKept = ignore_kept,
         memory: Memory | None = None,
         peer: Address | None = None,
         restored_index: int | None = None,
@@ -91,8 +103,9 @@ class Checkpointer:
         self._config, self._data = config, data
         self._device = device
         self._epoch = epoch
-        self._on_committed, self._on_kept = on_committed, on_kept
-        self._memory, self._peer = memory, peer
+        self._on_committed = on_committed
+        self._memory = memory
+        self._rates = memory.rates if memory else Rates()
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         timeout = timedelta(seconds=config.fault.collective_timeout_s)
         self._votes = Votes(timeout)
@@ -104,29 +117,39 @@ class Checkpointer:
             check_epoch=check_epoch,
             before_commit=before_commit,
         )
-        has_disk = bool(config.checkpoint.node_disk)
-        self._disk = DiskTier(memory, every_s=config.checkpoint.node_disk_every_s) if memory and has_disk else None
         self._arenas = memory.get_arenas(device) if memory else HostArenas(device, count=1)
         self._stager = Stager(self._arenas)
-        paced = partial(
-            Pace,
-            start_step=start.step,
-            mean_s_between_losses=mean_s_between_losses,
-            longest_s=config.checkpoint.longest_s,
+        every_s = config.checkpoint.node_disk_every_s
+        self._tier = memory and MemoryTier(
+            memory,
+            self._arenas,
+            peer=peer,
+            disk=DiskTier(memory, every_s=every_s) if config.checkpoint.node_disk else None,
+            epoch=epoch,
+            restored_index=restored_index,
+            on_kept=on_kept if self._rank == 0 else ignore_kept,
         )
+        paced = partial(Pace, start_step=start.step, mean_s_between_losses=mean_s_between_losses)
         self._paces: dict[Tier, Pace] = {
             "memory": paced(
                 every_steps=config.checkpoint.memory_every_steps,
                 at_first=True,
                 first_cost=SaveCost(stall_s=0, busy_s=0),
+                longest_s=min(_LONGEST_UNKEPT_S, config.checkpoint.longest_s),
+                most_share=_MOST_SHARE,
             ),
-            "storage": paced(every_steps=config.checkpoint.every_steps, at_first=False, first_cost=_FIRST_COST),
+            "storage": paced(
+                every_steps=config.checkpoint.every_steps,
+                at_first=False,
+                first_cost=_FIRST_COST,
+                longest_s=config.checkpoint.longest_s,
+            ),
         }
         self._live: dict[str, Tensor] = {}
         self._live_moments: list[Any] = []
         self._plan: Future[SavePlan] | None = None
         self._saves: dict[Tier, Flight] = {}
-        self._newest_index = restored_index
+        self._start_step = start.step
         self._has_plans = memory is None and config.checkpoint.every_steps > 0
         """The ranks have agreed on intervals, or need none."""
         self._voted_on: frozenset[Tier] = frozenset()
@@ -136,13 +159,11 @@ class Checkpointer:
         self._late: Tier | None = None
         """The save that waits for that."""
         self._save_s: list[float] = []
-        self._kept_s: list[float] = []
         self._step_s: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._called_s: float | None = None
         self._num_failed = 0
         """Saves to the storage in a row; the same on all ranks."""
         self._committed: Progress | None = None
-        self._kept: Progress | None = None
         self._problem = ""
 
     def plan_ahead(self, live: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
@@ -159,13 +180,43 @@ class Checkpointer:
 
         For the storage all ranks answer the same.
         """
-        took_s = self._save_s if tier == "storage" or self._memory is None else self._kept_s
+        took_s = self._save_s if tier == "storage" or self._tier is None else self._tier.safe_s
         return statistics.median(took_s) if took_s else None
+
+    def estimate_hand_over_s(self) -> float:
+        """Return how long this rank needs to bring its part to where the next world finds it, begun now."""
+        num_bytes = self._own_bytes
+        index = self._choose_arena("leaving")
+        is_found = index is None or self._arenas.is_found(index)
+        way = self._rates.to_host if is_found else self._rates.to_new_host
+        ahead = self._saves[self._leaving].staged.arena.nbytes if self._leaving else 0
+        return way.estimate_s(num_bytes) + self._rates.to_host.estimate_s(ahead)
+
+    def estimate_copy_s(self) -> float:
+        """Return how long it takes to bring this rank's part from one node to another."""
+        return self._rates.to_peer.estimate_s(self._own_bytes)
+
+    @property
+    def _own_bytes(self) -> int:
+        """How much of the state this rank saves; 0 until that is known."""
+        plan = self._plan
+        return plan.result().own.num_bytes if plan and plan.done() and not plan.exception() else 0
 
     @property
     def is_keeping(self) -> bool:
-        """Tell whether a snapshot is on its way to memory, copies included; the same on all ranks."""
-        return "memory" in self._saves
+        """Tell whether a state is on its way to memory, copies aside; the same on all ranks."""
+        return self._leaving is not None or "memory" in self._saves
+
+    def get_unkept_steps(self, step: int) -> tuple[int, int] | None:
+        """Return how many steps would be made again now if a trainer, and if a node were lost.
+
+        None if no state is kept in memory.
+        """
+        if self._tier is None:
+            return None
+        at = [kept.progress.step if kept else self._start_step for kept in (self._tier.newest, self._tier.safe)]
+        committed = self._committed.step if self._committed else self._start_step
+        return step - max(at[0], committed), step - max(at[1], committed)
 
     def get_due(self, step: int) -> Tier | None:
         """Return where the state after this step shall go, if anywhere; the same on all ranks."""
@@ -183,7 +234,8 @@ class Checkpointer:
         progress: Progress,
         extra: Mapping[str, object],
         tier: Tier = "storage",
-        copies: bool = True,
+        urgency: Urgency = "routine",
+        follows: bool = True,
     ) -> bool:
         """Start to save the state as it is now, unless the last save of its kind is still under way.
 
@@ -192,7 +244,8 @@ class Checkpointer:
 
         Args:
             extra: JSON values that `restore` gives back; rank 0's count.
-            copies: whether what is kept in memory is copied to the peer; without, it is not safe from a loss.
+            urgency: what other states may be given up for this one.
+            follows: copies on other nodes follow.
 
         Returns:
             Whether a save was started: the same on all ranks.
@@ -211,24 +264,27 @@ class Checkpointer:
             return False
         start_s = time.monotonic()
         state = self._get_state(model, optimizer)
+        is_planned = self._plan is not None
         plan = self._get_plan()
-        index = self._choose_arena()
+        stall_from_s = start_s if is_planned else time.monotonic()  # to plan is no part of what the next one costs
+        index = self._choose_arena(urgency)
         if index is None:
             return False
-        if self._memory:
-            self._memory.begin(index, epoch=self._epoch)
+        if self._tier:
+            self._tier.begin(index)
         live = {**state, get_rng_name(self._device, self._rank): get_rng_state(self._device)}
         save = Flight(
             tier=tier,
             progress=progress,
             start_s=start_s,
+            is_first_touch=not self._arenas.is_found(index),
             staged=self._stager.stage(live, plan.own, plan.held, index=index),
-            peer=self._peer if copies else None,
             plan=plan,
+            follows=follows,
             build_manifest=self._describe(state, progress, extra),
         )
-        save.stall_s = time.monotonic() - start_s
-        self._saves[tier], self._newest_index = save, index
+        save.stall_s = time.monotonic() - stall_from_s
+        self._saves[tier] = save
         self._leaving = tier if self._device.type == "cuda" else None
         for kind in ("memory", "storage") if tier == "storage" else ("memory",):
             self._paces[kind].started(progress.step)
@@ -240,7 +296,9 @@ class Checkpointer:
     def wait_staged(self) -> None:
         """Let no later change of the state reach the saves in flight; call it right before `optimizer.step`."""
         for save in self._saves.values():
+            start_s = time.monotonic()
             save.staged.wait_on_device()
+            save.stall_s += time.monotonic() - start_s
 
     def poll(self) -> Progress | None:
         """Return the newest progress that this checkpointer committed; call it (or `start_save`) once a step.
@@ -257,24 +315,36 @@ class Checkpointer:
             self._step_s.append(now_s - self._called_s)
         self._called_s = now_s
         self._count_vote()
-        is_storing = self._disk is not None and self._disk.index is not None
-        if self._saves or is_storing or not self._has_plans:
+        is_busy = self._tier is not None and (self._tier.is_copying or self._tier.is_storing)
+        if self._saves or is_busy or not self._has_plans:
             self._open_vote()
         return self._committed
 
     def finish(self, tier: Tier = "storage") -> Progress | None:
-        """Wait until nothing of a kind is in flight and return the newest progress committed.
+        """Wait until nothing of a kind is in flight, copies included, and return the newest progress committed.
 
         Raises:
             StorageError, CheckpointError: as `poll`.
         """
-        self._count_vote()
-        if save := self._saves.get(tier):
-            if tier == "storage":
-                self._settle(save)
-            else:
-                self._settle_kept(save, is_kept=bool(self._votes.agree(not save.kept.result())))
+        self._finish_keeping()
+        if tier == "memory":
+            self._finish_copies()
+        elif save := self._saves.get("storage"):
+            self._settle(save)
         return self._committed
+
+    def _finish_keeping(self) -> None:
+        """Wait until no state is on its way to memory."""
+        self._count_vote()
+        for save in list(self._saves.values()):
+            if not save.is_counted:
+                self._take_kept(save, is_kept=bool(self._votes.agree(not save.kept.result())))
+
+    def _finish_copies(self) -> None:
+        """Wait until no copies are under way."""
+        self._count_vote()
+        if self._tier:
+            self._tier.finish_copies(lambda is_well: bool(self._votes.agree(is_well)))
 
     def save_now(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, *, progress: Progress, extra: Mapping[str, object]
@@ -285,8 +355,8 @@ class Checkpointer:
             StorageError, CheckpointError: as `poll`.
         """
         if self.finish() != progress:
-            self.finish("memory")
-            self.start_save(model, optimizer, progress=progress, extra=extra)
+            self._finish_keeping()
+            self.start_save(model, optimizer, progress=progress, extra=extra, urgency="leaving")
             self.finish()
         return self._committed == progress
 
@@ -301,7 +371,8 @@ class Checkpointer:
     ) -> bool:
         """Put the state as it is now where the next world finds it soonest, and return whether it is there.
 
-        That is the memory of the nodes; the storage, if that does not work on some rank.
+        That is the memory of the nodes; the storage, if that does not work on some rank. Whatever else is under way is
+        given up for it.
 
         Args:
             copies: whether it must outlive this node. Without, a loss before the next world has its own first snapshot
@@ -310,13 +381,28 @@ class Checkpointer:
         Raises:
             StorageError, CheckpointError: as `poll`.
         """
-        if self._memory:
-            self.finish("memory")
-            if self._kept != progress:
+        if self._tier:
+            laps = Laps()
+            self._count_vote()
+            if (save := self._saves.get("memory")) and save.progress != progress:
+                save.staged.give_up()
+            self._finish_keeping()
+            self._tier.halt_copies()  # of what was kept just now
+            if not self._is_kept(progress):
                 self._wait_left()
-                self.start_save(model, optimizer, progress=progress, extra=extra, tier="memory", copies=copies)
-                self.finish("memory")
-            if self._kept == progress:
+                self.start_save(
+                    model, optimizer, progress=progress, extra=extra, tier="memory", urgency="leaving", follows=copies
+                )
+                laps.end("room")
+                self._finish_keeping()
+                laps.end("to the host")
+            if self._is_kept(progress):
+                if copies:
+                    self._tier.start_copies()
+                    self._finish_copies()
+                    laps.end("copies")
+                if self._rank == 0:
+                    logger.info("step %d is handed over: %s", progress.step, laps)
                 return True
         return self.save_now(model, optimizer, progress=progress, extra=extra)
 
@@ -335,6 +421,8 @@ class Checkpointer:
     def close(self) -> None:
         """Give up what is in flight; after this nothing of this world reaches the storage. Works with dead peers."""
         self._writer.close()
+        if self._tier:
+            self._tier.halt_copies()  # the next world's states come over the same network
         if self._plan is not None:
             wait([self._plan])  # the next world plans with the same arenas
         for save in self._saves.values():
@@ -346,35 +434,44 @@ class Checkpointer:
 
     def _open_vote(self) -> None:
         """Ask all ranks what is done, and after how many steps they would save again."""
-        kept = [save.kept for save in self._saves.values() if save.tier == "memory"]
         committed = [save.committed_s for save in self._saves.values() if save.tier == "storage"]
         step_s = max(statistics.median(self._step_s), 1e-4) if self._step_s else 1.0
         self._voted_on = frozenset(self._saves)
         self._votes.open(
             [
-                all(future.done() for future in kept),
-                all(future.done() and not future.result() for future in kept),
+                *chain(*(self._get_kept_ballot(tier) for tier in _TIERS)),
                 all(future.done() for future in committed),
                 all(save.staged.has_left for save in self._saves.values()),
-                *(self._disk.get_ballot() if self._disk else (True, True, False)),
+                *(self._tier.get_ballot() if self._tier else NO_BALLOT),
                 *(-self._paces[tier].plan(step_s) for tier in _TIERS),  # the longest counts
             ]
         )
+
+    def _get_kept_ballot(self, tier: Tier) -> tuple[bool, bool]:
+        """Return whether this rank's part of a save is in memory, or failed to get there, and whether it is."""
+        save = self._saves.get(tier)
+        return save is None or save.kept.done(), save is None or (save.kept.done() and not save.kept.result())
 
     def _count_vote(self) -> None:
         outcome = self._votes.count()
         if outcome is None:
             return
-        is_over, is_kept, is_written, has_left, is_stored, is_stored_well, is_disk_due, *plans = outcome
-        if self._disk:
-            self._disk.count(is_over=bool(is_stored), is_well=bool(is_stored_well), is_due=bool(is_disk_due))
+        num_kept = 2 * len(_TIERS)
+        kept, (is_written, has_left), others = (
+            outcome[:num_kept],
+            outcome[num_kept : num_kept + 2],
+            outcome[num_kept + 2 :],
+        )
+        if self._tier:
+            self._tier.count([bool(value) for value in others[: len(NO_BALLOT)]])
         self._has_plans = True
         if has_left and self._leaving in self._voted_on:
             self._leaving = None
-        for tier, negative_steps in zip(_TIERS, plans, strict=True):
+        for tier, negative_steps in zip(_TIERS, others[len(NO_BALLOT) :], strict=True):
             self._paces[tier].agree(int(-negative_steps))
-        if is_over and "memory" in self._voted_on:
-            self._settle_kept(self._saves["memory"], is_kept=bool(is_kept))
+        for tier, is_over, is_kept in zip(_TIERS, kept[::2], kept[1::2], strict=True):
+            if tier in self._voted_on and is_over and not self._saves[tier].is_counted:
+                self._take_kept(self._saves[tier], is_kept=bool(is_kept))
         if is_written and "storage" in self._voted_on:
             self._settle(self._saves["storage"])
 
@@ -392,31 +489,34 @@ class Checkpointer:
         if self._leaving == tier:
             self._leaving = None
 
-    def _settle_kept(self, save: Flight, *, is_kept: bool) -> None:
-        """Take the end of a snapshot."""
-        self._forget("memory")
-        self._paces["memory"].measured(SaveCost(stall_s=save.stall_s, busy_s=save.kept_s))
-        if is_kept:
-            self._take_kept(save)
+    def _take_kept(self, save: Flight, *, is_kept: bool) -> None:
+        """Take that a state is in the memory of all nodes, or that it failed to get there."""
+        save.is_counted = True
+        if save.tier == "memory":
+            self._forget("memory")
+            self._paces["memory"].measured(SaveCost(stall_s=save.stall_s, busy_s=save.kept_s))
+        if self._tier is None:
             return
         problem = save.kept.result()
-        if problem and problem != self._problem:
-            self._problem = problem
-            logger.warning("step %d is not safe in memory, training goes on: %s", save.progress.step, problem)
-
-    def _take_kept(self, save: Flight) -> None:
-        assert self._memory is not None
-        is_first, self._kept = self._kept is None, save.progress
-        if save.peer != self._peer:  # handed over: what is older may be needed yet
+        if not problem:
+            way = self._rates.to_new_host if save.is_first_touch else self._rates.to_host
+            way.measured(save.plan.own.num_bytes, save.kept_s)
+        if not is_kept:
+            if problem and problem != self._problem and not problem.startswith("AbandonedError"):
+                self._problem = problem
+                logger.warning("step %d is not safe in memory, training goes on: %s", save.progress.step, problem)
             return
-        if is_first:  # from now on nothing falls back on what earlier attempts have left
-            self._memory.retire(before_epoch=self._epoch, keep_step=None)
-            self._arenas.release_outgrown()
-        self._kept_s.append(save.kept_s)
-        if self._disk and self._disk.is_due:
-            self._disk.start(save.staged.index, self._get_snapshot(save))
-        if self._rank == 0:
-            self._on_kept(save.progress)
+        kept = Kept(
+            progress=save.progress,
+            snapshot=self._get_snapshot(save),
+            index=save.staged.index,
+            num_bytes=save.plan.own.num_bytes,
+            start_s=save.start_s,
+        )
+        self._tier.take(kept, follows=save.follows)
+
+    def _is_kept(self, progress: Progress) -> bool:
+        return bool(self._tier and self._tier.newest and self._tier.newest.progress == progress)
 
     def _settle(self, save: Flight) -> None:
         self._forget("storage")
@@ -450,20 +550,17 @@ class Checkpointer:
 
     # ---- one save
 
-    def _choose_arena(self) -> int | None:
-        """Return the arena for the next save; None, on all ranks, if it must wait.
+    def _choose_arena(self, urgency: Urgency) -> int | None:
+        """Return the arena for the next save; None, on all ranks, if it must wait."""
+        busy = {save.staged.index for save in self._saves.values()}
+        if self._tier:
+            return self._tier.choose(busy, urgency)
+        return next((index for index in self._arenas.indices if index not in busy), None)
 
-        One that is being written, or copied, is in use. Of two that are free the older is filled: while that is under
-        way, the newer one is the state to fall back on.
-        """
-        in_use = {save.staged.index for save in self._saves.values()} | {self._disk.index if self._disk else None}
-        free = [index for index in self._arenas.indices if index not in in_use]
-        return next((index for index in free if index != self._newest_index), free[0] if free else None)
-
-    def _keep(self, save: Flight) -> Future[str]:
+    def _keep(self, save: Flight) -> str:
         assert self._memory is not None
         manifest = save.build_manifest(save.plan.get_shapes(), {})
-        return self._memory.fill(save.staged.index, self._get_snapshot(save), save.plan, manifest, peer=save.peer)
+        return self._memory.fill(save.staged.index, self._get_snapshot(save), save.plan, manifest)
 
     def _get_snapshot(self, save: Flight) -> Snapshot:
         return Snapshot(epoch=self._epoch, step=save.progress.step, world_size=self._world_size, rank=self._rank)

@@ -2,6 +2,7 @@
 
 A snapshot in memory is the same bytes as a checkpoint in a storage, rank by rank, so it is described by the same
 manifest and loaded by the same code. Nothing commits it: it counts once the shards of all ranks of its world are there.
+The checksums of a shard that was filled just now may not be known yet; nobody waits for them.
 """
 
 from collections import defaultdict
@@ -37,6 +38,18 @@ class WholeSnapshot:
     def needs_disks(self) -> bool:
         """Tell whether some shard is in no memory, only on the disk of a node."""
         return any(all(held.is_on_disk for held in places) for places in self.places.values())
+
+
+def outline(snapshot: WholeSnapshot) -> WholeSnapshot:
+    """Return what a rank must know of a state to read it, beside the manifest: without the hundred thousand blocks."""
+
+    def shorten(held: Held) -> Held:
+        return replace(held, chunks=(), checksums=None if held.checksums is None else (), record=None)
+
+    return WholeSnapshot(
+        manifest=replace(snapshot.manifest, tensors={}, generators={}, files={}),
+        places={file: [shorten(held) for held in places] for file, places in snapshot.places.items()},
+    )
 
 
 def list_blocks(layout: ShardLayout) -> list[tuple[int, int]]:
@@ -95,11 +108,12 @@ def _assemble(shards: Sequence[Sequence[Held]]) -> WholeSnapshot:
     manifest = _parse_manifest(shards[0][0].record["manifest"])
     chunks: defaultdict[str, list[Chunk]] = defaultdict(list)
     files: dict[str, FileRecord] = {}
-    for first, *_ in shards:
+    for places in shards:
+        first, known = places[0], next((held.checksums for held in places if held.checksums is not None), None)
         file = first.record["file"]
-        checksums = iter(first.checksums)
-        header_bytes = first.chunks[0][1]
-        files[file] = FileRecord(size_bytes=first.num_bytes, header_bytes=header_bytes, header_crc32=next(checksums))
+        checksums = None if known is None else iter(known)
+        header_bytes, header_crc32 = first.chunks[0][1], None if checksums is None else next(checksums)
+        files[file] = FileRecord(size_bytes=first.num_bytes, header_bytes=header_bytes, header_crc32=header_crc32)
         for name, place in first.record["chunks"].items():
             num_blocks = -(-place["num_bytes"] // BLOCK_BYTES)
             chunks[name].append(
@@ -109,7 +123,7 @@ def _assemble(shards: Sequence[Sequence[Held]]) -> WholeSnapshot:
                     num_bytes=place["num_bytes"],
                     start=tuple(place["start"]),
                     shape=tuple(place["shape"]),
-                    crc32=tuple(next(checksums) for _ in range(num_blocks)),
+                    crc32=() if checksums is None else tuple(next(checksums) for _ in range(num_blocks)),
                 )
             )
     return WholeSnapshot(

@@ -5,7 +5,7 @@ The copy lies in an arena: one stretch of memory that is, byte for byte, the ran
 
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ _PIECE_BYTES = 32 * 2**20
 a few of these (0.7 ms each). One engine does all such copies, in the order in which they were asked for."""
 _ALIGNED_BYTES = 512
 """Where a tensor in device memory begins; torch's allocator uses the same."""
-_NUM_COPIERS = max(1, min(4, (os.cpu_count() or 1) // 4))
+_NUM_COPIERS = max(1, min(8, (os.cpu_count() or 1) // 4))
 """Empty buffers side by side. What takes longest is to find the pages of a new arena, which goes on in each of them."""
 
 
@@ -40,7 +40,7 @@ class HostArenas:
     through a few buffers that are.
 
     Args:
-        count: how many copies are kept.
+        count: how many arenas there will be; may be changed before `make_room`.
         on_allocated: takes each new arena with its number, before it is used.
         on_released: takes the number of one that will not be used again.
         wait_for_freed: returns once the memory of those is free, as far as others hold it.
@@ -67,12 +67,30 @@ class HostArenas:
         self._num_allocated = 0
         self.capacity_bytes = 0
         """What each of them has room for."""
+        self._is_released = False
+        """This world has a state that is safe, and earlier ones hold nothing any more."""
+        self.is_roomy = False
+        """The node has memory for all of this world's without what earlier ones hold."""
         self.exit = DeviceExit(device) if device.type == "cuda" else None
 
     @property
     def indices(self) -> list[int]:
-        """Return the numbers of the arenas in use."""
-        return list(self._arenas)
+        """Return the numbers of the arenas that may be filled."""
+        return [index for index, arena in self._arenas.items() if arena not in self._unfound]
+
+    @property
+    def limit(self) -> int:
+        """Return how many may be filled, at least, on every rank of the world."""
+        return self.count if self.is_roomy or self._is_released else min(1, self.count)
+
+    def begin_world(self, count: int, *, is_roomy: bool) -> None:
+        """Take what all ranks of a world have agreed on."""
+        self.count, self.is_roomy, self._is_released = count, is_roomy, False
+
+    @property
+    def num_held(self) -> int:
+        """Return how many there are that are large enough, those too that must not be filled yet."""
+        return len(self._arenas)
 
     @property
     def held_bytes(self) -> int:
@@ -82,25 +100,41 @@ class HostArenas:
     def make_room(self, num_bytes: int) -> None:
         """Make sure that each arena has room for so much; the memory of the first is found before it is written to.
 
-        That of the others waits for `release_outgrown`: until this world has a snapshot, the node still holds those of
-        the one before.
+        That of the others waits for `release_outgrown`, and so do they: until this world has a snapshot that is safe,
+        the node still holds those of the one before. Where it has room for all (`is_roomy`), none waits.
 
         Raises:
             CheckpointError: the memory is refused.
         """
-        if num_bytes <= self.capacity_bytes:
+        is_new = num_bytes > self.capacity_bytes
+        if is_new:
+            self._outgrown |= self._arenas
+            self._arenas, self._unfound, self.capacity_bytes = {}, [], num_bytes
+        added = [self._allocate() for _ in range(self.count - len(self._arenas))]
+        if not added:
             return
-        self._outgrown |= self._arenas
-        self._arenas = {}
-        self.capacity_bytes = num_bytes
-        for _ in range(self.count):
-            index, arena = self._num_allocated, allocate_arena(num_bytes, name="snapshot")
-            self._num_allocated += 1
-            self._arenas[index] = arena
-            self._tensors[index] = torch.frombuffer(arena.view, dtype=torch.uint8)
-            self._on_allocated(index, arena)
-        first, *self._unfound = self._arenas.values()
-        first.populate()
+        at_once = added if self.is_roomy else added[:1] if is_new else []
+        self._unfound += added[len(at_once) :]
+        self._find_one_after_another(at_once)
+
+    def _allocate(self) -> Arena:
+        index, arena = self._num_allocated, allocate_arena(self.capacity_bytes, name="snapshot")
+        self._num_allocated += 1
+        self._arenas[index] = arena
+        self._tensors[index] = torch.frombuffer(arena.view, dtype=torch.uint8)
+        self._on_allocated(index, arena)
+        return arena
+
+    def _find_one_after_another(self, arenas: Sequence[Arena]) -> None:
+        def find() -> None:
+            for arena in arenas:
+                arena.populate().join()
+
+        threading.Thread(target=find, name="free", daemon=True).start()
+
+    def is_found(self, index: int) -> bool:
+        """Tell whether the memory of an arena was found, so that it can be filled at full speed."""
+        return index in self._arenas and self._arenas[index].is_found
 
     def get(self, index: int) -> Tensor:
         """Return an arena as bytes."""
@@ -108,6 +142,7 @@ class HostArenas:
 
     def release_outgrown(self) -> None:
         """Give the memory of arenas back that were too small for this world, then have that of the others found."""
+        self._is_released = True
         for index in self._outgrown:
             self._on_released(index)
             del self._tensors[index]
@@ -119,7 +154,7 @@ class HostArenas:
                 arena.close()
             self._wait_for_freed()
             for arena in unfound:
-                arena.populate()
+                arena.populate().join()
 
         if outgrown or unfound:
             threading.Thread(target=exchange, name="free", daemon=True).start()  # takes seconds

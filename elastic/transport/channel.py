@@ -1,12 +1,13 @@
 """Messages with raw bytes and file descriptors behind them, for threads that may wait: how snapshots travel."""
 
 import contextlib
+import errno
 import os
 import select
 import socket
 import struct
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from elastic.transport.acceptor import Peer
@@ -52,6 +53,54 @@ class Channel:
             except BaseException:
                 self.close()  # half a message is on its way: nothing after it would be understood
                 raise
+
+    def send_file(
+        self, header: Header, descriptor: int, parts: Iterable[tuple[int, int]], *, check: Callable[[], None]
+    ) -> None:
+        """Send one message whose payload are parts of a file: the kernel takes them from where they are.
+
+        Args:
+            parts: offset and size of each.
+            check: called before each piece; what it raises breaks the channel.
+
+        Raises:
+            WireError: the peer is gone.
+        """
+        parts = list(parts)
+        num_bytes = sum(size for _, size in parts)
+        with self._sending:
+            seal = self._seals.sent if self._seals else None
+            data = encode({**header, "bytes": num_bytes}, seal=seal, limit_bytes=MAX_HEADER_BYTES)
+            try:
+                self._socket.sendall(data)
+                for offset, size in parts:
+                    self._send_part(descriptor, offset, size, check)
+            except OSError as error:
+                self.close()
+                raise WireError(error.errno, f"the peer is gone ({error.strerror or error})") from error
+            except BaseException:
+                self.close()  # half a message is on its way: nothing after it would be understood
+                raise
+
+    def _send_part(self, descriptor: int, offset: int, size: int, check: Callable[[], None]) -> None:
+        stop = offset + size
+        while offset < stop:
+            check()
+            try:
+                sent = os.sendfile(self._socket.fileno(), descriptor, offset, min(PIECE_BYTES, stop - offset))
+            except BlockingIOError:  # it has a timeout, which the kernel does not know
+                self._wait_writable()
+                continue
+            if not sent:
+                raise OSError(errno.ENODATA, "the file ends before what was asked for")
+            offset += sent
+
+    def _wait_writable(self) -> None:
+        poll = select.poll()
+        poll.register(self._socket.fileno(), select.POLLOUT)
+        timeout_s = self._socket.gettimeout()
+        if not poll.poll(None if timeout_s is None else 1000 * timeout_s):
+            raise TimeoutError("timed out")
 
     def receive(self) -> Header | None:
         """Return the next header; None when the peer has closed the connection between messages.

@@ -20,6 +20,8 @@ from elastic.checkpoint.keeping import KeeperClient, RemoteKeeper, launch_keeper
 from elastic.processes import find_running
 from elastic.transport import Channel, Peer, WireError, connect, connect_unix
 from tests.memory_limit import MIB, limit_memory
+from tests.slow_keepers import slow_checksums
+from tests.tcp_proxy import TcpProxy
 
 SECRET = "s3cret"
 SIZE = 300_000
@@ -44,6 +46,10 @@ def remote(process, secret=SECRET):
         client.close()
 
 
+def make_snapshot(step, *, epoch=1, rank=0):
+    return Snapshot(epoch=epoch, step=step, world_size=1, rank=rank)
+
+
 class Trainer:
     """What a trainer does to a keeper, with bytes instead of tensors."""
 
@@ -58,17 +64,42 @@ class Trainer:
         data = bytes([step % 256, index]) * (SIZE // 2)
         self.client.begin(index, epoch=self.epoch)
         self.arenas[index].view[:] = data
-        return self.client.fill(
-            index,
-            Snapshot(epoch=self.epoch, step=step, world_size=1, rank=self.rank),
-            num_bytes=SIZE,
-            chunks=CHUNKS,
-            record={"of": step},
-            peer=("127.0.0.1", peer.port) if peer else None,
-        )
+        snapshot = make_snapshot(step, epoch=self.epoch, rank=self.rank)
+        checked = self.client.fill(index, snapshot, num_bytes=SIZE, chunks=CHUNKS, record={"of": step})
+        return self.client.copy(index, snapshot, peer=("127.0.0.1", peer.port)) if peer else checked
 
     def get_bytes(self, index):
         return bytes(self.arenas[index].view)
+
+
+def describe_copy(origin, data):
+    """Return the header with which another node's keeper sends what its trainer has filled."""
+    return {
+        "kind": "push",
+        "origin": origin,
+        "index": 0,
+        "snapshot": {"epoch": 1, "step": 1, "world_size": 1, "rank": 0},
+        "record": None,
+        "chunks": [[0, len(data)]],
+        "num_bytes": len(data),
+        "capacity": len(data),
+    }
+
+
+def ask(channel, header, payload=(), *, num_bytes=0):
+    channel.send(header, payload, num_bytes=num_bytes)
+    return channel.receive()
+
+
+def push(channel, header, payload, *, crc32):
+    """Send a copy on one connection; return the last answer."""
+    opened = ask(channel, header)
+    if opened["kind"] != "open":
+        return opened
+    copy = {"origin": header["origin"], "index": header["index"], "ticket": opened["ticket"]}
+    stripe = {**copy, "kind": "stripe", "first": 0, "stop": 1}
+    assert ask(channel, stripe, payload, num_bytes=header["num_bytes"])["kind"] == "taken"
+    return ask(channel, {**copy, "kind": "seal", "checksums": [crc32]})
 
 
 def wait_until(condition, what):
@@ -94,6 +125,36 @@ def test_a_snapshot_survives_its_trainer_and_is_served_with_its_checksums():
         arena = successor.fetch_memory(held)
         assert arena is not None
         assert arena.view == saved
+
+
+def test_what_was_filled_is_listed_and_read_at_once_while_its_checksums_are_still_taken():
+    with slow_checksums(s_per_mib=100.0), keeper() as process, remote(process) as stranger:  # 28 s
+        trainer = Trainer(process)
+        start_s = time.monotonic()
+        checked = trainer.fill(0, 7)
+        (held,) = trainer.client.fetch_list()
+        assert stranger.fetch_list() == [held]
+        assert (held.snapshot.step, held.checksums) == (7, None)
+        part = memoryview(bytearray(1000))
+        stranger.read_into(held, 99_900, part)  # with a checksum of its own: 0.1 s
+        assert part == trainer.get_bytes(0)[99_900:100_900]
+        assert time.monotonic() - start_s < 5
+        assert not checked.done()
+
+
+def test_a_copy_is_given_up_at_once_for_what_is_more_urgent():
+    with keeper("a") as process, keeper("b") as peer:
+        trainer, proxy = Trainer(process), TcpProxy(peer.port, delay_s=5.0)
+        try:
+            copied = trainer.fill(0, 1, peer=proxy)  # a message takes five seconds, and there are many
+            wait_until(lambda: proxy.num_connections, "it is under way")
+            time.sleep(0.1)
+            trainer.client.halt_copies()
+            trainer.fill(1, 2).result(10)
+            assert copied.result(10) == "superseded"
+        finally:
+            proxy.close()
+        assert trainer.client.copy(1, make_snapshot(2), peer=("127.0.0.1", peer.port)).result(10) == ""
 
 
 def test_what_the_gone_have_left_is_told_apart_from_what_is_filled_again():
@@ -189,7 +250,9 @@ def test_whoever_does_not_know_the_secret_is_told_nothing():
         {"kind": "read", "origin": "1-0", "index": 0, "snapshot": {"step": 1}, "start": 0, "size": 1},
         {"kind": "retire"},
         {"kind": "push", "origin": "x", "index": 0},
-        {"kind": "push", "origin": "1-0", "index": 0, "capacity": 1},  # not a copy
+        {**describe_copy("1-0", b"x"), "kind": "push"},  # not a copy
+        {"kind": "stripe", "origin": "1-0", "index": 0, "ticket": 0, "first": 0, "stop": 1},
+        {"kind": "seal", "origin": "1-0", "index": 0, "ticket": 0, "checksums": []},
         {"kind": "hold", "origin": "x", "index": 0},  # only over the Unix socket
     ],
 )
@@ -213,28 +276,12 @@ def test_a_read_beyond_the_end_is_refused():
             stranger.read_into(held, SIZE - 1, memoryview(bytearray(2)))
 
 
-def describe_copy(origin, data):
-    """Return the header with which another node's keeper sends what its trainer has filled."""
-    return {
-        "kind": "push",
-        "origin": origin,
-        "index": 0,
-        "snapshot": {"epoch": 1, "step": 1, "world_size": 1, "rank": 0},
-        "record": None,
-        "chunks": [[0, len(data)]],
-        "checksums": [zlib.crc32(data)],
-        "capacity": len(data),
-    }
-
-
 def test_a_copy_that_was_damaged_on_the_way_is_refused():
     with keeper() as process:
         channel = Channel(connect(("127.0.0.1", process.port), SECRET, purpose="keeper"))
-        header = describe_copy("1-0", b"good")
-        channel.send(header, [memoryview(b"baad")], num_bytes=4)
-        assert channel.receive()["kind"] == "refused"
-        channel.send(header, [memoryview(b"good")], num_bytes=4)
-        assert channel.receive()["kind"] == "pushed"
+        header, crc32 = describe_copy("1-0", b"good"), zlib.crc32(b"good")
+        assert push(channel, header, [memoryview(b"baad")], crc32=crc32)["kind"] == "refused"
+        assert push(channel, header, [memoryview(b"good")], crc32=crc32)["kind"] == "pushed"
         channel.close()
 
 
@@ -251,6 +298,7 @@ def test_a_copy_that_the_container_has_no_room_for_is_refused_and_nobody_is_kill
 
 def test_room_that_was_promised_to_a_copy_is_not_given_to_another_one():
     data = bytes(100 * MIB)
+    crc32 = zlib.crc32(data)
     header, other = (describe_copy(origin, data) for origin in ("1-0", "1-1"))
     with keeper() as process, limit_memory(2048 * MIB) as limit:
         limit.add(process.process.pid)
@@ -261,15 +309,13 @@ def test_room_that_was_promised_to_a_copy_is_not_given_to_another_one():
         def send_slowly():
             yield memoryview(data)[:1000]
             wait_until(lambda: local.fetch_held_bytes() == len(data), "it is promised room")
-            fast.send(other, [memoryview(data)], num_bytes=len(data))
-            assert fast.receive()["kind"] == "refused"
+            assert push(fast, other, [memoryview(data)], crc32=crc32)["kind"] == "refused"
             yield memoryview(data)[1000:]
 
-        slow.send(header, send_slowly(), num_bytes=len(data))
-        assert slow.receive()["kind"] == "pushed"
+        assert push(slow, header, send_slowly(), crc32=crc32)["kind"] == "pushed"
         limit.set(limit.get_used() + (256 + 150) * MIB)
-        fast.send(other, [memoryview(data)], num_bytes=len(data))
-        assert fast.receive()["kind"] == "pushed", "what has come is promised no longer"
+        pushed = push(fast, other, [memoryview(data)], crc32=crc32)
+        assert pushed["kind"] == "pushed", "what has come is promised no longer"
         slow.close()
         fast.close()
 
@@ -286,7 +332,7 @@ client.hold(0, arena)
 client.begin(0, epoch=1)
 arena.view[:] = b"x" * 2**20
 step = Snapshot(epoch=1, step=1, world_size=1, rank=0)
-client.fill(0, step, num_bytes=2**20, chunks=[(0, 2**20)], record=None, peer=None).result()
+client.fill(0, step, num_bytes=2**20, chunks=[(0, 2**20)], record=None).result()
 print(keeper.process.pid, flush=True)
 time.sleep(60)
 """
@@ -399,7 +445,7 @@ def test_a_snapshot_that_fails_in_an_unforeseen_way_is_settled_all_the_same():
         trainer = Trainer(process)
         trainer.client.begin(0, epoch=1)
         snapshot = Snapshot(epoch=1, step=1, world_size=1, rank=0)
-        settled = trainer.client.fill(0, snapshot, num_bytes=1, chunks=[(0, "all")], record=None, peer=None)
+        settled = trainer.client.fill(0, snapshot, num_bytes=1, chunks=[(0, "all")], record=None)
         assert "TypeError" in settled.result(10)
         assert trainer.fill(0, 2).result(10) == ""
         assert [held.snapshot.step for held in trainer.client.fetch_list()] == [2]

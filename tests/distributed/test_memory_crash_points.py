@@ -68,6 +68,11 @@ def train_both_epochs(say, run_dir, rank, connections, addresses):
         checkpointer.finish("memory")
         return rank != 0 or step in kept  # only the first one is told
 
+    def tell(progress, *, copied):
+        if copied:
+            kept.append(progress.step)
+            say(f"kept {progress.step}")
+
     def make(epoch, index=None):
         return make_checkpointer(
             run_dir / "storage",
@@ -75,7 +80,7 @@ def train_both_epochs(say, run_dir, rank, connections, addresses):
             memory=memory,
             peer=addresses[NODES[1 - rank]],
             restored_index=index,
-            on_kept=lambda progress: (kept.append(progress.step), say(f"kept {progress.step}")),
+            on_kept=tell,
             on_committed=lambda progress: say(f"committed {progress.step}"),
         )
 

@@ -68,7 +68,7 @@ def train_with(folder: Path, config: RunConfig, *, steps: int) -> dict:
         while len(rows) < steps:
             coordinator.read()
             rows += [m.row for slot, m in coordinator.messages if isinstance(m, Stepped) and slot == slots[0]]
-            num_kept += sum(isinstance(m, Kept) for _, m in coordinator.messages)
+            num_kept += sum(isinstance(m, Kept) and m.copied for _, m in coordinator.messages)
             coordinator.messages.clear()
         coordinator.close()
     finally:

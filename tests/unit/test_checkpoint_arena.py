@@ -24,15 +24,16 @@ def test_memory_is_found_beforehand():
 def test_no_memory_is_found_for_an_arena_that_was_closed(monkeypatch):
     new = allocate_arena(NUM_BYTES, name="test")
     monkeypatch.setattr(arena, "_POPULATE_BYTES", NUM_BYTES // 4)
+    monkeypatch.setattr(arena, "_POPULATE_THREADS", 1)
     other = os.dup(new.descriptor)
-    really = os.posix_fallocate
+    really = new._find
 
-    def close_meanwhile(descriptor, start, num_bytes):
-        really(descriptor, start, num_bytes)
+    def close_meanwhile(descriptor, view, start):
+        really(descriptor, view, start)
         if start == 0:
             new.close()
 
-    monkeypatch.setattr(os, "posix_fallocate", close_meanwhile)
+    monkeypatch.setattr(new, "_find", close_meanwhile)
     new.populate().join()
     assert count_bytes(other) == NUM_BYTES // 4
     os.close(other)

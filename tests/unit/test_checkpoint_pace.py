@@ -55,6 +55,24 @@ def test_a_skipped_save_is_due_until_it_is_started():
     assert [pace.is_due(step) for step in (5, 6, 7)] == [False, False, True]
 
 
+def test_what_may_be_lost_is_bounded_as_long_as_saves_take_no_more_than_their_share():
+    def plan_s(stall_s):
+        pace = Pace(
+            every_steps=0,
+            start_step=0,
+            at_first=True,
+            first_cost=FREE,
+            mean_s_between_losses=1e6,  # Young alone would save every 45 s and more
+            longest_s=3.0,
+            most_share=0.005,
+        )
+        pace.measured(SaveCost(stall_s=stall_s, busy_s=0.5))
+        return pace.plan(step_s=0.1) / 10
+
+    # 0.5 % of 3 s are 15 ms
+    assert [plan_s(stall_s) for stall_s in (0.001, 0.014, 0.0301)] == [3.0, 3.0, 6.0]
+
+
 def test_the_plan_is_young_s_of_what_was_measured_and_no_more_of_what_was_assumed():
     pace = make(first_cost=SaveCost(stall_s=100.0, busy_s=100.0), mean_s=5000.0)
     for _ in range(3):

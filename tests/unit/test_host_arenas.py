@@ -80,14 +80,24 @@ def test_smaller_ones_are_kept_until_the_first_of_the_larger_ones_is_filled(watc
     assert (watched.arenas.indices, watched.arenas.held_bytes) == ([0, 1], 2 * NUM_BYTES)
 
     watched.arenas.make_room(2 * NUM_BYTES)
-    assert (watched.arenas.indices, watched.arenas.held_bytes) == ([2, 3], 6 * NUM_BYTES)
+    assert (watched.arenas.indices, watched.arenas.held_bytes) == ([2], 6 * NUM_BYTES)
     assert watched.released == []
     assert len(watched.arenas.get(0)) == NUM_BYTES
 
     watched.arenas.release_outgrown()
     watched.join()
     assert (watched.released, watched.arenas.held_bytes) == ([0, 1], 4 * NUM_BYTES)
+    assert watched.arenas.indices == [2, 3]
     assert watched.count(3) == 2 * NUM_BYTES
+
+
+def test_where_there_is_room_all_are_there_from_the_first_step(watched):
+    watched.arenas.is_roomy = True
+    watched.arenas.make_room(NUM_BYTES)
+    watched.join()
+    assert watched.arenas.indices == [0, 1]
+    assert [watched.count(index) for index in (0, 1)] == [NUM_BYTES, NUM_BYTES]
+    assert all(watched.arenas.is_found(index) for index in (0, 1))
 
 
 def test_those_that_are_large_enough_are_left_alone(watched):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.checkpoint.host_memory import Room, get_available_bytes, has_room
+from elastic.checkpoint.host_memory import WAYS, Room, get_available_bytes, has_room, is_roomy
 
 GIB = 2**30
 UNLIMITED_V1 = 9223372036854771712
@@ -100,7 +100,9 @@ def test_this_machine_has_something():
 
 
 def room(available, *, node=1, first=2, more=4, left=0):
-    return Room(node=node, first_bytes=first, more_bytes=more, left_bytes=left, available_bytes=available)
+    return Room(
+        node=node, first_bytes=first, more_bytes=more, all_bytes=more, left_bytes=left, available_bytes=available
+    )
 
 
 @pytest.mark.parametrize(
@@ -126,10 +128,33 @@ def test_all_ranks_of_a_node_share_its_memory(rooms, is_enough):
     assert has_room(rooms, spare_bytes=10) is is_enough
 
 
+@pytest.mark.parametrize(
+    ("rooms", "is_enough"),
+    [
+        pytest.param([room(15, left=99)], True, id="all of them, and something to spare"),
+        pytest.param([room(14, left=99)], False, id="nothing of the dead counts yet"),
+        pytest.param([room(19), room(19)], True, id="two ranks"),
+        pytest.param([room(18), room(18)], False, id="two ranks, and nothing to spare"),
+        pytest.param([room(99), room(14, node=2)], False, id="another node"),
+    ],
+)
+def test_a_node_is_roomy_if_it_need_not_give_anything_back_first(rooms, is_enough):
+    assert is_roomy(rooms, spare_bytes=10) is is_enough
+
+
+def test_fewer_snapshots_are_kept_before_none_and_two_of_ones_own_before_copies():
+    assert [arenas for arenas, _ in WAYS] == sorted((arenas for arenas, _ in WAYS), reverse=True)
+    assert WAYS[-1] == (1, 0)
+    assert (2, 0) in WAYS
+
+
 numbers = st.integers(0, 9)
 
 
-@given(st.lists(st.builds(Room, st.integers(0, 3), numbers, numbers, numbers, st.integers(0, 60)), max_size=8), numbers)
+@given(
+    st.lists(st.builds(Room, st.integers(0, 3), numbers, numbers, numbers, numbers, st.integers(0, 60)), max_size=8),
+    numbers,
+)
 def test_no_order_and_no_other_node_matters(rooms, spare_bytes):
     nodes = {room.node for room in rooms}
     each = [has_room([r for r in rooms if r.node == node], spare_bytes=spare_bytes) for node in nodes]

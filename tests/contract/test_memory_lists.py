@@ -1,0 +1,85 @@
+"""What a rank that restores hears of the memories of the nodes, some of which answer late or never."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from elastic.checkpoint.arena import allocate_arena
+from elastic.checkpoint.holdings import Snapshot
+from elastic.checkpoint.keeping import KeeperClient, start_keeper
+from elastic.checkpoint.layout import Manifest
+from elastic.checkpoint.memory import Memory
+from elastic.checkpoint.shards import build_layout
+from elastic.checkpoint.snapshots import build_record, list_blocks
+from elastic.ports import Progress
+
+SECRET = "s3cret"
+
+
+@pytest.fixture
+def keepers():
+    started = {node: start_keeper(node=node, ip="127.0.0.1", secret=SECRET) for node in "ab"}
+    yield started
+    for keeper in started.values():
+        os.kill(keeper.process.pid, signal.SIGCONT)
+        keeper.close()
+
+
+def keep(keeper, *, step, rank, world_size):
+    """Let a trainer keep an empty shard."""
+    layout = build_layout({}, {})
+    manifest = Manifest(
+        progress=Progress(step=step),
+        epoch=1,
+        world_size=world_size,
+        device="cpu",
+        mesh=(world_size,),
+        config={},
+        config_hash="",
+        tensors={},
+        generators={},
+        files={},
+        extra={},
+    )
+    client = KeeperClient(keeper.open_connection(), origin=f"{step}-{rank}")
+    arena = allocate_arena(layout.num_bytes, name="test")
+    arena.view[:] = layout.header
+    client.hold(0, arena)
+    client.begin(0, epoch=1)
+    snapshot = Snapshot(epoch=1, step=step, world_size=world_size, rank=rank)
+    record = build_record(f"f{rank}", layout, manifest)
+    chunks = list_blocks(layout)
+    client.fill(0, snapshot, num_bytes=layout.num_bytes, chunks=chunks, record=record).result(10)
+
+
+def fetch(keepers):
+    """Return the steps that are heard of, and how long that took."""
+    memory = Memory(keepers["a"].open_connection(), node="a", secret=SECRET)
+    start_s = time.monotonic()
+    held = memory.fetch_all({node: ("127.0.0.1", keeper.port) for node, keeper in keepers.items()})
+    return sorted(one.snapshot.step for one in held), time.monotonic() - start_s
+
+
+def test_a_keeper_that_answers_late_is_waited_for_where_no_state_is_whole_without_it(keepers):
+    for rank, keeper in enumerate(keepers.values()):
+        keep(keeper, step=7, rank=rank, world_size=2)
+    pid = keepers["b"].process.pid
+    os.kill(pid, signal.SIGSTOP)
+    waker = threading.Timer(4.0, os.kill, (pid, signal.SIGCONT))
+    waker.start()
+    steps, took_s = fetch(keepers)
+    waker.join()
+    assert steps == [7, 7]
+    assert 3 < took_s < 9
+
+
+def test_a_keeper_that_does_not_answer_is_not_waited_for_where_it_is_not_needed(keepers):
+    keep(keepers["a"], step=7, rank=0, world_size=1)
+    keep(keepers["b"], step=3, rank=0, world_size=1)
+    os.kill(keepers["b"].process.pid, signal.SIGSTOP)
+    steps, took_s = fetch(keepers)
+    assert steps == [7]
+    assert took_s < 5
