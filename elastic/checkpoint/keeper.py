@@ -111,11 +111,7 @@ class Keeper:
         acceptor = Acceptor(listener, say=_log, secret=None)
         while True:
             for peer in acceptor.turn(_LOOK_EVERY_S):
-                try:
-                    _start_thread(self._serve_trainer, _Trainer(channel=Channel(peer)))
-                except RuntimeError as error:  # no more threads
-                    _log(f"a trainer gets no snapshots: {error}")
-                    peer.socket.close()
+                self._begin_trainer(peer)
 
     def _adopt(self) -> None:
         """Serve one more trainer, if that can be: one that cannot be served trains on without snapshots."""
@@ -124,14 +120,15 @@ class Keeper:
         except OSError as error:  # the kernel drops a descriptor that a process has no room for
             _log(f"a trainer gets no snapshots: {error}")
             return
+        self._begin_trainer(Peer(connection, None))
+
+    def _begin_trainer(self, peer: Peer) -> None:
         try:
-            trainer = _Trainer(
-                channel=Channel(Peer(connection, None)), sender=CopySender(self._spec.node, self._spec.secret)
-            )
-            _start_thread(self._serve_trainer, trainer)
+            sender = CopySender(self._spec.node, self._spec.secret)
+            _start_thread(self._serve_trainer, _Trainer(channel=Channel(peer), sender=sender))
         except RuntimeError as error:  # no more threads
             _log(f"a trainer gets no snapshots: {error}")
-            connection.close()
+            peer.socket.close()
 
     def _serve_trainer(self, trainer: _Trainer) -> None:
         try:
