@@ -27,10 +27,10 @@ class Uses:
 def choose_arena(indices: Sequence[int], uses: Uses, urgency: Urgency, *, limit: int) -> int | None:
     """Return the arena to fill; None, on all ranks or none, if the snapshot must wait.
 
-    While one is filled its state is gone. A routine snapshot never costs the state that a lost node falls back on, nor
-    a copy under way; it may take the place of the newest one if there is an older one to fall back on meanwhile. One
-    arena alone is filled again and again, between its copies. The last snapshot of a world takes any place, the least
-    missed first.
+    While one is filled its state is gone, and a world may end before it is filled on all ranks. A routine snapshot
+    never costs the newest state, nor the one that a lost node falls back on, nor a copy under way: it waits for that if
+    it must. One arena alone is filled again and again, between its copies. The last snapshot of a world takes any
+    place, the least missed first.
 
     Args:
         indices: of the arenas of this rank, at least `limit`.
@@ -38,18 +38,12 @@ def choose_arena(indices: Sequence[int], uses: Uses, urgency: Urgency, *, limit:
     """
     needed = uses.busy
     if urgency == "routine":
-        needed = needed | ({uses.copying} if limit == 1 else {uses.copying, uses.safe}) - {None}
+        needed = needed | ({uses.copying} if limit == 1 else {uses.copying, uses.safe, uses.newest}) - {None}
     if len(needed) >= limit:
         return None
-    has_older = uses.safe is not None or uses.copying is not None
 
-    def cost(index: int) -> tuple[bool, bool, bool, bool, bool]:
-        return (
-            index == uses.safe,
-            index == uses.newest and not has_older,
-            index == uses.restored and uses.safe is None,
-            index == uses.newest,
-            index == uses.copying,
-        )
+    def cost(index: int) -> tuple[bool, bool, bool, bool]:
+        is_needed_restored = index == uses.restored and uses.safe is None
+        return index == uses.safe, index == uses.newest, is_needed_restored, index == uses.copying
 
     return min((index for index in indices if index not in needed), key=cost, default=None)
