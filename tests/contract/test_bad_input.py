@@ -191,7 +191,7 @@ MISTAKES = [
 def test_a_mistake_is_explained_and_harms_nothing_before_any_cluster_starts(saved, tmp_path, no_ray, mistake, command):
     before = read_tree(saved.run)
     overrides, parts = mistake(saved, tmp_path)
-    where = (f"storage={saved.storage}", f"data.path={saved.data}")
+    where = (f"storage={saved.storage}", f"data.path={saved.data}", "train.steps=4")  # a finished run needs no head
     assert_explained(call(command, saved.config, *where, *overrides, **no_ray), *parts)
     assert read_tree(saved.run) == before
 
@@ -226,14 +226,14 @@ def test_the_address_of_no_head_is_explained_within_seconds(saved, silent_port, 
         closed = listener.getsockname()[1]
     address = address.format(closed=closed, silent=silent_port)
     start_s = time.monotonic()
-    where = (f"storage={saved.storage}", f"data.path={saved.data}")
+    where = (f"storage={saved.storage}", f"data.path={saved.data}", "train.steps=4")  # a finished run needs no head
     result = call(SOLVENT, "train", saved.config, *where, RAY_ADDRESS=address)
     assert_explained(result, f"RAY_ADDRESS={address}", *parts)
     assert time.monotonic() - start_s < 60  # 10 s, and imports on a busy machine; Ray's own wait is minutes
 
 
 def test_ctrl_c_ends_the_wait_for_a_head(saved, silent_port):
-    where = (f"storage={saved.storage}", f"data.path={saved.data}")
+    where = (f"storage={saved.storage}", f"data.path={saved.data}", "train.steps=4")  # a finished run needs no head
     with start(SOLVENT, "train", saved.config, *where, RAY_ADDRESS=f"127.0.0.1:{silent_port}") as process:
         wanted = f"0100007F:{silent_port:04X}"  # 127.0.0.1 and the port, as the peer of a connection
         while not any(line.split()[2] == wanted for line in Path("/proc/net/tcp").read_text().splitlines()[1:]):
