@@ -12,6 +12,8 @@ import mmap
 import os
 import threading
 
+READ_PIECE_BYTES = 4 * 2**20
+"""Each thread that reads needs as much memory beside what it fills."""
 _ALIGNED_BYTES = 4096
 """Address, place in the file and length of what is written directly: no disk or file system asks for more."""
 _WORTH_BYTES = 2**20
@@ -93,18 +95,27 @@ def _read_directly(descriptor: int, offset: int, out: memoryview) -> int:
     """Read as much as can be read directly: nothing if it is little, or if the file system refuses."""
     if len(out) < _WORTH_BYTES:
         return 0
-    start = offset - offset % _ALIGNED_BYTES
-    memory = _own.get(offset - start + len(out) + -(offset - start + len(out)) % _ALIGNED_BYTES)
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    done, flags = 0, fcntl.fcntl(descriptor, fcntl.F_GETFL)
     try:
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
-        found = memory[: os.preadv(descriptor, [memory], start)][offset - start :][: len(out)]
+        while done < len(out):
+            num_bytes = _read_piece(descriptor, offset + done, out[done : done + READ_PIECE_BYTES])
+            if not num_bytes:
+                break
+            done += num_bytes
     except OSError as error:
         if error.errno not in _REFUSALS:
             raise
-        return 0
     finally:
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
+    return done
+
+
+def _read_piece(descriptor: int, offset: int, out: memoryview) -> int:
+    start = offset - offset % _ALIGNED_BYTES
+    size = offset - start + len(out)
+    memory = _own.get(size + -size % _ALIGNED_BYTES)
+    found = memory[: os.preadv(descriptor, [memory], start)][offset - start :][: len(out)]
     if found:
         to, of = (ctypes.addressof(ctypes.c_char.from_buffer(each)) for each in (out, found))
         ctypes.memmove(to, of, len(found))  # without the interpreter's lock

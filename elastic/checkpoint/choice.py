@@ -33,7 +33,7 @@ def choose_arena(indices: Sequence[int], uses: Uses, urgency: Urgency, *, limit:
     place, the least missed first.
 
     Args:
-        indices: of the arenas of this rank, at least `limit`.
+        indices: of the arenas of this rank, at least `limit`; of those that are missed alike the first is taken.
         limit: how many are counted on; the same on all ranks, which may have more.
     """
     needed = uses.busy

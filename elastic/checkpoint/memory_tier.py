@@ -55,6 +55,8 @@ class MemoryTier:
         self._disk, self._epoch, self._on_kept = disk, epoch, on_kept
         self._peers = PeerTier(memory, peer, memory.rates.to_peer)
         self._restored_index = restored_index
+        self._filled: list[int] = []
+        """The arenas that this world has filled, the last one last."""
         self._newest_index: int | None = None
         self._safe_index: int | None = None
         self.newest: Kept | None = None
@@ -89,7 +91,10 @@ class MemoryTier:
             copying=self._peers.index,
             restored=self._restored_index,
         )
-        return choose_arena(self._arenas.indices, uses, urgency, limit=self._arenas.limit)
+        indices = self._arenas.indices
+        oldest_first = [index for index in indices if index not in self._filled]
+        oldest_first += [index for index in self._filled if index in indices]
+        return choose_arena(oldest_first, uses, urgency, limit=self._arenas.limit)
 
     def begin(self, index: int) -> None:
         """Take that an arena is about to be filled: what it held is gone."""
@@ -101,6 +106,7 @@ class MemoryTier:
             self._safe_index = None
         if index == self._restored_index:
             self._restored_index = None
+        self._filled = [*(other for other in self._filled if other != index), index]
         self._memory.begin(index, epoch=self._epoch)
 
     def take(self, kept: Kept, *, follows: bool) -> None:
