@@ -1,6 +1,12 @@
 """Settings that all tests share."""
 
+import signal
+
 from hypothesis import settings
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # a shell that starts us in the background ignores it for us and for all that we start, and tests send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A loaded machine is slow, not wrong: time limits are pytest-timeout's business. A failure prints how to repeat it.
 settings.register_profile("solvent", deadline=None, print_blob=True)
