@@ -235,8 +235,17 @@ def parse_tensor(record: Mapping[str, Any]) -> TensorRecord:
 
 
 def find_damage(storage: Storage, checkpoint: CommittedCheckpoint, manifest: Manifest) -> str | None:
-    """Return what is wrong with the first file that is missing or has another size than when it was written."""
+    """Return what is wrong: a part without its checksums, or a file that is missing or has another size than written.
+
+    Only in memory may checksums be lacking (`FileRecord`): what is stored would be believed unverified.
+    """
+    for name, tensor in {**manifest.tensors, **manifest.generators}.items():
+        for chunk in tensor.chunks:
+            if len(chunk.crc32) != (wanted := -(-chunk.num_bytes // BLOCK_BYTES)):
+                return f"{name} has {len(chunk.crc32)} checksums in {chunk.file} instead of {wanted}"
     for name, record in manifest.files.items():
+        if record.header_crc32 is None:
+            return f"the header of {name} has no checksum"
         size_bytes = storage.get_size(f"{checkpoint.directory}/{name}")
         if size_bytes is None:
             return f"{name} is missing"

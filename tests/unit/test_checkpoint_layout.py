@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -107,6 +108,19 @@ def test_a_missing_or_shortened_file_is_damage(tmp_path):
     assert find_damage(storage, checkpoint, manifest) == f"{SHARD} has 4 bytes instead of 5"
     shard.unlink()
     assert find_damage(storage, checkpoint, manifest) == f"{SHARD} is missing"
+
+
+def test_a_stored_manifest_without_checksums_is_damage_and_not_believed(tmp_path):
+    storage = open_storage(tmp_path)
+    make_checkpoint(tmp_path, 50)
+    (checkpoint,) = list_committed(storage)
+    manifest = read_manifest(storage, checkpoint)
+    tensor = manifest.tensors["model.w"]
+    bare = replace(tensor, chunks=(replace(tensor.chunks[0], crc32=()),))
+    damage = find_damage(storage, checkpoint, replace(manifest, tensors={"model.w": bare}))
+    assert damage == f"model.w has 0 checksums in {SHARD} instead of 1"
+    files = {SHARD: replace(manifest.files[SHARD], header_crc32=None)}
+    assert find_damage(storage, checkpoint, replace(manifest, files=files)) == f"the header of {SHARD} has no checksum"
 
 
 @pytest.mark.parametrize("version", [1, 3])
