@@ -10,6 +10,8 @@ from elastic.transport import Dial, Link, WireError
 
 _DIAL_S = 5.0
 """A coordinator that is busy for so long is asked again."""
+_PAUSE_S = 0.25
+"""A call that failed is made again after so long: one to a closed port of the own machine fails at once."""
 _FIRST_S = 5.0
 """A host that no coordinator has known came too late, or cannot reach it: whoever leads the run starts another one."""
 _SEND_S = 10.0
@@ -60,6 +62,7 @@ class CoordinatorLink:
         self._has_reached = False
         self._lost_s = time.monotonic()
         self._said_s = float("-inf")
+        self._call_from_s = 0.0
 
     def look(self) -> str | None:
         """Ask whoever has the seat, unless that has been done; return why to give up, once it is time to."""
@@ -70,7 +73,7 @@ class CoordinatorLink:
             return f"no coordinator answers at {self._seat.host}:{self._seat.port}"
         if self._dial:
             self._go_on()
-        elif self._link is None:
+        elif self._link is None and time.monotonic() >= self._call_from_s:
             self._call()
         return None
 
@@ -125,6 +128,7 @@ class CoordinatorLink:
 
     def _tell_failure(self, error: WireError) -> None:
         now_s = time.monotonic()
+        self._call_from_s = now_s + _PAUSE_S
         if now_s - self._said_s > _SAY_EVERY_S:
             self._said_s = now_s
             self._say(f"no coordinator: {error}")

@@ -230,7 +230,7 @@ WELCOME = frame(b'{"kind":"Welcome"}')
     ],
     ids=["old protocol", "reflected", "guessed", "http"],
 )
-def test_whoever_has_the_port_of_a_dead_coordinator_neither_leads_nor_learns_anything(host, chairs, says):
+def test_whoever_has_the_port_of_a_dead_coordinator_neither_leads_nor_learns_anything(host, chairs, clock, says):
     be_led(host, chairs[0]).close()
     host.notice_loss()
     port = chairs[0].port
@@ -242,6 +242,7 @@ def test_whoever_has_the_port_of_a_dead_coordinator_neither_leads_nor_learns_any
         assert not host.is_led
         assert host.heard == []
         assert not host.tell(Beat(holders={}))
+        clock.now_s += 0.3  # until it calls again
     assert SECRET.encode() not in stranger.heard
     assert b"n1" not in stranger.heard
     assert len(stranger.heard) <= 40 * len(stranger.connections), "it was told more than the first bytes of a greeting"
@@ -348,3 +349,20 @@ def test_one_that_takes_nothing_is_gone(host, chairs, monkeypatch):
     wait_until(lambda: not host.tell(padding))
     assert not host.is_led
     be_led(host, chairs[0])
+
+
+def test_a_seat_where_nobody_listens_is_called_now_and_then_and_not_all_the_time(monkeypatch):
+    """A busy loop at a trainer's priority kept Ray from starting the next coordinator for two minutes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        seat = Seat(epoch=1, host="127.0.0.1", port=server.getsockname()[1])
+    calls = []
+    dial = module.Dial
+    monkeypatch.setattr(module, "Dial", lambda *args, **options: calls.append(1) or dial(*args, **options))
+    host = Host(seat)
+    until_s = time.monotonic() + 0.9
+    while time.monotonic() < until_s:
+        assert host.look() is None
+        host.loop.turn(0.3)
+    assert 1 <= len(calls) <= 4
+    host._lose()
+    host.loop._selector.close()
