@@ -50,6 +50,7 @@ class SecondTries:
                 self._failures.write_text(json.dumps(self._failed))
             return
         first = json.loads(self._failures.read_text()) if self._failures.exists() else {}
+        self._report.parent.mkdir(parents=True, exist_ok=True)
         with self._report.open("a") as file:
             for nodeid in self._passed:
                 if nodeid in first and nodeid not in self._failed:

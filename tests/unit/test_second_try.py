@@ -67,6 +67,12 @@ def test_what_passes_on_a_second_try_is_reported_and_what_fails_twice_is_not(fol
     assert "3 test(s) needed a second try" in told
 
 
+def test_a_second_try_after_none_that_ran_ends_without_a_word(folder):
+    out = run(folder, "-k", "nothing_of_this_name", SOLVENT_SECOND_TRY="1")
+    assert "INTERNALERROR" not in out and "4 deselected" in out
+    assert second_try.main("end") == 0
+
+
 def test_two_are_tolerated_and_the_next_call_begins_anew(folder, capsys):
     run(folder, "test_flaky.py::test_flaky[0]", "test_flaky.py::test_flaky[1]")
     run(folder, SOLVENT_SECOND_TRY="1")
