@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any, get_args
 
 from elastic.ports import Phase
-from elastic.rundir import format_utc, parse_utc
+from elastic.records.rundir import format_utc, parse_utc
 
 STATES: tuple[Phase, ...] = get_args(Phase)
 _MS_PER_HOUR = 3_600_000

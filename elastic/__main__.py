@@ -19,11 +19,9 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from elastic import config_load
-from elastic.attempts import End, build_row, close_torn_attempts, next_attempt, read_history
-from elastic.checkpoint.storage import check_writable
+from elastic.checkpoint.durable.storage_errors import check_writable
 from elastic.config import RunConfig
 from elastic.errors import SolventError, StaleEpochError, StorageError
-from elastic.leader import Leadership, lead
 from elastic.paths import ensure_home
 from elastic.ports import (
     Finished,
@@ -38,11 +36,13 @@ from elastic.ports import (
     Stall,
     WorldSpec,
 )
+from elastic.records.attempts import End, build_row, close_torn_attempts, next_attempt, read_history
+from elastic.records.leader import Leadership, lead
+from elastic.records.rundir import RunDir, append_row
+from elastic.records.spool import OpenRun, open_run
 from elastic.run import train
-from elastic.rundir import RunDir, append_row
 from elastic.sinks import console, jsonl
 from elastic.sinks._wandb_choice import is_disabled
-from elastic.spool import OpenRun, open_run
 from elastic.world import open_store
 
 INTERRUPTED_EXIT_CODE = 3

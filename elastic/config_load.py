@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, cast
 from elastic.config import RunConfig
 from elastic.errors import ConfigError
 from elastic.paths import expand_home, resolve_path
-from elastic.rundir import find_own_run
+from elastic.records.rundir import find_own_run
 
 PATHS = ("storage", "data.path", "cost.price_file")
 NODE_DISK = "checkpoint.node_disk"

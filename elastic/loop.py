@@ -10,14 +10,14 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from elastic import interrupt, metrics, spikes
-from elastic.checkpoint.save import Checkpointer
+from elastic.checkpoint.checkpointer import Checkpointer
 from elastic.config import RunConfig
 from elastic.data.loader import Loader
 from elastic.errors import StepError
 from elastic.optim import learning_rate
 from elastic.ports import Finished, Interrupted, MetricSink, Notice, NoticeSource, Observer, Outcome, Progress, Source
 from elastic.profile import Profiler
-from elastic.rundir import format_utc
+from elastic.records.rundir import format_utc
 from elastic.step import Abandoned, StepResult, Trainable, eval_loss, train_step
 from elastic.timeline import Timeline
 from elastic.world import World

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from elastic.ports import Progress
-from elastic.rundir import format_utc
+from elastic.records.rundir import format_utc
 
 if TYPE_CHECKING:
     import torch

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from elastic.config import OptimConfig
+from elastic.lr_schedule import learning_rate
 from elastic.optim_copies import CopyingAdamW
 from elastic.optim_sharded import ShardedAdamW
-from elastic.schedule import learning_rate
 
 __all__ = ["build_optimizer", "learning_rate"]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from elastic.attention import agree_on_attention
 from elastic.breaker import Presence
-from elastic.checkpoint.state import get_live_state
+from elastic.checkpoint.train_state import get_live_state
 from elastic.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from elastic.loss import IGNORE
 from elastic.ports import WorldSpec

@@ -16,26 +16,32 @@ from torch.distributed.distributed_c10d import Store
 from elastic import plugins
 from elastic.attention import agree_on_attention
 from elastic.breaker import Breaker
-from elastic.checkpoint.beginning import check_first_weights
-from elastic.checkpoint.keep import remove_orphans
-from elastic.checkpoint.load import restore
-from elastic.checkpoint.memory import Memory
-from elastic.checkpoint.room import agree_on_room
-from elastic.checkpoint.save import Checkpointer
-from elastic.checkpoint.storage import PATIENCE_S, check_space, estimate_checkpoint_bytes, explain, keep_trying
+from elastic.checkpoint.checkpointer import Checkpointer
+from elastic.checkpoint.durable.retention import remove_orphans
+from elastic.checkpoint.durable.storage_errors import (
+    PATIENCE_S,
+    check_space,
+    estimate_checkpoint_bytes,
+    explain,
+    keep_trying,
+)
+from elastic.checkpoint.restore.first_weights import check_first_weights
+from elastic.checkpoint.restore.load import restore
+from elastic.checkpoint.staging.memory_budget import agree_on_room
+from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.config import RunConfig
 from elastic.data.kept import keep_data
 from elastic.data.loader import Loader, eval_batches
 from elastic.data.shards import Dataset, check_fits, has_validation, open_dataset
-from elastic.epochs import EpochGuard, check_epoch
 from elastic.errors import DataError, StaleEpochError, StorageError
 from elastic.loop import Parts, SampleRecorder, run_loop
 from elastic.metrics import get_peak_flops
 from elastic.nn import init_weights
 from elastic.ports import DataIdentity, Lost, MetricSink, NoticeSource, Observer, Outcome, Progress, Source, WorldSpec
 from elastic.profile import Profiler
+from elastic.records.fencing import EpochGuard, check_epoch
+from elastic.records.spool import OpenRun, open_run
 from elastic.spikes import Recent
-from elastic.spool import OpenRun, open_run
 from elastic.step import build_trainable
 from elastic.storage import Storage
 from elastic.timeline import Laps, Timeline

@@ -56,7 +56,7 @@ def locate(stack: Sequence[tuple[str, str]], phase: Phase) -> Where:
         return "in a collective"
     if function in ("_engine_run_backward", "_count_vote", "synchronize"):
         return "waiting"
-    if any("elastic/sinks/" in file or file.endswith("elastic/rundir.py") for file, _ in stack):
+    if any("elastic/sinks/" in file or file.endswith("elastic/records/rundir.py") for file, _ in stack):
         return "writing its rows"
     if function in ("train_step", "eval_loss", "read") and file.endswith("elastic/step.py"):
         return "waiting"  # for a number from the device, which may wait for a collective; on a CPU: for a moment

@@ -27,11 +27,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
-from elastic.checkpoint.keeping import start_keeper
-from elastic.checkpoint.layout import list_committed, read_manifest
-from elastic.checkpoint.memory import Memory
-from elastic.checkpoint.save import Checkpointer
-from elastic.checkpoint.state import get_live_state
+from elastic.checkpoint.checkpointer import Checkpointer
+from elastic.checkpoint.format.manifest import list_committed, read_manifest
+from elastic.checkpoint.replicas.client import start_keeper
+from elastic.checkpoint.tiers.trainer_memory import Memory
+from elastic.checkpoint.train_state import get_live_state
 from elastic.config import CheckpointConfig, ModelConfig, RunConfig
 from elastic.ports import Progress, WorldSpec
 from elastic.step import build_trainable, train_step

@@ -23,11 +23,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from cluster.controller import Holder
-from cluster.runtime import coordinator as module
-from cluster.runtime.adapter import WorkerNode
-from cluster.runtime.coordinator import Coordinator, Session
+from cluster.runtime.coordinator import actor as module
+from cluster.runtime.coordinator.actor import Coordinator, Session
+from cluster.runtime.coordinator.hosts import HOST_SILENT_S
 from cluster.runtime.event_loop import EventLoop
-from cluster.runtime.hosts import HOST_SILENT_S
 from cluster.runtime.messages import (
     TO_HOST,
     Beat,
@@ -47,6 +46,7 @@ from cluster.runtime.messages import (
     TrainerLeft,
     TrainerSaid,
 )
+from cluster.runtime.ray.adapter import WorkerNode
 from elastic.config import ClusterConfig, FaultConfig, RunConfig, TrainConfig
 from elastic.ports import Progress
 from elastic.transport import Link, connect

@@ -17,10 +17,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 
-from elastic.checkpoint.arena import GIB, allocate_arena
-from elastic.checkpoint.copies import NUM_STREAMS
-from elastic.checkpoint.holdings import Snapshot
-from elastic.checkpoint.keeping import KeeperClient, RemoteKeeper, start_keeper
+from elastic.checkpoint.replicas.client import KeeperClient, RemoteKeeper, start_keeper
+from elastic.checkpoint.replicas.inventory import Snapshot
+from elastic.checkpoint.replicas.transfer import NUM_STREAMS
+from elastic.checkpoint.staging.shared_memory import GIB, allocate_arena
 
 PIECE_BYTES = 4 * 2**20
 READ_BYTES = 16 * 2**20

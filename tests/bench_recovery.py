@@ -26,10 +26,10 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from cluster.chaos.processes import find_family
+from cluster.chaos.process_tree import find_family
 from elastic.data.kjv import read_chapters
 from elastic.data.prepare import prepare
-from elastic.rundir import parse_utc, read_rows
+from elastic.records.rundir import parse_utc, read_rows
 from tests.ray._nodes import Nodes
 from tests.ray._runs import Run
 from tests.ray._traces import find_agents, find_trainers, get_node, get_parent

@@ -25,7 +25,7 @@ from typing import Any
 
 from elastic.data.kjv import read_chapters
 from elastic.data.prepare import prepare
-from elastic.rundir import RunDir
+from elastic.records.rundir import RunDir
 from tests.ray._exact import compare
 from tests.ray._leaks import LeakWatch
 from tests.ray._struck import MOST_WORKERS, NUM_NODES, find_problems, finish, strike

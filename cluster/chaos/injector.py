@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
 from cluster.chaos.faults import Fault, Phase
-from cluster.chaos.processes import find_family, is_of
-from cluster.chaos.schedule import Schedule, Strike, get_phase
+from cluster.chaos.process_tree import find_family, is_of
+from cluster.chaos.strikes import Schedule, Strike, get_phase
 from cluster.types import Scene, Slot, Worker
 
-_TRAINER = "cluster.runtime.host"
+_TRAINER = "cluster.runtime.node.host"
 """In the command line of hosts and of the trainers they fork."""
 _AGENT = "RayTrainWorker"
 

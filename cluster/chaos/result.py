@@ -9,11 +9,11 @@ from cluster.chaos.faults import Fault
 from cluster.chaos.injector import Struck
 from cluster.chaos.verdict import count_samples, measure_goodput
 from cluster.ledger import read_ledger
-from elastic.attempts import final_rows
 from elastic.config import RunConfig
 from elastic.data.order import sample_ids
 from elastic.data.shards import open_dataset
-from elastic.rundir import RunDir, read_rows
+from elastic.records.attempts import final_rows
+from elastic.records.rundir import RunDir, read_rows
 
 
 def build_result(

@@ -9,8 +9,8 @@ from typing import Any
 
 from cluster.hazard import predict_goodput
 from cluster.ledger import LedgerRow
-from elastic.attempts import final_rows
-from elastic.rundir import parse_utc
+from elastic.records.attempts import final_rows
+from elastic.records.rundir import parse_utc
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,8 @@ from cluster.cli._runs import add_json, add_run, print_json
 from elastic.errors import DataError, StorageError
 
 if TYPE_CHECKING:
+    from elastic.checkpoint.format.manifest import CommittedCheckpoint, Manifest
     from elastic.checkpoint.hf.exporting import TokenizerFiles
-    from elastic.checkpoint.layout import CommittedCheckpoint, Manifest
     from elastic.data.hf_tokenizer import HfTokenizer
     from elastic.storage import Storage
 
@@ -43,10 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export and tell what was written."""
+    from elastic.checkpoint.durable.storage_errors import GIB, explain
+    from elastic.checkpoint.format.manifest import read_manifest
     from elastic.checkpoint.hf.exporting import write_folder
     from elastic.checkpoint.hf.saved import SavedWeights
-    from elastic.checkpoint.layout import read_manifest
-    from elastic.checkpoint.storage import GIB, explain
     from elastic.config import ModelConfig
     from elastic.storage import open_storage
 
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _find_checkpoint(storage: "Storage", step: int | None) -> "CommittedCheckpoint":
-    from elastic.checkpoint.layout import list_committed
+    from elastic.checkpoint.format.manifest import list_committed
 
     committed = {checkpoint.step: checkpoint for checkpoint in list_committed(storage)}
     if not committed:
@@ -109,7 +109,7 @@ def _find_tokenizer(storage: "Storage", manifest: "Manifest", named: str | None)
     Raises:
         DataError: there is none, or the one that was named is not the checkpoint's.
     """
-    from elastic.checkpoint.fit import get_data
+    from elastic.checkpoint.format.compat import get_data
     from elastic.data.hf_tokenizer import build_tokenizer, read_tokenizer
     from elastic.data.kept import read_kept
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cluster.cli._runs import add_json, print_json
 from elastic.config import ModelConfig
-from elastic.rundir import RunDir
+from elastic.records.rundir import RunDir
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything, then import and tell how to go on."""
+    from elastic.checkpoint.durable.storage_errors import GIB, check_space, check_writable, explain
     from elastic.checkpoint.hf.folder import open_folder
     from elastic.checkpoint.hf.importing import import_folder
-    from elastic.checkpoint.storage import GIB, check_space, check_writable, explain
     from elastic.config_load import dump, load_here
     from elastic.data.format import read_info
     from elastic.data.hf_tokenizer import check_tokenizer, is_prepared

@@ -9,7 +9,7 @@ from cluster.cli._runs import add_json, add_run, open_run, print_json
 from elastic.errors import StorageError
 
 if TYPE_CHECKING:
-    from elastic.checkpoint.verify import Found
+    from elastic.checkpoint.durable.inspection import Found
     from elastic.storage import Storage
 
 
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         StorageError: the storage cannot be read.
     """
-    from elastic.checkpoint.storage import explain_unreadable
+    from elastic.checkpoint.durable.storage_errors import explain_unreadable
 
     storage, step = open_checkpoints(args.run_name)
     try:
@@ -45,7 +45,7 @@ def open_checkpoints(name: str) -> "tuple[Storage, int | None]":
     Raises:
         StorageError: there is none.
     """
-    from elastic.checkpoint.layout import CHECKPOINTS, get_directory_step
+    from elastic.checkpoint.format.manifest import CHECKPOINTS, get_directory_step
 
     path = urlsplit(name).path if name.startswith("file://") else name
     path = path.rstrip("/") or path
@@ -69,9 +69,9 @@ def find(storage: "Storage", step: int | None = None) -> "list[Found]":
     Raises:
         StorageError: that one is not there.
     """
-    from elastic.checkpoint.layout import get_directory
-    from elastic.checkpoint.verify import find_checkpoints
-    from elastic.epochs import get_newest_epoch
+    from elastic.checkpoint.durable.inspection import find_checkpoints
+    from elastic.checkpoint.format.manifest import get_directory
+    from elastic.records.fencing import get_newest_epoch
 
     found = find_checkpoints(storage, newest_epoch=get_newest_epoch(storage))
     if step is None:
@@ -85,7 +85,7 @@ def find(storage: "Storage", step: int | None = None) -> "list[Found]":
 
 def describe(found: "Found") -> dict[str, Any]:
     """Return the JSON object of one directory."""
-    from elastic.rundir import parse_utc
+    from elastic.records.rundir import parse_utc
 
     manifest = found.manifest
     saved_utc = manifest.saved_utc if manifest else ""

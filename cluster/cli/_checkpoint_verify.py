@@ -19,8 +19,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         StorageError: the storage cannot be read.
     """
-    from elastic.checkpoint.storage import explain_unreadable
-    from elastic.checkpoint.verify import find_all_damage
+    from elastic.checkpoint.durable.inspection import find_all_damage
+    from elastic.checkpoint.durable.storage_errors import explain_unreadable
 
     storage, step = open_checkpoints(args.run_name)
     rows: list[dict[str, Any]] = []

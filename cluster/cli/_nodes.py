@@ -32,8 +32,8 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 def hold_node(args: argparse.Namespace, command: Sequence[str], *, ip: str, head: tuple[str, int] | None) -> int:
     """Hold the node until a signal."""
-    from cluster.runtime.ray_node import NodePlan, hold
-    from cluster.runtime.ray_start import build_env, check_private
+    from cluster.runtime.ray.ray_node import NodePlan, hold
+    from cluster.runtime.ray.ray_start import build_env, check_private
     from elastic.errors import ConfigError
 
     if not args.public:

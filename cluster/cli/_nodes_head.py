@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Hold it until a signal."""
-    from cluster.runtime.ray_start import build_labels, find_own_ip, plan_head
-    from cluster.runtime.ray_token import MODE, get_default_path, make_token, read_token
+    from cluster.runtime.ray.ray_start import build_labels, find_own_ip, plan_head
+    from cluster.runtime.ray.ray_token import MODE, get_default_path, make_token, read_token
 
     if not read_token(os.environ) and os.environ.get(MODE, "token").lower() == "token":
         path = get_default_path(os.environ)

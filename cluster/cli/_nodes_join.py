@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Hold it until a signal."""
-    from cluster.runtime.ray_start import build_labels, check_private, find_own_ip, parse_head, plan_worker
-    from cluster.runtime.ray_token import MODE, TOKEN, get_default_path, read_token
+    from cluster.runtime.ray.ray_start import build_labels, check_private, find_own_ip, parse_head, plan_worker
+    from cluster.runtime.ray.ray_token import MODE, TOKEN, get_default_path, read_token
 
     head = parse_head(args.head)
     if not args.public:
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 def find_provider() -> str:
     """Return whose machine this is, as far as files and environment tell; a pod is on somebody's machine."""
     from cluster.providers import ALWAYS, detect_all
-    from cluster.runtime.machine import build_machine
+    from cluster.runtime.this_machine import build_machine
 
     found = detect_all(build_machine("", grace_s=0.0))
     here = [name for name, evidence in found.items() if evidence.is_here and name != ALWAYS]

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from elastic.errors import StorageError
-from elastic.rundir import RunDir
+from elastic.records.rundir import RunDir
 from elastic.storage import Storage, is_url, open_storage
 from elastic.strict_json import dump_json
 
@@ -60,8 +60,8 @@ def open_rows(run_name: str) -> Generator[RunDir]:
     if not is_url(run_name):
         yield find_run(run_name)
         return
-    from elastic.checkpoint.storage import explain_unreadable
-    from elastic.spool import fetch_rows
+    from elastic.checkpoint.durable.storage_errors import explain_unreadable
+    from elastic.records.spool import fetch_rows
 
     url = run_name.rstrip("/")
     storage = open_storage(url)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cluster.chaos.driver_process import DriverProcess
     from cluster.chaos.faults import Fault
     from cluster.chaos.injector import Injector
-    from cluster.runtime.local_cluster import LocalCluster
+    from cluster.runtime.ray.local_cluster import LocalCluster
 
 _LOOK_EVERY_S = 0.05
 _LOOK_CLOSELY_EVERY_S = 0.005
@@ -66,10 +66,10 @@ def train_struck(
     """
     from cluster.chaos.driver_process import DriverProcess
     from cluster.chaos.injector import Injector
-    from cluster.chaos.schedule import Schedule
-    from cluster.runtime import adapter
-    from cluster.runtime.local_cluster import LocalCluster
-    from elastic.storage.faults import FAULTS_VARIABLE
+    from cluster.chaos.strikes import Schedule
+    from cluster.runtime.ray import adapter
+    from cluster.runtime.ray.local_cluster import LocalCluster
+    from elastic.storage.faulty import FAULTS_VARIABLE
 
     least_nodes = config.get_world_sizes()[0]
     with tempfile.TemporaryDirectory(prefix="solvent-chaos-") as folder:
@@ -141,7 +141,7 @@ def is_saving(config: RunConfig) -> bool:
 
 def _spoil_storage(control: Path, fault: "Fault", until_s: float) -> None:
     """Tell every process of the run, through the control file they look at."""
-    from elastic.storage import faults
+    from elastic.storage import faulty as faults
 
     kind = cast(faults.Kind, fault.fault.removeprefix("storage_"))
     faults.write_fault(control, faults.Fault(kind=kind, rate=fault.rate, until_s=until_s, seed=fault.seed))

@@ -28,10 +28,10 @@ def add_arguments(parser: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Apply the rendered stream and follow it, or delete what it names."""
+    from cluster.kube.apply import delete, submit
     from cluster.kube.follow import follow
     from cluster.kube.render import is_kubernetes
     from cluster.kube.server import connect
-    from cluster.kube.submit import delete, submit
 
     profile = args.profile or _DEFAULT_PROFILE
     documents = render_for(args, profile)

@@ -12,8 +12,8 @@ from elastic.errors import ClusterError, ConfigError
 from elastic.paths import expand_home
 
 if TYPE_CHECKING:
-    from cluster.runtime.jobs import JobServer
-    from cluster.runtime.submission import Submission
+    from cluster.runtime.jobs.job_api import JobServer
+    from cluster.runtime.jobs.submission import Submission
 
 OPTIONS = {
     "--address": "address",
@@ -64,8 +64,8 @@ def add_arguments(parser: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Submit and follow, or stop what runs."""
-    from cluster.runtime.jobs import JobServer, ServerLostError, find_address
-    from cluster.runtime.ray_token import read_token
+    from cluster.runtime.jobs.job_api import JobServer, ServerLostError, find_address
+    from cluster.runtime.ray.ray_token import read_token
 
     server = JobServer(find_address(args.address, os.environ), token=read_token(os.environ))
     submission = build(args)
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 def build(args: argparse.Namespace) -> "Submission":
     """Return what would be sent."""
     from cluster.cost import load_prices
-    from cluster.runtime.submission import build_submission
+    from cluster.runtime.jobs.submission import build_submission
     from elastic.config_load import load
 
     config = load(args.config, args.overrides)
@@ -100,8 +100,8 @@ def build(args: argparse.Namespace) -> "Submission":
 
 def _submit(args: argparse.Namespace, server: "JobServer", submission: "Submission") -> int:
     from cluster.log_lines import LogLines
-    from cluster.runtime.submit import Ending, Limits, follow, submit
-    from cluster.runtime.supervise import submit_with_patience, supervise
+    from cluster.runtime.jobs.submitter import Ending, Limits, follow, submit
+    from cluster.runtime.jobs.supervise import submit_with_patience, supervise
 
     limits = Limits(patience_s=args.patience_s or _PATIENCE_S, pending_s=args.pending_s or _PENDING_S)
     lines = LogLines(colors="keep" if sys.stdout.isatty() and not args.json else "strip")
@@ -135,7 +135,7 @@ def _submit(args: argparse.Namespace, server: "JobServer", submission: "Submissi
 
 
 def _stop(server: "JobServer", submission: "Submission") -> int:
-    from cluster.runtime.submit import RUN, stop
+    from cluster.runtime.jobs.submitter import RUN, stop
 
     ours = [job for job in server.list_jobs() if job.metadata.get(RUN) == submission.run and not job.has_ended]
     for job in ours:

@@ -17,7 +17,7 @@ from cluster.cli._struck import End, train_struck
 from cluster.cli.train import check_before_paying, check_is_path, get_run_dir
 from elastic.config import RunConfig
 from elastic.errors import ConfigError, StorageError
-from elastic.rundir import read_rows
+from elastic.records.rundir import read_rows
 
 if TYPE_CHECKING:
     from cluster.chaos.faults import Fault

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.cli.train import check_before_paying, check_is_path, get_run_dir
 from elastic.config import RunConfig
 from elastic.paths import resolve_path
-from elastic.rundir import read_rows
+from elastic.records.rundir import read_rows
 
 if TYPE_CHECKING:
     from cluster.chaos.injector import Injector
@@ -129,8 +129,8 @@ def _train(config: RunConfig, arguments: Sequence[str]) -> "tuple[int, Injector]
 
 def _say(config: RunConfig, line: str) -> None:
     """Have the driver show a line, above its table and on its clock, if it has a coordinator to bring it."""
-    from cluster.runtime import adapter
     from cluster.runtime.driver import get_coordinator_name
+    from cluster.runtime.ray import adapter
 
     coordinator = adapter.get_coordinator(get_coordinator_name(config))
     if coordinator is None:
@@ -144,8 +144,8 @@ def _print_summary(config: RunConfig) -> None:
     from rich.table import Table
 
     from cluster.report.page import build_report
-    from elastic.attempts import final_rows
     from elastic.data.shards import open_dataset
+    from elastic.records.attempts import final_rows
 
     run_dir = get_run_dir(config)
     console = Console()

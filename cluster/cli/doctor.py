@@ -19,9 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print a line per check, and return 1 if one fails."""
     from cluster.doctor import examine
-    from cluster.runtime.machine import build_machine
-    from cluster.runtime.ray_token import get_default_path
-    from cluster.runtime.start_host import SUBREAPER
+    from cluster.runtime.node.start_host import SUBREAPER
+    from cluster.runtime.ray.ray_token import get_default_path
+    from cluster.runtime.this_machine import build_machine
 
     machine = build_machine("", grace_s=0.0)
     checks = examine(

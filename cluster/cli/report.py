@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _store(report: Path, run_url: str) -> str:
-    from elastic.checkpoint.storage import explain
+    from elastic.checkpoint.durable.storage_errors import explain
 
     try:
         open_storage(run_url).write(report.name, [report.read_bytes()])

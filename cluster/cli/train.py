@@ -17,11 +17,11 @@ from cluster.cost import load_prices
 from elastic.config import RunConfig
 from elastic.errors import ConfigError
 from elastic.ports import MetricSink
-from elastic.rundir import RunDir
+from elastic.records.rundir import RunDir
 from elastic.storage import is_url, join_url, open_storage
 
 if TYPE_CHECKING:
-    from cluster.runtime.retries import RetriedDriver
+    from cluster.runtime.jobs.retries import RetriedDriver
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     """Train, and return 0 finished, 2 wrong input, 3 interrupted and resumable, 1 anything else."""
     if not args.stop_retries:
         return _train(args, None)
-    from cluster.runtime.retries import stop_retries
+    from cluster.runtime.jobs.retries import stop_retries
 
     return stop_retries(lambda driver: _train(args, driver))
 
@@ -59,7 +59,7 @@ def _train(args: argparse.Namespace, driver: "RetriedDriver | None") -> int:
 
     from cluster.runtime.driver import find_address, train
     from cluster.runtime.view import View
-    from elastic.spool import open_folder
+    from elastic.records.spool import open_folder
 
     address = find_address()
     with (
@@ -80,7 +80,7 @@ def _train(args: argparse.Namespace, driver: "RetriedDriver | None") -> int:
 
 def find_last_step(config: RunConfig) -> int:
     """Return the step of the run's newest checkpoint, asked for before a node is; 0 if there is none."""
-    from elastic.checkpoint.layout import list_committed
+    from elastic.checkpoint.format.manifest import list_committed
 
     storage = open_storage(join_url(config.storage, config.run))
     return max((checkpoint.step for checkpoint in list_committed(storage)), default=0)
@@ -131,10 +131,7 @@ def check_before_paying(config: RunConfig) -> None:
         CheckpointError: another version of Solvent wrote its checkpoints.
     """
     from cluster.providers import check_choice
-    from elastic.checkpoint.beginning import check_first_weights
-    from elastic.checkpoint.fit import check_resume
-    from elastic.checkpoint.layout import list_committed, read_manifest
-    from elastic.checkpoint.storage import (
+    from elastic.checkpoint.durable.storage_errors import (
         PATIENCE_S,
         check_space,
         check_writable,
@@ -142,8 +139,11 @@ def check_before_paying(config: RunConfig) -> None:
         explain_unreadable,
         keep_trying,
     )
+    from elastic.checkpoint.format.compat import check_resume
+    from elastic.checkpoint.format.manifest import list_committed, read_manifest
+    from elastic.checkpoint.restore.first_weights import check_first_weights
     from elastic.data.shards import check_fits, open_dataset
-    from elastic.leader import was_led
+    from elastic.records.leader import was_led
 
     load_prices(config.cost)
     check_choice(config.cluster.notices)

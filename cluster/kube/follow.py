@@ -16,7 +16,7 @@ from cluster.log_lines import Colors
 _ENDS = ("Complete", "Failed", "ValidationFailed")
 _EXIT_CODE = re.compile(r"failed with exit code (\d+)")
 """Ray's own words for an entrypoint that failed, and ours for one that ended its job for good (see
-cluster/runtime/retries.py); KubeRay passes them on as the RayJob's message."""
+cluster/runtime/jobs/retries.py); KubeRay passes them on as the RayJob's message."""
 _OUR_CODES = (2, 3, 4)
 _MOST_BACKOFF_S = 30.0
 _FIRST_BACKOFF_S = 0.5

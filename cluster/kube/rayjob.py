@@ -25,7 +25,7 @@ from cluster.kube.manifests import (
 )
 from cluster.kube.names import get_job_name
 from cluster.kube.options import Options
-from cluster.kube.placement import check_placement
+from cluster.kube.pod_files import check_placement
 from cluster.kube.pods import (
     AUTOSCALER_COMMAND,
     CONFIG_FOLDER,

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cluster.kube.options import Options
-from cluster.kube.placement import check_placement
+from cluster.kube.pod_files import check_placement
 from cluster.kube.schema import find_problems
 from cluster.kube.sizing import OBJECT_STORE_BYTES, Sizes, plan_sizes
 from cluster.types import RAY_HEAD_ENV

@@ -7,7 +7,7 @@ from typing import Any
 
 from cluster.ledger import STATES, LedgerRow
 from cluster.report.story import Row, Story
-from elastic.rundir import parse_utc
+from elastic.records.rundir import parse_utc
 
 _MAX_POINTS = 1000
 _MAX_TILES = 6000

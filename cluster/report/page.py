@@ -17,8 +17,8 @@ from cluster.ledger import STATES, check_tiling
 from cluster.report.curves import build_curves
 from cluster.report.story import Row, Story, read_story
 from elastic.ports import Phase
+from elastic.records.rundir import RunDir, format_utc
 from elastic.redact import redact
-from elastic.rundir import RunDir, format_utc
 from elastic.strict_json import dump_json
 
 _HERE = Path(__file__).parent

@@ -3,7 +3,7 @@
 from cluster.controller.failures import read_failures
 from cluster.cost import get_usd_per_mtoken
 from cluster.report.story import read_story
-from elastic.rundir import RunDir
+from elastic.records.rundir import RunDir
 
 
 def get_status(run_dir: RunDir, *, now_s: float) -> dict[str, object]:

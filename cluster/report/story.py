@@ -8,8 +8,8 @@ from typing import Any, Literal
 import yaml
 
 from cluster.ledger import LedgerRow, Totals, read_ledger, totals_of
-from elastic.attempts import End, final_rows
-from elastic.rundir import RunDir, parse_utc, read_rows
+from elastic.records.attempts import End, final_rows
+from elastic.records.rundir import RunDir, parse_utc, read_rows
 
 Row = Mapping[str, Any]
 State = Literal["starting", "running", "silent"] | End

@@ -15,13 +15,13 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from cluster.runtime import adapter
-from cluster.runtime.agent import run_agent
-from cluster.runtime.closing import CLOSE_PATIENCE_S, Closing
-from cluster.runtime.coordinator import DRIVER_BUSY_S, Coordinator, Session
-from cluster.runtime.head_address import ADDRESS, PORT, Head, check_head, parse_address
-from cluster.runtime.published import Update
-from cluster.runtime.start_host import new_session
+from cluster.runtime.coordinator.actor import DRIVER_BUSY_S, Coordinator, Session
+from cluster.runtime.coordinator.closing import CLOSE_PATIENCE_S, Closing
+from cluster.runtime.coordinator.published import Update
+from cluster.runtime.node.start_host import new_session
+from cluster.runtime.ray import adapter
+from cluster.runtime.ray.agent import run_agent
+from cluster.runtime.ray.head_address import ADDRESS, PORT, Head, check_head, parse_address
 from cluster.types import Scene
 from elastic.config import RunConfig
 from elastic.config_load import resolve_paths

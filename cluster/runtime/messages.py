@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cluster.controller import Holder
-from cluster.runtime.seat import Seat
+from cluster.runtime.coordinator.seat import Seat
 from elastic.ports import Address, Phase, Progress, Source, Where
 from elastic.transport import Vocabulary
 

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from cluster.runtime.coordinator.published import Update
 from cluster.runtime.driver import Ending
-from cluster.runtime.published import Update
 from elastic.config import RunConfig
 from elastic.ports import MetricSink
 from elastic.sinks.console import format_row

@@ -14,7 +14,7 @@ from elastic.data.format import DATASET_FILE, TOKENIZER_FILE, DatasetInfo, parse
 from elastic.data.shards import Dataset
 from elastic.errors import DataError
 from elastic.ports import DataIdentity
-from elastic.rundir import DATA
+from elastic.records.rundir import DATA
 from elastic.storage import Storage
 
 

@@ -20,13 +20,13 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from elastic.data.checksums import write_stamp
 from elastic.data.documents import Source, find_sources
 from elastic.data.encoder import Encoded, Encoder, build_encoder, find_division, split_text
 from elastic.data.format import SPLITS, TOKENIZER_FILE, DatasetInfo, Split, hash_file, write_info
 from elastic.data.rows import Tally
 from elastic.data.target import check_target, stage_folder
 from elastic.data.tokenizer import SpecialTokens, load_tokenizer, train_tokenizer
-from elastic.data.verify import write_stamp
 from elastic.data.writer import SplitWriter
 from elastic.errors import DataError
 

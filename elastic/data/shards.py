@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from elastic.config import RunConfig
+from elastic.data.checksums import Verify, verify_files
 from elastic.data.format import DATASET_FILE, SPLITS, DatasetInfo, Split, Tokens, map_shard, read_info
-from elastic.data.verify import Verify, verify_files
 from elastic.errors import DataError
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from elastic.config import RunConfig
-from elastic.rundir import RunDir
+from elastic.records.rundir import RunDir
 
 _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("loss", "loss", lambda v: f"{v:.4f}"),

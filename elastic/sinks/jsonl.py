@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from elastic.config import RunConfig
 from elastic.errors import StorageError
-from elastic.rundir import RunDir, append_row, end_torn_line
+from elastic.records.rundir import RunDir, append_row, end_torn_line
 
 
 def build(config: RunConfig, run_dir: RunDir) -> "JsonlSink":  # noqa: ARG001 - the signature of all sinks

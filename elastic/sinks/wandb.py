@@ -18,8 +18,8 @@ import wandb
 from elastic.config import RunConfig
 from elastic.paths import resolve_path
 from elastic.ports import MetricSink
+from elastic.records.rundir import RunDir
 from elastic.redact import redact
-from elastic.rundir import RunDir
 from elastic.sinks._wandb_choice import Choice, Mode, choose
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from elastic.errors import StorageError
-from elastic.storage.faults import FAULTS_VARIABLE, FaultyStorage
+from elastic.storage.faulty import FAULTS_VARIABLE, FaultyStorage
 from elastic.storage.local import LocalStorage
 from elastic.storage.retry import RetryingStorage
 

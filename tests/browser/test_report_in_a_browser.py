@@ -14,8 +14,8 @@ import pytest
 
 from cluster.ledger import Ledger
 from cluster.report.page import build_report
-from elastic.attempts import History, build_row
-from elastic.rundir import RunDir, append_row, format_utc
+from elastic.records.attempts import History, build_row
+from elastic.records.rundir import RunDir, append_row, format_utc
 
 ORIGIN_S = 1_795_000_000.0
 SCRIPT = "<script>document.title='broken in'</script>"

@@ -6,10 +6,10 @@ It pushes when it is told to, and when it ends in order.
 
 import sys
 
-from elastic import spool
-from elastic.attempts import next_attempt
-from elastic.leader import lead
-from elastic.rundir import read_rows
+from elastic.records import spool
+from elastic.records.attempts import next_attempt
+from elastic.records.leader import lead
+from elastic.records.rundir import read_rows
 
 
 def main(storage: str, run_name: str, *words: str) -> None:

@@ -9,15 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster.runtime.adapter import WorkerNode
-from cluster.runtime.books import open_books
-from cluster.runtime.closing import ClosingUp
-from cluster.runtime.row_writer import RowWriter
+from cluster.runtime.coordinator.books import open_books
+from cluster.runtime.coordinator.closing import ClosingUp
+from cluster.runtime.coordinator.row_writer import RowWriter
+from cluster.runtime.ray.adapter import WorkerNode
 from elastic.config import RunConfig
-from elastic.rundir import RunDir, append_row, read_rows
-from elastic.spool import fetch_rows, open_run
+from elastic.records.rundir import RunDir, append_row, read_rows
+from elastic.records.spool import fetch_rows, open_run
 from elastic.storage import open_storage
-from elastic.storage.faults import FAULTS_VARIABLE
+from elastic.storage.faulty import FAULTS_VARIABLE
 
 
 def open_closing(storage):

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import main
-from elastic.checkpoint.layout import COMMITTED, MANIFEST, get_directory
+from elastic.checkpoint.format.manifest import COMMITTED, MANIFEST, get_directory
 from elastic.data.prepare import prepare
-from elastic.rundir import read_rows
+from elastic.records.rundir import read_rows
 from elastic.storage import open_storage
 from tests.contract._hf import MODEL, write_hf_folder
 

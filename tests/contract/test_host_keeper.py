@@ -8,9 +8,9 @@ from itertools import pairwise
 
 import pytest
 
-from cluster.runtime import host_keeper as module
-from cluster.runtime.host_keeper import HostKeeper
-from elastic.checkpoint.keeping import KeeperClient, RemoteKeeper, launch_keeper
+from cluster.runtime.node import host_keeper as module
+from cluster.runtime.node.host_keeper import HostKeeper
+from elastic.checkpoint.replicas.client import KeeperClient, RemoteKeeper, launch_keeper
 
 SECRET = "s3cret"
 

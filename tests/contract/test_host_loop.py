@@ -12,9 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cluster.controller import Holder
-from cluster.runtime.daemon import take_folder, write_to
-from cluster.runtime.host import Host
-from cluster.runtime.host_spec import HostSpec
+from cluster.runtime.coordinator.seat import Seat
 from cluster.runtime.messages import (
     Alive,
     Beat,
@@ -36,7 +34,9 @@ from cluster.runtime.messages import (
     Warm,
     WorldLeft,
 )
-from cluster.runtime.seat import Seat
+from cluster.runtime.node.daemon import take_folder, write_to
+from cluster.runtime.node.host import Host
+from cluster.runtime.node.host_spec import HostSpec
 from elastic.ports import Progress
 from tests.ray._traces import find_keepers, is_alive, wait_until
 from tests.ray.test_host import HostUnderTest

@@ -27,9 +27,9 @@ for module in pkgutil.walk_packages(elastic.__path__, "elastic."):
     [
         pytest.param("import elastic.run", {"torch"}, id="trainer"),
         pytest.param(IMPORT_ALL_OF_ELASTIC, {"torch", "wandb"}, id="all of elastic"),
-        pytest.param("import cluster.runtime.agent", {"cluster", "ray"}, id="what Ray starts"),
+        pytest.param("import cluster.runtime.ray.agent", {"cluster", "ray"}, id="what Ray starts"),
         pytest.param("import cluster.runtime.driver", {"cluster", "ray"}, id="driver"),
-        pytest.param("import cluster.runtime.host", {"cluster"}, id="host of trainers, before it warms up"),
+        pytest.param("import cluster.runtime.node.host", {"cluster"}, id="host of trainers, before it warms up"),
         pytest.param("import cluster.report.page", {"cluster"}, id="report"),
     ],
 )

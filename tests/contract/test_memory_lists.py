@@ -7,13 +7,13 @@ import time
 
 import pytest
 
-from elastic.checkpoint.arena import allocate_arena
-from elastic.checkpoint.holdings import Snapshot
-from elastic.checkpoint.keeping import KeeperClient, start_keeper
-from elastic.checkpoint.layout import Manifest
-from elastic.checkpoint.memory import Memory
-from elastic.checkpoint.shards import build_layout
-from elastic.checkpoint.snapshots import build_record, list_blocks
+from elastic.checkpoint.format.manifest import Manifest
+from elastic.checkpoint.format.sharding import build_layout
+from elastic.checkpoint.replicas.client import KeeperClient, start_keeper
+from elastic.checkpoint.replicas.discovery import build_record, list_blocks
+from elastic.checkpoint.replicas.inventory import Snapshot
+from elastic.checkpoint.staging.shared_memory import allocate_arena
+from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.ports import Progress
 
 SECRET = "s3cret"

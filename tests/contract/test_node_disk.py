@@ -6,8 +6,8 @@ import signal
 
 import pytest
 
-from elastic.checkpoint.keeping import KeeperClient, start_keeper
-from tests.contract.test_keeper import SECRET, SIZE, Trainer
+from elastic.checkpoint.replicas.client import KeeperClient, start_keeper
+from tests.contract.test_replica_server import SECRET, SIZE, Trainer
 
 
 @pytest.fixture

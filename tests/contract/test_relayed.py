@@ -6,12 +6,12 @@ import threading
 
 import pytest
 
+from cluster.runtime.coordinator.relayed import RelayedRun, RelayedSink, RowKeeper
 from cluster.runtime.messages import FROM_TRAINER, TO_TRAINER
-from cluster.runtime.relayed import RelayedRun, RelayedSink, RowKeeper
 from cluster.types import Slot
 from elastic.errors import StorageError
-from elastic.rundir import RunDir, read_rows
-from elastic.spool import fetch_rows, open_run
+from elastic.records.rundir import RunDir, read_rows
+from elastic.records.spool import fetch_rows, open_run
 from elastic.storage import open_storage
 from elastic.transport import Link, Peer
 from tests.ray._traces import wait_until

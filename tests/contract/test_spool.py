@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from elastic.rundir import RunDir, read_rows
-from elastic.spool import fetch_rows
+from elastic.records.rundir import RunDir, read_rows
+from elastic.records.spool import fetch_rows
 from elastic.storage import open_storage
 
 ROOT = Path(__file__).parents[2]

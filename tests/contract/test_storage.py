@@ -7,7 +7,7 @@ import pytest
 
 from elastic.errors import StorageError
 from elastic.storage import open_storage
-from elastic.storage.faults import FAULTS_VARIABLE, Fault, write_fault
+from elastic.storage.faulty import FAULTS_VARIABLE, Fault, write_fault
 
 LARGE_BYTES = 33 * 2**20  # more than one part of an upload
 

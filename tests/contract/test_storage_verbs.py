@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cluster.cli import main
-from elastic.rundir import RunDir, append_row
+from elastic.records.rundir import RunDir, append_row
 from elastic.storage import open_storage
 
 CONFIG = """

@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from cluster.cli import main
-from cluster.runtime import supervise as supervising
-from cluster.runtime.jobs import JobServer
-from cluster.runtime.submission import Submission
-from cluster.runtime.submit import Limits, follow
+from cluster.runtime.jobs import supervise as supervising
+from cluster.runtime.jobs.job_api import JobServer
+from cluster.runtime.jobs.submission import Submission
+from cluster.runtime.jobs.submitter import Limits, follow
 from tests.contract._job_api import JobApi
 from tests.tcp_proxy import TcpProxy
 

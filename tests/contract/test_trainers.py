@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.runtime import forked
-from cluster.runtime import trainers as module
+from cluster.runtime.coordinator.seat import Seat
 from cluster.runtime.event_loop import EventLoop
-from cluster.runtime.host_spec import HostSpec
 from cluster.runtime.messages import (
     Alive,
     Join,
@@ -24,8 +22,10 @@ from cluster.runtime.messages import (
     Warm,
     WorldLeft,
 )
-from cluster.runtime.seat import Seat
-from cluster.runtime.trainers import Place, Trainers
+from cluster.runtime.node.host_spec import HostSpec
+from cluster.runtime.trainers import forked
+from cluster.runtime.trainers import slots as module
+from cluster.runtime.trainers.slots import Place, Trainers
 from tests.stuck import grip
 
 CONFIG = {

@@ -18,7 +18,7 @@ TRAINER = """
 import logging, os, signal, sys
 from pathlib import Path
 from elastic.config import RunConfig, WandbConfig
-from elastic.rundir import RunDir
+from elastic.records.rundir import RunDir
 from elastic.sinks import wandb
 logging.basicConfig(level=logging.WARNING)
 storage, mode, first, last, end = sys.argv[1:]

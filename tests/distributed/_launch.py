@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from elastic.attempts import final_rows
-from elastic.rundir import RunDir, read_rows
+from elastic.records.attempts import final_rows
+from elastic.records.rundir import RunDir, read_rows
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 120.0

@@ -13,9 +13,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from elastic.checkpoint.load import restore
-from elastic.checkpoint.save import Checkpointer
-from elastic.checkpoint.state import get_live_state
+from elastic.checkpoint.checkpointer import Checkpointer
+from elastic.checkpoint.restore.load import restore
+from elastic.checkpoint.train_state import get_live_state
 from elastic.config import CheckpointConfig, FaultConfig, RunConfig
 from elastic.ports import Progress
 from elastic.storage import open_storage

@@ -12,10 +12,10 @@ import pytest
 import torch.distributed as dist
 from torch import nn
 
-from elastic.checkpoint.keeping import start_keeper
-from elastic.checkpoint.load import restore
-from elastic.checkpoint.memory import Memory
-from elastic.checkpoint.save import Checkpointer
+from elastic.checkpoint.checkpointer import Checkpointer
+from elastic.checkpoint.replicas.client import start_keeper
+from elastic.checkpoint.restore.load import restore
+from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.storage import open_storage
 from elastic.storage.local import LocalStorage
 from tests.distributed._spawn_ckpt import CONFIG, CPU, build, make_progress, run_ranks, train

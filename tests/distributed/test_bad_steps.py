@@ -14,7 +14,7 @@ from elastic.data.shards import open_dataset
 from elastic.errors import StepError
 from elastic.optim import learning_rate
 from elastic.ports import Finished, Interrupted, Notice
-from elastic.rundir import RunDir, read_rows
+from elastic.records.rundir import RunDir, read_rows
 from elastic.step import build_trainable, eval_loss, train_step
 from tests.distributed._loops import BATCH, SEQ_LEN, Watcher, make_config, train_rank, write_data
 from tests.distributed._ranks import in_world, run_ranks

@@ -16,13 +16,13 @@ from torch import nn
 from torch.distributed.checkpoint import load
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-from elastic.checkpoint.layout import COMMITTED, MANIFEST, list_committed, read_manifest
-from elastic.checkpoint.stage import Stager
-from elastic.checkpoint.state import get_live_state
+from elastic.checkpoint.format.manifest import COMMITTED, MANIFEST, list_committed, read_manifest
+from elastic.checkpoint.staging.device_to_host import Stager
+from elastic.checkpoint.train_state import get_live_state
 from elastic.config import TrainConfig
 from elastic.errors import CheckpointError, ConfigError, SavesFailedError, StorageError
 from elastic.storage import LocalStorage, open_storage
-from elastic.storage.faults import FAULTS_VARIABLE, Fault, write_fault
+from elastic.storage.faulty import FAULTS_VARIABLE, Fault, write_fault
 from tests.distributed._spawn_ckpt import (
     CONFIG,
     build,

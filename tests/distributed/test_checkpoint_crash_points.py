@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from elastic.checkpoint.load import restore
-from elastic.checkpoint.save import Checkpointer
+from elastic.checkpoint.checkpointer import Checkpointer
+from elastic.checkpoint.restore.load import restore
 from elastic.storage import open_storage
 from tests.distributed._crash_points import count_operations, run_forked
 from tests.distributed._spawn_ckpt import CONFIG, CPU, build, get_values, make_progress, run_ranks

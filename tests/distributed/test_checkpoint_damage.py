@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from cluster.cli import main
-from elastic.checkpoint.layout import COMMITTED, MANIFEST
+from elastic.checkpoint.format.manifest import COMMITTED, MANIFEST
 from elastic.errors import CheckpointError
 from tests.distributed._spawn_ckpt import build, do_restore, get_values, make_checkpointer, make_progress, run_ranks
 from tests.distributed._spawn_ckpt import train as train_steps
@@ -41,7 +41,7 @@ def restore_each(_run_dir, run_dirs):
     """Load each of these runs onto one model; return step, values and warnings."""
     model, optimizer = build("fsdp2", model_seed=1)
     handler = Warnings()
-    logging.getLogger("elastic.checkpoint.load").addHandler(handler)
+    logging.getLogger("elastic.checkpoint.restore.load").addHandler(handler)
     results = []
     for run_dir in run_dirs:
         handler.texts = []

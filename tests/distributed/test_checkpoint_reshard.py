@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from elastic.checkpoint.fill import NUM_READERS, READ_BYTES
-from elastic.checkpoint.load import restore
-from elastic.checkpoint.save import Checkpointer
-from elastic.checkpoint.state import get_live_state
+from elastic.checkpoint.checkpointer import Checkpointer
+from elastic.checkpoint.restore.fill_tensors import NUM_READERS, READ_BYTES
+from elastic.checkpoint.restore.load import restore
+from elastic.checkpoint.train_state import get_live_state
 from elastic.direct import READ_PIECE_BYTES
 from elastic.storage import open_storage
 from tests.distributed._spawn_ckpt import CONFIG, CPU, build, make_progress, run_ranks

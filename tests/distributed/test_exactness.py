@@ -14,9 +14,9 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from cluster.cli import main
-from elastic.attempts import final_rows
-from elastic.checkpoint.layout import list_committed, read_manifest
-from elastic.rundir import RunDir, read_rows
+from elastic.checkpoint.format.manifest import list_committed, read_manifest
+from elastic.records.attempts import final_rows
+from elastic.records.rundir import RunDir, read_rows
 from elastic.storage import open_storage
 from tests.distributed._launch import WAIT_S, Ranks, read_samples, start, wait_until
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import main
-from elastic.attempts import final_rows
-from elastic.epochs import get_newest_epoch
-from elastic.leader import LEASE_S
-from elastic.rundir import RunDir, read_rows
+from elastic.records.attempts import final_rows
+from elastic.records.fencing import get_newest_epoch
+from elastic.records.leader import LEASE_S
+from elastic.records.rundir import RunDir, read_rows
 from elastic.storage import open_storage
-from elastic.storage.faults import FAULTS_VARIABLE, Fault, write_fault
+from elastic.storage.faulty import FAULTS_VARIABLE, Fault, write_fault
 from tests.distributed._launch import Ranks, read_samples, wait_until
 
 STEPS = 40

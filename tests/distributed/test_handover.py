@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from elastic.__main__ import SignalNotices
-from elastic.checkpoint.layout import list_committed
+from elastic.checkpoint.format.manifest import list_committed
 from elastic.ports import Finished, Interrupted, Progress
 from elastic.storage import open_storage
 from tests.distributed._loops import SEQ_LEN, Watcher, make_config, train_rank, write_data

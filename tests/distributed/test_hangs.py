@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from elastic.rundir import RunDir, read_rows
+from elastic.records.rundir import RunDir, read_rows
 from tests.distributed._launch import Ranks
 from tests.distributed._loops import SEQ_LEN, write_data
 

@@ -11,15 +11,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cluster.cli import main
 from elastic import plugins
-from elastic.attempts import final_rows
-from elastic.checkpoint.layout import COMMITTED, get_directory
-from elastic.checkpoint.load import restore
-from elastic.checkpoint.state import get_live_state
+from elastic.checkpoint.format.manifest import COMMITTED, get_directory
+from elastic.checkpoint.restore.load import restore
+from elastic.checkpoint.train_state import get_live_state
 from elastic.config_load import load
 from elastic.data.prepare import prepare
 from elastic.data.shards import open_dataset
 from elastic.ports import WorldSpec
-from elastic.rundir import RunDir, read_rows
+from elastic.records.attempts import final_rows
+from elastic.records.rundir import RunDir, read_rows
 from elastic.step import build_trainable
 from elastic.storage import open_storage
 from elastic.world import close_world, open_store, open_world

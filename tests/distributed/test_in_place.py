@@ -13,8 +13,8 @@ from itertools import pairwise
 import pytest
 
 from elastic.breaker import Breaker
-from elastic.checkpoint.keeping import start_keeper
-from elastic.checkpoint.memory import Memory
+from elastic.checkpoint.replicas.client import start_keeper
+from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.config import CheckpointConfig
 from elastic.ports import Finished, Lost
 from elastic.run import train

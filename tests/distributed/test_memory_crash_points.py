@@ -20,9 +20,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from elastic.checkpoint.keeping import start_keeper
-from elastic.checkpoint.load import restore
-from elastic.checkpoint.memory import Memory
+from elastic.checkpoint.replicas.client import start_keeper
+from elastic.checkpoint.restore.load import restore
+from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.storage import open_storage
 from elastic.transport import WireError
 from tests.distributed._crash_points import count_operations, fork, run_forked

@@ -9,9 +9,9 @@ from functools import partial
 import pytest
 import torch.distributed as dist
 
-from elastic.checkpoint.keeping import KeeperClient, RemoteKeeper, start_keeper
-from elastic.checkpoint.load import restore
-from elastic.checkpoint.memory import Memory
+from elastic.checkpoint.replicas.client import KeeperClient, RemoteKeeper, start_keeper
+from elastic.checkpoint.restore.load import restore
+from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.ports import Finished, Interrupted, Notice
 from elastic.run import train as train_run
 from elastic.storage import open_storage

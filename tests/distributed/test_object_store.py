@@ -8,8 +8,8 @@ import time
 import pytest
 
 from cluster.cli import main
-from elastic.attempts import final_rows
-from elastic.rundir import RunDir, read_rows
+from elastic.records.attempts import final_rows
+from elastic.records.rundir import RunDir, read_rows
 from elastic.storage import open_storage
 from tests.distributed._launch import Ranks, wait_until
 from tests.flaky_proxy import FATES, open_proxy

@@ -1,9 +1,9 @@
 """A world whose run was taken over while it trained: a host's trainers leave it and join the next; others end."""
 
 from elastic.breaker import Breaker
-from elastic.epochs import take_epoch
 from elastic.errors import StaleEpochError
 from elastic.ports import Finished, Lost, Progress
+from elastic.records.fencing import take_epoch
 from elastic.run import train
 from elastic.storage import open_storage
 from tests.distributed._loops import NoNotices, Watcher, make_config, write_data

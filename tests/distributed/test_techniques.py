@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from elastic.checkpoint.state import get_local
+from elastic.checkpoint.train_state import get_local
 from elastic.errors import ConfigError
 from elastic.loss import IGNORE
 from elastic.step import Abandoned, build_trainable, eval_loss, train_step

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from cluster.runtime.link import connect
+from cluster.runtime.coordinator.seat import Seat
 from cluster.runtime.messages import (
     FROM_HOST,
     Claim,
@@ -48,8 +48,8 @@ from cluster.runtime.messages import (
     TrainerSaid,
     Welcome,
 )
-from cluster.runtime.seat import Seat
-from cluster.runtime.start_host import launch_host
+from cluster.runtime.node.connect import connect
+from cluster.runtime.node.start_host import launch_host
 from cluster.types import get_leave_limit_s
 from elastic.config import (
     CheckpointConfig,

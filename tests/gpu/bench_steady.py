@@ -24,7 +24,7 @@ from statistics import mean, median
 from cluster.runtime.messages import Kept, Stepped
 from elastic import config_load
 from elastic.config import RunConfig
-from elastic.rundir import RunDir, parse_utc, read_rows
+from elastic.records.rundir import RunDir, parse_utc, read_rows
 from tests.gpu.bench_restart import GPUS, IS_GPU, NUM_SLOTS, ROOT, Coordinator, build_config, report
 
 WARM_UP_STEPS = 30

@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import median
 
 from elastic.data.prepare import prepare
-from elastic.rundir import RunDir, parse_utc, read_rows
+from elastic.records.rundir import RunDir, parse_utc, read_rows
 
 PORT = 6399
 MARK = "SOLVENT_BENCH_NODE"
@@ -128,7 +128,7 @@ class Cluster:
 
     def find_trainer(self, node: int) -> int:
         """Return the process of a node's host that trains: it uses the GPU, or the CPU, more than any other."""
-        mine = [pid for pid in find_processes(node) if b"cluster.runtime.host" in read(pid, "cmdline")]
+        mine = [pid for pid in find_processes(node) if b"cluster.runtime.node.host" in read(pid, "cmdline")]
         if self.args.cpu:
             trainers = [pid for pid in mine if int(get_stat(pid)[1]) in mine]  # the host is their parent
             return max(trainers, key=lambda pid: sum(map(int, get_stat(pid)[11:13])))

@@ -8,12 +8,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from elastic.checkpoint import stage
-from elastic.checkpoint.keeping import start_keeper
-from elastic.checkpoint.load import restore
-from elastic.checkpoint.memory import Memory
-from elastic.checkpoint.save import Checkpointer
-from elastic.checkpoint.state import get_live_state, get_local
+from elastic.checkpoint.checkpointer import Checkpointer
+from elastic.checkpoint.replicas.client import start_keeper
+from elastic.checkpoint.restore.load import restore
+from elastic.checkpoint.staging import device_to_host
+from elastic.checkpoint.tiers.trainer_memory import Memory
+from elastic.checkpoint.train_state import get_live_state, get_local
 from elastic.config import RunConfig
 from elastic.ports import Progress
 from elastic.storage import open_storage
@@ -144,7 +144,7 @@ def test_what_is_restored_from_memory_is_the_same(device, tmp_path):
 def test_the_snapshot_before_stays_on_a_device_with_room(device, tmp_path, monkeypatch, has_room):
     """Give the next one up on its way; what the device has of the one before is taken, whatever the host has."""
     if not has_room:
-        monkeypatch.setattr(stage, "has_room_for_two", lambda *_, **__: False)
+        monkeypatch.setattr(device_to_host, "has_room_for_two", lambda *_, **__: False)
     config, storage = RunConfig(), open_storage(tmp_path)
     keeper = start_keeper(node="a", ip="127.0.0.1", secret="s")
     memory = Memory(keeper.open_connection(), node="a", secret="s")

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from elastic.attempts import final_rows
-from elastic.checkpoint.layout import list_committed, read_manifest
-from elastic.rundir import RunDir, read_rows
+from elastic.checkpoint.format.manifest import list_committed, read_manifest
+from elastic.records.attempts import final_rows
+from elastic.records.rundir import RunDir, read_rows
 from elastic.storage import open_storage
 
 

@@ -168,17 +168,17 @@ def _name_kind(target: str) -> str:
 
 
 def _find_role(pid: int, command: str) -> str:
-    if "elastic.checkpoint.keeper" in command:
+    if "elastic.checkpoint.replicas.server" in command:
         return "keeper"
     if command.startswith("ray::Coordinator"):
         return "coordinator"
-    if "cluster.runtime.host" not in command:
+    if "cluster.runtime.node.host" not in command:
         return ""
     try:
         parent = Path(f"/proc/{get_parent(pid)}/cmdline").read_bytes()
     except OSError:
         return ""
-    return "trainer" if b"cluster.runtime.host" in parent else "host"
+    return "trainer" if b"cluster.runtime.node.host" in parent else "host"
 
 
 def read_last_row(path: Path) -> dict[str, Any] | None:

@@ -104,8 +104,8 @@ def get_env(folder: Path) -> dict[str, str]:
 
 
 def _serve(num_nodes: int) -> None:
-    from cluster.runtime import adapter
-    from cluster.runtime.local_cluster import LocalCluster
+    from cluster.runtime.ray import adapter
+    from cluster.runtime.ray.local_cluster import LocalCluster
     from elastic.config import ClusterConfig
 
     answers = os.fdopen(os.dup(1), "w")

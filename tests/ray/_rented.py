@@ -114,7 +114,7 @@ class Rented:
 
 
 def get_own_ip() -> str:
-    from cluster.runtime.ray_start import find_own_ip
+    from cluster.runtime.ray.ray_start import find_own_ip
 
     return find_own_ip(None)
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import yaml
 
-from elastic.rundir import RunDir, read_rows
+from elastic.records.rundir import RunDir, read_rows
 from tests.ray._traces import wait_until
 
 SOLVENT = "from cluster.cli import enter; enter()"

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from elastic.rundir import RunDir
+from elastic.records.rundir import RunDir
 from tests.ray._exact import COMPARABLE, LOSS_TOLERANCE, Difference
 from tests.ray._nodes import get_env
 from tests.ray._runs import SOLVENT, TINY

@@ -51,7 +51,7 @@ def find_agents(folder: Path) -> list[int]:
 
 def find_keepers(folder: Path) -> list[int]:
     """Return the keepers of snapshots among a folder's processes."""
-    return [pid for pid, command in find_processes(folder).items() if "elastic.checkpoint.keeper" in command]
+    return [pid for pid, command in find_processes(folder).items() if "elastic.checkpoint.replicas.server" in command]
 
 
 def find_at_work(folder: Path) -> tuple[list[int], list[int], list[int]]:
@@ -66,12 +66,12 @@ def get_node(trainer: int) -> str:
 
 
 def _find_host_like(folder: Path) -> list[int]:
-    return sorted(pid for pid, command in find_processes(folder).items() if "cluster.runtime.host" in command)
+    return sorted(pid for pid, command in find_processes(folder).items() if "cluster.runtime.node.host" in command)
 
 
 def _is_trainer(pid: int) -> bool:
     try:
-        return b"cluster.runtime.host" in Path(f"/proc/{get_parent(pid)}/cmdline").read_bytes()
+        return b"cluster.runtime.node.host" in Path(f"/proc/{get_parent(pid)}/cmdline").read_bytes()
     except FileNotFoundError:
         return False
 

@@ -14,7 +14,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from cluster.runtime import adapter
+from cluster.runtime.ray import adapter
 from elastic.config import ClusterConfig
 from elastic.errors import SolventError
 from tests.ray._traces import wait_until

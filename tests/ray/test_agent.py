@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.runtime.priority import AHEAD
-from elastic.rundir import parse_utc
+from cluster.runtime.node.priority import AHEAD
+from elastic.records.rundir import parse_utc
 from tests.ray._runs import Run
 from tests.ray._traces import find_agents, find_hosts, find_processes, find_trainers, wait_until
 

@@ -4,12 +4,12 @@ import pytest
 
 from cluster.controller import Policy, State
 from cluster.ledger import check_tiling, read_ledger
-from cluster.runtime.adapter import WorkerNode
-from cluster.runtime.books import open_books
+from cluster.runtime.coordinator.books import open_books
+from cluster.runtime.ray.adapter import WorkerNode
 from cluster.types import DRIVER_GONE, AttemptEnded, AttemptStarted, Slot
 from elastic.config import CostConfig, RunConfig
 from elastic.ports import Progress
-from elastic.rundir import RunDir, append_row, format_utc, read_rows
+from elastic.records.rundir import RunDir, append_row, format_utc, read_rows
 
 
 @pytest.mark.parametrize("stage", ["clearing", "waiting", "forming"])

@@ -12,8 +12,8 @@ from copy import copy
 import pytest
 
 from cluster.ledger import check_tiling, read_ledger
-from elastic.attempts import final_rows
-from elastic.rundir import RunDir, parse_utc, read_rows
+from elastic.records.attempts import final_rows
+from elastic.records.rundir import RunDir, parse_utc, read_rows
 from tests.ray._exact import read_losses, read_samples
 from tests.ray._nodes import get_env, open_nodes
 from tests.ray._runs import Run

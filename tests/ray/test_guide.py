@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from elastic.rundir import RunDir, read_rows
+from elastic.records.rundir import RunDir, read_rows
 from tests.guide import find_commands
 from tests.ray._nodes import get_env
 from tests.ray._runs import TINY

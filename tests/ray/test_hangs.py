@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from elastic.attempts import final_rows
-from elastic.rundir import RunDir, read_rows
+from elastic.records.attempts import final_rows
+from elastic.records.rundir import RunDir, read_rows
 from tests.ray._runs import Run
 from tests.ray._traces import find_hosts, find_trainers, get_parent
 

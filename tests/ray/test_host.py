@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from cluster.controller import Holder
-from cluster.runtime.link import connect, tell_seat
+from cluster.runtime.coordinator.seat import Seat
 from cluster.runtime.messages import (
     FROM_HOST,
     Abandoned,
@@ -43,8 +43,8 @@ from cluster.runtime.messages import (
     TrainerSaid,
     Welcome,
 )
-from cluster.runtime.seat import Seat
-from cluster.runtime.start_host import launch_host
+from cluster.runtime.node.connect import connect, tell_seat
+from cluster.runtime.node.start_host import launch_host
 from elastic.config import RunConfig
 from elastic.errors import SolventError
 from elastic.transport import Acceptor, Link

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from cluster.runtime.link import connect
 from cluster.runtime.messages import Claim
-from elastic.rundir import read_rows
+from cluster.runtime.node.connect import connect
+from elastic.records.rundir import read_rows
 from tests.ray._runs import Run
 from tests.ray._traces import find_agents, find_at_work, find_processes, find_trainers, wait_until
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from elastic.attempts import final_rows
-from elastic.checkpoint.layout import list_committed
-from elastic.rundir import RunDir, read_rows
+from elastic.checkpoint.format.manifest import list_committed
+from elastic.records.attempts import final_rows
+from elastic.records.rundir import RunDir, read_rows
 from elastic.storage import open_storage
 from tests.ray._exact import read_losses, read_samples
 from tests.ray._nodes import Nodes, get_env

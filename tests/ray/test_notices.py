@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster.runtime import adapter
-from cluster.runtime.notices import WatchActor
+from cluster.runtime.coordinator.node_watches import WatchActor
+from cluster.runtime.ray import adapter
 from elastic.config import ClusterConfig
-from elastic.rundir import parse_utc, read_rows
+from elastic.records.rundir import parse_utc, read_rows
 from tests.contract._clouds import Aws, Azure, Gcp
 from tests.ray._nodes import Nodes, get_env
 from tests.ray._runs import Run

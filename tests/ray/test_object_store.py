@@ -14,8 +14,8 @@ import pytest
 from cluster.cli import main
 from cluster.cli._runs import open_rows
 from cluster.report.status import get_status
-from elastic.attempts import final_rows
-from elastic.rundir import RunDir, read_rows
+from elastic.records.attempts import final_rows
+from elastic.records.rundir import RunDir, read_rows
 from elastic.storage import open_storage
 from tests.flaky_proxy import FATES, open_proxy
 from tests.ray._exact import LOSS_TOLERANCE, compare, read_samples

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.runtime.hosts import HOST_SILENT_S
-from elastic.checkpoint.layout import list_committed, read_manifest
-from elastic.epochs import CHECK_EVERY_S, get_newest_epoch
-from elastic.rundir import RunDir, parse_utc, read_rows
+from cluster.runtime.coordinator.hosts import HOST_SILENT_S
+from elastic.checkpoint.format.manifest import list_committed, read_manifest
+from elastic.records.fencing import CHECK_EVERY_S, get_newest_epoch
+from elastic.records.rundir import RunDir, parse_utc, read_rows
 from elastic.storage import open_storage
 from tests.ray._exact import COMPARABLE, LOSS_TOLERANCE, compare
 from tests.ray._network import Network, NoNetworkError

@@ -20,7 +20,7 @@ import pytest
 from cluster.kube.options import Options
 from cluster.kube.render import render
 from elastic.config import ClusterConfig, DataConfig, RunConfig
-from elastic.rundir import parse_utc, read_rows
+from elastic.records.rundir import parse_utc, read_rows
 from tests.ray._nodes import Nodes, get_env
 from tests.ray._runs import Run
 from tests.ray._traces import assert_nothing_left

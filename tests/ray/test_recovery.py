@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from cluster.ledger import check_tiling, read_ledger
-from elastic.attempts import final_rows
-from elastic.rundir import RunDir, parse_utc, read_rows
+from elastic.records.attempts import final_rows
+from elastic.records.rundir import RunDir, parse_utc, read_rows
 from tests.ray._exact import read_samples
 from tests.ray._nodes import get_env
 from tests.ray._runs import Run

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic.rundir import read_rows
+from elastic.records.rundir import read_rows
 from elastic.transport.handshake import Handshake
 from tests.ray._runs import Run
 from tests.ray._traces import find_hosts, find_keepers, find_processes, find_trainers, wait_until

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from cluster.cli import main
-from elastic.rundir import RunDir, read_rows
+from elastic.records.rundir import RunDir, read_rows
 from tests.ray._exact import read_losses, read_samples
 from tests.ray._nodes import get_env
 from tests.ray._rented import SOLVENT_COMMAND, Rented, find_tree, get_own_ip

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.attempts import (
+from elastic.records.attempts import (
     History,
     build_row,
     close_torn_attempts,
@@ -12,7 +12,7 @@ from elastic.attempts import (
     next_attempt,
     read_history,
 )
-from elastic.rundir import RunDir, append_row, format_utc, parse_utc, read_rows
+from elastic.records.rundir import RunDir, append_row, format_utc, parse_utc, read_rows
 
 
 def put_metrics(run_dir, attempt, steps, *, from_s, world_size=2):

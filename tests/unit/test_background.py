@@ -2,7 +2,7 @@
 
 import threading
 
-from cluster.runtime.background import Background
+from cluster.runtime.coordinator.background import Background
 
 
 def test_jobs_are_done_in_order_and_the_end_of_all_can_be_waited_for():

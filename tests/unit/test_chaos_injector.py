@@ -11,8 +11,8 @@ import pytest
 
 from cluster.chaos.faults import Fault, Target
 from cluster.chaos.injector import Injector
-from cluster.chaos.processes import find_family, is_of
-from cluster.chaos.schedule import Schedule
+from cluster.chaos.process_tree import find_family, is_of
+from cluster.chaos.strikes import Schedule
 from cluster.types import Scene, Slot, Worker
 
 SLEEP = "import sys, time; sys.stdin.close(); time.sleep(60)"
@@ -50,8 +50,8 @@ def cluster():
 
 @pytest.fixture
 def trainer():
-    process = subprocess.Popen([sys.executable, "-c", SLEEP, "cluster.runtime.host"], stdin=subprocess.PIPE)
-    wait_for(lambda: is_of(process.pid, "cluster.runtime.host"))
+    process = subprocess.Popen([sys.executable, "-c", SLEEP, "cluster.runtime.node.host"], stdin=subprocess.PIPE)
+    wait_for(lambda: is_of(process.pid, "cluster.runtime.node.host"))
     yield process
     process.kill()
     process.communicate()

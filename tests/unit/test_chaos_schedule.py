@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.chaos.faults import KINDS, NODE_FAULTS, PHASES, TRAINER_FAULTS, Fault, Target
-from cluster.chaos.schedule import Schedule, get_phase
+from cluster.chaos.strikes import Schedule, get_phase
 from cluster.types import Scene, Worker
 
 NODES = ["a", "b", "c"]

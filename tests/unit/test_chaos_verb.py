@@ -4,7 +4,7 @@ import pytest
 
 from cluster.cli import _struck, main
 from elastic.config import RunConfig
-from elastic.rundir import RunDir
+from elastic.records.rundir import RunDir
 
 
 @pytest.mark.parametrize(

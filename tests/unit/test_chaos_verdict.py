@@ -10,7 +10,7 @@ from cluster.chaos.verdict import count_samples, measure_goodput
 from cluster.hazard import predict_goodput
 from cluster.ledger import LedgerRow
 from elastic.data.order import rank_slice, sample_ids
-from elastic.rundir import format_utc
+from elastic.records.rundir import format_utc
 
 GLOBAL_BATCH = 6
 

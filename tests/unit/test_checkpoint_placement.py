@@ -3,7 +3,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.checkpoint.placement import NodeLabels, plan_peers
+from elastic.checkpoint.replicas.placement import NodeLabels, plan_peers
 
 LABELS = st.builds(NodeLabels, zone=st.sampled_from(["", "a", "b", "c"]), capacity=st.sampled_from(["", "spot", "od"]))
 FLEETS = st.dictionaries(st.text("abcdef0123456789", min_size=1, max_size=6), LABELS, max_size=12)

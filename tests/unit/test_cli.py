@@ -10,7 +10,7 @@ import pytest
 
 from cluster.cli import _parse as parse
 from cluster.cli import main
-from elastic.rundir import RunDir, append_row
+from elastic.records.rundir import RunDir, append_row
 
 SOLVENT = [sys.executable, "-c", "from cluster.cli import enter; enter()"]
 

@@ -41,9 +41,9 @@ from cluster.types import (
     Undrained,
     Unkillable,
 )
-from elastic.attempts import final_rows
 from elastic.data.order import rank_slice, sample_ids
 from elastic.ports import Progress
+from elastic.records.attempts import final_rows
 
 MAX_STEPS = 40
 SAVE_EVERY = 7

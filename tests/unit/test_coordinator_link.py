@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster.runtime import coordinator_link as module
-from cluster.runtime.coordinator_link import CoordinatorLink
+from cluster.runtime.coordinator.seat import Seat
 from cluster.runtime.event_loop import EventLoop
 from cluster.runtime.messages import FROM_HOST, Beat, Bye, End, HostHello, Renew, TrainerLeft, Welcome
-from cluster.runtime.seat import Seat
+from cluster.runtime.node import coordinator_link as module
+from cluster.runtime.node.coordinator_link import CoordinatorLink
 from elastic.transport import Acceptor, Link
 
 PATIENCE_S = 60

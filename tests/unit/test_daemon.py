@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from cluster.runtime import daemon
-from cluster.runtime.daemon import take_folder
+from cluster.runtime.node import daemon
+from cluster.runtime.node.daemon import take_folder
 
 
 def test_a_folder_is_its_owner_s_alone_and_is_taken_once(tmp_path):

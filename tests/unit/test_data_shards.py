@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.config import DataConfig, ModelConfig, RunConfig
-from elastic.data import verify
+from elastic.data import checksums as verify
 from elastic.data.prepare import prepare
 from elastic.data.shards import check_fits, open_dataset
 from elastic.errors import DataError

@@ -4,7 +4,7 @@ import pytest
 
 from cluster.chaos.faults import Fault
 from cluster.chaos.injector import Injector, Struck
-from cluster.chaos.schedule import Schedule
+from cluster.chaos.strikes import Schedule
 from cluster.cli.demo import find_missing
 
 KINDS = {"drain": "node_drained", "add": "node_added", "kill": "trainer_lost"}

@@ -9,7 +9,7 @@ import pytest
 from cluster import doctor
 from cluster.cli import main
 from cluster.providers import Evidence, Machine, fetch
-from cluster.runtime.start_host import SUBREAPER
+from cluster.runtime.node.start_host import SUBREAPER
 from elastic.errors import ConfigError
 from tests.contract._clouds import Aws, Gcp
 

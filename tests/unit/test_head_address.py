@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from cluster.runtime.head_address import Head, check_head, parse_address, probe
+from cluster.runtime.ray.head_address import Head, check_head, parse_address, probe
 from elastic.errors import ConfigError
 
 

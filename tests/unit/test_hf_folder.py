@@ -12,11 +12,11 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from elastic.checkpoint.format.sharding import ITEM_BYTES
 from elastic.checkpoint.hf.exporting import plan_shards
 from elastic.checkpoint.hf.families._base import Pair
 from elastic.checkpoint.hf.folder import find_family, get_families, open_folder
 from elastic.checkpoint.hf.numbers import from_fp32, to_fp32
-from elastic.checkpoint.shards import ITEM_BYTES
 from elastic.errors import ModelFolderError
 from elastic.models import llama
 from elastic.storage import open_storage

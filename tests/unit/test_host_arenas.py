@@ -6,9 +6,9 @@ import threading
 import pytest
 import torch
 
-from elastic.checkpoint.arena import Arena
-from elastic.checkpoint.stage import HostArenas
-from tests.unit.test_checkpoint_arena import count_bytes
+from elastic.checkpoint.staging.device_to_host import HostArenas
+from elastic.checkpoint.staging.shared_memory import Arena
+from tests.unit.test_checkpoint_shared_memory import count_bytes
 
 NUM_BYTES = 1 << 20
 WAIT_S = 10

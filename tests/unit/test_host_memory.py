@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.checkpoint.host_memory import WAYS, Room, get_available_bytes, has_room, is_roomy
+from elastic.checkpoint.staging.host_memory import WAYS, Room, get_available_bytes, has_room, is_roomy
 
 GIB = 2**30
 UNLIMITED_V1 = 9223372036854771712

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from cluster.controller import Holder
-from cluster.runtime import hosts as module
-from cluster.runtime.hosts import Hosts, HostStarts
+from cluster.runtime.coordinator import hosts as module
+from cluster.runtime.coordinator.hosts import Hosts, HostStarts
 from cluster.runtime.messages import (
     TO_HOST,
     Beat,

@@ -2,7 +2,7 @@
 
 import socket
 
-from cluster.runtime.interface import find_interface
+from cluster.runtime.trainers.interface import find_interface
 
 
 def test_the_interface_that_has_an_address_is_found():

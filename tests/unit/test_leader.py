@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from elastic.epochs import get_newest_epoch, take_epoch
 from elastic.errors import StaleEpochError, StorageError
-from elastic.leader import KEY, Lease, lead
+from elastic.records.fencing import get_newest_epoch, take_epoch
+from elastic.records.leader import KEY, Lease, lead
 from elastic.storage.local import LocalStorage
 
 LEASE_S = 0.5
@@ -101,7 +101,7 @@ def test_a_leader_that_died_elsewhere_is_followed_when_its_lease_has_run_out_and
 def test_a_leader_that_died_on_this_machine_is_followed_at_once(storage):
     code = f"""
 import os
-from elastic.leader import lead
+from elastic.records.leader import lead
 from elastic.storage.local import LocalStorage
 lead(LocalStorage({storage.url!r}), who="a driver")
 os._exit(0)

@@ -4,8 +4,8 @@ import socket
 
 import pytest
 
-from cluster.runtime.link_observer import LinkObserver
 from cluster.runtime.messages import FROM_TRAINER, Phases, Progressed, Stepped, StepTimes
+from cluster.runtime.trainers.link_observer import LinkObserver
 from elastic.ports import Progress
 from elastic.transport import Link, Peer
 

@@ -6,8 +6,8 @@ import zipfile
 
 import pytest
 
-from cluster.runtime import packing
-from cluster.runtime.packing import pack
+from cluster.runtime.jobs import packing
+from cluster.runtime.jobs.packing import pack
 from elastic.errors import ConfigError
 
 LEFT_OUT = [

@@ -9,7 +9,7 @@ from elastic.config import CostConfig, DataConfig, RunConfig
 from elastic.config_load import dump, load, load_here
 from elastic.errors import ConfigError
 from elastic.paths import expand_home, resolve_path
-from elastic.rundir import RunDir
+from elastic.records.rundir import RunDir
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from cluster.runtime.priority import AHEAD, AHEAD_VARIABLE, get_ahead
+from cluster.runtime.node.priority import AHEAD, AHEAD_VARIABLE, get_ahead
 
 TAKE = """
 import os, sys, threading
-from cluster.runtime.priority import take_priority_of
+from cluster.runtime.node.priority import take_priority_of
 os.nice(5)
 wait = threading.Event()
 threading.Thread(target=wait.wait, daemon=True).start()

@@ -7,8 +7,8 @@ import pytest
 
 from cluster.cli import main
 from cluster.kube.render import get_profile_names
-from cluster.runtime.ray_start import build_env, build_labels, check_private, parse_head, plan_head, plan_worker
-from cluster.runtime.ray_token import make_first_token
+from cluster.runtime.ray.ray_start import build_env, build_labels, check_private, parse_head, plan_head, plan_worker
+from cluster.runtime.ray.ray_token import make_first_token
 from elastic.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

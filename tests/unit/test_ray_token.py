@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.runtime.ray_token import explain_refusal, read_token
+from cluster.runtime.ray.ray_token import explain_refusal, read_token
 from elastic.errors import ConfigError
 
 

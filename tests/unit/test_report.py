@@ -13,7 +13,7 @@ from cluster.report.curves import build_curves
 from cluster.report.page import build_report
 from cluster.report.status import get_status
 from cluster.report.story import read_story
-from elastic.rundir import RunDir, append_row, format_utc, read_rows
+from elastic.records.rundir import RunDir, append_row, format_utc, read_rows
 
 TRAIN, SAVE = STATES.index("train"), STATES.index("save")
 

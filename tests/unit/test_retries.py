@@ -2,8 +2,8 @@
 
 import pytest
 
-from cluster.runtime.retries import FRUITLESS_DRIVERS, KEY, FruitlessError, RetriedDriver
-from elastic.checkpoint.layout import COMMITTED, MANIFEST, checksum, get_directory
+from cluster.runtime.jobs.retries import FRUITLESS_DRIVERS, KEY, FruitlessError, RetriedDriver
+from elastic.checkpoint.format.manifest import COMMITTED, MANIFEST, checksum, get_directory
 from elastic.config import RunConfig
 from elastic.errors import (
     CheckpointError,
@@ -14,7 +14,7 @@ from elastic.errors import (
     StaleEpochError,
     StorageError,
 )
-from elastic.leader import lead
+from elastic.records.leader import lead
 from elastic.storage import open_storage
 
 

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster.runtime import row_writer as module
-from cluster.runtime.row_writer import RowWriter
+from cluster.runtime.coordinator import row_writer as module
+from cluster.runtime.coordinator.row_writer import RowWriter
 from elastic.errors import StaleEpochError, StorageError
-from elastic.rundir import read_rows
+from elastic.records.rundir import read_rows
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ import pytest
 from elastic import plugins
 from elastic.config import RunConfig, TrainConfig
 from elastic.errors import StorageError
+from elastic.records.rundir import RunDir, append_row, read_rows
 from elastic.redact import redact
-from elastic.rundir import RunDir, append_row, read_rows
 from elastic.sinks import jsonl, wandb
 from elastic.sinks.console import ConsoleSink
 

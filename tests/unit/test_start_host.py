@@ -1,6 +1,6 @@
 """Names of the folders of hosts."""
 
-from cluster.runtime.start_host import find_older, get_host_folder, new_session
+from cluster.runtime.node.start_host import find_older, get_host_folder, new_session
 
 
 def test_the_hosts_of_a_run_s_earlier_sessions_on_the_same_node_are_found_and_no_others(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from elastic.storage import LocalStorage, join_url, open_storage
-from elastic.storage.faults import Fault, FaultyStorage, write_fault
+from elastic.storage.faulty import Fault, FaultyStorage, write_fault
 from elastic.storage.retry import RetryingStorage
 
 

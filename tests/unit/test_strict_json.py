@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cluster.cli._runs import print_json
 from cluster.report.status import get_status
-from elastic.rundir import RunDir, append_row, format_utc, read_rows
+from elastic.records.rundir import RunDir, append_row, format_utc, read_rows
 from elastic.sinks.console import format_row
 from elastic.strict_json import dump_json, load_json
 

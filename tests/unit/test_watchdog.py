@@ -52,7 +52,7 @@ def test_factor_0_calls_nothing_hung(phase):
         (("/x/elastic/nn.py", "forward"), "train", "computing"),
         (("/v/threading.py", "wait"), "data", "loading data"),
         (("/v/threading.py", "wait"), "save", "saving"),
-        (("/x/elastic/rundir.py", "append_row"), "data", "writing its rows"),
+        (("/x/elastic/records/rundir.py", "append_row"), "data", "writing its rows"),
     ],
 )
 def test_the_innermost_frame_tells_what_is_waited_for(inner, phase, where):

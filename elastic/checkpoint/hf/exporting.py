@@ -12,10 +12,10 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from elastic.checkpoint.format.sharding import ITEM_BYTES
 from elastic.checkpoint.hf.families._base import Pair
 from elastic.checkpoint.hf.folder import CONFIG, INDEX, WHOLE, find_family
 from elastic.checkpoint.hf.numbers import from_fp32
-from elastic.checkpoint.shards import ITEM_BYTES
 from elastic.config import ModelConfig
 from elastic.errors import ModelFolderError
 from elastic.storage import Storage

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from elastic import plugins
+from elastic.checkpoint.format.sharding import ITEM_BYTES
 from elastic.checkpoint.hf.families._base import Family, Pair
 from elastic.checkpoint.hf.numbers import DTYPES, Dtype
-from elastic.checkpoint.shards import ITEM_BYTES
 from elastic.config import ModelConfig
 from elastic.errors import ModelFolderError
 from elastic.storage import Storage

@@ -11,12 +11,9 @@ from dataclasses import dataclass
 
 from zlib_ng.zlib_ng import crc32
 
-from elastic.checkpoint.fit import get_computing_config, get_config_hash
-from elastic.checkpoint.hf.families._base import Pair
-from elastic.checkpoint.hf.folder import ModelFolder
-from elastic.checkpoint.hf.numbers import from_fp32, to_fp32
-from elastic.checkpoint.keep import remove_orphans
-from elastic.checkpoint.layout import (
+from elastic.checkpoint.durable.retention import remove_orphans
+from elastic.checkpoint.format.compat import get_computing_config, get_config_hash
+from elastic.checkpoint.format.manifest import (
     BLOCK_BYTES,
     Chunk,
     FileRecord,
@@ -27,11 +24,14 @@ from elastic.checkpoint.layout import (
     get_shard_name,
     list_steps,
 )
-from elastic.checkpoint.shards import ITEM_BYTES, Box, build_layout
+from elastic.checkpoint.format.sharding import ITEM_BYTES, Box, build_layout
+from elastic.checkpoint.hf.families._base import Pair
+from elastic.checkpoint.hf.folder import ModelFolder
+from elastic.checkpoint.hf.numbers import from_fp32, to_fp32
 from elastic.config import RunConfig
 from elastic.errors import StorageError
 from elastic.ports import DataIdentity, Progress
-from elastic.rundir import ORIGIN
+from elastic.records.rundir import ORIGIN
 from elastic.storage import Storage
 
 _PIECE_BYTES = 16 * BLOCK_BYTES

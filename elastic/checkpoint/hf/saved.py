@@ -6,11 +6,11 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from elastic.checkpoint.format.manifest import CommittedCheckpoint, Manifest
+from elastic.checkpoint.format.read_plan import plan_reads
+from elastic.checkpoint.format.sharding import ITEM_BYTES, Box
 from elastic.checkpoint.hf.numbers import DTYPES, to_fp32
-from elastic.checkpoint.layout import CommittedCheckpoint, Manifest
-from elastic.checkpoint.reads import plan_reads
-from elastic.checkpoint.shards import ITEM_BYTES, Box
-from elastic.checkpoint.sources import DamageError, StorageSource, read_verified
+from elastic.checkpoint.restore.sources import DamageError, StorageSource, read_verified
 from elastic.errors import CheckpointError
 from elastic.storage import Storage
 

@@ -1,0 +1,1 @@
+"""The one process that decides who trains, and what it writes down."""

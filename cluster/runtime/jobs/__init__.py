@@ -1,0 +1,1 @@
+"""A run as jobs of a Ray cluster: packed, submitted, followed, and tried again."""

@@ -1,0 +1,1 @@
+"""What runs in the slots of a host."""

@@ -1,0 +1,1 @@
+"""From host memory to the run's storage, complete or invisible."""

@@ -1,0 +1,187 @@
+"""Whether a run may go on from a checkpoint under the configuration it has now. No torch here.
+
+Keys that shape the model or decide which samples a step takes must stay: with another value the state does not
+fit, or samples would be lost or repeated. Other keys that decide what is computed may change, visibly: a longer
+run, another learning rate. `data.path` is one of them, since the same folder may be mounted elsewhere; what lies there
+must be what the run was trained on, unless `data.replace` names it.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from elastic.checkpoint.format.manifest import Manifest
+from elastic.config import OptimConfig, RunConfig
+from elastic.errors import CheckpointError, ConfigError, DataError
+from elastic.lr_schedule import learning_rate
+from elastic.ports import DataIdentity
+
+_SHAPE_KEYS = frozenset(
+    f"model.{name}"
+    for name in (
+        *("kind", "dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "vocab_size", "tied_head"),
+        *("head_dim", "qkv_bias", "qk_norm"),
+    )
+)
+_SAMPLE_KEYS = frozenset({"train.seed", "train.global_batch", "data.seq_len"})
+_FREE_KEYS = frozenset({"precision", "data.path", "train.steps", "train.max_grad_norm"})  # and all of model, optim
+
+
+_IDENTITY = "data.identity"
+"""Not a key of a configuration, but of what a configuration came to."""
+_JUMP = 1.05
+"""A learning rate that changes by more from one update to the next is told."""
+
+
+def get_computing_config(config: RunConfig, data: DataIdentity | None = None) -> dict[str, object]:
+    """Return the keys that decide what is computed, whatever the world that computes it, and which data it is."""
+    flat: dict[str, object] = {}
+    for part, values in asdict(config).items():
+        flat |= {f"{part}.{name}": v for name, v in values.items()} if isinstance(values, dict) else {part: values}
+    chosen = _SHAPE_KEYS | _SAMPLE_KEYS | _FREE_KEYS
+    identity: dict[str, object] = {_IDENTITY: asdict(data)} if data else {}
+    return identity | {key: v for key, v in flat.items() if key in chosen or key.startswith(("model.", "optim."))}
+
+
+def get_config_hash(computing_config: Mapping[str, object]) -> str:
+    """Return 16 hexadecimal digits that change with any value of `get_computing_config`."""
+    return hashlib.sha256(json.dumps(computing_config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def get_data(manifest: Manifest) -> DataIdentity | None:
+    """Return which data a checkpoint was trained on; None if an older version of Solvent wrote it."""
+    fields = manifest.config.get(_IDENTITY)
+    return DataIdentity(**fields) if fields else None
+
+
+def check_resume(config: RunConfig, manifest: Manifest, *, data: DataIdentity | None) -> list[str]:
+    """Compare what a run would go on with, configuration and data, with what its checkpoint was made under.
+
+    Args:
+        data: what `config.data.path` holds; None: nobody can say.
+
+    Returns:
+        What the user should know, a line each.
+
+    Raises:
+        ConfigError: a key changed that must not.
+        DataError: the data or the tokenizer is another one.
+    """
+    changed = check_config(config, manifest)
+    step = manifest.progress.step
+    remarks = [_check_data(config, manifest, data)] if data else []
+    if changed:
+        changes = ", ".join(f"{key}: {then} -> {now}" for key, (then, now) in sorted(changed.items()))
+        remarks.append(f"resuming at step {step} under a changed configuration: {changes}")
+    if step and step >= config.train.steps:
+        remarks.append(
+            f"train.steps={config.train.steps}, and this run has done {step}: there is nothing left to train. Set "
+            "train.steps to more to go on, or run=<new name> to begin anew."
+        )
+    elif changed:
+        remarks.append(_compare_learning_rates(config, manifest))
+    return [remark for remark in remarks if remark]
+
+
+def _check_data(config: RunConfig, manifest: Manifest, now: DataIdentity) -> str:
+    """Return what there is to tell.
+
+    Raises:
+        DataError: another data or tokenizer, and nobody said that it is meant.
+    """
+    then, step = get_data(manifest), manifest.progress.step
+    if then is None:
+        return (
+            f"the checkpoint of step {step} does not say which data it was trained on (an older version of Solvent "
+            f"wrote it): data.path={config.data.path!r} is taken for it, and the next checkpoint says so"
+        )
+    differences: list[str] = []
+    if now.tokenizer_sha256 != then.tokenizer_sha256:
+        differences.append("its tokens are another tokenizer's, so that ids mean other text")
+    if then.train_sha256 and now.train_sha256 != then.train_sha256:
+        differences.append(f"{now.train_tokens:,} other training tokens instead of {then.train_tokens:,}")
+    if then.train_sha256 and now.val_sha256 != then.val_sha256:
+        differences.append(f"{now.val_tokens:,} other validation tokens instead of {then.val_tokens:,}")
+    if not differences:
+        return ""
+    what = "; ".join(differences)
+    if config.data.replace == now.name:
+        return f"from step {step} on this run goes on with other data, as data.replace={now.name} says: {what}"
+    raise DataError(
+        f"data.path={config.data.path!r} does not hold what this run was trained on up to step {step}: {what}. Samples "
+        "would be left out or repeated in silence. Set data.path to the data of the run, start another run with "
+        f"run=<new name>, or go on with this data on purpose with data.replace={now.name}."
+    )
+
+
+def _compare_learning_rates(config: RunConfig, manifest: Manifest) -> str:
+    """Return a line if the next update's learning rate is far from the last one's."""
+    then: Mapping[str, Any] = manifest.config
+    tokens, step_tokens = manifest.progress.tokens, config.train.global_batch * config.data.seq_len
+    optim = OptimConfig(**{k.removeprefix("optim."): v for k, v in then.items() if k.startswith("optim.")})
+    total_tokens = then["train.steps"] * step_tokens
+    last = learning_rate(optim, tokens, total_tokens)
+    due = learning_rate(optim, tokens + step_tokens, total_tokens)
+    now = learning_rate(config.optim, tokens + step_tokens, config.total_tokens)
+    if max(now, due) <= _JUMP * min(now, due) or not last:
+        return ""
+    return (
+        f"the learning rate jumps: {last:.3g} at the last update, {now:.3g} at the next one, where the schedule until "
+        f"now (train.steps={then['train.steps']}) has {due:.3g}. A schedule is as long as train.steps: with another "
+        "length or optim.lr it takes another course, from here on. Set them back if that is not meant."
+    )
+
+
+def check_config(config: RunConfig, manifest: Manifest) -> dict[str, tuple[object, object]]:
+    """Compare the configuration with the one that a checkpoint was made under.
+
+    Returns:
+        The keys that changed and may: ``{key: (value then, value now)}``.
+
+    Raises:
+        ConfigError: a key changed that must not.
+    """
+    now = get_computing_config(config)
+    changed = {
+        key: (manifest.config[key], now[key])
+        for key in now.keys() & manifest.config.keys()
+        if manifest.config[key] != now[key]
+    }
+    for keys, reason in (
+        (_SHAPE_KEYS, "the saved weights have another shape"),
+        (_SAMPLE_KEYS, "samples would be left out or repeated"),
+    ):
+        for key in sorted(keys & changed.keys()):
+            then, value = changed[key]
+            raise ConfigError(
+                f"{key}={value}, but this run was trained with {key}={then} up to step {manifest.progress.step}: "
+                f"{reason}. Set {key}={then} to resume, or start another run with run=<new name>."
+            )
+    return changed
+
+
+def get_unsaved(live: Iterable[str], manifest: Manifest) -> set[str]:
+    """Return which of the live tensors a checkpoint of step 0 leaves out: moments, which are zeros before any step."""
+    if manifest.progress.step > 0:
+        return set()
+    return {name for name in live if name.startswith("optim.") and name not in manifest.tensors}
+
+
+def check_tensors(live: Mapping[str, tuple[int, ...]], manifest: Manifest) -> None:
+    """Compare the whole shapes of the live state with the saved ones, before any byte is loaded.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown or of another shape, though the configuration fits: the code of
+            the model or of the optimizer changed.
+    """
+    for name in sorted((live.keys() | manifest.tensors.keys()) - get_unsaved(live, manifest)):
+        record = manifest.tensors.get(name)
+        then, now = record and record.shape, live.get(name)
+        if then != now:
+            raise CheckpointError(
+                f"{name} has the shape {now} now, but {then} in the checkpoint of step {manifest.progress.step} "
+                "(None: no such tensor). The code of the model or optimizer changed: go back to the code that wrote "
+                "it, or start another run with run=<new name>."
+            )

@@ -1,0 +1,153 @@
+"""Which states the memories of the living hold, whole: from what keepers list to manifests. Pure; no torch here.
+
+A snapshot in memory is the same bytes as a checkpoint in a storage, rank by rank, so it is described by the same
+manifest and loaded by the same code. Nothing commits it: it counts once the shards of all ranks of its world are there.
+The checksums of a shard that was filled just now may not be known yet; nobody waits for them.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from elastic.checkpoint.format.manifest import BLOCK_BYTES, Chunk, FileRecord, Manifest, TensorRecord, parse_tensor
+from elastic.checkpoint.format.sharding import ShardLayout
+from elastic.checkpoint.replicas.client import Held
+from elastic.ports import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeSnapshot:
+    """A state of which every shard is in somebody's memory."""
+
+    manifest: Manifest
+    places: Mapping[str, Sequence[Held]]
+    """Of each file, who holds it: originals in memory, copies there, then what is on disks."""
+
+    @property
+    def step(self) -> int:
+        """Return the step whose state it is."""
+        return self.manifest.progress.step
+
+    @property
+    def needs_copies(self) -> bool:
+        """Tell whether some shard is only left as a copy: the memory that it was made in is gone."""
+        return any(all(held.is_copy for held in places) for places in self.places.values())
+
+    @property
+    def needs_disks(self) -> bool:
+        """Tell whether some shard is in no memory, only on the disk of a node."""
+        return any(all(held.is_on_disk for held in places) for places in self.places.values())
+
+
+def outline(snapshot: WholeSnapshot) -> WholeSnapshot:
+    """Return what a rank must know of a state to read it, beside the manifest: without the hundred thousand blocks."""
+
+    def shorten(held: Held) -> Held:
+        return replace(held, chunks=(), checksums=None if held.checksums is None else (), record=None)
+
+    return WholeSnapshot(
+        manifest=replace(snapshot.manifest, tensors={}, generators={}, files={}),
+        places={file: [shorten(held) for held in places] for file, places in snapshot.places.items()},
+    )
+
+
+def list_blocks(layout: ShardLayout) -> list[tuple[int, int]]:
+    """Return offset and size of the parts of a shard that have checksums of their own, in the order of the file."""
+    blocks = [(0, len(layout.header))]
+    for entry in layout.entries.values():
+        stop = entry.offset + entry.num_bytes
+        blocks += [(start, min(BLOCK_BYTES, stop - start)) for start in range(entry.offset, stop, BLOCK_BYTES)]
+    return blocks
+
+
+def build_record(file: str, layout: ShardLayout, manifest: Manifest) -> dict[str, Any]:
+    """Return what a rank gives its keeper with a shard.
+
+    Args:
+        manifest: of the whole state, with the shape of each tensor but without its chunks.
+    """
+    return {
+        "file": file,
+        "manifest": asdict(manifest),
+        "chunks": {
+            name: {
+                "offset": entry.offset,
+                "num_bytes": entry.num_bytes,
+                "start": entry.box.start,
+                "shape": entry.box.shape,
+            }
+            for name, entry in layout.entries.items()
+        },
+    }
+
+
+def assemble(held: Iterable[Held]) -> list[WholeSnapshot]:
+    """Return the states that are whole, the best first: of the highest step, then of the newest attempt."""
+    sets: defaultdict[tuple[int, int, int], defaultdict[int, list[Held]]] = defaultdict(lambda: defaultdict(list))
+    for shard in held:
+        key = (shard.snapshot.step, shard.snapshot.epoch, shard.snapshot.world_size)
+        sets[key][shard.snapshot.rank].append(shard)
+    return [
+        _assemble([sorted(by_rank[rank], key=_get_distance) for rank in range(key[2])])
+        for key, by_rank in sorted(sets.items(), reverse=True)
+        if all(rank in by_rank for rank in range(key[2]))
+    ]
+
+
+def _get_distance(held: Held) -> tuple[bool, bool]:
+    return held.is_on_disk, held.is_copy
+
+
+def _assemble(shards: Sequence[Sequence[Held]]) -> WholeSnapshot:
+    """Put the manifest together from the records that came with the shards.
+
+    Args:
+        shards: of each rank, who holds its shard.
+    """
+    manifest = _parse_manifest(shards[0][0].record["manifest"])
+    chunks: defaultdict[str, list[Chunk]] = defaultdict(list)
+    files: dict[str, FileRecord] = {}
+    for places in shards:
+        first, known = places[0], next((held.checksums for held in places if held.checksums is not None), None)
+        file = first.record["file"]
+        checksums = None if known is None else iter(known)
+        header_bytes, header_crc32 = first.chunks[0][1], None if checksums is None else next(checksums)
+        files[file] = FileRecord(size_bytes=first.num_bytes, header_bytes=header_bytes, header_crc32=header_crc32)
+        for name, place in first.record["chunks"].items():
+            num_blocks = -(-place["num_bytes"] // BLOCK_BYTES)
+            chunks[name].append(
+                Chunk(
+                    file=file,
+                    offset=place["offset"],
+                    num_bytes=place["num_bytes"],
+                    start=tuple(place["start"]),
+                    shape=tuple(place["shape"]),
+                    crc32=() if checksums is None else tuple(next(checksums) for _ in range(num_blocks)),
+                )
+            )
+    return WholeSnapshot(
+        manifest=replace(
+            manifest,
+            tensors={name: replace(record, chunks=tuple(chunks[name])) for name, record in manifest.tensors.items()},
+            generators={
+                name: replace(record, chunks=tuple(chunks[name])) for name, record in manifest.generators.items()
+            },
+            files=files,
+        ),
+        places={places[0].record["file"]: places for places in shards},
+    )
+
+
+def _parse_manifest(fields: Mapping[str, Any]) -> Manifest:
+    def parse(records: Mapping[str, Any]) -> dict[str, TensorRecord]:
+        return {name: parse_tensor(record) for name, record in records.items()}
+
+    parsed: dict[str, Any] = {
+        **fields,
+        "progress": Progress(**fields["progress"]),
+        "mesh": tuple(fields["mesh"]),
+        "tensors": parse(fields["tensors"]),
+        "generators": parse(fields["generators"]),
+    }
+    return Manifest(**parsed)

@@ -1,0 +1,1 @@
+"""Put a run's state together again, from the nearest place that has it."""

@@ -1,0 +1,1 @@
+"""From the device to host memory, while training goes on."""

@@ -1,0 +1,82 @@
+"""How many snapshots a world keeps: all ranks agree on what each node has room for, and say what fewer of them mean."""
+
+import logging
+
+import torch
+
+from elastic import plugins
+from elastic.checkpoint.durable.storage_errors import estimate_checkpoint_bytes
+from elastic.checkpoint.staging.host_memory import NUM_COPIES, WAYS, Room, has_room, is_roomy
+from elastic.checkpoint.staging.shared_memory import GIB
+from elastic.checkpoint.tiers.trainer_memory import Memory
+from elastic.config import RunConfig
+from elastic.world import World
+
+logger = logging.getLogger(__name__)
+
+_UNEVEN, _UNEVEN_BYTES = 1.01, 2**24
+"""How much more than its share a rank may have of a state that is not there yet, and a header."""
+
+
+def agree_on_room(memory: Memory | None, config: RunConfig, world: World, *, begins: bool) -> Memory | None:
+    """Plan, on all ranks, how many snapshots there is room for; do without them where a node has none for its own.
+
+    Args:
+        begins: nothing was restored, so the state is not all there before the first step; memory for it is found now.
+    """
+    if memory is None:
+        return None
+    model = plugins.load("elastic.models", config.model.kind, key="model.kind")
+    shard_bytes = estimate_checkpoint_bytes(model.num_params(config.model)) // world.world_size
+    has_peers = config.checkpoint.memory == "peer" and world.world_size > world.local_world_size
+    for num_arenas, most_copies in WAYS:
+        num_copies = most_copies if has_peers else 0
+        for waits in (False, True):  # to wait costs seconds, which are rarely needed
+            own = memory.look_for_room(
+                *(shard_bytes, world.local_rank), num_arenas=num_arenas, num_copies=num_copies, waits=waits
+            )
+            rooms = _gather_rooms(own, world)
+            if has_room(rooms, spare_bytes=GIB):
+                arenas = memory.get_arenas(world.device)
+                arenas.begin_world(num_arenas, is_roomy=is_roomy(rooms, spare_bytes=GIB))
+                if begins:
+                    arenas.make_room(int(shard_bytes * _UNEVEN) + _UNEVEN_BYTES)
+                if world.rank == 0:
+                    _tell_room(shard_bytes, num_arenas, num_copies, has_peers=has_peers)
+                return memory
+            is_full = not has_room([room for room in rooms if room.node == own.node], spare_bytes=GIB)
+            if is_full and waits and (num_arenas, most_copies) == WAYS[-1]:
+                logger.warning(
+                    "this node has %.1f GiB of host memory left, too little for snapshots of %.1f GiB a rank, so this "
+                    "world keeps none: give it more, or set checkpoint.memory=off",
+                    own.available_bytes / GIB,
+                    shard_bytes / GIB,
+                )
+    return None
+
+
+def _gather_rooms(own: Room, world: World) -> list[Room]:
+    """Return what all ranks see."""
+    table = torch.zeros(world.world_size, len(own), dtype=torch.int64, device=world.device)
+    table[world.rank] = torch.tensor(own)
+    return [Room(*row) for row in world.sum_(table).tolist()]
+
+
+def _tell_room(shard_bytes: int, num_arenas: int, num_copies: int, *, has_peers: bool) -> None:
+    """Say what snapshots take on each node, and what fewer of them mean."""
+    logger.info(
+        "snapshots take %.1f GiB of host memory a rank (%d of %.2f GiB) and %.1f GiB for copies of other nodes'",
+        *(num_arenas * shard_bytes / GIB, num_arenas, shard_bytes / GIB, num_copies * shard_bytes / GIB),
+    )
+    if has_peers and not num_copies:
+        logger.warning(
+            "a node has no room for copies of another one's snapshots, so the loss of a node falls back on the storage "
+            "(a lost trainer does not): %.1f GiB more a rank would do, or checkpoint.memory=node says so",
+            NUM_COPIES * shard_bytes / GIB,
+        )
+    if num_arenas == 1:
+        logger.warning(
+            "a node has room for one snapshot at a time, so a trainer that is lost while one is made falls back on the "
+            "storage: %.1f GiB more a rank would do",
+            shard_bytes / GIB,
+        )

@@ -1,0 +1,330 @@
+"""One trainer process' part of the memory tier: its arenas, its keeper, and what other keepers hold. Outlives worlds.
+
+Whatever goes wrong with a keeper costs a snapshot, never the run: the storage still has the last checkpoint.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from zlib import crc32
+
+import torch
+
+from elastic.checkpoint.bandwidth import Rates
+from elastic.checkpoint.format.manifest import Manifest
+from elastic.checkpoint.format.write_plan import SavePlan
+from elastic.checkpoint.replicas.client import Held, KeeperClient, RemoteKeeper
+from elastic.checkpoint.replicas.discovery import WholeSnapshot, assemble, build_record, list_blocks
+from elastic.checkpoint.replicas.inventory import Snapshot
+from elastic.checkpoint.restore.sources import ShardSource
+from elastic.checkpoint.staging.device_cache import Rows
+from elastic.checkpoint.staging.device_to_host import HostArenas
+from elastic.checkpoint.staging.host_memory import MOST_ARENAS, Room, get_available_bytes
+from elastic.checkpoint.staging.shared_memory import Arena
+from elastic.ports import Address
+from elastic.transport import WireError, connect_unix
+
+logger = logging.getLogger(__name__)
+
+_LIST_SOON_S = 2.0
+"""A keeper that does not answer for so long is not waited for any more if there is a whole state without it."""
+_LIST_TIMEOUT_S = 10.0
+"""Else it is, for so long: what it holds is newer than what is in the storage."""
+_READ_TIMEOUT_S = 30.0
+
+
+class Memory:
+    """Snapshots of this process, in memory that its node's keeper holds as well.
+
+    Args:
+        connection: to the keeper, from `KeeperProcess.open_connection`; None: there is none yet.
+        node: whose keeper that is.
+        secret: opens the keepers of the other nodes.
+        folder: where the node's next keeper can be reached once that one has ended; None: nowhere.
+    """
+
+    def __init__(self, connection: socket.socket | None, *, node: str, secret: str, folder: Path | None = None) -> None:
+        self.node = node
+        self._secret = secret
+        origin = f"{node}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._client = KeeperClient(
+            connection, origin=origin, reconnect=lambda: connect_unix(folder) if folder else None
+        )
+        self._arenas: HostArenas | None = None
+        self._filled: dict[int, Snapshot] = {}
+        self.rates = Rates()
+
+    def get_arenas(self, device: torch.device) -> HostArenas:
+        """Return the arenas to stage in; the same ones in every world."""
+        if self._arenas is None:
+            self._arenas = HostArenas(
+                device,
+                count=MOST_ARENAS,
+                on_allocated=self._hold,
+                on_released=self._let_go,
+                wait_for_freed=self._fetch_left_bytes,  # the keeper answers once all is free
+            )
+        return self._arenas
+
+    def look_for_room(
+        self, shard_bytes: int, local_rank: int, *, num_arenas: int, num_copies: int, waits: bool
+    ) -> Room:
+        """Return what this rank needs for snapshots of shards of this size, and what its node has.
+
+        Args:
+            local_rank: what copies take already is counted by the first rank of a node.
+            num_copies: of each shard; this node holds as many for others as it has shards.
+            waits: until all is free that was held for earlier attempts and is retired; and counts what will be.
+        """
+        left_bytes = self._fetch_left_bytes() if waits else 0
+        capacity, held_bytes, num_held = 0, 0, 0
+        if arenas := self._arenas:
+            capacity, held_bytes, num_held = arenas.capacity_bytes, arenas.held_bytes, arenas.num_held
+        fits = shard_bytes <= capacity
+        size = capacity if fits else shard_bytes
+        own_bytes = max(0, num_arenas - num_held) * size if fits else num_arenas * size
+        copy_bytes = num_copies * size - (self._fetch_copy_bytes() if local_rank == 0 and num_copies else 0)
+        available = get_available_bytes()
+        return Room(
+            node=crc32(self.node.encode()),
+            first_bytes=0 if fits else shard_bytes,
+            more_bytes=copy_bytes + own_bytes - (0 if fits else held_bytes),
+            all_bytes=copy_bytes + own_bytes,
+            left_bytes=left_bytes,
+            available_bytes=sys.maxsize if available is None else available,
+        )
+
+    def begin(self, index: int, *, epoch: int) -> None:
+        """Say that an arena is about to be filled."""
+        self._filled.pop(index, None)
+        with contextlib.suppress(WireError):  # `fill` tells
+            self._client.begin(index, epoch=epoch)
+
+    def fill(self, index: int, snapshot: Snapshot, plan: SavePlan, manifest: Manifest) -> str:
+        """Say that an arena is filled: it outlives this process from now on; return what is wrong with that."""
+        self._filled[index] = snapshot
+        try:
+            self._client.fill(
+                index,
+                snapshot,
+                num_bytes=plan.own.num_bytes,
+                chunks=list_blocks(plan.own),
+                record=build_record(plan.own_file, plan.own, manifest),
+            )
+        except WireError as error:
+            return str(error)
+        return ""
+
+    def copy(self, index: int, snapshot: Snapshot, *, peer: Address) -> "Future[str]":
+        """Have what was filled copied to another node; see `KeeperClient.copy`."""
+        try:
+            return self._client.copy(index, snapshot, peer=peer)
+        except WireError as error:
+            return _fail(error)
+
+    def halt_copies(self) -> None:
+        """Give up the copy under way."""
+        with contextlib.suppress(WireError):  # with the keeper
+            self._client.halt_copies()
+
+    def store(self, snapshot: Snapshot, *, complete: tuple[int, int] | None) -> "Future[str]":
+        """Have what this node holds of a snapshot's state written to its disk; see `KeeperClient.store`."""
+        try:
+            return self._client.store(epoch=snapshot.epoch, step=snapshot.step, complete=complete)
+        except WireError as error:
+            return _fail(error)
+
+    def find_index(self, *, epoch: int, step: int) -> int | None:
+        """Return the arena of this process that holds its shard of a state, if one does."""
+        return next((index for index, s in self._filled.items() if (s.epoch, s.step) == (epoch, step)), None)
+
+    def retire(self, *, before_epoch: int, keep_step: int | None) -> None:
+        """Have this node's keeper free what earlier attempts have left, all but one step."""
+        with contextlib.suppress(WireError):
+            self._client.retire(before_epoch=before_epoch, keep_step=keep_step)
+
+    def fetch_all(self, keepers: Mapping[str, Address]) -> list[Held]:
+        """Return what all keepers hold; one that does not answer, however long it is needed, holds nothing."""
+
+        def fetch(node: str) -> list[Held]:
+            try:
+                with self._connect(keepers[node], timeout_s=_LIST_TIMEOUT_S) as keeper:
+                    return keeper.fetch_list()
+            except OSError as error:
+                logger.warning("the memory of node %s cannot be asked: %s", node[:8], error)
+                return []
+
+        def gather(done: Iterable[Future[list[Held]]]) -> list[Held]:
+            return [held for of_node in done for held in of_node.result()]
+
+        pool = ThreadPoolExecutor(max(1, len(keepers)), "list")
+        asked = {pool.submit(fetch, node): node for node in keepers}
+        pool.shutdown(wait=False)
+        done, late = wait(asked, _LIST_SOON_S)
+        if late and not any(not snapshot.needs_disks for snapshot in assemble(gather(done))):
+            done, late = wait(asked)
+        if late:
+            names = ", ".join(sorted(asked[one][:8] for one in late))
+            logger.warning("the memory of node(s) %s does not answer soon, and is not needed", names)
+        return gather(done)
+
+    def find_resident(self, snapshot: WholeSnapshot) -> Rows | None:
+        """Return what of a snapshot still lies on this process' device, where it was made."""
+        way = self._arenas.exit if self._arenas else None
+        for file, places in snapshot.places.items():
+            for held in places:
+                if way and self._is_own(held) and (rows := way.find_resident(held.index, file)):
+                    return rows
+        return None
+
+    @contextmanager
+    def open_sources(self, snapshot: WholeSnapshot, keepers: Mapping[str, Address]) -> Generator[Sequence[ShardSource]]:
+        """Yield where the shards can be read: this node's memory first, which is not copied, then the other nodes'."""
+        by_node: dict[str, dict[str, Held]] = {}
+        for file, places in snapshot.places.items():
+            for held in places:
+                by_node.setdefault(held.node, {}).setdefault(file, held)
+        with ExitStack() as stack:
+            sources: list[ShardSource] = []
+            if self.node in by_node:
+                sources.append(stack.enter_context(self._share(by_node.pop(self.node))))
+            for node, held in by_node.items():
+                if node in keepers:
+                    sources.append(stack.enter_context(self._read_remotely(node, held, keepers[node])))
+            yield sources
+
+    @contextmanager
+    def _connect(self, address: Address, *, timeout_s: float) -> Generator[RemoteKeeper]:
+        keeper = RemoteKeeper(address, self._secret, timeout_s=timeout_s)
+        try:
+            yield keeper
+        finally:
+            keeper.close()
+
+    @contextmanager
+    def _share(self, shards: Mapping[str, Held]) -> "Generator[_SharedSource]":
+        own: dict[str, memoryview] = {}
+        others: dict[str, Arena] = {}
+        for file, held in shards.items():
+            if self._arenas and self._is_own(held):
+                own[file] = self._arenas.get(held.index).numpy().data
+                continue
+            with contextlib.suppress(WireError):
+                if arena := self._client.fetch_memory(held):
+                    others[file] = arena
+        try:
+            yield _SharedSource(self.node, own, others)
+        finally:
+            for arena in others.values():
+                arena.close()
+
+    def _is_own(self, held: Held) -> bool:
+        """Tell whether this process itself has filled a shard: its pages are mapped."""
+        return held.origin == self._client.origin and self._filled.get(held.index) == held.snapshot
+
+    @contextmanager
+    def _read_remotely(self, node: str, held: Mapping[str, Held], address: Address) -> "Generator[_RemoteSource]":
+        source = _RemoteSource(node, held, lambda: RemoteKeeper(address, self._secret, timeout_s=_READ_TIMEOUT_S))
+        try:
+            yield source
+        finally:
+            source.close()
+
+    def _hold(self, index: int, arena: Arena) -> None:
+        with contextlib.suppress(WireError):
+            self._client.hold(index, arena)
+
+    def _fetch_left_bytes(self) -> int:
+        try:
+            return self._client.fetch_left_bytes()
+        except WireError:  # it ends with the keeper
+            return 0
+
+    def _fetch_copy_bytes(self) -> int:
+        try:
+            return self._client.fetch_copy_bytes()
+        except WireError:
+            return 0
+
+    def _let_go(self, index: int) -> None:
+        self._filled.pop(index, None)
+        with contextlib.suppress(WireError):
+            self._client.release(index)
+
+
+def _fail(error: WireError) -> "Future[str]":
+    problem: Future[str] = Future()
+    problem.set_result(str(error))
+    return problem
+
+
+class _SharedSource:
+    """Shards in the memory of this node: those that this process has filled, and those of others."""
+
+    def __init__(self, node: str, own: Mapping[str, memoryview], others: Mapping[str, Arena]) -> None:
+        self.name = f"the memory of node {node[:8]}"
+        self._own, self._others = own, others
+
+    def get_files(self) -> list[str]:
+        """Return the files that are here."""
+        return [*self._own, *self._others]
+
+    def get_view(self, file: str, offset: int, num_bytes: int) -> memoryview | None:
+        """Return the bytes where they are, if this process has filled them."""
+        return self._own[file][offset : offset + num_bytes] if file in self._own else None
+
+    def read_into(self, file: str, offset: int, out: memoryview) -> None:
+        """Copy what another process has filled."""
+        self._others[file].read_into(offset, out)
+
+
+@dataclass
+class _RemoteSource:
+    """Shards in the memory of another node."""
+
+    node: str
+    held: Mapping[str, Held]
+    connect: Callable[[], RemoteKeeper]
+    _idle: list[RemoteKeeper] = field(default_factory=list[RemoteKeeper])
+    """Connections that no reader uses; there are as many as there were readers at once, each with its own stream."""
+
+    @property
+    def name(self) -> str:
+        """Say whose memory it is."""
+        return f"the memory of node {self.node[:8]}"
+
+    def get_files(self) -> list[str]:
+        """Return the files that are there."""
+        return list(self.held)
+
+    def get_view(self, file: str, offset: int, num_bytes: int) -> None:
+        """Return None: it must be read."""
+
+    def read_into(self, file: str, offset: int, out: memoryview) -> None:
+        """Read over the network; a node that is gone is a file that is gone."""
+        keeper: RemoteKeeper | None = None
+        try:
+            try:
+                keeper = self._idle.pop()
+            except IndexError:
+                keeper = self.connect()
+            keeper.read_into(self.held[file], offset, out)
+        except OSError as error:
+            if keeper is not None:
+                keeper.close()
+            raise OSError(errno.EIO, f"{self.name} does not give it ({error})") from error
+        self._idle.append(keeper)
+
+    def close(self) -> None:
+        """Leave."""
+        while self._idle:
+            self._idle.pop().close()

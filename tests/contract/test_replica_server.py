@@ -1,0 +1,451 @@
+"""Real keepers, started as trainers and hosts start them; nothing here imports torch."""
+
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from elastic.checkpoint.replicas import client
+from elastic.checkpoint.replicas.client import KeeperClient, RemoteKeeper, launch_keeper, start_keeper
+from elastic.checkpoint.replicas.inventory import Snapshot
+from elastic.checkpoint.staging.shared_memory import allocate_arena
+from elastic.processes import find_running
+from elastic.transport import Channel, Peer, WireError, connect, connect_unix
+from tests.memory_limit import MIB, limit_memory
+from tests.slow_keepers import slow_checksums
+from tests.tcp_proxy import TcpProxy
+
+SECRET = "s3cret"
+SIZE = 300_000
+CHUNKS = [(0, 100), (100, 150_000), (150_100, 149_900)]
+
+
+@contextmanager
+def keeper(node="a"):
+    process = start_keeper(node=node, ip="127.0.0.1", secret=SECRET)
+    try:
+        yield process
+    finally:
+        process.close()
+
+
+@contextmanager
+def remote(process, secret=SECRET):
+    client = RemoteKeeper(("127.0.0.1", process.port), secret, timeout_s=10)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def make_snapshot(step, *, epoch=1, rank=0):
+    return Snapshot(epoch=epoch, step=step, world_size=1, rank=rank)
+
+
+class Trainer:
+    """What a trainer does to a keeper, with bytes instead of tensors."""
+
+    def __init__(self, process, *, epoch=1, rank=0, num_arenas=2):
+        self.epoch, self.rank = epoch, rank
+        self.client = KeeperClient(process.open_connection(), origin=f"{epoch}-{rank}")
+        self.arenas = [allocate_arena(SIZE, name="test") for _ in range(num_arenas)]
+        for index, arena in enumerate(self.arenas):
+            self.client.hold(index, arena)
+
+    def fill(self, index, step, *, peer=None):
+        data = bytes([step % 256, index]) * (SIZE // 2)
+        self.client.begin(index, epoch=self.epoch)
+        self.arenas[index].view[:] = data
+        snapshot = make_snapshot(step, epoch=self.epoch, rank=self.rank)
+        checked = self.client.fill(index, snapshot, num_bytes=SIZE, chunks=CHUNKS, record={"of": step})
+        return self.client.copy(index, snapshot, peer=("127.0.0.1", peer.port)) if peer else checked
+
+    def get_bytes(self, index):
+        return bytes(self.arenas[index].view)
+
+
+def describe_copy(origin, data):
+    """Return the header with which another node's keeper sends what its trainer has filled."""
+    return {
+        "kind": "push",
+        "origin": origin,
+        "index": 0,
+        "snapshot": {"epoch": 1, "step": 1, "world_size": 1, "rank": 0},
+        "record": None,
+        "chunks": [[0, len(data)]],
+        "num_bytes": len(data),
+        "capacity": len(data),
+    }
+
+
+def ask(channel, header, payload=(), *, num_bytes=0):
+    channel.send(header, payload, num_bytes=num_bytes)
+    return channel.receive()
+
+
+def push(channel, header, payload, *, crc32):
+    """Send a copy on one connection; return the last answer."""
+    opened = ask(channel, header)
+    if opened["kind"] != "open":
+        return opened
+    copy = {"origin": header["origin"], "index": header["index"], "ticket": opened["ticket"]}
+    stripe = {**copy, "kind": "stripe", "first": 0, "stop": 1}
+    assert ask(channel, stripe, payload, num_bytes=header["num_bytes"])["kind"] == "taken"
+    return ask(channel, {**copy, "kind": "seal", "checksums": [crc32]})
+
+
+def wait_until(condition, what):
+    deadline_s = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline_s, what
+        time.sleep(0.01)
+
+
+def test_a_snapshot_survives_its_trainer_and_is_served_with_its_checksums():
+    with keeper() as process, remote(process) as stranger:
+        trainer = Trainer(process)
+        assert trainer.fill(0, 7).result(10) == ""
+        saved = trainer.get_bytes(0)
+        trainer.client.close()
+        (held,) = stranger.fetch_list()
+        assert (held.snapshot.step, held.record, held.is_copy, held.node) == (7, {"of": 7}, False, "a")
+        assert list(held.checksums) == [zlib.crc32(saved[at : at + size]) for at, size in CHUNKS]
+        part = memoryview(bytearray(1000))
+        stranger.read_into(held, 99_900, part)
+        assert part == saved[99_900:100_900]
+        successor = KeeperClient(process.open_connection(), origin="2-0")
+        arena = successor.fetch_memory(held)
+        assert arena is not None
+        assert arena.view == saved
+
+
+def test_what_was_filled_is_listed_and_read_at_once_while_its_checksums_are_still_taken():
+    with slow_checksums(s_per_mib=100.0), keeper() as process, remote(process) as stranger:  # 28 s
+        trainer = Trainer(process)
+        start_s = time.monotonic()
+        checked = trainer.fill(0, 7)
+        (held,) = trainer.client.fetch_list()
+        assert stranger.fetch_list() == [held]
+        assert (held.snapshot.step, held.checksums) == (7, None)
+        part = memoryview(bytearray(1000))
+        stranger.read_into(held, 99_900, part)  # with a checksum of its own: 0.1 s
+        assert part == trainer.get_bytes(0)[99_900:100_900]
+        assert time.monotonic() - start_s < 5
+        assert not checked.done()
+
+
+def test_a_copy_is_given_up_at_once_for_what_is_more_urgent():
+    with keeper("a") as process, keeper("b") as peer:
+        trainer, proxy = Trainer(process), TcpProxy(peer.port, delay_s=5.0)
+        try:
+            copied = trainer.fill(0, 1, peer=proxy)  # a message takes five seconds, and there are many
+            wait_until(lambda: proxy.num_connections, "it is under way")
+            time.sleep(0.1)
+            trainer.client.halt_copies()
+            trainer.fill(1, 2).result(10)
+            assert copied.result(10) == "superseded"
+        finally:
+            proxy.close()
+        assert trainer.client.copy(1, make_snapshot(2), peer=("127.0.0.1", peer.port)).result(10) == ""
+
+
+def test_what_the_gone_have_left_is_told_apart_from_what_is_filled_again():
+    with keeper("a") as process, keeper("b") as peer:
+        trainer, other = Trainer(process), Trainer(process, rank=1)
+        assert trainer.fill(0, 1, peer=peer).result(10) == ""
+        assert other.client.fetch_left_bytes() == 0
+        trainer.client.begin(1, epoch=1)
+        trainer.client.close()
+        wait_until(lambda: other.client.fetch_left_bytes() == SIZE, "one was filled, the other one not")
+        assert other.client.fetch_held_bytes() == 3 * SIZE
+        assert KeeperClient(peer.open_connection(), origin="2-0").fetch_left_bytes() == 0, (
+            "a copy is not left by anyone"
+        )
+
+
+def test_a_trainer_that_dies_while_it_fills_leaves_only_what_was_whole():
+    with keeper() as process, remote(process) as stranger:
+        trainer = Trainer(process)
+        trainer.fill(0, 1).result(10)
+        trainer.fill(1, 2).result(10)
+        trainer.client.begin(0, epoch=1)
+        trainer.arenas[0].view[:10] = b"torn torn "
+        trainer.client.close()
+        wait_until(lambda: [held.snapshot.step for held in stranger.fetch_list()] == [2], "the torn one is gone")
+
+
+def test_a_copy_is_the_same_and_is_void_while_the_next_one_is_under_way():
+    with keeper("a") as process, keeper("b") as peer, remote(peer) as stranger:
+        trainer = Trainer(process)
+        assert trainer.fill(0, 1, peer=peer).result(10) == ""
+        assert trainer.fill(1, 2, peer=peer).result(10) == ""
+        assert trainer.fill(0, 3, peer=peer).result(10) == ""
+        by_step = {held.snapshot.step: held for held in stranger.fetch_list()}
+        assert sorted(by_step) == [2, 3]  # two arenas here, two there
+        assert all(held.is_copy and held.node == "b" for held in by_step.values())
+        whole = memoryview(bytearray(SIZE))
+        stranger.read_into(by_step[3], 0, whole)
+        assert whole == trainer.get_bytes(0)
+
+
+def test_a_lost_peer_is_told_and_another_one_takes_its_place():
+    with keeper("a") as process, keeper("b") as lost, keeper("c") as other:
+        trainer = Trainer(process)
+        assert trainer.fill(0, 1, peer=lost).result(10) == ""
+        os.kill(lost.process.pid, signal.SIGKILL)
+        lost.process.wait()
+        assert "127.0.0.1" in (problem := trainer.fill(1, 2, peer=lost).result(10)) or "gone" in problem
+        assert trainer.fill(0, 3, peer=other).result(10) == ""
+
+
+def test_retired_attempts_give_their_memory_back_but_for_the_step_that_was_resumed_from():
+    with keeper("a") as process, keeper("b") as peer, remote(peer) as stranger:
+        trainer = Trainer(process)
+        trainer.fill(0, 1, peer=peer).result(10)
+        trainer.fill(1, 2, peer=peer).result(10)
+        newer = Trainer(process, epoch=2)
+        newer.fill(0, 3, peer=peer).result(10)
+        assert newer.client.fetch_held_bytes() == 4 * SIZE
+        newer.client.retire(before_epoch=2, keep_step=2)
+        assert newer.client.fetch_held_bytes() == 4 * SIZE, "their trainer lives and fills them again"
+        trainer.client.release(0)
+        trainer.client.close()
+        wait_until(lambda: newer.client.fetch_held_bytes() == 3 * SIZE, "one was released")
+        newer.client.retire(before_epoch=2, keep_step=2)
+        stranger.retire(before_epoch=2, keep_step=2)
+        assert newer.client.fetch_held_bytes() == 3 * SIZE
+        assert sorted(held.snapshot.step for held in newer.client.fetch_list()) == [2, 3]
+        assert sorted(held.snapshot.step for held in stranger.fetch_list()) == [2, 3]
+        newer.client.retire(before_epoch=2, keep_step=None)
+        assert [held.snapshot.step for held in newer.client.fetch_list()] == [3]
+
+
+def test_whoever_does_not_know_the_secret_is_told_nothing():
+    with keeper() as process:
+        Trainer(process).fill(0, 1).result(10)
+        with pytest.raises(WireError, match=r"gone|closed|secret"), remote(process, "guess") as stranger:
+            stranger.fetch_list()
+        with socket.create_connection(("127.0.0.1", process.port)) as plain:
+            plain.settimeout(10)
+            greeting = plain.recv(32)
+            plain.sendall(greeting)  # sent back as it came: its answer is not ours
+            answer = plain.recv(32)
+            plain.sendall(answer)
+            assert plain.recv(1) == b""
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"kind": "nonsense"},
+        {"kind": "read"},
+        {"kind": "read", "origin": "1-0", "index": 0, "snapshot": {"step": 1}, "start": 0, "size": 1},
+        {"kind": "retire"},
+        {"kind": "push", "origin": "x", "index": 0},
+        {**describe_copy("1-0", b"x"), "kind": "push"},  # not a copy
+        {"kind": "stripe", "origin": "1-0", "index": 0, "ticket": 0, "first": 0, "stop": 1},
+        {"kind": "seal", "origin": "1-0", "index": 0, "ticket": 0, "checksums": []},
+        {"kind": "hold", "origin": "x", "index": 0},  # only over the Unix socket
+    ],
+)
+def test_a_message_that_makes_no_sense_ends_its_connection_and_nothing_else(message):
+    with keeper() as process:
+        trainer = Trainer(process)
+        trainer.fill(0, 1).result(10)
+        channel = Channel(connect(("127.0.0.1", process.port), SECRET, purpose="keeper"))
+        channel.send(message)
+        assert channel.receive() is None
+        channel.close()
+        assert [held.snapshot.step for held in trainer.client.fetch_list()] == [1]
+
+
+def test_a_read_beyond_the_end_is_refused():
+    with keeper() as process:
+        trainer = Trainer(process)
+        trainer.fill(0, 1).result(10)
+        with remote(process) as stranger, pytest.raises(WireError):
+            (held,) = stranger.fetch_list()
+            stranger.read_into(held, SIZE - 1, memoryview(bytearray(2)))
+
+
+def test_a_copy_that_was_damaged_on_the_way_is_refused():
+    with keeper() as process:
+        channel = Channel(connect(("127.0.0.1", process.port), SECRET, purpose="keeper"))
+        header, crc32 = describe_copy("1-0", b"good"), zlib.crc32(b"good")
+        assert push(channel, header, [memoryview(b"baad")], crc32=crc32)["kind"] == "refused"
+        assert push(channel, header, [memoryview(b"good")], crc32=crc32)["kind"] == "pushed"
+        channel.close()
+
+
+def test_a_copy_that_the_container_has_no_room_for_is_refused_and_nobody_is_killed():
+    with keeper("a") as process, keeper("b") as peer, limit_memory(200 * MIB) as limit:
+        limit.add(peer.process.pid)
+        trainer = Trainer(process)
+        problem = trainer.fill(0, 1, peer=peer).result(10)
+        assert "the peer has 0." in problem
+        assert "checkpoint.memory=node" in problem
+        limit.set(2048 * MIB)
+        assert trainer.fill(1, 2, peer=peer).result(10) == ""
+
+
+def test_room_that_was_promised_to_a_copy_is_not_given_to_another_one():
+    data = bytes(100 * MIB)
+    crc32 = zlib.crc32(data)
+    header, other = (describe_copy(origin, data) for origin in ("1-0", "1-1"))
+    with keeper() as process, limit_memory(2048 * MIB) as limit:
+        limit.add(process.process.pid)
+        local = KeeperClient(process.open_connection(), origin="2-0")
+        slow, fast = (Channel(connect(("127.0.0.1", process.port), SECRET, purpose="keeper")) for _ in range(2))
+        limit.set(limit.get_used() + (256 + 150) * MIB)
+
+        def send_slowly():
+            yield memoryview(data)[:1000]
+            wait_until(lambda: local.fetch_held_bytes() == len(data), "it is promised room")
+            assert push(fast, other, [memoryview(data)], crc32=crc32)["kind"] == "refused"
+            yield memoryview(data)[1000:]
+
+        assert push(slow, header, send_slowly(), crc32=crc32)["kind"] == "pushed"
+        limit.set(limit.get_used() + (256 + 150) * MIB)
+        pushed = push(fast, other, [memoryview(data)], crc32=crc32)
+        assert pushed["kind"] == "pushed", "what has come is promised no longer"
+        slow.close()
+        fast.close()
+
+
+OWNER = """
+import sys, time
+from elastic.checkpoint.staging.shared_memory import allocate_arena
+from elastic.checkpoint.replicas.inventory import Snapshot
+from elastic.checkpoint.replicas.client import KeeperClient, start_keeper
+keeper = start_keeper(node="a", ip="127.0.0.1", secret="x")
+client = KeeperClient(keeper.open_connection(), origin="1-0")
+arena = allocate_arena(2**20, name="test")
+client.hold(0, arena)
+client.begin(0, epoch=1)
+arena.view[:] = b"x" * 2**20
+step = Snapshot(epoch=1, step=1, world_size=1, rank=0)
+client.fill(0, step, num_bytes=2**20, chunks=[(0, 2**20)], record=None).result()
+print(keeper.process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_keeper_ends_with_its_owner_and_leaves_nothing():
+    before = set(os.listdir("/dev/shm"))  # noqa: PTH208
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    owner = subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, env=env, text=True)
+    with owner:
+        pid = int(owner.stdout.readline())
+        assert not set(os.listdir("/dev/shm")) - before  # noqa: PTH208
+        owner.kill()
+    wait_until(lambda: not find_running(pid), "the keeper has ended")
+
+
+def test_bytes_that_are_no_message_end_the_connection():
+    ours, theirs = socket.socketpair()
+    ours.sendall(b"\xff\xff\xff\xffHTTP/1.1 400")
+    with pytest.raises(WireError, match="none of ours"):
+        Channel(Peer(theirs, None)).receive()
+    ours.close()
+    theirs.close()
+
+
+def find_next(trainer):
+    try:
+        return trainer.client.fetch_list() == []
+    except WireError:
+        return False
+
+
+def test_a_trainer_goes_on_with_the_keeper_that_follows_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(client, "_LOOK_EVERY_S", 0.05)
+    about = {"node": "a", "ip": "127.0.0.1", "secret": SECRET, "folder": str(tmp_path / "keeper")}
+    first = launch_keeper(**about)
+    assert first.wait_ready(30)
+    trainer = Trainer(first)
+    trainer.client._reconnect = lambda: connect_unix(tmp_path / "keeper")
+    assert trainer.fill(0, 1).result(10) == ""
+    os.kill(first.process.pid, signal.SIGKILL)
+    first.close()
+    wait_until(lambda: trainer.client._is_gone, "its end is seen")
+    with pytest.raises(WireError):
+        trainer.fill(1, 2).result(10)
+    second = launch_keeper(**about, port=first.port)
+    assert second.wait_ready(30)
+    assert second.port == first.port
+    wait_until(lambda: find_next(trainer), "it finds the next one")
+    assert trainer.fill(1, 3).result(10) == ""
+    with remote(second) as stranger:
+        assert [held.snapshot.step for held in stranger.fetch_list()] == [3], "what the dead one had is gone with it"
+    assert trainer.fill(0, 4).result(10) == ""
+    trainer.client.close()
+    second.close()
+
+
+def get_status(pid, field):
+    """Return a number of /proc/PID/status: kB, or threads."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith(field)]
+    return int(line.split()[1])
+
+
+def test_two_thousand_strangers_that_say_nothing_cost_a_keeper_neither_threads_nor_memory():
+    with keeper() as process, remote(process) as known, ExitStack() as stack:
+        pid = process.process.pid
+        before_kb, before_threads = get_status(pid, "VmRSS"), get_status(pid, "Threads")
+        for _ in range(2000):
+            stack.enter_context(socket.create_connection(("127.0.0.1", process.port), timeout=5))
+        assert get_status(pid, "Threads") - before_threads <= 1
+        with remote(process) as one_more:
+            assert (known.fetch_list(), one_more.fetch_list()) == ([], [])
+        assert get_status(pid, "VmRSS") - before_kb < 20 * 1024
+
+
+def test_a_hundred_megabytes_from_a_stranger_are_not_kept():
+    with keeper() as process:
+        pid = process.process.pid
+        before_kb = get_status(pid, "VmRSS")
+        with socket.create_connection(("127.0.0.1", process.port), timeout=5) as stranger, suppress(OSError):
+            for _ in range(100):
+                stranger.sendall(bytes(MIB))
+            raise AssertionError("all of it was taken")
+        assert get_status(pid, "VmRSS") - before_kb < 20 * 1024
+
+
+def test_a_keeper_out_of_descriptors_serves_whom_it_knows_and_lets_others_in_once_it_has_some():
+    with keeper() as process, remote(process) as known:
+        trainer = Trainer(process)
+        trainer.fill(0, 1).result(10)
+        assert [held.snapshot.step for held in known.fetch_list()] == [1]
+        pid = process.process.pid
+        soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(list(Path(f"/proc/{pid}/fd").iterdir())), hard))
+        refused = KeeperClient(process.open_connection(), origin="2-0")
+        with pytest.raises(WireError):
+            refused.fetch_list()
+        late = socket.create_connection(("127.0.0.1", process.port), timeout=5)
+        assert trainer.fill(1, 2).result(10) == ""
+        assert sorted(held.snapshot.step for held in known.fetch_list()) == [1, 2]
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+        late.close()
+        with remote(process) as after:
+            assert len(after.fetch_list()) == 2
+        assert len(KeeperClient(process.open_connection(), origin="3-0").fetch_list()) == 2
+
+
+def test_a_snapshot_that_fails_in_an_unforeseen_way_is_settled_all_the_same():
+    with keeper() as process:
+        trainer = Trainer(process)
+        trainer.client.begin(0, epoch=1)
+        snapshot = Snapshot(epoch=1, step=1, world_size=1, rank=0)
+        settled = trainer.client.fill(0, snapshot, num_bytes=1, chunks=[(0, "all")], record=None)
+        assert "TypeError" in settled.result(10)
+        assert trainer.fill(0, 2).result(10) == ""
+        assert [held.snapshot.step for held in trainer.client.fetch_list()] == [2]
