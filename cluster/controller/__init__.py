@@ -2,7 +2,7 @@
 
 `decide(state, event, now_s=...)` changes `state` and returns the actions to carry out. No I/O, and no clock is read.
 
-    machine.py    the stages of an attempt, and what each event means in them
+    transitions.py the stages of an attempt, and what each event means in them
     worlds.py     which slots the next world is made of, and when the running one should make room for it
     leases.py     which slots Ray Train has no use for any more
     stalls.py     which member holds up a world that makes no progress

@@ -79,7 +79,7 @@ def _build_job(name: str, options: Options, cloud: Cloud, sizes: Sizes, *, clust
     if options.queue:
         labels["kueue.x-k8s.io/queue-name"] = options.queue
     spec: RayJobSpec = {
-        # A run that only fails again stops its own job, which KubeRay then does not try again (runtime/retries.py).
+        # A run that only fails again stops its own job (runtime/jobs/retries.py), and KubeRay does not try it again.
         "entrypoint": f"solvent train {CONFIG_FOLDER}/config.yaml {DRIVER_MARK}",
         "submissionMode": "K8sJobMode",
         "submitterConfig": {"backoffLimit": 2},

@@ -67,7 +67,7 @@ def open_dataset(path: str | Path, *, verify: Verify = "changed") -> Dataset:
     """Open a folder that `solvent prepare` wrote.
 
     Args:
-        verify: which shards are hashed first (see `verify.py`).
+        verify: which shards are hashed first (see `checksums.py`).
 
     Raises:
         DataError: not there, not prepared, torn, corrupt, or of another tokenizer.

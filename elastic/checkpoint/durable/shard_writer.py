@@ -23,7 +23,7 @@ class Written:
 
     record: FileRecord
     crc32: Mapping[str, tuple[int, ...]]
-    """Per tensor, of each `layout.BLOCK_BYTES`."""
+    """Per tensor, of each `manifest.BLOCK_BYTES`."""
 
 
 def write_shard(

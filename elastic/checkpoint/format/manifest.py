@@ -89,7 +89,7 @@ class Manifest:
     mesh: tuple[int, ...]
     """Ranks along each axis of the device mesh; of hsdp: replicas, shards."""
     config: Mapping[str, Any]
-    """The keys that decide what is computed (`fit.get_computing_config`)."""
+    """The keys that decide what is computed (`compat.get_computing_config`)."""
     config_hash: str
     tensors: Mapping[str, TensorRecord]
     """The state: ``model.*`` and ``optim.*``."""
