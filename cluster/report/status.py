@@ -10,7 +10,8 @@ def get_status(run_dir: RunDir, *, now_s: float) -> dict[str, object]:
     """Return what `solvent status` shows; None stands for what the files do not tell (yet).
 
     `state` is `starting`, `running`, `silent` (no sign of life for 2 minutes and 10 steps), or how the newest attempt
-    ended: `finished`, `interrupted`, `lost`, `failed`.
+    ended: `finished`, `interrupted`, `lost`, `failed`. `redo_steps_*`: how many steps would be made again if a trainer,
+    and if a node were lost now.
     """
     story = read_story(run_dir)
     state = story.get_state(now_s)
@@ -35,6 +36,8 @@ def get_status(run_dir: RunDir, *, now_s: float) -> dict[str, object]:
         "mfu": last.get("mfu"),
         "world_size": last.get("world_size"),
         "attempt": max([row["attempt"] for row in [*story.all_rows[-1:], *story.attempts[-1:]]], default=0),
+        "redo_steps_trainer_lost": last.get("redo_steps_trainer_lost"),
+        "redo_steps_node_lost": last.get("redo_steps_node_lost"),
         "incidents": len(story.incidents),
         "bad_steps": len(story.bad_steps),
         "failures_without_progress": failures.without_progress,

@@ -100,6 +100,7 @@ class View:
             ("tokens/s", _show(self._row.get("tokens_per_s"), "{:,.0f}")),
             ("MFU", _show(self._row.get("mfu"), "{:.1%}")),
             ("world", f"{len(update.workers)} worker(s) on {', '.join(nodes) or 'no node'} (attempt {update.attempt})"),
+            ("a loss redoes", _show_redo(self._row)),
             ("spent", _show_money(update.books)),
             ("goodput", _show(update.books["goodput"], "{:.1%}")),
             ("incidents", str(len(update.books["incidents"]))),
@@ -110,6 +111,12 @@ class View:
 
 def _show(value: Any, pattern: str) -> str:
     return "-" if value is None else pattern.format(value)
+
+
+def _show_redo(row: Mapping[str, object]) -> str:
+    """What is not kept anywhere that a loss leaves: known where states are kept in memory."""
+    of_trainer, of_node = row.get("redo_steps_trainer_lost"), row.get("redo_steps_node_lost")
+    return "-" if of_node is None else f"{of_trainer} step(s) if a trainer is lost now, {of_node} if a node is"
 
 
 def _show_money(books: Mapping[str, Any]) -> str:

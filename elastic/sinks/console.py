@@ -17,6 +17,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("mfu", "MFU", lambda v: f"{v:.1%}"),
     ("memory_gib", "GiB", lambda v: f"{v:.2f}"),
     ("world_size", "ranks", str),
+    ("redo_steps_node_lost", "a lost node redoes", str),
     ("usd", "USD", lambda v: f"{v:.2f}"),
 )
 

@@ -68,3 +68,14 @@ def test_status_and_console_show_a_step_without_a_loss(tmp_path):
     assert (status["loss"], status["val_loss"], status["bad_steps"]) == (None, None, 1)
     (_, bad) = read_rows(run_dir.metrics)
     assert "NOT APPLIED: not finite" in format_row(bad, total_steps=2)
+
+
+def test_status_and_console_say_what_a_loss_would_redo_now(tmp_path):
+    run_dir = RunDir(tmp_path)
+    row = {"step": 7, "tokens": 100, "loss": 2.5, "step_s": 1.0, "tokens_per_s": 100.0, "world_size": 2, "attempt": 1}
+    row |= {"time_utc": format_utc(1000.0), "redo_steps_trainer_lost": 2, "redo_steps_node_lost": 5}
+    append_row(run_dir.metrics, row)
+    status = get_status(run_dir, now_s=1000.0)
+    assert (status["redo_steps_trainer_lost"], status["redo_steps_node_lost"]) == (2, 5)
+    assert "a lost node redoes 5" in format_row(row, total_steps=9)
+    assert "redoes" not in format_row(row | {"redo_steps_node_lost": None}, total_steps=9)
