@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.forked import Elastic
+
 ROOT = Path(__file__).parents[2]
 SOLVENT = [sys.executable, "-c", "from cluster.cli import enter; enter()"]
 ELASTIC = [sys.executable, "-m", "elastic"]
@@ -40,10 +42,13 @@ class Place(NamedTuple):
 
 
 def start(command, *arguments, **environment):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    if command is ELASTIC:
+        return Elastic(*arguments, environment=environment)
     return subprocess.Popen(
         [*command, *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

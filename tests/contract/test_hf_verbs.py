@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from elastic.data.prepare import prepare
 from elastic.records.rundir import read_rows
 from elastic.storage import open_storage
 from tests.contract._hf import MODEL, write_hf_folder
+from tests.forked import Elastic
 
 TOKENIZER = {
     "tokenizer.json": b'{"not": "read"}',
@@ -110,9 +110,11 @@ def project(tmp_path, capsys, monkeypatch):
 
 
 def train(config, *overrides):
-    command = [sys.executable, "-m", "elastic", str(config), *overrides]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=200, env=env)
+    """Train in the working directory."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with Elastic(config, *overrides, environment=environment, folder=Path.cwd()) as training:
+        out, err = training.communicate(timeout=200)
+    return subprocess.CompletedProcess(training.args, training.returncode, out, err)
 
 
 @pytest.mark.parametrize("written", ["today", "by an earlier version"])

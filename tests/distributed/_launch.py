@@ -4,12 +4,12 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 from elastic.records.attempts import final_rows
 from elastic.records.rundir import RunDir, read_rows
+from tests.forked import Elastic
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 120.0
@@ -25,9 +25,11 @@ class Ranks:
     def __init__(self, num_ranks: int, *arguments: str) -> None:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_find_free_port()), "WORLD_SIZE": str(num_ranks)}
         self._processes = [
-            start(
-                [sys.executable, "-m", "elastic", *arguments],
-                **({**place, "RANK": str(rank), "LOCAL_RANK": str(rank)} if num_ranks > 1 else {}),
+            Elastic(
+                *arguments,
+                environment=build_environment(
+                    **({**place, "RANK": str(rank), "LOCAL_RANK": str(rank)} if num_ranks > 1 else {}),
+                ),
             )
             for rank in range(num_ranks)
         ]
@@ -38,8 +40,8 @@ class Ranks:
     def __exit__(self, *_: object) -> None:
         for process in self._processes:
             process.kill()
-            if not process.stdout.closed:
-                process.communicate()
+        for process in self._processes:
+            process.__exit__()
 
     def send(self, number: signal.Signals, *ranks: int) -> None:
         for rank in ranks:
@@ -55,24 +57,27 @@ class Ranks:
 
     def wait_for(self, rank: int) -> tuple[int, str]:
         """Return the exit code of one rank, and what it said."""
-        output = self._processes[rank].communicate(timeout=WAIT_S)[0]
+        output = "".join(self._processes[rank].communicate(timeout=WAIT_S))
         return self._processes[rank].returncode, output
 
     def wait(self) -> tuple[list[int], str]:
         """Return the exit code of each rank (negative: the signal that killed it), and what all of them said."""
-        # a rank that was waited for alone has said all
-        waited_for = [process for process in self._processes if not process.stdout.closed]
-        outputs = [process.communicate(timeout=WAIT_S)[0] for process in waited_for]
+        outputs = ["".join(process.communicate(timeout=WAIT_S)) for process in self._processes]
         return [process.returncode for process in self._processes], "\n".join(outputs)
 
 
-def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
-    """Start a command at the root of the project, single-threaded, in no world that a launcher around us named."""
+def build_environment(**more: str) -> dict[str, str]:
+    """Return our environment, single-threaded, in no world that a launcher around us named."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return {**inherited, "OMP_NUM_THREADS": "1", **more}
+
+
+def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
+    """Start a command at the root of the project."""
     return subprocess.Popen(
         command,
         cwd=ROOT,
-        env={**inherited, "OMP_NUM_THREADS": "1", **environment},
+        env=build_environment(**environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

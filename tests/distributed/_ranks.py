@@ -3,8 +3,6 @@
 The processes are forked from a server that imported torch once, which saves seconds per test.
 """
 
-import multiprocessing
-import os
 import traceback
 import warnings
 from collections.abc import Callable
@@ -16,15 +14,14 @@ import torch.distributed as dist
 
 from elastic.ports import WorldSpec
 from elastic.world import World, close_world, open_world
+from tests.forked import get_context
 
 TIMEOUT_S = 60.0
 
 
 def run_ranks(work: Callable[..., Any], num_ranks: int, *args: object) -> list[Any]:
     """Return what `work(rank, port, *args)` returned on each rank; a failure on any rank fails the test."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["elastic.step", "torch.distributed.checkpoint.state_dict", __name__])
-    os.environ["OMP_NUM_THREADS"] = "1"  # read by the fork server when it imports torch
+    context = get_context()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=TIMEOUT_S))
     queue = context.Queue()
     processes = [

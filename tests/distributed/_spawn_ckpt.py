@@ -1,7 +1,5 @@
 """Run a function on several gloo ranks, some of which may die, and what the checkpoint tests train there."""
 
-import multiprocessing
-import os
 import traceback
 import warnings
 
@@ -19,6 +17,7 @@ from elastic.checkpoint.train_state import get_live_state
 from elastic.config import CheckpointConfig, FaultConfig, RunConfig
 from elastic.ports import Progress
 from elastic.storage import open_storage
+from tests.forked import get_context
 
 CPU = torch.device("cpu")
 CONFIG = RunConfig(checkpoint=CheckpointConfig(keep_last=2), fault=FaultConfig(collective_timeout_s=30))
@@ -26,9 +25,7 @@ CONFIG = RunConfig(checkpoint=CheckpointConfig(keep_last=2), fault=FaultConfig(c
 
 def run_ranks(work, num_ranks, run_dir, *args, timeout_s=60):
     """Return what `work(run_dir, *args)` returned on each rank: None for a rank that was killed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "torch._dynamo"])  # optimizers import it: seconds per rank
-    os.environ["OMP_NUM_THREADS"] = "1"  # read when the fork server imports torch
+    context = get_context()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = []
     for rank in range(num_ranks):
