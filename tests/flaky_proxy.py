@@ -14,8 +14,12 @@ _HOP_HEADERS = {"connection", "transfer-encoding", "content-length", "date", "se
 
 
 @contextmanager
-def open_proxy(target, *, rate, seed=0):
-    """Yield ``(url, counter of what was done to requests)``; a share `rate` of them suffers one of four fates."""
+def open_proxy(target, *, rate, seed=0, heard=None):
+    """Yield ``(url, counter of what was done to requests)``; a share `rate` of them suffers one of four fates.
+
+    Args:
+        heard: a list that takes each request's method and path.
+    """
     address, dice, lock = urlsplit(target).netloc, random.Random(seed), threading.Lock()
     done = Counter()
 
@@ -29,6 +33,8 @@ def open_proxy(target, *, rate, seed=0):
                     dice.choice(("throttled", "answer lost", "hung up", "slow")) if dice.random() < rate else "served"
                 )
                 done[fate] += 1
+                if heard is not None:
+                    heard.append(f"{self.command} {self.path}")
             if fate == "throttled":
                 return self._answer(503, [], b"<Error><Code>SlowDown</Code></Error>")
             if fate == "hung up":

@@ -3,8 +3,10 @@
 import argparse
 import os
 import sys
+from functools import partial
 from typing import Any
 
+from cluster.cli._finished import find_finished_elsewhere
 from cluster.cli._runs import print_json
 from cluster.cli.render import render_for
 from elastic.errors import ConfigError
@@ -32,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from cluster.kube.follow import follow
     from cluster.kube.render import is_kubernetes
     from cluster.kube.server import connect
+    from elastic.config_load import load
 
     profile = args.profile or _DEFAULT_PROFILE
     documents = render_for(args, profile)
@@ -42,7 +45,14 @@ def run(args: argparse.Namespace) -> int:
     if args.delete:
         delete(server, documents, say=_say)
         return 0
-    submitted = submit(server, documents, on_conflict="take" if args.take_over else "refuse", say=_say)
+    config = load(args.config, args.overrides)
+    submitted = submit(
+        server,
+        documents,
+        on_conflict="take" if args.take_over else "refuse",
+        find_end=partial(find_finished_elsewhere, config, os.environ),
+        say=_say,
+    )
     result = {"job": submitted.job, "namespace": namespace}
     if args.detach or submitted.how == "finished":
         if args.json:

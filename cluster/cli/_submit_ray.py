@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.cli._finished import find_finished_elsewhere, tell_finished
 from cluster.cli._runs import print_json
+from elastic.config import RunConfig
 from elastic.errors import ClusterError, ConfigError
 from elastic.paths import expand_home
 
 if TYPE_CHECKING:
-    from cluster.runtime.jobs.job_api import JobServer
+    from cluster.runtime.jobs.job_api import Job, JobServer
     from cluster.runtime.jobs.submission import Submission
 
 OPTIONS = {
@@ -66,9 +68,15 @@ def run(args: argparse.Namespace) -> int:
     """Submit and follow, or stop what runs."""
     from cluster.runtime.jobs.job_api import JobServer, ServerLostError, find_address
     from cluster.runtime.ray.ray_token import read_token
+    from elastic.config_load import load
 
     server = JobServer(find_address(args.address, os.environ), token=read_token(os.environ))
-    submission = build(args)
+    config = load(args.config, args.overrides)
+    submission = build(args, config)
+    reason = "" if args.delete else find_finished_elsewhere(config, os.environ)
+    if reason and not _is_closing(server, submission):
+        tell_finished(config, reason, json=args.json)
+        return 0
     try:
         return _stop(server, submission) if args.delete else _submit(args, server, submission)
     except ServerLostError as error:
@@ -77,13 +85,11 @@ def run(args: argparse.Namespace) -> int:
         ) from (error)
 
 
-def build(args: argparse.Namespace) -> "Submission":
+def build(args: argparse.Namespace, config: RunConfig) -> "Submission":
     """Return what would be sent."""
     from cluster.cost import load_prices
     from cluster.runtime.jobs.submission import build_submission
-    from elastic.config_load import load
 
-    config = load(args.config, args.overrides)
     load_prices(config.cost)
     missing = [name for name in args.env if "=" not in name and name not in os.environ]
     if missing:
@@ -134,10 +140,26 @@ def _submit(args: argparse.Namespace, server: "JobServer", submission: "Submissi
     return ending.exit_code
 
 
-def _stop(server: "JobServer", submission: "Submission") -> int:
-    from cluster.runtime.jobs.submitter import RUN, stop
+def _is_closing(server: "JobServer", submission: "Submission") -> bool:
+    """Tell whether a job of a run that has all its steps goes on, to bring its last rows: it is followed."""
+    from cluster.runtime.jobs.job_api import ServerLostError
 
-    ours = [job for job in server.list_jobs() if job.metadata.get(RUN) == submission.run and not job.has_ended]
+    try:
+        return bool(_list_running(server, submission))
+    except ServerLostError:  # who has finished may have given the cluster back
+        return False
+
+
+def _list_running(server: "JobServer", submission: "Submission") -> "list[Job]":
+    from cluster.runtime.jobs.submitter import RUN
+
+    return [job for job in server.list_jobs() if job.metadata.get(RUN) == submission.run and not job.has_ended]
+
+
+def _stop(server: "JobServer", submission: "Submission") -> int:
+    from cluster.runtime.jobs.submitter import stop
+
+    ours = _list_running(server, submission)
     for job in ours:
         _say(f"{job.id} saves and ends")
         left = stop(server, job.id, timeout_s=DELETE_S)

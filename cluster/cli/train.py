@@ -6,22 +6,23 @@ CONFIG is a YAML file; key=value overrides its keys. Training again under the sa
 import argparse
 import logging
 import os
-import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.cli._finished import tell_finished
 from cluster.cli._runs import add_json, print_json, text_on_stderr
 from cluster.cost import load_prices
 from elastic.config import RunConfig
 from elastic.errors import ConfigError
 from elastic.ports import MetricSink
 from elastic.records.rundir import RunDir
-from elastic.storage import is_url, join_url, open_storage
+from elastic.storage import is_url, join_url
 
 if TYPE_CHECKING:
     from cluster.runtime.jobs.retries import RetriedDriver
+    from elastic.checkpoint.restore.past import Past
 
 log = logging.getLogger(__name__)
 
@@ -48,14 +49,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace, driver: "RetriedDriver | None") -> int:
+    from elastic.checkpoint.restore.past import describe_finished, look_back
     from elastic.config_load import load_here
 
     config = load_here(args.config, args.overrides)
+    past = look_back(config)
     if driver:
-        driver.begin(config)
-    check_before_paying(config)
-    if (step := find_last_step(config)) >= config.train.steps:
-        return _tell_finished(args, config, step)
+        driver.begin(config, past)
+    if reason := describe_finished(config, past):
+        tell_finished(config, reason, json=args.json)
+        return 0
+    check_before_paying(config, past)
 
     from cluster.runtime.driver import find_address, train
     from cluster.runtime.view import View
@@ -76,23 +80,6 @@ def _train(args: argparse.Namespace, driver: "RetriedDriver | None") -> int:
             {"run": join_url(config.storage, config.run), "end": ending.kind, "reason": ending.reason, **ending.books}
         )
     return ending.exit_code
-
-
-def find_last_step(config: RunConfig) -> int:
-    """Return the step of the run's newest checkpoint, asked for before a node is; 0 if there is none."""
-    from elastic.checkpoint.format.manifest import list_committed
-
-    storage = open_storage(join_url(config.storage, config.run))
-    return max((checkpoint.step for checkpoint in list_committed(storage)), default=0)
-
-
-def _tell_finished(args: argparse.Namespace, config: RunConfig, step: int) -> int:
-    run = join_url(config.storage, config.run)
-    reason = f"all steps done: {run} is at step {step}, and train.steps={config.train.steps}, so no node is asked for"
-    print(f"finished: {reason}", file=sys.stderr if args.json else sys.stdout)
-    if args.json:
-        print_json({"run": run, "end": "finished", "reason": reason})
-    return 0
 
 
 def get_run_dir(config: RunConfig) -> RunDir:
@@ -121,10 +108,13 @@ def open_sinks(config: RunConfig, run_dir: RunDir) -> list[MetricSink]:
     return [wandb.build(config, run_dir)]
 
 
-def check_before_paying(config: RunConfig) -> None:
+def check_before_paying(config: RunConfig, past: "Past | None" = None) -> None:
     """Find what is wrong with sizes, prices, provider, data, storage and the run to resume before a node is claimed.
 
     Storage that is full makes a run that has trained wait for a while, and refuses a new one at once.
+
+    Args:
+        past: what the run has, if that was asked for.
 
     Raises:
         UserError: one of these cannot be used, or the run cannot go on under this configuration.
@@ -140,8 +130,9 @@ def check_before_paying(config: RunConfig) -> None:
         keep_trying,
     )
     from elastic.checkpoint.format.compat import check_resume
-    from elastic.checkpoint.format.manifest import list_committed, read_manifest
+    from elastic.checkpoint.format.manifest import read_manifest
     from elastic.checkpoint.restore.first_weights import check_first_weights
+    from elastic.checkpoint.restore.past import look_back
     from elastic.data.shards import check_fits, open_dataset
     from elastic.records.leader import was_led
 
@@ -150,20 +141,27 @@ def check_before_paying(config: RunConfig) -> None:
     config.get_world_sizes()
     dataset = open_dataset(config.data.path)
     check_fits(dataset, config)
-    storage = open_storage(join_url(config.storage, config.run))
+    past = past or look_back(config)
+    storage = past.storage
 
     def look() -> None:
         check_writable(storage)
         check_space(storage, estimate_checkpoint_bytes(config.model.num_matrix_params))  # trainers know it to the byte
 
     try:
-        has_trained = was_led(storage)
+        if past.error:
+            raise past.error
+        has_trained = bool(past.committed) or was_led(storage)
     except OSError:  # of a URL, any part may be wrong
         has_trained = not is_url(storage.url)
     keep_trying(look, patience_s=PATIENCE_S if has_trained else 0.0)
     try:
-        check_first_weights(storage)
-        for newest in list_committed(storage)[-1:]:
+        if past.error:  # it works by now
+            past = look_back(config)
+        if past.error:
+            raise past.error
+        check_first_weights(storage, past.committed)
+        for newest in past.committed[-1:]:
             for remark in check_resume(config, read_manifest(storage, newest), data=dataset.info.identity):
                 log.warning("%s", remark)
     except OSError as error:

@@ -31,7 +31,12 @@ class Submitted:
 
 
 def submit(
-    server: ApiServer, documents: Sequence[Manifest], *, on_conflict: str = "refuse", say: Callable[[str], None]
+    server: ApiServer,
+    documents: Sequence[Manifest],
+    *,
+    on_conflict: str = "refuse",
+    find_end: Callable[[], str] = lambda: "",
+    say: Callable[[str], None],
 ) -> Submitted:
     """Apply the stream; a job of that name that has ended makes room first.
 
@@ -40,6 +45,7 @@ def submit(
 
     Args:
         on_conflict: `refuse` fields of others, or `take` them over, also those of a job that has not ended.
+        find_end: asked before a cluster is started for a job; returns why the run has no need of one, or nothing.
 
     Raises:
         ClusterError: the cluster refused, or cannot be reached.
@@ -61,6 +67,9 @@ def submit(
         change = "" if is_same else "; what was changed since counts after --delete, or is forced in with --take-over"
         say(f"{name} is there ({describe(held)}) and is left as it is{change}")
         return Submitted(job=name, how="found")
+    if reason := find_end():
+        say(f"finished: {reason}")
+        return Submitted(job=name, how="finished")
     check_needs(server, documents, say=say)
     if held and has_ended(held):
         say(f"{name} has ended ({describe(held)}); it is submitted again, and resumes")

@@ -4,6 +4,7 @@ import pytest
 
 from cluster.runtime.jobs.retries import FRUITLESS_DRIVERS, KEY, FruitlessError, RetriedDriver
 from elastic.checkpoint.format.manifest import COMMITTED, MANIFEST, checksum, get_directory
+from elastic.checkpoint.restore.past import look_back
 from elastic.config import RunConfig
 from elastic.errors import (
     CheckpointError,
@@ -30,7 +31,7 @@ class Job:
         """Let a driver start, and end with an error or so."""
         try:
             with RetriedDriver(self.stopped.append) as driver:
-                driver.begin(self.config)
+                driver.begin(self.config, look_back(self.config))
                 if end is not None:
                     raise end
                 if ending:

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from elastic.checkpoint.format.manifest import list_committed
+from elastic.checkpoint.restore.past import Past
 from elastic.config import RunConfig
 from elastic.errors import SolventError, StorageError, UserError
 from elastic.records.leader import was_led
 from elastic.records.rundir import format_utc
-from elastic.storage import Storage, join_url, open_storage
+from elastic.storage import Storage
 
 FRUITLESS_DRIVERS = 5
 """So many in a row between which the run got no further checkpoint are a crash loop, as for `submit --supervise`."""
@@ -72,16 +72,23 @@ class RetriedDriver:
         if isinstance(error, SolventError) and self._is_final(error):
             self._stop(str(error), error.exit_code)
 
-    def begin(self, config: RunConfig) -> None:
-        """Count this driver.
+    def begin(self, config: RunConfig, past: Past) -> None:
+        """Count this driver, if there is something left to train: one that has only that to say is not fruitless.
+
+        Args:
+            past: what the run has by now.
 
         Raises:
             FruitlessError: too many before this one got nowhere.
         """
-        self._storage = open_storage(join_url(config.storage, config.run))
+        self._storage, step = past.storage, past.step
+        if step >= config.train.steps:
+            self._has_trained = True
+            return
         try:
+            if past.error:
+                raise past.error
             self._has_trained = was_led(self._storage)
-            step = max((checkpoint.step for checkpoint in list_committed(self._storage)), default=0)
             before = _read(self._storage)
             num_fruitless = before.num_fruitless if before is not None and before.step >= step else 0
             if num_fruitless < FRUITLESS_DRIVERS:
