@@ -25,6 +25,7 @@ from typing import Any
 from cluster.controller import Holder
 from cluster.runtime.coordinator import actor as module
 from cluster.runtime.coordinator.actor import Coordinator, Session
+from cluster.runtime.coordinator.descriptors import raise_limit
 from cluster.runtime.coordinator.hosts import HOST_SILENT_S
 from cluster.runtime.event_loop import EventLoop
 from cluster.runtime.messages import (
@@ -140,7 +141,7 @@ class StandIn:
 
 def play_hosts(port: int, num_nodes: int, orders: Connection) -> None:
     """Be all hosts; "close N" and "mute N" end one of them, in one way or the other."""
-    allow_descriptors()
+    raise_limit()
     loop = EventLoop()
     hosts = [StandIn(number, port, loop, num_slots=num_nodes * NUM_TRAINERS) for number in range(num_nodes)]
     for host in hosts:
@@ -171,6 +172,8 @@ def _take(orders: Connection, hosts: list[StandIn], loop: EventLoop) -> None:
     host = hosts[number]
     if what == "close":
         loop.unwatch(host.link)
+    else:
+        host.beat()  # its silence begins now, and not somewhere in the second before
     host.is_silent = True
     orders.send(time.monotonic())
 
@@ -215,7 +218,6 @@ class Measured:
 
 def measure(num_nodes: int, seconds: float) -> Measured:
     """Run one coordinator with so many hosts; call it in a process of its own."""
-    allow_descriptors()
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         most = num_nodes * NUM_TRAINERS
@@ -295,12 +297,6 @@ def read_thread_s(name: str) -> float:
     (thread,) = [thread for thread in threading.enumerate() if thread.name == name]
     fields = Path(f"/proc/self/task/{thread.native_id}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def allow_descriptors() -> None:
-    """Have as many as the machine allows: each host takes one."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def main() -> None:

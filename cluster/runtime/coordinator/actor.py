@@ -25,6 +25,7 @@ from cluster.runtime import messages as said
 from cluster.runtime.coordinator.background import Background
 from cluster.runtime.coordinator.books import open_books
 from cluster.runtime.coordinator.closing import CLOSE_PATIENCE_S, FAILED_PATIENCE_S, Closing, ClosingUp
+from cluster.runtime.coordinator.descriptors import describe_shortage, raise_limit
 from cluster.runtime.coordinator.hosts import HOST_SILENT_S, Hosts, HostStarts
 from cluster.runtime.coordinator.hosts import News as HostNews
 from cluster.runtime.coordinator.node_watches import Watches
@@ -549,10 +550,14 @@ class Coordinator:
             say=self._out.say,
         )
         announced: dict[str, float | None] = {}
+        most_files, is_short = raise_limit(), False
         start_from_s = time.time() + (_RETURN_S if self._follows else 0.0)
         while not self._closing:
             now_s = time.time()
             nodes = {node.id: node for node in adapter.get_worker_nodes(self._config.cluster)}
+            if not is_short and (shortage := describe_shortage(most_files, len(nodes))):
+                is_short = True
+                self._out.say(shortage)
             self._books.follow_nodes(nodes, now_s)
             self._labels = {node.id: NodeLabels(zone=node.zone, capacity=node.capacity) for node in nodes.values()}
             if now_s >= start_from_s:
