@@ -92,7 +92,8 @@ def check_providers(evidence: Mapping[str, Evidence]) -> list[Check]:
         return [Check(name=f"provider {name}", status="ok", text=evidence[name].why) for name in here]
     why = "; ".join(f"{name}: {found.why}" for name, found in evidence.items() if not found.is_here)
     fix = (
-        "Set cluster.notices to the provider if this machine is one's, or let a script write the notice file (README)."
+        "Set cluster.notices to the provider if this machine is one's, or let a script write the notice file "
+        "(cluster/README.md, Notices)."
     )
     return [Check(name="provider", status="warn", text=f"none that is known ({why})", fix=fix)]
 

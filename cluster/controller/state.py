@@ -43,7 +43,7 @@ class Policy:
     """A world grows no sooner than this many times the usual outage after the last change: a change costs an outage,
     and so at most a sixth of the time goes into growing, however nodes come and go."""
     first_outage_s: float = 2.5
-    """What a change is taken to cost before one was measured (README: 1.4 to 2.8 s from warm hosts)."""
+    """What a change is taken to cost before one was measured (README.md: 1.4 to 1.8 s in the demo)."""
 
 
 class Blame(IntEnum):

@@ -1,4 +1,4 @@
-"""What the guide to rented machines says was run is run, as written, where there is only a loop-back network."""
+"""What the guides mark as run is run, as written: the rented machines where there is only a loop-back network."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from elastic.records.rundir import RunDir, read_rows
-from tests.guide import find_commands
+from tests.guide import RENTED, ROOT, find_commands, read_blocks
 from tests.ray._nodes import get_env
 from tests.ray._runs import TINY
 from tests.ray._traces import assert_nothing_left
@@ -42,7 +42,7 @@ def test_the_commands_do_what_the_guide_says(data):
         config = {**TINY, **own, "data": {**TINY["data"], "path": str(data)}, "train": {**TINY["train"], "steps": 20}}
         (folder / "work").mkdir()
         (folder / "work" / "run.yaml").write_text(yaml.safe_dump(config))
-        head, join, submit, delete = find_commands("sh")
+        head, join, submit, delete = find_commands(RENTED, "sh")
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         done = subprocess.run(
             [*ISOLATED, "bash", "-c", SCRIPT.format(head=head, join=join, submit=submit, delete=delete)],
@@ -64,5 +64,39 @@ def test_the_commands_do_what_the_guide_says(data):
         for path in folder.iterdir():
             shutil.rmtree(path)
         assert_nothing_left(folder, timeout_s=30)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_what_the_readme_and_the_guide_of_elastic_show_works_in_their_order():
+    """One journey of a newcomer: the environment, data, a run, its report and checkpoints, and a model that leaves."""
+    folder = Path(tempfile.mkdtemp(prefix="t-"))
+    try:
+        (folder / "configs").symlink_to(ROOT / "configs")
+        (folder / ".venv").symlink_to(Path(sys.executable).parents[1])
+        blocks = [block for guide in ("README.md", "elastic/README.md") for block in read_blocks(guide)]
+        script = "".join(
+            text if kind == "sh" else f"python <<'END'\n{text}END\n" for kind, text in blocks if kind != "text"
+        )
+        done = subprocess.run(
+            ["bash", "-exc", script],
+            env={**get_env(folder), "RAY_TMPDIR": str(folder), "OMP_NUM_THREADS": "1"},
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=800,
+            check=False,
+        )
+        assert done.returncode == 0, (done.stdout[-2000:], done.stderr[-4000:])
+        ends = {
+            name: list(read_rows(RunDir(folder / "runs" / name).attempts))[-1] for name in ("first", "second", "tuned")
+        }
+        assert {name: (end["end"], end["last_step"]) for name, end in ends.items()} == {
+            "first": ("finished", 40),
+            "second": ("finished", 40),
+            "tuned": ("finished", 2),
+        }
+        assert (folder / "runs" / "first" / "report.html").exists()
+        assert done.stdout.splitlines()[-1].startswith("And it came to pass")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
