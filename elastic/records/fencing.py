@@ -5,6 +5,7 @@ they believe about each other. Its number is that of the attempt. A process that
 come back at any time: it looks whether a newer epoch exists before it lets others see what it wrote.
 """
 
+import errno
 import json
 import os
 import secrets
@@ -88,11 +89,15 @@ def check_epoch(storage: Storage, number: int) -> None:
 
     Raises:
         StaleEpochError: it is not.
-        OSError: the storage cannot be listed.
+        OSError: the storage cannot be listed, or is not there: an unmounted folder is an empty one.
     """
     newest = get_newest_epoch(storage)
     if newest > number:
         raise _explain(storage, number, newest)
+    if not newest:  # one that is only not seen yet, as on NFS, follows others
+        raise FileNotFoundError(
+            errno.ENOENT, "the run's files are gone, as from a folder that was unmounted", storage.url
+        )
 
 
 def get_boottime_s() -> float:

@@ -20,6 +20,7 @@ class LocalStorage:
     def __init__(self, root: str) -> None:
         self.url = root
         self._root = Path(root)
+        self._was_there = False
 
     def write(self, key: str, chunks: Iterable[bytes | bytearray | memoryview]) -> int:
         """Write a temporary file, fsync it, rename it, fsync its directory."""
@@ -105,7 +106,7 @@ class LocalStorage:
         return self._root / prefix.rpartition("/")[0]
 
     def _walk(self, prefix: str) -> Iterator[Path]:
-        for directory, _, names in os.walk(self._get_directory(prefix)):
+        for directory, _, names in os.walk(self._get_directory(prefix), onerror=_raise_unless_gone):
             yield from (Path(directory) / name for name in names)
 
     @contextmanager
@@ -113,7 +114,9 @@ class LocalStorage:
         """Open a file beside `path` that is gone on exit, unless it was renamed."""
         temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self._check_there()
         _make_directory(path.parent)
+        self._was_there = True
         try:
             descriptor = os.open(temporary, flags, 0o666)
         except FileNotFoundError:  # another process has just removed the directory, which was empty
@@ -124,6 +127,12 @@ class LocalStorage:
         finally:
             os.close(descriptor)
             temporary.unlink(missing_ok=True)
+
+    def _check_there(self) -> None:
+        """Refuse to make the root anew: an unmounted folder's files would go to the disk below, and be gone with it."""
+        self._was_there = self._was_there or self._root.is_dir()
+        if self._was_there and not self._root.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "it was there, and is gone (unmounted or moved?)", str(self._root))
 
     def _remove_empty(self, directory: Path) -> None:
         """Remove a directory and its parents as far as they are empty, but never the root."""
@@ -139,6 +148,12 @@ class LocalStorage:
             except OSError:  # there is something in it
                 return
             directory = directory.parent
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    """What cannot be listed is not empty; `os.walk` would say nothing."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 def sync(path: Path) -> None:

@@ -123,3 +123,12 @@ def test_a_sink_takes_rows_though_the_storage_cannot_be_listed():
     rows = Rows()
     FencedSink(rows, EpochGuard(fail)).write({"step": 1})
     assert rows == [{"step": 1}]
+
+
+def test_a_storage_whose_files_are_gone_confirms_no_epoch(tmp_path):
+    storage = LocalStorage(str(tmp_path / "run"))
+    take_epoch(storage, 1, who="a test")
+    check_epoch(storage, 1)
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="unmounted"):
+        check_epoch(storage, 1)

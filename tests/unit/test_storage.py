@@ -148,3 +148,23 @@ def test_half_of_the_flaky_writes_were_done(tmp_path):
 def test_a_place_below_a_path_or_a_url_is_named_alike():
     assert join_url("runs/", "a") == "runs/a"
     assert join_url("s3://bucket/runs/", "a") == "s3://bucket/runs/a"
+
+
+def test_a_folder_that_was_unmounted_is_not_made_anew_on_the_disk_below(tmp_path):
+    storage = LocalStorage(str(tmp_path / "mount" / "run"))
+    storage.write("leader.json", [b"1"])
+    (tmp_path / "mount").rename(tmp_path / "elsewhere")
+    for write in (lambda: storage.write("leader.json", [b"2"]), lambda: storage.put_new("epochs/1", b"2")):
+        with pytest.raises(FileNotFoundError, match="unmounted"):
+            write()
+    assert not (tmp_path / "mount").exists()
+    (tmp_path / "elsewhere").rename(tmp_path / "mount")
+    storage.write("leader.json", [b"3"])
+    assert storage.read("leader.json") == b"3"
+
+
+def test_what_cannot_be_listed_is_not_called_empty(tmp_path):
+    (tmp_path / "checkpoints").symlink_to("checkpoints")  # stands for any error of a file system: it leads nowhere
+    with pytest.raises(OSError, match="symbolic links"):
+        LocalStorage(str(tmp_path)).list("checkpoints/")
+    assert LocalStorage(str(tmp_path / "none")).list("checkpoints/") == []
