@@ -153,6 +153,15 @@ class Ledger:
             account.left_ms = None
         account.paint("start", _to_ms(at_s), None)
 
+    def is_open(self, node: str) -> bool:
+        """Tell whether a node is paid for."""
+        account = self._accounts.get(node)
+        return account is not None and account.left_ms is None
+
+    def get_open(self) -> list[str]:
+        """Return the nodes that are paid for."""
+        return [node for node, account in self._accounts.items() if account.left_ms is None]
+
     def switch(self, node: str, state: Phase, at_s: float) -> None:
         """Let a state hold from a time on, until the next switch."""
         self._accounts[node].paint(state, _to_ms(at_s), None)

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from cluster.controller import Holder
-from cluster.runtime.coordinator import actor as module
+from cluster.runtime.coordinator import actor, ray_nodes
 from cluster.runtime.coordinator.actor import Coordinator, Session
 from cluster.runtime.coordinator.descriptors import raise_limit
 from cluster.runtime.coordinator.hosts import HOST_SILENT_S
@@ -228,7 +228,8 @@ def measure(num_nodes: int, seconds: float) -> Measured:
             cluster=ClusterConfig(min_workers=1, max_workers=most, gpus_per_worker=1, notices="off"),
             fault=FaultConfig(lease_s=600.0),
         )
-        module.adapter = stand_in_for_ray(num_nodes)  # pyright: ignore[reportAttributeAccessIssue] # a bench without Ray
+        for module in (actor, ray_nodes):  # a bench without Ray
+            module.adapter = stand_in_for_ray(num_nodes)  # pyright: ignore[reportAttributeAccessIssue]
         coordinator = Coordinator(asdict(config), session=Session(id="bench", secret=SECRET))
         assert coordinator.attach("bench", asdict(config)) == "ok"
         threading.Thread(target=poll, args=(coordinator,), daemon=True).start()

@@ -12,7 +12,6 @@ import pytest
 from cluster.runtime.coordinator.books import open_books
 from cluster.runtime.coordinator.closing import ClosingUp
 from cluster.runtime.coordinator.row_writer import RowWriter
-from cluster.runtime.ray.adapter import WorkerNode
 from elastic.config import RunConfig
 from elastic.records.rundir import RunDir, append_row, read_rows
 from elastic.records.spool import fetch_rows, open_run
@@ -29,7 +28,7 @@ def open_closing(storage):
     failures: list[BaseException] = []
     writer = RowWriter(check_lead=lambda: None, on_failure=failures.append, say=said.append)
     books = open_books(str(run.dir.root), RunConfig(), append=writer.append)
-    books.follow_nodes({"n": WorkerNode(id="n", num_workers=1, offer="")}, time.time() - 100)
+    books.join("n", time.time() - 100, gpus=1, usd_per_gpu_hour=0.0)
     closing = ClosingUp(run, books=books, writer=writer, say=said.append)
     return SimpleNamespace(run=run, opened=opened, closing=closing, writer=writer, said=said)
 

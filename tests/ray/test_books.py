@@ -5,9 +5,8 @@ import pytest
 from cluster.controller import Policy, State
 from cluster.ledger import check_tiling, read_ledger
 from cluster.runtime.coordinator.books import open_books
-from cluster.runtime.ray.adapter import WorkerNode
 from cluster.types import DRIVER_GONE, AttemptEnded, AttemptStarted, Slot
-from elastic.config import CostConfig, RunConfig
+from elastic.config import RunConfig
 from elastic.ports import Progress
 from elastic.records.rundir import RunDir, append_row, format_utc, read_rows
 
@@ -15,8 +14,8 @@ from elastic.records.rundir import RunDir, append_row, format_utc, read_rows
 @pytest.mark.parametrize("stage", ["clearing", "waiting", "forming"])
 def test_a_lost_node_is_idle_though_it_is_a_member_of_the_world_that_ends(tmp_path, stage):
     books = open_books(str(tmp_path), RunConfig())
-    nodes = {name: WorkerNode(id=name, num_workers=1, offer="") for name in ("lost", "survivor")}
-    books.follow_nodes(nodes, 0.0)
+    for name in ("lost", "survivor"):
+        books.join(name, 0.0, gpus=1, usd_per_gpu_hour=0.0)
     policy = Policy(world_sizes=(1, 2), max_failures_without_progress=3)
     members = (Slot("lost", "cpu0"), Slot("survivor", "cpu0"))
     state = State(policy=policy, members=members, claims=dict.fromkeys(members, 1), stage="running")
@@ -41,18 +40,18 @@ def write_step(run_dir, step, time_s, attempt=1):
 
 
 def test_a_coordinator_that_follows_a_dead_one_books_the_steps_that_were_done_without_any(tmp_path):
-    run_dir, nodes = RunDir(tmp_path), {"n": WorkerNode(id="n", num_workers=2, offer="")}
+    run_dir = RunDir(tmp_path)
     first = open_books(str(tmp_path), RunConfig())
-    first.follow_nodes(nodes, 100.0)
+    first.join("n", 100.0, gpus=2, usd_per_gpu_hour=0.0)
     for step in (1, 2):
         write_step(run_dir, step, 101.0 + step)
     first.flush(110.0)  # up to 105 s; what came after died with it
 
     second = open_books(str(tmp_path), RunConfig(), lost_s=110.5)
-    second.follow_nodes(nodes, 111.0)
+    second.join("n", 111.0, gpus=2, usd_per_gpu_hour=0.0)
     write_step(run_dir, 3, 112.0)  # the world is not over yet
     members = (Slot("n", "cpu0"),)
-    second.close_inherited(113.0)
+    second.book_inherited(second.fetch_inherited(), 113.0)
     second.attempt_started(AttemptStarted(attempt=2, members=members), 113.0)
     second.restored(members[0], Progress(step=1, tokens=10), "memory", 114.0)
     second.stepped(members[0], Progress(step=2, tokens=20), [], 115.0)
@@ -93,7 +92,7 @@ def test_an_incident_counts_the_steps_that_it_lost_and_not_those_of_the_one_befo
 
 def test_a_coordinator_that_died_before_any_world_leaves_nothing_to_book(tmp_path):
     books = open_books(str(tmp_path), RunConfig(), lost_s=10.0)
-    books.close_inherited(11.0)
+    books.book_inherited(books.fetch_inherited(), 11.0)
     books.attempt_started(AttemptStarted(attempt=2, members=(Slot("n", "cpu0"),)), 11.0)
     books.restored(Slot("n", "cpu0"), Progress(), "scratch", 12.0)
     books.stepped(Slot("n", "cpu0"), Progress(step=1, tokens=10), [], 13.0)
@@ -101,20 +100,10 @@ def test_a_coordinator_that_died_before_any_world_leaves_nothing_to_book(tmp_pat
     assert not list(read_rows(books.run_dir.attempts))
 
 
-def test_a_node_that_joins_while_the_price_file_is_missing_is_booked_and_trains(tmp_path):
-    said: list[str] = []
-    cost = CostConfig(usd_per_gpu_hour=3.6, price_file=str(tmp_path / "no.yaml"))
-    books = open_books(str(tmp_path / "run"), RunConfig(cost=cost), say=said.append)
-    books.follow_nodes({"n": WorkerNode(id="n", num_workers=1, offer="spot")}, 0.0)
-    books.close(1000.0)
-    assert books.summary()["usd"] == pytest.approx(1.0)  # 1000 s at 3.6 USD an hour
-    assert "no.yaml' cannot be read" in said[0]
-
-
 def resume(run_dir, *, at_s, attempt=2):
     """Form the world of a next driver on another cluster, up to its first step; then that one is lost as well."""
     books = open_books(str(run_dir.root), RunConfig())
-    books.follow_nodes({"m": WorkerNode(id="m", num_workers=1, offer="")}, at_s)
+    books.join("m", at_s, gpus=1, usd_per_gpu_hour=0.0)
     members = (Slot("m", "cpu0"),)
     books.attempt_started(AttemptStarted(attempt=attempt, members=members), at_s + 1)
     books.restored(members[0], Progress(step=1, tokens=10), "disk", at_s + 2)
@@ -171,9 +160,9 @@ def test_steps_that_a_node_tells_together_are_booked_one_by_one(tmp_path):
     for step in (1, 2):
         write_step(RunDir(tmp_path), step, float(step))
     books = open_books(str(tmp_path), RunConfig())
-    nodes = {name: WorkerNode(id=name, num_workers=1, offer="") for name in ("a", "b")}
-    books.follow_nodes(nodes, 10.0)
-    members = tuple(Slot(node, "cpu0") for node in nodes)
+    for node in ("a", "b"):
+        books.join(node, 10.0, gpus=1, usd_per_gpu_hour=0.0)
+    members = (Slot("a", "cpu0"), Slot("b", "cpu0"))
     books.attempt_started(AttemptStarted(attempt=2, members=members), 10.0)
     for step in (1, 2, 3, 4):
         end_s = 10.0 + step

@@ -5,13 +5,13 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
-from types import SimpleNamespace
 
 import pytest
 
 from cluster.controller import Holder
 from cluster.runtime.coordinator import hosts as module
-from cluster.runtime.coordinator.hosts import Hosts, HostStarts
+from cluster.runtime.coordinator.hosts import Hosts
+from cluster.runtime.coordinator.nodes import Nodes
 from cluster.runtime.messages import (
     TO_HOST,
     Beat,
@@ -40,8 +40,10 @@ class Served:
         self.gone: list[tuple[str, str]] = []
         self.said: list[str] = []
         self.links: list[Link] = []
+        self.nodes = Nodes()
         self.hosts = Hosts(
             "127.0.0.1",
+            self.nodes,
             port=port,
             secret=SECRET,
             on_ready=self.ready.append,
@@ -71,6 +73,9 @@ class Served:
             assert time.monotonic() < until_s
             self.hosts.serve(timeout_s=0.05)
 
+    def get_lost(self) -> frozenset[str]:
+        return self.nodes.get_lost(now_s=time.monotonic())
+
     def close(self) -> None:
         """Close all sockets; the coordinator's end with its process, so that nobody is cut off amid a last message."""
         for link in self.links:
@@ -99,17 +104,17 @@ def served():
 def test_a_host_that_knows_the_secret_is_there_until_its_connection_ends(served):
     link = served.join("n1", pid=12)
     served.serve_until(lambda: served.ready)
-    assert (served.ready, served.hosts.get_pids()) == (["n1"], {"n1": 12})
-    assert served.hosts.get_keepers() == {"n1": ("127.0.0.1", 7)}
-    assert served.hosts.get_lost() == frozenset()
+    assert (served.ready, served.nodes.get_pids()) == (["n1"], {"n1": 12})
+    assert served.nodes.get_keepers() == {"n1": ("127.0.0.1", 7)}
+    assert served.get_lost() == frozenset()
 
     link.close()
     served.serve_until(lambda: served.gone)
     assert served.gone == [("n1", "the node went away")]
-    assert (served.hosts.get_pids(), served.hosts.get_lost()) == ({}, {"n1"})
+    assert (served.nodes.get_pids(), served.get_lost()) == ({}, {"n1"})
     served.join("n1")
     served.serve_until(lambda: len(served.ready) == 2)
-    assert served.hosts.get_lost() == frozenset()
+    assert served.get_lost() == frozenset()
 
 
 def test_a_host_that_ends_as_another_takes_its_place_is_gone_once(served):
@@ -122,14 +127,14 @@ def test_a_host_that_ends_as_another_takes_its_place_is_gone_once(served):
     served.serve_until(lambda: len(served.ready) == 2)
     served.hosts.serve(timeout_s=0.05)
     assert served.gone == [("n1", "a new host took its place")]
-    assert served.hosts.get_pids() == {"n1": 2}
+    assert served.nodes.get_pids() == {"n1": 2}
 
 
 def test_whoever_does_not_know_it_is_sent_away_unheard(served):
     with pytest.raises(WireError):
         served.connect(secret="guessed")
     served.serve_until(lambda: served.said)
-    assert (served.ready, served.messages, served.hosts.get_pids()) == ([], [], {})
+    assert (served.ready, served.messages, served.nodes.get_pids()) == ([], [], {})
     assert len(served.said) == 1
     assert "127.0.0.1 was refused" in served.said[0]
 
@@ -147,7 +152,7 @@ def test_what_no_host_says_ends_its_own_connection_and_no_other(served):
     served.serve_until(lambda: len(served.ready) == 3)
     odd.send(Join(slot="cpu0", attempt=1))  # of ours, but no word of a host
     served.serve_until(lambda: len(served.gone) == 2)
-    assert served.hosts.get_pids() == {"n1": 1}
+    assert served.nodes.get_pids() == {"n1": 1}
 
 
 def test_a_recorded_greeting_with_all_that_followed_is_worth_nothing_when_it_is_said_again(served):
@@ -173,7 +178,7 @@ def test_a_recorded_greeting_with_all_that_followed_is_worth_nothing_when_it_is_
                     served.hosts.serve(timeout_s=0.02)
                 while stranger.recv(4096):
                     served.hosts.serve(timeout_s=0.02)
-        assert (served.ready, served.gone, served.hosts.get_pids()) == (["n1"], [], {"n1": 1})
+        assert (served.ready, served.gone, served.nodes.get_pids()) == (["n1"], [], {"n1": 1})
 
 
 def test_strangers_of_all_kinds_change_nothing_for_a_host_and_fill_no_memory(served):
@@ -206,7 +211,7 @@ def test_strangers_of_all_kinds_change_nothing_for_a_host_and_fill_no_memory(ser
         _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 20 << 20
-    assert (served.gone, served.hosts.get_pids()) == ([], {"n1": 1})
+    assert (served.gone, served.nodes.get_pids()) == ([], {"n1": 1})
     assert len(served.said) == 1
 
 
@@ -224,7 +229,7 @@ def test_a_host_that_takes_nothing_is_let_go_and_no_other_waits_for_it(served, m
         assert time.monotonic() - start_s < 10
     assert served.gone[0][0] == "n1"
     assert "untaken" in served.gone[0][1]
-    assert served.hosts.get_pids() == {"n2": 1}
+    assert served.nodes.get_pids() == {"n2": 1}
     stuck.close()
 
 
@@ -235,7 +240,7 @@ def test_what_it_says_of_itself_is_kept_and_the_rest_is_passed_on(served):
     link.send(SlotExpired(slot="cpu1"))
     served.serve_until(lambda: served.messages)
     assert served.messages == [("n1", SlotExpired(slot="cpu1"))]
-    assert served.hosts.get_keepers() == {"n1": ("127.0.0.1", 8)}
+    assert served.nodes.get_keepers() == {"n1": ("127.0.0.1", 8)}
 
     served.hosts.renew_leases()
     served.hosts.tell("n1", Join(slot="cpu0", attempt=3))
@@ -256,9 +261,9 @@ def test_of_two_hosts_of_a_node_the_newer_one_counts(served):
     served.join("n1", pid=2)
     served.serve_until(lambda: len(served.ready) == 2)
     assert served.gone == [("n1", "a new host took its place")]
-    assert served.hosts.get_pids() == {"n1": 2}
+    assert served.nodes.get_pids() == {"n1": 2}
     assert read_all(old) == [Welcome()]
-    assert served.hosts.get_lost() == frozenset()
+    assert served.get_lost() == frozenset()
 
 
 def test_one_that_is_silent_counts_as_gone_but_our_own_sleep_is_not_its_silence(served, monkeypatch):
@@ -295,42 +300,3 @@ def test_who_follows_a_coordinator_is_found_where_that_one_was_unless_it_is_stil
     after.join("n1")
     after.serve_until(lambda: after.ready)
     after.close()
-
-
-class Starts:
-    """Starts that go on until the test ends them."""
-
-    def __init__(self) -> None:
-        self.of: list[str] = []
-        self.over: set[str] = set()
-        self.said: list[str] = []
-
-    def start(self, node: str) -> SimpleNamespace:
-        self.of.append(node)
-        return SimpleNamespace(is_over=lambda: node in self.over, get_failure=lambda: f"no room on {node}")
-
-
-def test_a_host_is_started_again_once_a_start_is_over_and_none_has_come_of_it():
-    began = Starts()
-    starts = HostStarts(began.start, every_s=10, say=began.said.append)
-    starts.follow({"n1", "n2"}, {"n2"}, now_s=100)
-    assert began.of == ["n1"]
-    starts.follow({"n1", "n2"}, {"n2"}, now_s=200)  # it goes on, however long it takes
-    assert began.of == ["n1"]
-    began.over.add("n1")
-    starts.follow({"n1", "n2"}, {"n2"}, now_s=201)
-    assert began.of == ["n1", "n1"]
-    assert began.said == ["node n1: no room on n1; it is tried again"]
-    starts.follow({"n1", "n2"}, {"n2"}, now_s=210)  # it may be on its way
-    starts.follow({"n1", "n2"}, {"n1", "n2"}, now_s=300)
-    assert began.of == ["n1", "n1"]
-    starts.follow({"n1", "n2"}, {"n1"}, now_s=301)
-    assert began.of == ["n1", "n1", "n2"]
-
-
-def test_the_start_on_a_node_that_is_gone_is_forgotten():
-    began = Starts()
-    starts = HostStarts(began.start, every_s=10, say=began.said.append)
-    for nodes in ({"n1"}, set(), {"n1"}):
-        starts.follow(nodes, set(), now_s=100)
-    assert began.of == ["n1", "n1"]

@@ -1,23 +1,21 @@
 """What the coordinator writes down: attempts, incidents, and the ledger of every paid second.
 
-Several threads call it (one serves the hosts, one follows Ray's nodes), so every public method takes the lock, and
-none waits for the storage while it has it: rows are given to who appends them.
+One thread writes: the one that serves hosts, and once that has ended the one that closes the run. Others read what it
+published. It never waits for the storage: rows are given to who appends them, and what an earlier coordinator left is
+fetched by a job.
 """
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import wraps
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 from cluster.controller import State
 from cluster.controller.failures import Failures, read_failures
-from cluster.cost import KnownPrices, Prices, get_usd_per_mtoken
+from cluster.cost import get_usd_per_mtoken
 from cluster.ledger import Ledger, read_ledger
-from cluster.runtime.ray.adapter import WorkerNode
 from cluster.types import DRIVER_GONE, AttemptEnded, AttemptStarted, Change, Slot
 from elastic.checkpoint.interval import estimate_mean_s_between_losses
 from elastic.config import RunConfig
@@ -27,21 +25,21 @@ from elastic.records.attempts import AttemptRow, History, build_row, close_torn_
 from elastic.records.rundir import RunDir, append_row, end_torn_line, parse_utc, read_rows
 
 FLUSH_EVERY_S = 2.0
+_COORDINATOR_GONE = "its coordinator died"
 _HEAD_GONE = "its head was lost, and with it whoever could have said why it ended"
 _FLUSH_BEHIND_S = 5.0
 """Rows end this long before now, so that what trainers tell about that time is in."""
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 
+@dataclass(frozen=True, kw_only=True)
+class Inherited:
+    """What the files of a run say once the world of the coordinator before is over."""
 
-def _locked(method: "Callable[Concatenate[Books, _P], _R]") -> "Callable[Concatenate[Books, _P], _R]":
-    @wraps(method)
-    def run(self: "Books", *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with self.lock:
-            return method(self, *args, **kwargs)
-
-    return run
+    history: History
+    last: Mapping[str, Any] | None
+    """The newest row of the attempts; None: nothing was lost."""
+    lost_s: float
+    """When that coordinator was found dead."""
 
 
 @dataclass(kw_only=True)
@@ -76,12 +74,9 @@ class Books:
     tokens: int
     append: Callable[[Path, Mapping[str, object]], None]
     """Has a row written."""
-    prices: KnownPrices
-    lock: threading.RLock = field(default_factory=threading.RLock)
     incidents: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     check_lead: Callable[[], None] = lambda: None
     """Raises if another one keeps the books of this run by now."""
-    _nodes: dict[str, WorkerNode] = field(default_factory=dict[str, WorkerNode])
     _attempt: _Attempt | None = None
     lost_s: float | None = None
     """When the coordinator before this one was found dead; None once its world is booked, or if there was none."""
@@ -96,38 +91,28 @@ class Books:
     observed_s: float = 0.0
     """Seconds in which that could have happened."""
     _flushed_s: float = 0.0
+    _published: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     # ---- nodes
 
-    def follow_nodes(self, nodes: Mapping[str, WorkerNode], now_s: float) -> None:
-        """Open the account of each new node and close that of each that is gone; one thread calls this."""
-        is_new = bool(nodes.keys() - self._nodes.keys())
-        prices = self.prices.look() if is_new else None
-        self._follow_nodes(nodes, prices, now_s)
+    def join(self, node: str, now_s: float, *, gpus: int, usd_per_gpu_hour: float) -> None:
+        """Open the account of a node."""
+        self.ledger.join(node, now_s, gpus=gpus, usd_per_gpu_hour=usd_per_gpu_hour)
 
-    @_locked
-    def _follow_nodes(self, nodes: Mapping[str, WorkerNode], prices: Prices | None, now_s: float) -> None:
-        if prices is not None:
-            for node in nodes.keys() - self._nodes.keys():
-                price = prices.get_usd_per_gpu_hour(nodes[node].offer)
-                self.ledger.join(node, now_s, gpus=nodes[node].num_workers, usd_per_gpu_hour=price)
-        for node in self._nodes.keys() - nodes.keys():
-            self.ledger.leave(node, now_s)
-        self._nodes = dict(nodes)
+    def leave(self, node: str, now_s: float) -> None:
+        """Close the account of a node that is gone."""
+        self.ledger.leave(node, now_s)
 
-    @_locked
     def host_ready(self, node: str, now_s: float) -> None:
         """Book that a node could train from now on."""
-        if node in self._nodes:
+        if self.ledger.is_open(node):
             self.ledger.switch(node, "wait", now_s)
 
-    @_locked
     def host_gone(self, node: str, now_s: float) -> None:
         """Book that a node cannot train any more, though it may still be paid for."""
-        if node in self._nodes:
+        if self.ledger.is_open(node):
             self.ledger.switch(node, "idle", now_s)
 
-    @_locked
     def staged(self, state: State, now_s: float) -> None:
         """Book what a new stage means for every node with a living host: those of the world change, others wait."""
         member_state: Phase = {
@@ -141,14 +126,13 @@ class Books:
         if state.stage == "running" and self._attempt:
             self._attempt.go_s = now_s
         members = {slot.node for slot in state.members}
-        for node in self._nodes.keys() & {slot.node for slot in state.claims}:
+        for node in filter(self.ledger.is_open, {slot.node for slot in state.claims}):
             is_out = node in state.draining and state.stage not in ("running", "parking")
             waiting: Phase = "idle" if is_out or state.stage == "done" else "wait"
             self.ledger.switch(node, waiting if is_out or node not in members else member_state, now_s)
 
     # ---- attempts
 
-    @_locked
     def attempt_started(self, action: AttemptStarted, now_s: float) -> None:
         """Begin the row of an attempt."""
         self.history = replace(self.history, attempt=action.attempt)
@@ -156,7 +140,6 @@ class Books:
         speakers = frozenset(first.values())
         self._attempt = _Attempt(started=action, start_s=now_s, before=self.history, speakers=speakers)
 
-    @_locked
     def restored(self, slot: Slot, progress: Progress, source: Source, now_s: float) -> None:
         """Book where the attempt starts from."""
         attempt = self._attempt
@@ -165,7 +148,6 @@ class Books:
         attempt.resumed_step, attempt.resumed_from, attempt.restored_s = progress.step, source, now_s
         attempt.last_step = progress.step
 
-    @_locked
     def stepped(
         self, slot: Slot, progress: Progress, phases: Sequence[tuple[Phase, float, float]], now_s: float
     ) -> None:
@@ -184,7 +166,6 @@ class Books:
         self.history = replace(self.history, step=best, last_step=progress.step, last_step_s=now_s)
         self.tokens = max(self.tokens, progress.tokens)
 
-    @_locked
     def step_times(self, slot: Slot, step: int, phases: Sequence[tuple[Phase, float, float]]) -> None:
         """Book what time went into up to the end of a step, as the first trainer of a node tells it."""
         attempt = self._attempt
@@ -196,7 +177,6 @@ class Books:
         if phases and self._speaks_for_node(slot):  # until the next step is told
             self.ledger.switch(slot.node, "redo" if step < before else "train", phases[-1][2])
 
-    @_locked
     def phases(self, slot: Slot, phases: Sequence[tuple[Phase, float, float]]) -> None:
         """Book stretches of time that the first trainer of a node tells."""
         if self._speaks_for_node(slot):
@@ -205,9 +185,8 @@ class Books:
 
     def _speaks_for_node(self, slot: Slot) -> bool:
         """Tell whether a slot is the first of its node in the current world."""
-        return self._attempt is not None and slot in self._attempt.speakers and slot.node in self._nodes
+        return self._attempt is not None and slot in self._attempt.speakers and self.ledger.is_open(slot.node)
 
-    @_locked
     def attempt_ended(self, action: AttemptEnded, now_s: float) -> None:
         """Write the row of an attempt."""
         attempt, self._attempt, self._ended, self._left_s = self._attempt, None, action, now_s
@@ -217,33 +196,40 @@ class Books:
         self.num_losses += action.kind == "lost"
         self.append(self.run_dir.attempts, asdict(_build_row(attempt, action, now_s)))
 
-    def close_inherited(self, now_s: float) -> None:
-        """Book the world of the coordinator before this one; by now, not earlier, its trainers are out of it.
+    def fetch_inherited(self) -> Inherited | None:
+        """Complete and return what the coordinator before this one left; None if it was fetched, or there was none.
 
-        Reads and writes the storage, for a thread that may wait for it.
+        By now, not earlier, the trainers of its world are out of it. For a thread that may wait for the storage.
         """
-        noticed_s, self.lost_s = self.lost_s, None
-        if noticed_s is None:
+        lost_s, self.lost_s = self.lost_s, None
+        if lost_s is None:
+            return None
+        try:
+            self.check_lead()
+            close_torn_attempts(self.run_dir, reason=_COORDINATOR_GONE, change="coordinator_lost")
+            last = next(iter(deque(read_rows(self.run_dir.attempts), maxlen=1)), None)
+            return Inherited(history=read_history(self.run_dir), last=last, lost_s=lost_s)
+        except BaseException:
+            self.lost_s = lost_s  # to be fetched again
+            raise
+
+    def book_inherited(self, inherited: Inherited | None, now_s: float) -> None:
+        """Book the world of the coordinator before this one."""
+        if inherited is None:
             return
-        reason = "its coordinator died"
-        self.check_lead()
-        close_torn_attempts(self.run_dir, reason=reason, change="coordinator_lost")
-        history = read_history(self.run_dir)
-        last = next(iter(deque(read_rows(self.run_dir.attempts), maxlen=1)), None)
-        with self.lock:
-            self.history = history
-            if last is None:  # nothing was lost
-                return
-            self._ended_size, self._left_s = last["world_size"], now_s
-            self.num_losses += last.get("change") == "coordinator_lost"
-            self._ended = AttemptEnded(
-                attempt=last["attempt"],
-                members=(),
-                change="coordinator_lost",
-                reason=reason,
-                cause=None,
-                noticed_s=noticed_s,
-            )
+        self.history, last = inherited.history, inherited.last
+        if last is None:
+            return
+        self._ended_size, self._left_s = last["world_size"], now_s
+        self.num_losses += last.get("change") == "coordinator_lost"
+        self._ended = AttemptEnded(
+            attempt=last["attempt"],
+            members=(),
+            change="coordinator_lost",
+            reason=_COORDINATOR_GONE,
+            cause=None,
+            noticed_s=inherited.lost_s,
+        )
 
     def inherit(self, last: Mapping[str, Any], now_s: float) -> None:
         """Have the loss of the head or the driver that ended the last attempt booked, once the next one has a step."""
@@ -300,7 +286,6 @@ class Books:
             split[phase], at_s = round(until_s - at_s, 3), until_s
         return split
 
-    @_locked
     def estimate_mean_s_between_losses(self, assumed_s: float) -> float:
         """Return the expected seconds between two losses without notice, from an assumption and what was seen."""
         return estimate_mean_s_between_losses(
@@ -309,7 +294,6 @@ class Books:
 
     # ---- money
 
-    @_locked
     def flush(self, now_s: float) -> None:
         """Write the ledger's rows, every few seconds."""
         if now_s - self._flushed_s >= FLUSH_EVERY_S:
@@ -318,25 +302,20 @@ class Books:
 
     def close(self, now_s: float) -> None:
         """Stop to pay and give away the rows that are left."""
-        self.close_inherited(now_s)
-        self._settle(now_s)
-
-    @_locked
-    def _settle(self, now_s: float) -> None:
-        for node in self._nodes:
+        self.book_inherited(self.fetch_inherited(), now_s)
+        for node in self.ledger.get_open():
             self.ledger.leave(node, now_s)
-        self._nodes = {}
         self._write_ledger(now_s)
+        self.publish()
 
     def _write_ledger(self, up_to_s: float) -> None:
         for row in self.ledger.flush(up_to_s):
             self.append(self.run_dir.ledger, row.to_row())
 
-    @_locked
-    def summary(self) -> dict[str, Any]:
-        """Return what the driver shows: money so far, goodput, incidents."""
+    def publish(self) -> None:
+        """Have `summary` return how things are now."""
         totals = self.ledger.totals()
-        return {
+        self._published = {
             "usd": totals.usd,
             "usd_per_mtoken": get_usd_per_mtoken(totals.usd, self.tokens),
             "goodput": totals.goodput,
@@ -344,8 +323,12 @@ class Books:
             "gpu_s": {state: ms / 1000 for state, ms in totals.gpu_ms.items()},
             "incidents": list(self.incidents),
             "best_step": self.history.step,
-            "num_nodes": len(self._nodes),
+            "num_nodes": len(self.ledger.get_open()),
         }
+
+    def summary(self) -> dict[str, Any]:
+        """Return what the driver shows: money so far, goodput, incidents. Any thread may ask."""
+        return dict(self._published)
 
 
 def _build_row(attempt: _Attempt, ended: AttemptEnded, now_s: float) -> AttemptRow:
@@ -374,7 +357,6 @@ def open_books(
     *,
     check_lead: Callable[[], None] = lambda: None,
     append: Callable[[Path, Mapping[str, object]], None] = append_row,
-    say: Callable[[str], None] = lambda _: None,
     lost_s: float | None = None,
 ) -> Books:
     """Open the books of a run, new or old; what a killed writer left unsaid is completed.
@@ -382,7 +364,6 @@ def open_books(
     Args:
         check_lead: raises if another one leads the run by now.
         append: has a row written, by whoever may wait for the storage.
-        say: takes a line for people.
         lost_s: when the coordinator before this one was found dead (Unix seconds), if its world may still train: that
             is booked when the next one starts.
     """
@@ -402,7 +383,6 @@ def open_books(
         ledger=Ledger(read_ledger(read_rows(run_dir.ledger))),
         history=history,
         append=append,
-        prices=KnownPrices(config.cost, say=say),
         check_lead=check_lead,
         lost_s=lost_s,
         failures=replace(failures, best_step=max(failures.best_step, history.step)),
@@ -412,4 +392,5 @@ def open_books(
     )
     if lost_s is None and attempts:
         books.inherit(attempts[-1], time.time())
+    books.publish()
     return books

@@ -1,0 +1,322 @@
+"""The one thread that decides: it hears hosts and events, feeds `controller.decide` and carries out its actions.
+
+Nothing here waits for a storage, for Ray or for another thread. What must is a job whose end is an event.
+"""
+
+import queue
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from cluster import controller
+from cluster.runtime import messages as said
+from cluster.runtime.coordinator.background import Background
+from cluster.runtime.coordinator.books import Books
+from cluster.runtime.coordinator.descriptors import raise_limit
+from cluster.runtime.coordinator.events import EpochGiven, InboxEvent, NodeEvent, Tell
+from cluster.runtime.coordinator.fleet import Fleet, RayJobs
+from cluster.runtime.coordinator.hosts import Hosts
+from cluster.runtime.coordinator.hosts import News as HostNews
+from cluster.runtime.coordinator.memory_tier import MemoryTier, plan_memory_tier
+from cluster.runtime.coordinator.nodes import Nodes
+from cluster.runtime.coordinator.published import Published
+from cluster.runtime.coordinator.relayed import RowKeeper
+from cluster.runtime.coordinator.world import World
+from cluster.types import (
+    Action,
+    AttemptEnded,
+    AttemptStarted,
+    Claimed,
+    Done,
+    EpochTaken,
+    Event,
+    Expired,
+    GiveUp,
+    Go,
+    HostGone,
+    Join,
+    Kill,
+    Leave,
+    LeaveOut,
+    Park,
+    Scene,
+    Slot,
+    TakeBack,
+    TakeEpoch,
+    Tick,
+    TrainerEnded,
+    Unkillable,
+    get_leave_limit_s,
+)
+from elastic.config import RunConfig
+from elastic.records.leader import Leadership
+from elastic.records.spool import OpenRun
+
+_RENEW_EVERY_S = 1.0
+_PUBLISH_EVERY_S = 0.25
+_TURN_S = 0.2
+_RETURN_S = 3.0
+"""Hosts that live come by themselves to who follows their coordinator; only after this are others started."""
+
+
+class Serving:
+    """See the module. `turn` is called by one thread, over and over; `post`, `look` and what `Nodes` has by any.
+
+    Args:
+        run: where the rows of trainers go.
+        check_lead: raises if another one leads the run by now.
+        out: what the driver is told.
+        ray: what is asked of Ray for nodes.
+        port: where hosts look for us, unless it is taken; 0: any.
+        secret: what a host must know.
+        disk: the folder of the run on the nodes' own disks; empty if it has none.
+        follows: living hosts of a coordinator before may come.
+        on_failure: takes what a job raised, on its thread.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        leader: Leadership,
+        books: Books,
+        run: OpenRun,
+        *,
+        check_lead: Callable[[], None],
+        out: Published,
+        ray: RayJobs,
+        ip: str,
+        port: int,
+        secret: str,
+        disk: str,
+        follows: bool,
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        self._config, self._leader, self._books, self._out = config, leader, books, out
+        self._inbox: queue.SimpleQueue[InboxEvent] = queue.SimpleQueue()
+        self._state = _begin(config, leader, books)
+        self.nodes = Nodes()
+        self.hosts = Hosts(
+            ip,
+            self.nodes,
+            port=port,
+            secret=secret,
+            on_ready=self._take_host,
+            on_message=self._hear,
+            on_gone=self._lose_host,
+            say=out.say,
+        )
+
+        def tell(node: str, message: said.CoordinatorMessage) -> None:
+            self.post(Tell(node=node, message=message))
+
+        rows = RowKeeper(run, check_lead=check_lead, answer=tell, on_failure=on_failure)
+        self.rows = rows
+        disks = "own" if disk else "shared"
+        self._world = World(self._state, books=books, out=out, rows=rows, disks=disks, decide=self.decide)
+        self._fleet = Fleet(
+            self.nodes,
+            ray,
+            books,
+            watches=config.cluster.notices != "off",
+            start_every_s=config.fault.lease_s / 6,  # one that has lost its coordinator looks for the next for a half
+            start_from_s=time.time() + (_RETURN_S if follows else 0.0),
+            most_files=raise_limit(),
+            say=out.say,
+            post=self.post,
+            decide=self.decide,
+            on_failure=on_failure,
+        )
+        self._epochs = Background("epochs", on_failure=on_failure)
+        self._memory_tier: MemoryTier | None = None
+        self._agents: dict[Slot, int] = {}
+        self._renew_s = self._publish_s = 0.0
+
+    # ---- for any thread
+
+    def post(self, event: InboxEvent) -> None:
+        """Have an event taken on the serving thread."""
+        self._inbox.put(event)
+        self.hosts.wake()
+
+    def look(self) -> Scene:
+        """Return the run as it is now."""
+        state = self._state
+        return Scene(
+            stage=state.stage,
+            attempt=state.attempt,
+            step=self._books.history.step,
+            attempt_step=self._world.step,
+            world_size=len(state.members),
+            workers=tuple(self._world.get_workers()),
+            agents=dict(self._agents),
+            hosts=self.nodes.get_pids(),
+        )
+
+    # ---- the serving thread
+
+    def turn(self) -> None:
+        """Take what has come, or comes within a moment."""
+        self.hosts.serve(timeout_s=_TURN_S)
+        while not self._inbox.empty():
+            self._take(self._inbox.get())
+        self.decide(Tick())
+        now_s = time.monotonic()
+        if now_s >= self._renew_s:
+            self._renew_s = now_s + _RENEW_EVERY_S
+            self.hosts.renew_leases()  # only while this lives, and so its driver: nobody else would form a group
+        self._books.flush(time.time())
+        if now_s >= self._publish_s:
+            self._publish_s = now_s + _PUBLISH_EVERY_S
+            self._books.publish()
+
+    def decide(self, event: Event) -> None:
+        """Have the controller take an event, and do what it wants."""
+        now_s = time.time()
+        before = self._state.stage
+        for action in controller.decide(self._state, event, now_s=now_s):
+            self._carry_out(action, now_s)
+        if self._state.stage != before:
+            self._books.staged(self._state, now_s)
+            self._books.publish()
+            self._publish_stage()
+
+    def _take(self, event: InboxEvent) -> None:
+        if isinstance(event, NodeEvent):
+            self._fleet.take(event, in_use=self._state.member_nodes if self._world.is_safe() else None)
+        elif isinstance(event, Tell):
+            self.hosts.tell(event.node, event.message)
+        elif isinstance(event, EpochGiven):
+            self._books.book_inherited(event.inherited, time.time())
+            self.decide(EpochTaken(attempt=event.attempt))
+        else:
+            self.decide(event)
+
+    def _take_host(self, node: str) -> None:
+        self._books.host_ready(node, time.time())
+        self._out.say(f"node {node[:8]} is warm")
+
+    def _lose_host(self, node: str, reason: str) -> None:
+        self._books.host_gone(node, time.time())
+        self.decide(HostGone(node=node, reason=reason))
+
+    def _hear(self, node: str, message: HostNews) -> None:
+        """Take what a host says."""
+        slot = Slot(node, message.slot)
+        match message:
+            case said.TrainerSaid():
+                self._world.hear(slot, message.attempt, message.message)
+            case said.SlotClaimed():
+                self._agents[slot] = message.pid
+                self.decide(Claimed(slot=slot, group=message.group, group_size=message.group_size))
+            case said.SlotExpired():
+                self.decide(Expired(slot=slot))
+            case said.TrainerLeft():
+                end = TrainerEnded(
+                    slot=slot,
+                    attempt=message.attempt,
+                    kind=message.outcome,
+                    reason=message.reason,
+                    exit_code=message.exit_code,
+                )
+                self.decide(end)
+            case said.TrainerStuck():
+                self.decide(Unkillable(slot=slot, attempt=message.attempt, reason=message.reason))
+
+    def _publish_stage(self) -> None:
+        state = self._state
+        self._out.enter(
+            state.stage, state.attempt, self._world.get_workers() if state.stage in ("running", "parking") else ()
+        )
+        if state.stage == "waiting":
+            usable, least = len(controller.get_usable(state)), state.policy.world_sizes[0]
+            self._out.say(f"waiting for nodes: {usable} of at least {least} worker(s)")
+
+    # ---- actions
+
+    def _carry_out(self, action: Action, now_s: float) -> None:
+        match action:
+            case Join() | Go() | Park() | Leave() | Kill():
+                self.hosts.tell(action.slot.node, self._to_order(action))
+            case TakeEpoch():
+                self._epochs.submit(partial(self._take_epoch, action.attempt))
+            case AttemptStarted():
+                self._world.begin()
+                self._books.attempt_started(action, now_s)
+                nodes = ", ".join(sorted({slot.node[:8] for slot in action.members}))
+                self._out.say(f"attempt {action.attempt}: {len(action.members)} worker(s) on {nodes}")
+            case AttemptEnded():
+                self._books.attempt_ended(action, now_s)
+                where = f" (node {action.cause[:8]})" if action.cause else ""
+                self._out.say(f"attempt {action.attempt} {action.kind}: {action.reason}{where}")
+                if action.denied:
+                    self._out.say(f"node {action.denied[:8]} is left out: its trainers ended too many worlds in a row")
+            case LeaveOut():
+                self._out.say(f"{_name(action.slot)} is left out until its process ends: {action.reason}")
+            case TakeBack():
+                self._out.say(f"{_name(action.slot)} may train again: its process ended after {action.after_s:.0f} s")
+            case GiveUp():
+                self._out.say(f"node {action.node[:8]} is given up and drained: {action.reason}")
+                self._fleet.give_up(action.node, action.reason)
+            case Done():
+                self._out.end(action)
+
+    def _to_order(self, action: Join | Go | Park | Leave | Kill) -> said.CoordinatorMessage:
+        fields: dict[str, Any] = {**vars(action), "slot": action.slot.name}
+        match action:
+            case Go():
+                return self._to_go(action)
+            case Join():
+                return said.Join(**fields)
+            case Park():
+                return said.Park(**fields)
+            case Leave():
+                return said.Leave(**fields)
+            case Kill():
+                return said.Kill(**fields)
+
+    def _to_go(self, action: Go) -> said.Go:
+        tier = self._find_memory_tier(action.attempt)
+        fields: dict[str, Any] = {**vars(action), "slot": action.slot.name}
+        return said.Go(
+            **fields,
+            keepers={},
+            peer=tier.get_peer(action.slot.node),
+            mean_s_between_losses=tier.mean_s_between_losses,
+        )
+
+    def _find_memory_tier(self, attempt: int) -> MemoryTier:
+        """Return what the trainers of an attempt must know of it; found once, and told to their hosts, for all."""
+        tier = self._memory_tier
+        if tier is None or tier.attempt != attempt:
+            assumed_s = 3600 * self._config.fault.mean_hours_between_losses
+            members = self._state.member_nodes
+            tier = self._memory_tier = plan_memory_tier(
+                self.nodes.by_id,
+                attempt,
+                members,
+                has_copies=self._config.checkpoint.memory == "peer",
+                estimate_mean_s_between_losses=partial(self._books.estimate_mean_s_between_losses, assumed_s),
+            )
+            for node in members:
+                self.hosts.tell(node, said.KeepersTold(attempt=attempt, keepers=tier.keepers))
+        return tier
+
+    def _take_epoch(self, attempt: int) -> None:
+        """Take the right to write from all worlds before; the trainers of the last one are out of it. A job."""
+        self._leader.take(attempt)
+        self.post(EpochGiven(attempt=attempt, inherited=self._books.fetch_inherited()))
+
+
+def _begin(config: RunConfig, leader: Leadership, books: Books) -> controller.State:
+    policy = controller.Policy(
+        world_sizes=config.get_world_sizes(),
+        max_failures_without_progress=config.fault.max_failures_without_progress,
+        max_node_failures=config.fault.max_node_failures,
+        leave_s=get_leave_limit_s(uses_gpus=bool(config.cluster.gpus_per_worker)),
+    )
+    return controller.State(policy=policy, attempt=leader.epoch - 1, failures=books.failures)
+
+
+def _name(slot: Slot) -> str:
+    return f"{slot.name} of node {slot.node[:8]}"
