@@ -50,6 +50,7 @@ from cluster.runtime.messages import (
 from cluster.runtime.ray.adapter import WorkerNode
 from elastic.config import ClusterConfig, FaultConfig, RunConfig, TrainConfig
 from elastic.ports import Progress
+from elastic.records.rundir import format_utc
 from elastic.transport import Link, connect
 
 SECRET = "s3cret"
@@ -129,7 +130,13 @@ class StandIn:
         now_s = time.time()
         phases = (("train", now_s - 1 / STEPS_PER_S, now_s),)
         if self.rank == 0:
-            row = {"step": self._step, "tokens": self._step, "loss": 2.0, "tokens_per_s": 1e6, "mfu": 0.5}
+            row = {
+                "step": self._step,
+                "tokens": self._step,
+                "loss": 2.0,
+                "tokens_per_s": 1e6,
+                "time_utc": format_utc(now_s),
+            }
             self.say("gpu0", Stepped(progress=Progress(step=self._step, tokens=self._step), row=row, phases=phases))
         elif tells:
             times = tuple(StepTimes(step=step, phases=phases) for step in range(self._step - 3, self._step + 1))

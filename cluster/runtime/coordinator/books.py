@@ -149,9 +149,9 @@ class Books:
         attempt.last_step = progress.step
 
     def stepped(
-        self, slot: Slot, progress: Progress, phases: Sequence[tuple[Phase, float, float]], now_s: float
+        self, slot: Slot, progress: Progress, phases: Sequence[tuple[Phase, float, float]], finished_s: float
     ) -> None:
-        """Book a step that one trainer finished, and the time since its last one."""
+        """Book a step that one trainer finished, at the time that its row names, and the time since its last one."""
         attempt = self._attempt
         if attempt is None:
             return
@@ -160,10 +160,10 @@ class Books:
             return
         attempt.last_step = progress.step
         if attempt.first_step_s is None:
-            attempt.first_step_s = now_s
+            attempt.first_step_s = finished_s
             self._book_incident(attempt)
         best = max(self.history.step, progress.step)
-        self.history = replace(self.history, step=best, last_step=progress.step, last_step_s=now_s)
+        self.history = replace(self.history, step=best, last_step=progress.step, last_step_s=finished_s)
         self.tokens = max(self.tokens, progress.tokens)
 
     def step_times(self, slot: Slot, step: int, phases: Sequence[tuple[Phase, float, float]]) -> None:
@@ -280,9 +280,11 @@ class Books:
             "first_step": attempt.first_step_s,
         }
         at_s = attempt.before.last_step_s or self._left_s
+        most_s = max(at_s, attempt.first_step_s or at_s)
         split: dict[str, float] = {}
         for phase, end_s in ends_s.items():
-            until_s = max(at_s, end_s or at_s)
+            # steps end by the clock of rank 0, all else when we hear of it, which may be later than the step after
+            until_s = min(max(at_s, end_s or at_s), most_s)
             split[phase], at_s = round(until_s - at_s, 3), until_s
         return split
 

@@ -10,6 +10,7 @@ from cluster.runtime.coordinator.books import Books
 from cluster.runtime.coordinator.published import Published
 from cluster.runtime.coordinator.relayed import RowKeeper
 from cluster.types import Event, Slot, Stalled, Stepped, TrainerReady, Worker
+from elastic.records.rundir import parse_utc
 
 
 class World:
@@ -69,7 +70,7 @@ class World:
                 self._pids[slot] = message.pid
                 self._decide(TrainerReady(slot=slot, attempt=attempt, store_host=host, store_port=port))
             case said.Stepped():
-                self._take_step(slot, attempt, message, now_s)
+                self._take_step(slot, attempt, message)
             case said.Progressed(times=times):
                 for each in times:
                     self._books.step_times(slot, each.step, each.phases)
@@ -96,11 +97,12 @@ class World:
     def _mark_safe(self, step: int) -> None:
         self._safe_step = max(self._safe_step, step)
 
-    def _take_step(self, slot: Slot, attempt: int, message: said.Stepped, now_s: float) -> None:
+    def _take_step(self, slot: Slot, attempt: int, message: said.Stepped) -> None:
+        finished_s = parse_utc(str(message.row["time_utc"]))  # however late we hear of it
         if slot == self._state.members[0]:
             self.step = message.progress.step
             self._out.add_row(dict(message.row))
-        self._books.stepped(slot, message.progress, message.phases, now_s)
+        self._books.stepped(slot, message.progress, message.phases, finished_s)
         self._decide(Stepped(attempt=attempt, progress=message.progress))
 
     def _take_stall(self, slot: Slot, attempt: int, message: said.Stalled) -> None:
