@@ -11,7 +11,6 @@
     |-- ClusterError                a cluster elsewhere refuses, or cannot be reached
     |-- CheckpointError             a checkpoint is torn, foreign or does not fit the model
     |-- NoticeError                 a provider's notice cannot be understood
-    |-- NoPlanError                 exit code 4: no offer meets the limits
     `-- StepError                   too many steps were bad; none of them was applied
 
 A message has three parts: the value found, why it cannot work, what to type instead.
@@ -67,12 +66,6 @@ class CheckpointError(SolventError):
 
 class NoticeError(SolventError):
     """Where a provider publishes its notices, there is something else."""
-
-
-class NoPlanError(SolventError):
-    """No offer meets the limits."""
-
-    exit_code = 4
 
 
 class StepError(SolventError):

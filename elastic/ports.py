@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 Phase = Literal["start", "train", "redo", "save", "load", "reconfigure", "wait", "data", "eval", "idle"]
 """What a paid node does; the states of `ledger.jsonl`."""
 
-Source = Literal["scratch", "device", "memory", "peer", "disk", "remote"]
+Source = Literal["scratch", "memory", "peer", "disk", "remote"]
 """Where the state of an attempt came from."""
 
 
@@ -103,14 +103,6 @@ class Notice:
     """Unix time at which the node is gone."""
     keep_in: Literal["memory", "storage"] = "storage"
     """Where the state must be safe before the ranks leave: others go on at once from their memory, or nobody does."""
-
-
-class Clock(Protocol):
-    """Wall time; tests bring their own."""
-
-    def now_s(self) -> float:
-        """Return Unix time in seconds."""
-        ...
 
 
 class NoticeSource(Protocol):

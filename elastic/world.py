@@ -53,12 +53,6 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def min_(self, tensor: Tensor) -> Tensor:
-        """Take the minimum of a tensor over all ranks in place and return it; every rank must call it."""
-        if self.world_size > 1:
-            dist.all_reduce(tensor, dist.ReduceOp.MIN)
-        return tensor
-
 
 def open_store(ip: str, *, timeout_s: float) -> dist.TCPStore:
     """Serve a store on a free port of this address, and of no other, for a world that may choose it."""
