@@ -476,7 +476,7 @@ class RunConfig:
                 f"that the weights were made for. Set data.seq_len to at most {self.model.max_positions}, or "
                 "model.max_positions=0 to train on longer ones on purpose."
             )
-        if self.shard_size < 0 or (self.shard_size and self.strategy != "hsdp"):
+        if self.shard_size < 0 or (self.shard_size and self._ask_strategy("WORLD_SIZE_MULTIPLE_OF") != "shard_size"):
             raise ConfigError(
                 f"shard_size={self.shard_size} is read by strategy=hsdp only, as a number of ranks, but "
                 f"strategy={self.strategy}. Set strategy=hsdp with a positive shard_size, or shard_size=0."

@@ -14,7 +14,7 @@ from elastic.checkpoint.checkpointer import Checkpointer
 from elastic.config import RunConfig
 from elastic.data.loader import Loader
 from elastic.errors import StepError
-from elastic.optim import learning_rate
+from elastic.lr_schedule import learning_rate
 from elastic.ports import Finished, Interrupted, MetricSink, Notice, NoticeSource, Observer, Outcome, Progress, Source
 from elastic.profile import Profiler
 from elastic.records.rundir import format_utc

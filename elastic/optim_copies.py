@@ -1,10 +1,13 @@
 """AdamW for fp32 weights that have a copy in low precision: on a GPU, one pass over weights, gradients and moments."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from elastic.config import OptimConfig
+from elastic.optim import AdamW
 
 # torch._foreach_*, as torch.optim uses them, are not in torch's __all__:
 # pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
@@ -13,14 +16,17 @@ if TYPE_CHECKING:
     from elastic.kernels.adamw import AdamWKernel
 
 
-class CopyingAdamW(torch.optim.AdamW):
+class CopyingAdamW(AdamW):
     """AdamW whose gradients may be in low precision, and whose update writes the copies as well.
 
     State and its names are those of `torch.optim.AdamW(fused=True)`, and are there at once.
+
+    Args:
+        copies: in low precision, one for each parameter; kept up to date by the update.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], *, copies: Mapping[nn.Parameter, Tensor], **options: Any) -> None:
-        super().__init__(groups, fused=True, **options)
+    def __init__(self, model: nn.Module, config: OptimConfig, *, copies: Mapping[nn.Parameter, Tensor]) -> None:
+        super().__init__(model, config)
         self._copies = copies
         self._factor: Tensor | None = None
         self._kernels: list[AdamWKernel | None] = [None] * len(self.param_groups)

@@ -1,7 +1,7 @@
 """AdamW for parameters that are spread over ranks: each rank updates the rows that it holds."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -9,11 +9,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim.adamw import adamw
 
+from elastic.config import OptimConfig
+from elastic.optim import AdamW
+
 # torch._foreach_*, as torch.optim uses them, are not in torch's __all__:
 # pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
 
 
-class ShardedAdamW(torch.optim.AdamW):
+class ShardedAdamW(AdamW):
     """AdamW on DTensors; state and its names are those of `torch.optim.AdamW(fused=True)`, and are there at once.
 
     The update treats each element by itself, so none of it needs to know of the others. Asked for it as one of whole
@@ -21,8 +24,8 @@ class ShardedAdamW(torch.optim.AdamW):
     after a change of the world, on the CPU, for 75 ms with 4 layers and for 0.3 s with 16.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
-        super().__init__(groups, fused=True, **options)
+    def __init__(self, model: nn.Module, config: OptimConfig) -> None:
+        super().__init__(model, config)
         self._params = [cast(DTensor, param) for group in self.param_groups for param in group["params"]]
         self._divisor: Tensor | None = None
         for param in self._params:

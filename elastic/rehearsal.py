@@ -25,6 +25,7 @@ from elastic.loss import IGNORE
 from elastic.ports import WorldSpec
 from elastic.step import Trainable, build_trainable, eval_loss, train_step
 from elastic.storage import Storage
+from elastic.strategies._base import get_rehearsed
 from elastic.world import World, close_world, get_device, open_world
 
 log = logging.getLogger(__name__)
@@ -96,11 +97,11 @@ def rehearse(config: RunConfig, storage: Storage, *, is_beside_others: bool = Fa
     try:
         agree_on_attention(config, device, storage)
         is_known = config.compile and _load_compiled(storage, key)
-        for strategy in _get_strategies(config):
+        for strategy in get_rehearsed(config):
             alone = replace(config.cluster, min_workers=1, max_workers=1)
             vocab_size = min(config.model.vocab_size, _SMALL_VOCAB) if is_beside_others else config.model.vocab_size
             model = replace(config.model, num_layers=1, vocab_size=vocab_size)
-            _train_one_block(replace(config, strategy=strategy, cluster=alone, model=model))
+            _train_one_block(replace(config, strategy=strategy, shard_size=0, cluster=alone, model=model))
         if config.compile and not is_known:
             _keep_compiled(storage, key)
     except Exception as error:  # whatever it is: training can do without, and says what is really wrong
@@ -146,21 +147,6 @@ def _train_a_step(config: RunConfig, world: World) -> tuple[Trainable, tuple[Ten
     return trainable, (tokens_BS, labels_BS)
 
 
-def _get_strategies(config: RunConfig) -> list[str]:
-    """Return what blocks run under in the worlds that this trainer may join.
-
-    One rank does for them all: a block that FSDP2 has gathered is the same on any number.
-    """
-    may_be_alone, may_have_peers = config.cluster.min_workers == 1, config.cluster.max_workers > 1
-    match config.strategy:
-        case "auto":
-            return [*(["fsdp2"] if may_have_peers else []), *(["single"] if may_be_alone else [])]
-        case "hsdp":
-            return ["fsdp2"]
-        case strategy:
-            return [strategy]
-
-
 def _describe(config: RunConfig, device: torch.device) -> str:
     """Name what compiled code depends on that is known beforehand; the compiler itself looks more closely."""
     parts = {
@@ -169,7 +155,7 @@ def _describe(config: RunConfig, device: torch.device) -> str:
         "model": asdict(config.model),
         "shape": (config.train.micro_batch, config.data.seq_len),
         "how": [config.precision, config.recompute, config.recompute_budget, config.attention],
-        "strategies": _get_strategies(config),
+        "strategies": get_rehearsed(config),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

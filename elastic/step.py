@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.distributed.fsdp import FSDPModule
 
 from elastic import plugins
 from elastic.attention import choose_attention, set_attention
@@ -18,13 +17,11 @@ from elastic.config import RunConfig
 from elastic.interrupt import GIVE_UP, URGENCY, Decision, agree
 from elastic.loss import IGNORE
 from elastic.nn import init_weights
-from elastic.optim import build_optimizer
-from elastic.optim_copies import CopyingAdamW
-from elastic.optim_sharded import ShardedAdamW
+from elastic.optim import AdamW
 from elastic.precision import build_scaler, check_precision, set_tf32
 from elastic.recompute import set_budget, set_compile, set_recompute
 from elastic.spikes import Recent, Verdict, judge
-from elastic.strategies._base import Spread, Strategy
+from elastic.strategies._base import Spread, load_strategy
 from elastic.world import World
 
 _MIN_FP16_SCALE = 1.0
@@ -38,7 +35,7 @@ class Trainable:
     model: nn.Module
     """Holds the parameters; state dicts are taken from this one."""
     spread: Spread
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW
     scaler: GradScaler
 
 
@@ -91,8 +88,7 @@ def build_trainable(
     set_budget(config.recompute_budget if config.recompute == "budget" else 1.0)
     with torch.device("meta"):
         model: nn.Module = plugins.load("elastic.models", config.model.kind, key="model.kind").build(config.model)
-    strategy: Strategy = plugins.load("elastic.strategies", config.strategy, key="strategy")  # pyright: ignore[reportAssignmentType] # a module
-    spread = strategy.spread(model, world=world, config=config)
+    spread = load_strategy(config.strategy).spread(model, world=world, config=config)
     set_attention(spread.computing, choose_attention(config, world.device))
     for block in spread.computing.get_submodule("blocks").children():
         set_recompute(block, config.recompute)
@@ -103,16 +99,9 @@ def build_trainable(
     return Trainable(
         model=model,
         spread=spread,
-        optimizer=build_optimizer(model, config.optim, copies=spread.copies),
+        optimizer=spread.build_optimizer(config.optim),
         scaler=build_scaler(config.precision, world.device),
     )
-
-
-def _clip(trainable: Trainable, max_norm: float) -> Tensor:
-    """Bring the norm of all gradients down to `max_norm`, now or in the update, and return what it was."""
-    if isinstance(trainable.optimizer, CopyingAdamW | ShardedAdamW):
-        return trainable.optimizer.clip(max_norm)
-    return nn.utils.clip_grad_norm_(trainable.model.parameters(), max_norm)
 
 
 def train_step(
@@ -157,13 +146,13 @@ def train_step(
         with trainable.spread.cast():
             nats = trainable.spread.module(tokens_BS, labels_BS)
         if index == 1 and (decision := agree(read_votes())) in GIVE_UP:
-            _free_root(trainable.model)
+            trainable.spread.release()
             return Abandoned(decision=decision)
         scaler.scale(nats / target_tokens).backward()
         nats_sum += nats.detach()
 
     scaler.unscale_(optimizer)
-    norm = _clip(trainable, max_grad_norm)
+    norm = optimizer.clip(max_grad_norm)
     nats = nats_sum.double().view(1)
     sums = world.sum_(torch.cat([nats, world.presence.read(), _to_vote(get_wish("end"), like=nats)]))
     shared = torch.stack([sums[0] / target_tokens, norm.double(), target_tokens.double()])
@@ -211,12 +200,6 @@ def _start_reading(values: Tensor) -> Callable[[], list[float]]:
     return read
 
 
-def _free_root(model: nn.Module) -> None:
-    """Free what FSDP2's root unit gathered in a forward that no backward follows."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
-
-
 @torch.no_grad()
 def eval_loss(trainable: Trainable, batches: Iterable[tuple[Tensor, Tensor]], world: World) -> float:
     """Return the mean nats per target token over the batches of all ranks.
@@ -232,7 +215,7 @@ def eval_loss(trainable: Trainable, batches: Iterable[tuple[Tensor, Tensor]], wo
         with trainable.spread.cast():
             sums[0] += trainable.spread.module(tokens_BS, labels_BS)
         sums[1] += (labels_BS != IGNORE).sum()
-    _free_root(trainable.model)
+    trainable.spread.release()
     nats, tokens, presence = _start_reading(world.sum_(torch.cat([sums, world.presence.read()])))()
     world.presence.check(presence, world_size=world.world_size)
     return nats / tokens

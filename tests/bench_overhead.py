@@ -19,7 +19,7 @@ from torch import nn
 from elastic.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from elastic.loss import IGNORE
 from elastic.nn import init_weights
-from elastic.optim import build_optimizer
+from elastic.optim import AdamW
 from elastic.plugins import load
 from elastic.ports import WorldSpec
 from elastic.step import build_trainable, train_step
@@ -37,7 +37,7 @@ CONFIG = RunConfig(
 def build_bare(config):
     model = load("elastic.models", config.model.kind, key="model.kind").build(config.model)
     init_weights(model, seed=config.train.seed, std=config.model.init_std)
-    return model, build_optimizer(model, config.optim)
+    return model, AdamW(model, config.optim)
 
 
 def bare_step(model, optimizer, tokens, labels, *, lr):

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from cluster.kube.options import Options
+from elastic import plugins
 from elastic.config import ModelConfig, RunConfig
 from elastic.errors import ConfigError
 
@@ -93,12 +94,13 @@ def estimate_memory_gib(config: RunConfig, workers_per_node: int) -> int:
     """
     parameters = count_parameters(config.model)
     ranks = config.cluster.min_workers
-    if config.strategy == "hsdp":
+    sharded_over = plugins.read_constant("elastic.strategies", config.strategy, "SHARDED_OVER")
+    if sharded_over == "group":
         ranks = min(ranks, config.shard_size or workers_per_node)
     shard_bytes = parameters * _STATE_BYTES_PER_PARAMETER / ranks
     trainer_bytes = _TRAINER_GIB * _GIB + _SNAPSHOTS * shard_bytes
     if not config.cluster.gpus_per_worker:
-        held = parameters / (1 if config.strategy in ("ddp", "single") else ranks)
+        held = parameters / (ranks if sharded_over else 1)
         trainer_bytes += held * (_STATE_BYTES_PER_PARAMETER + _CPU_BYTES_PER_PARAMETER)
     if config.compile and config.cluster.spare_trainers:
         trainer_bytes += _SPARE_GIB * _GIB

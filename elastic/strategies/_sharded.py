@@ -1,6 +1,7 @@
 """FSDP2 on a mesh: what `fsdp2` (one axis) and `hsdp` (two axes) share."""
 
 from contextlib import nullcontext
+from functools import partial
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -8,6 +9,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from elastic.config import RunConfig
 from elastic.fp8 import set_fp8
+from elastic.optim_sharded import ShardedAdamW
 from elastic.precision import build_policy
 from elastic.strategies._base import Spread
 from elastic.world import World
@@ -33,4 +35,11 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, world: World, config: RunConfig
             # A plain sum: else the factor becomes PREMUL_SUM, which gloo lacks.
             module.set_force_sum_reduction_for_comms(True)
     model.to_empty(device=world.device)
-    return Spread(module=model, computing=model, cast=nullcontext, set_last_microbatch=root.set_requires_all_reduce)
+    return Spread(
+        module=model,
+        computing=model,
+        cast=nullcontext,
+        set_last_microbatch=root.set_requires_all_reduce,
+        build_optimizer=partial(ShardedAdamW, model),
+        release=root.reshard,  # blocks free what they gathered by themselves
+    )

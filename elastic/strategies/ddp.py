@@ -12,8 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from elastic.config import RunConfig
 from elastic.fp8 import set_fp8
+from elastic.optim import AdamW
 from elastic.precision import autocast
-from elastic.strategies._base import Spread
+from elastic.strategies._base import Spread, release_nothing
 from elastic.world import World
 
 
@@ -48,4 +49,6 @@ def spread(model: nn.Module, *, world: World, config: RunConfig) -> Spread:
         computing=model,
         cast=partial(autocast, config.precision, world.device),
         set_last_microbatch=set_last_microbatch,
+        build_optimizer=partial(AdamW, model),
+        release=release_nothing,
     )

@@ -7,6 +7,8 @@ from elastic.strategies._base import Spread
 from elastic.strategies._sharded import shard
 from elastic.world import World
 
+SHARDED_OVER = "world"
+
 
 def spread(model: nn.Module, *, world: World, config: RunConfig) -> Spread:
     """Shard over one axis of all ranks."""

@@ -10,8 +10,10 @@ from elastic.config import RunConfig
 from elastic.errors import ConfigError
 from elastic.fp8 import set_fp8
 from elastic.graphs import MAX_FLOPS
+from elastic.optim import AdamW
+from elastic.optim_copies import CopyingAdamW
 from elastic.precision import autocast, get_dtype
-from elastic.strategies._base import Spread
+from elastic.strategies._base import Spread, release_nothing
 from elastic.strategies._copies import LowPrecisionCopy
 from elastic.world import World
 
@@ -39,9 +41,10 @@ def spread(model: nn.Module, *, world: World, config: RunConfig) -> Spread:
         return Spread(
             module=copy,
             computing=copy.model,
-            copies=copy.copies,
             cast=nullcontext,
             set_last_microbatch=copy.set_last_microbatch,
+            build_optimizer=partial(CopyingAdamW, model, copies=copy.copies),
+            release=release_nothing,
         )
     model.to_empty(device=world.device)
     return Spread(
@@ -49,4 +52,6 @@ def spread(model: nn.Module, *, world: World, config: RunConfig) -> Spread:
         computing=model,
         cast=partial(autocast, config.precision, world.device),
         set_last_microbatch=lambda _is_last: None,
+        build_optimizer=partial(AdamW, model),
+        release=release_nothing,
     )

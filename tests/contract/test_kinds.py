@@ -69,6 +69,9 @@ def test_what_a_strategy_says_of_its_worlds_can_be_read_without_torch(kind):
     module = plugins.load("elastic.strategies", kind, key="strategy")
     key = plugins.read_constant("elastic.strategies", kind, "WORLD_SIZE_MULTIPLE_OF")
     most = plugins.read_constant("elastic.strategies", kind, "MAX_WORLD_SIZE")
+    sharded_over = plugins.read_constant("elastic.strategies", kind, "SHARDED_OVER")
     assert (key, most) == (getattr(module, "WORLD_SIZE_MULTIPLE_OF", None), getattr(module, "MAX_WORLD_SIZE", None))
+    assert sharded_over == getattr(module, "SHARDED_OVER", None)
+    assert sharded_over in (None, "world", "group")
     assert key is None or isinstance(getattr(RunConfig(), key), int)
     assert most is None or most >= 1

@@ -12,7 +12,7 @@ from elastic.data.loader import Loader, eval_batches
 from elastic.data.order import sample_ids
 from elastic.data.shards import open_dataset
 from elastic.errors import StepError
-from elastic.optim import learning_rate
+from elastic.lr_schedule import learning_rate
 from elastic.ports import Finished, Interrupted, Notice
 from elastic.records.rundir import RunDir, read_rows
 from elastic.step import build_trainable, eval_loss, train_step

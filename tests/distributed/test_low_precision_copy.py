@@ -80,7 +80,7 @@ def test_the_copy_follows_updates_and_whatever_else_writes_the_weights(world):
         build_trainable(replace(CONFIG, train=replace(CONFIG.train, seed=seed)), world) for seed in (0, 1)
     )
     train(source, world, steps=3)
-    assert all(torch.equal(copy, original.bfloat16()) for original, copy in source.spread.copies.items())
+    assert all(torch.equal(copy, original.bfloat16()) for original, copy in source.spread.module.copies.items())
     train(target, world, steps=1)
     model, optimizer = deepcopy(get_state_dict(source.model, source.optimizer, options=FULL))
     set_state_dict(target.model, target.optimizer, model_state_dict=model, optim_state_dict=optimizer, options=FULL)

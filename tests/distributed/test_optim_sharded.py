@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from elastic.config import OptimConfig
-from elastic.optim import build_optimizer
+from elastic.optim import AdamW
 from elastic.optim_sharded import ShardedAdamW
 from elastic.world import World
 from tests.distributed._ranks import in_world, run_ranks
@@ -51,8 +51,7 @@ def update_sharded(world: World):
         model = nn.ParameterDict(
             {name: nn.Parameter(distribute_tensor(value, mesh, placements)) for name, value in make_tensors(0).items()}
         )
-        optimizer = build_optimizer(model, OptimConfig())
-        assert isinstance(optimizer, ShardedAdamW)
+        optimizer = ShardedAdamW(model, OptimConfig())
         norms = update(
             model, optimizer, optimizer.clip, lambda grad, at=(mesh, placements): distribute_tensor(grad, *at)
         )
@@ -72,8 +71,7 @@ def ranks():
 @pytest.mark.parametrize("kind", MESHES)
 def test_the_update_is_that_of_the_whole_tensors(ranks, kind):
     model = nn.ParameterDict({name: nn.Parameter(value) for name, value in make_tensors(0).items()})
-    optimizer = build_optimizer(model, OptimConfig())
-    assert type(optimizer) is torch.optim.AdamW
+    optimizer = AdamW(model, OptimConfig())
     norms = update(model, optimizer, lambda norm: nn.utils.clip_grad_norm_(model.parameters(), norm), lambda grad: grad)
     weights, states = describe(model, optimizer)
     for rank in ranks:

@@ -91,6 +91,15 @@ def test_what_goes_wrong_costs_a_warning(tmp_path, caplog):
     assert "did not work: ConfigError: attention=flash" in caplog.text
 
 
+@pytest.mark.filterwarnings("ignore")  # as above
+def test_hsdp_is_rehearsed_whatever_the_size_of_its_groups(tmp_path, caplog):
+    cluster = ClusterConfig(min_workers=2, max_workers=4)
+    hsdp = replace(CONFIG, strategy="hsdp", shard_size=2, cluster=cluster, model=replace(CONFIG.model, dim=48))
+    rehearse(hsdp, open_storage(tmp_path))
+    assert "did not work" not in caplog.text
+    assert list((tmp_path / COMPILED).iterdir())
+
+
 def test_without_a_gpu_or_a_compiler_nothing_is_done(tmp_path):
     rehearse(replace(CONFIG, compile=False), open_storage(tmp_path))
     assert list(tmp_path.iterdir()) == []

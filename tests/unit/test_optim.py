@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.config import ModelConfig, OptimConfig
+from elastic.lr_schedule import learning_rate
 from elastic.models.llama import build
-from elastic.optim import build_optimizer, learning_rate
+from elastic.optim import AdamW
 
 TOTAL = st.integers(min_value=10, max_value=10**13)
 SHARE = st.floats(min_value=0.0, max_value=1.0)
@@ -75,7 +76,7 @@ def test_rate_at_chosen_tokens(config, rates):
 
 def test_matrices_are_decayed_and_norms_are_not():
     model = build(ModelConfig(dim=8, num_layers=1, num_heads=2, num_kv_heads=1, ffn_dim=8, vocab_size=16))
-    decayed, plain = build_optimizer(model, OptimConfig(weight_decay=0.3)).param_groups
+    decayed, plain = AdamW(model, OptimConfig(weight_decay=0.3)).param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
     assert len(decayed["params"]) == 8  # embedding, 4 of attention, 3 of feed-forward
     assert {param.ndim for param in decayed["params"]} == {2}
