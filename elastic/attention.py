@@ -136,19 +136,21 @@ def agree_on_attention(config: RunConfig, device: torch.device, storage: Storage
 
 
 def _has_choice(config: RunConfig, device: torch.device) -> bool:
-    return device.type == "cuda" and get_dtype(config.precision) != torch.float32
+    return config.model.attention is not None and device.type == "cuda" and get_dtype(config.precision) != torch.float32
 
 
 def _describe(config: RunConfig, device: torch.device) -> _Case:
+    shape = config.model.attention
+    assert shape is not None  # `_has_choice` has seen it
     return _Case(
         gpu=torch.cuda.get_device_name(device),
         torch=str(torch.__version__),
         precision=config.precision,
         micro_batch=config.train.micro_batch,
         seq_len=config.data.seq_len,
-        num_heads=config.model.num_heads,
-        num_kv_heads=config.model.num_kv_heads,
-        head_size=config.model.head_size,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_size=shape.head_size,
     )
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from elastic import config_load, plugins
+from elastic import config_load
 from elastic.config import RunConfig
 from elastic.direct import write_all
 from elastic.errors import SolventError
@@ -105,9 +105,8 @@ def measure_step(config: RunConfig, world: World, ceilings: Ceilings, *, num_ste
         train_step(trainable, [microbatch], lr=0.0, max_grad_norm=config.train.max_grad_norm, world=world)
 
     step_s = _time(step, world.device, repeats=num_steps)
-    family = plugins.load("elastic.models", config.model.kind, key="model.kind")
     tokens_per_s = batch * seq_len / step_s
-    tflops_per_s = tokens_per_s * family.flops_per_token(config.model, seq_len) / 1e12
+    tflops_per_s = tokens_per_s * config.model.flops_per_token(seq_len) / 1e12
     return StepRate(
         micro_batch=batch,
         seq_len=seq_len,

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, cast
 
 from elastic.config import RunConfig
 from elastic.errors import ConfigError
+from elastic.model_config import DEFAULT_KIND, MODEL_KIND, build_model_config
 from elastic.paths import expand_home, resolve_path
 from elastic.records.rundir import find_own_run
 
@@ -82,10 +83,12 @@ def _build(settings: Iterable[_Setting]) -> RunConfig:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    building = OmegaConf.structured(RunConfig)
+    settings = list(settings)
+    start = RunConfig(model=build_model_config(kind=_find_kind(settings)))
+    building = OmegaConf.structured(start)
     for node in (building, *filter(OmegaConf.is_config, building.values())):
         OmegaConf.set_readonly(node, False)  # a frozen dataclass is read-only to omegaconf, even before it exists
-    defaults = dict(_flatten(dataclasses.asdict(RunConfig())))
+    defaults = dict(_flatten(dataclasses.asdict(start)))
     for setting in settings:
         key, value, origin = setting
         _check_known(setting, defaults)
@@ -98,6 +101,20 @@ def _build(settings: Iterable[_Setting]) -> RunConfig:
                 f"{key}={value!r} ({origin}) cannot be used: {reason}. Write for example {key}={_text(defaults[key])}."
             ) from None
     return cast(RunConfig, OmegaConf.to_object(building))
+
+
+def _find_kind(settings: Sequence[_Setting]) -> str:
+    """Return the family of models, which says what keys their section has: the last value wins, as everywhere.
+
+    Raises:
+        ConfigError: the value is no name.
+    """
+    kind = DEFAULT_KIND
+    for setting in settings:
+        if setting.key == MODEL_KIND:
+            _check_literal(setting, default=DEFAULT_KIND)
+            kind = setting.value
+    return kind
 
 
 def _resolve_setting(setting: _Setting, *, base: Path | None) -> _Setting:
@@ -162,7 +179,8 @@ def _check_known(setting: _Setting, defaults: Mapping[str, Any]) -> None:
     same_name = [known for known in defaults if known.rpartition(".")[2] == key.rpartition(".")[2]]
     near = same_name[:1] or difflib.get_close_matches(key, defaults, n=1)
     hint = f"Did you mean {near[0]}?" if near else f"Keys are: {', '.join(defaults)}."
-    raise ConfigError(f"{key}={value!r} ({origin}): there is no such key. {hint}")
+    where = f" with model.kind={defaults[MODEL_KIND]}" if key.startswith("model.") else ""
+    raise ConfigError(f"{key}={value!r} ({origin}): there is no such key{where}. {hint}")
 
 
 def _check_literal(setting: _Setting, *, default: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from elastic.config import ModelConfig
+from elastic.model_config import Rope
 
 
 class ResidualLinear(nn.Linear):
@@ -60,20 +60,20 @@ class Joinable(nn.Module):
         return [cast(nn.Linear, self.get_submodule(name)) for name in self._together]
 
 
-def build_rope_tables(config: ModelConfig, seq_len: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
+def build_rope_tables(rope: Rope, seq_len: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return cos_SE and sin_SE of rotary position embedding, fp32.
 
     Cheap enough to build in every forward, which spares buffers that a move from the meta device leaves undefined.
     Source: RoFormer, arXiv:2104.09864, with the halves (not the pairs) convention of Hugging Face's Llama; the
     scaling is that of Llama 3.1, `apply_scaling` of github.com/meta-llama/llama-models.
     """
-    exponents = torch.arange(0, config.head_size, 2, device=device, dtype=torch.float32) / config.head_size
-    frequencies = 1.0 / config.rope_theta**exponents
-    if config.rope_scaling_factor != 1.0:
-        turns = config.rope_original_positions * frequencies / (2 * math.pi)
-        transition = config.rope_high_freq_factor - config.rope_low_freq_factor
-        kept = ((turns - config.rope_low_freq_factor) / transition).clamp(0, 1)
-        frequencies = frequencies * (kept + (1 - kept) / config.rope_scaling_factor)
+    exponents = torch.arange(0, rope.head_size, 2, device=device, dtype=torch.float32) / rope.head_size
+    frequencies = 1.0 / rope.theta**exponents
+    if rope.scaling_factor != 1.0:
+        turns = rope.original_positions * frequencies / (2 * math.pi)
+        transition = rope.high_freq_factor - rope.low_freq_factor
+        kept = ((turns - rope.low_freq_factor) / transition).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / rope.scaling_factor)
     angles = torch.outer(torch.arange(seq_len, device=device, dtype=torch.float32), frequencies)
     angles_SE = torch.cat((angles, angles), dim=-1)
     return angles_SE.cos(), angles_SE.sin()

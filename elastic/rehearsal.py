@@ -20,7 +20,7 @@ from torch import Tensor
 from elastic.attention import agree_on_attention
 from elastic.breaker import Presence
 from elastic.checkpoint.train_state import get_live_state
-from elastic.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from elastic.config import DataConfig, RunConfig, TrainConfig
 from elastic.loss import IGNORE
 from elastic.ports import WorldSpec
 from elastic.step import Trainable, build_trainable, eval_loss, train_step
@@ -38,7 +38,7 @@ _OTHERS_BYTES = 2**30
 """Memory of the device that a rehearsal beside another process leaves free."""
 
 _TINY = RunConfig(
-    model=ModelConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_dim=16, vocab_size=16),
+    model=replace(RunConfig().model, num_layers=1, vocab_size=16),
     data=DataConfig(seq_len=8),
     train=TrainConfig(global_batch=2, micro_batch=1),
 )

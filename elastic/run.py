@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from elastic import plugins
 from elastic.attention import agree_on_attention
 from elastic.breaker import Breaker
 from elastic.checkpoint.checkpointer import Checkpointer
@@ -189,7 +188,6 @@ def _build_parts(
     laps.end(f"state ({source})")
 
     place = _Place(rank=world.rank, world_size=world.world_size, device=world.device)
-    model_file = plugins.load("elastic.models", config.model.kind, key="model.kind")
     guard = EpochGuard(partial(check_epoch, run.storage, world.attempt))
     checkpointer = Checkpointer(
         run.storage,
@@ -231,7 +229,7 @@ def _build_parts(
                 eval_microbatches=[m for b in eval_batches(dataset, config=config, **place) for m in b.microbatches],
                 checkpointer=checkpointer,
                 restored_from=source,
-                flops_per_token=model_file.flops_per_token(config.model, config.data.seq_len),
+                flops_per_token=config.model.flops_per_token(config.data.seq_len),
                 peak_flops_per_gpu=_get_peak_flops(world.device),
                 sinks=[run.fence(sink, guard) for sink in watchers.open_sinks()],
                 notices=watchers.notices,
@@ -294,10 +292,9 @@ def _check_storage(storage: Storage, config: RunConfig, world: World) -> None:
 
 def _prepare_storage(storage: Storage, mark: str, config: RunConfig, world: World) -> StorageError | None:
     """Return what is wrong, at once for a new run; one that has trained waits for a while."""
-    model = plugins.load("elastic.models", config.model.kind, key="model.kind")
 
     def look() -> None:
-        check_space(storage, estimate_checkpoint_bytes(model.num_params(config.model)))
+        check_space(storage, estimate_checkpoint_bytes(config.model.num_params))
         try:
             remove_orphans(storage, epoch=world.attempt)
             storage.write(mark, [b""])

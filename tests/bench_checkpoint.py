@@ -32,7 +32,8 @@ from elastic.checkpoint.format.manifest import list_committed, read_manifest
 from elastic.checkpoint.replicas.client import start_keeper
 from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.checkpoint.train_state import get_live_state
-from elastic.config import CheckpointConfig, ModelConfig, RunConfig
+from elastic.config import CheckpointConfig, RunConfig
+from elastic.models.llama import Config as ModelConfig
 from elastic.ports import Progress, WorldSpec
 from elastic.step import build_trainable, train_step
 from elastic.storage import open_storage

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from elastic.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from elastic.config import DataConfig, RunConfig, TrainConfig
 from elastic.loss import IGNORE
+from elastic.models.llama import Config as ModelConfig
 from elastic.nn import init_weights
 from elastic.optim import AdamW
 from elastic.plugins import load

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from elastic.checkpoint.format.manifest import read_manifest
     from elastic.checkpoint.hf.exporting import write_folder
     from elastic.checkpoint.hf.saved import SavedWeights
-    from elastic.config import ModelConfig
+    from elastic.model_config import build_model_config
     from elastic.storage import open_storage
 
     start_s = time.monotonic()
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         exported = write_folder(
             out,
-            ModelConfig(**model),
+            build_model_config(**model),
             SavedWeights(storage, checkpoint, manifest),
             tokenizer=tokenizer,
             seq_len=manifest.config["data.seq_len"],

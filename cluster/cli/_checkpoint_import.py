@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 from cluster.cli._runs import add_json, print_json
-from elastic.config import ModelConfig
 from elastic.records.rundir import RunDir
 
 
@@ -51,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         raise explain(error, run_url) from error
     overrides = [
         f"model.{field.name}={getattr(config.model, field.name)}"
-        for field in dataclasses.fields(ModelConfig)
+        for field in dataclasses.fields(config.model)
         if getattr(config.model, field.name) != field.default
     ]
     start = f"{args.config} {' '.join(args.overrides + overrides)}" if is_url(run_url) else f"{run_url}/config.yaml"

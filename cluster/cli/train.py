@@ -146,7 +146,7 @@ def check_before_paying(config: RunConfig, past: "Past | None" = None) -> None:
 
     def look() -> None:
         check_writable(storage)
-        check_space(storage, estimate_checkpoint_bytes(config.model.num_matrix_params))  # trainers know it to the byte
+        check_space(storage, estimate_checkpoint_bytes(config.model.num_params))
 
     try:
         if past.error:

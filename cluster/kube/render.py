@@ -11,7 +11,7 @@ from cluster.kube.pods import CONFIG_FOLDER
 from cluster.kube.rules import check_stream
 from cluster.kube.text import dump_documents
 from elastic import plugins
-from elastic.config import RunConfig
+from elastic.config import RunConfig, from_dict
 from elastic.errors import ConfigError
 
 _PACKAGE = "cluster.kube.profiles"
@@ -54,7 +54,7 @@ def render(
         files[_PRICES] = prices
         cost = dataclasses.replace(config.cost, price_file=f"{CONFIG_FOLDER}/{_PRICES}")
         config = dataclasses.replace(config, cost=cost)
-    files["config.yaml"] = dump_documents([get_changes(dataclasses.asdict(config), dataclasses.asdict(RunConfig()))])
+    files["config.yaml"] = dump_documents([get_changes(dataclasses.asdict(config), _get_defaults(config))])
     documents = module.render(config, options, files)
     if not is_kubernetes(documents):
         if fragments:
@@ -63,6 +63,12 @@ def render(
     documents = apply_overrides(documents, fragments)
     check_stream(documents)
     return documents
+
+
+def _get_defaults(config: RunConfig) -> dict[str, Any]:
+    """Return the defaults of each key that the configuration has; those of the model's are its family's."""
+    family = dataclasses.asdict(from_dict({"model": {"kind": config.model.kind}}))
+    return {**family, "model": {**family["model"], "kind": RunConfig().model.kind}}
 
 
 def get_changes(fields: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from cluster.kube.options import Options
 from elastic import plugins
-from elastic.config import ModelConfig, RunConfig
+from elastic.config import RunConfig
 from elastic.errors import ConfigError
 
 _STATE_BYTES_PER_PARAMETER = 12
@@ -53,7 +53,7 @@ def plan_sizes(config: RunConfig, options: Options) -> Sizes:
     """Return the sizes for this run.
 
     Raises:
-        ConfigError: the options do not fit the run, or the model's size is not known.
+        ConfigError: the options do not fit the run.
     """
     cluster = config.cluster
     if options.gpus_per_node > 1 and not cluster.gpus_per_worker:
@@ -87,12 +87,8 @@ def plan_sizes(config: RunConfig, options: Options) -> Sizes:
 
 
 def estimate_memory_gib(config: RunConfig, workers_per_node: int) -> int:
-    """Return the host memory that the processes and snapshots of a node may take, in the smallest world allowed.
-
-    Raises:
-        ConfigError: nobody here can count the parameters of this kind of model.
-    """
-    parameters = count_parameters(config.model)
+    """Return the host memory that the processes and snapshots of a node may take, in the smallest world allowed."""
+    parameters = config.model.num_params
     ranks = config.cluster.min_workers
     sharded_over = plugins.read_constant("elastic.strategies", config.strategy, "SHARDED_OVER")
     if sharded_over == "group":
@@ -105,22 +101,3 @@ def estimate_memory_gib(config: RunConfig, workers_per_node: int) -> int:
     if config.compile and config.cluster.spare_trainers:
         trainer_bytes += _SPARE_GIB * _GIB
     return math.ceil(_NODE_GIB + workers_per_node * trainer_bytes / _GIB)
-
-
-def count_parameters(model: ModelConfig) -> int:
-    """Return the number of parameters without building the model; nothing here may import torch.
-
-    Raises:
-        ConfigError: a kind of model whose shape is not known here.
-    """
-    if model.kind != "llama":
-        raise ConfigError(
-            f"model.kind={model.kind} has a shape that `render` cannot count, so the memory of a node is not known. "
-            "Say it: --set memory_gib_per_node=64, for example."
-        )
-    query_dim, kv_dim = model.num_heads * model.head_size, model.num_kv_heads * model.head_size
-    attention = 2 * model.dim * (query_dim + kv_dim)
-    attention += (query_dim + 2 * kv_dim) * model.qkv_bias + 2 * model.head_size * model.qk_norm
-    layer = attention + 3 * model.dim * model.ffn_dim + 2 * model.dim
-    embeddings = model.vocab_size * model.dim * (1 if model.tied_head else 2)
-    return model.num_layers * layer + embeddings + model.dim

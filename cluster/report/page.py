@@ -61,7 +61,10 @@ def render(story: Story, *, now_s: float) -> str:
 def _describe(story: Story) -> str:
     model, parts = story.config.get("model", {}), list[str]()
     if model:
-        parts.append(f"{model.get('kind')}: {model.get('num_layers')} layers of width {model.get('dim')}")
+        parts.append(
+            f"{model.get('kind')}: {model.get('num_layers')} layers"
+            + (f" of width {model['dim']}" if "dim" in model else "")
+        )
     parts += [str(story.config[key]) for key in ("strategy", "precision") if key in story.config]
     if story.rows:
         parts.append(f"last step at {story.all_rows[-1]['time_utc']}")

@@ -1,1 +1,1 @@
-"""One file per model family."""
+"""One file per model family; `elastic/model_config.py` says what it provides."""

@@ -4,7 +4,7 @@ import numpy as np
 
 from elastic.checkpoint.hf.exporting import TokenizerFiles, write_folder
 from elastic.checkpoint.hf.folder import find_family
-from elastic.config import ModelConfig
+from elastic.models.llama import Config as ModelConfig
 from elastic.storage import open_storage
 
 MODEL = ModelConfig(

@@ -1,52 +1,152 @@
 """What every file of `elastic/models` and `elastic/strategies` must keep to; a new one is picked up unasked."""
 
-from dataclasses import replace
+import subprocess
+import sys
+import typing
+from contextlib import suppress
+from dataclasses import fields, replace
+from functools import cache
 
 import pytest
 import torch
 
 from elastic import plugins
-from elastic.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from elastic.config import DataConfig, RunConfig, TrainConfig
+from elastic.errors import ConfigError
+from elastic.model_config import ModelConfig, build_model_config, get_config_class
+from elastic.nn import init_weights
 from elastic.ports import WorldSpec
 from elastic.step import build_trainable, eval_loss, train_step
 from elastic.world import close_world, open_store, open_world
 
-MODEL = ModelConfig(dim=16, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=24, vocab_size=32)
+FAMILIES = plugins.get_names("elastic.models")
+KNOBS = [
+    (kind, each.name)
+    for kind in FAMILIES
+    for each in fields(get_config_class(kind))
+    if each.name not in ("kind", "max_positions")  # which file it is, and how long the data may be
+]
+TOKENS_BS = torch.arange(32).reshape(2, 16)
 
 
-@pytest.mark.parametrize("tied_head", [True, False])
-@pytest.mark.parametrize("kind", plugins.get_names("elastic.models"))
-def test_a_model_counts_its_own_parameters_and_returns_logits(kind, tied_head):
-    config = replace(MODEL, kind=kind, tied_head=tied_head)
-    module = plugins.load("elastic.models", kind, key="model.kind")
-    model = module.build(config)
-    assert sum(parameter.numel() for parameter in model.parameters()) == module.num_params(config)
-    assert model(torch.zeros(3, 5, dtype=torch.int64)).shape == (3, 5, config.vocab_size)
-    assert len(list(model.get_submodule("blocks").children())) == config.num_layers
-    assert module.flops_per_token(config, 5) >= 6 * module.num_params(config) * 0.5
+def small(kind: str) -> ModelConfig:
+    """Return a family's defaults, with what is large in them made small."""
+    config = replace(build_model_config(kind=kind), num_layers=2, vocab_size=32)
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if type(value) is int and value > 64:
+            with suppress(ConfigError):
+                config = replace(config, **{each.name: value // 8})
+    return config
 
 
-@pytest.mark.parametrize(
-    "options", [{"head_dim": 6, "qk_norm": True}, {"qkv_bias": True}, {"no_rope_layer_interval": 2}]
-)
-@pytest.mark.parametrize("kind", plugins.get_names("elastic.models"))
-def test_a_model_keeps_to_the_options_of_the_configuration(kind, options):
-    """An option that a kind passed over would train another model than the one that was asked for."""
-    config = replace(MODEL, kind=kind, **options)
-    module = plugins.load("elastic.models", kind, key="model.kind")
-    model, plain = module.build(config), module.build(replace(MODEL, kind=kind))
-    assert sum(parameter.numel() for parameter in model.parameters()) == module.num_params(config)
-    if model.state_dict().keys() == plain.state_dict().keys():
-        model.load_state_dict(plain.state_dict())
-        tokens_BS = torch.arange(10).reshape(2, 5)
-        assert not torch.equal(model(tokens_BS), plain(tokens_BS))
+def vary(config: ModelConfig, name: str) -> list[ModelConfig]:
+    """Return the configurations with other values of one knob that may be."""
+    value = getattr(config, name)
+    candidates = [*typing.get_args(typing.get_type_hints(type(config))[name])]
+    if isinstance(value, bool):
+        candidates = [not value]
+    elif isinstance(value, int):
+        candidates = [value * 2, value // 2, value + 2]
+    elif isinstance(value, float):
+        candidates = [value * 2, value / 2, value + 0.5]
+    varied = []
+    for candidate in candidates:
+        try:
+            varied.append(replace(config, **{name: candidate}))
+        except ConfigError:
+            continue
+    return [each for each in varied if each != config]
 
 
-@pytest.mark.parametrize("kind", plugins.get_names("elastic.strategies"))
-def test_a_strategy_lowers_the_loss_of_what_it_trains_on(kind):
-    config = RunConfig(
-        strategy=kind, device="cpu", model=MODEL, data=DataConfig(seq_len=8), train=TrainConfig(global_batch=4)
+def build(config: ModelConfig) -> torch.nn.Module:
+    return plugins.load("elastic.models", config.kind, key="model.kind").build(config)
+
+
+@cache
+def get_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in build(config).state_dict().items()}
+
+
+@cache
+def compute(config: ModelConfig) -> torch.Tensor:
+    model = build(config)
+    init_weights(model, seed=0, std=config.init_std)
+    with torch.no_grad():
+        return model(TOKENS_BS)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_family_is_configured_without_torch_and_under_the_name_of_its_file(kind):
+    code = (
+        "import sys; from elastic.model_config import build_model_config;"
+        f"config = build_model_config(kind={kind!r});"
+        "print(config.kind, type(config)().kind, config.num_params > 0, config.flops_per_token(16) > 0,"
+        "{'torch', 'numpy', 'omegaconf'} & {*sys.modules})"
     )
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert found == f"{kind} {kind} True True set()\n"
+
+
+@pytest.mark.parametrize(("kind", "knob"), KNOBS)
+def test_a_model_counts_its_own_parameters_whatever_its_options(kind, knob):
+    for config in (small(kind), *vary(small(kind), knob)):
+        assert config.num_params == sum(shape.numel() for shape in get_shapes(config).values())
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_model_returns_logits_or_their_loss_and_has_its_layers_in_blocks(kind):
+    config = small(kind)
+    model = build(config)
+    init_weights(model, seed=0, std=config.init_std)
+    logits_BSV = model(TOKENS_BS)
+    assert logits_BSV.shape == (*TOKENS_BS.shape, config.vocab_size)
+    nats = torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1).float(), TOKENS_BS.flatten(), reduction="sum")
+    torch.testing.assert_close(model(TOKENS_BS, TOKENS_BS), nats)
+    assert len(list(model.get_submodule("blocks").children())) == config.num_layers
+    assert config.num_matrix_params <= config.num_params
+    assert config.flops_per_token(5) >= 6 * config.num_matrix_params
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_position_of_a_model_sees_no_later_token(kind):
+    model = build(small(kind))
+    init_weights(model, seed=0, std=0.1)
+    changed_BS = TOKENS_BS.clone()
+    changed_BS[:, 9:] = 31 - changed_BS[:, 9:]
+    with torch.no_grad():
+        before, after = model(TOKENS_BS), model(changed_BS)
+    torch.testing.assert_close(after[:, :9], before[:, :9])
+    assert not torch.equal(after[:, 9:], before[:, 9:])
+
+
+@pytest.mark.parametrize(("kind", "knob"), KNOBS)
+def test_a_knob_that_changes_the_shapes_of_the_weights_is_marked_as_shape(kind, knob):
+    """Without the mark a run would go on with another value until its weights do not fit."""
+    config = small(kind)
+    changes = any(get_shapes(other) != get_shapes(config) for other in vary(config, knob))
+    assert f"model.{knob}" in config.get_shape_keys() or not changes
+
+
+@pytest.mark.parametrize(("kind", "knob"), KNOBS)
+def test_a_model_keeps_to_the_options_of_the_configuration(kind, knob):
+    """An option that a kind passed over would train another model than the one that was asked for."""
+    config = small(kind)
+    others = {each.name for each in fields(config)} - {each.name for each in fields(ModelConfig)} - {knob}
+    bases = (config, *(base for name in others for base in vary(config, name)))  # it may matter only beside another
+    assert any(
+        get_shapes(other) != get_shapes(base) or not torch.equal(compute(other), compute(base))
+        for base in bases
+        for other in vary(base, knob)
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", plugins.get_names("elastic.strategies"))
+def test_a_strategy_lowers_the_loss_of_what_it_trains_on(kind, family):
+    data, training = DataConfig(seq_len=8), TrainConfig(global_batch=4)
+    config = RunConfig(strategy=kind, device="cpu", model=small(family), data=data, train=training)
     store = open_store("127.0.0.1", timeout_s=10)
     spec = WorldSpec(
         rank=0, world_size=1, local_rank=0, local_world_size=1, attempt=1, store_host=store.host, store_port=store.port

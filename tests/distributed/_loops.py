@@ -10,13 +10,13 @@ from elastic.config import (
     ClusterConfig,
     DataConfig,
     FaultConfig,
-    ModelConfig,
     OptimConfig,
     RunConfig,
     TrainConfig,
     WandbConfig,
 )
 from elastic.data.prepare import prepare
+from elastic.models.llama import Config as ModelConfig
 from elastic.ports import Outcome
 from elastic.run import train
 from tests.distributed._ranks import spec

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from elastic.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from elastic.config import DataConfig, RunConfig, TrainConfig
 from elastic.loss import IGNORE
+from elastic.models.llama import Config as ModelConfig
 from elastic.step import StepResult, Trainable, train_step
 from elastic.world import World
 

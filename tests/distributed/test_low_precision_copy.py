@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from elastic.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from elastic.config import DataConfig, OptimConfig, RunConfig, TrainConfig
+from elastic.models.llama import Config as ModelConfig
 from elastic.optim_copies import CopyingAdamW
 from elastic.ports import WorldSpec
 from elastic.step import build_trainable, eval_loss, train_step

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from elastic.config import ClusterConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
+from elastic.config import ClusterConfig, DataConfig, RunConfig, TrainConfig
+from elastic.models.llama import Config as ModelConfig
 from elastic.rehearsal import COMPILED, rehearse
 from elastic.storage import open_storage
 

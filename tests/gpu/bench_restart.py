@@ -51,17 +51,9 @@ from cluster.runtime.messages import (
 from cluster.runtime.node.connect import connect
 from cluster.runtime.node.start_host import launch_host
 from cluster.types import get_leave_limit_s
-from elastic.config import (
-    CheckpointConfig,
-    ClusterConfig,
-    DataConfig,
-    FaultConfig,
-    ModelConfig,
-    RunConfig,
-    TrainConfig,
-    WandbConfig,
-)
+from elastic.config import CheckpointConfig, ClusterConfig, DataConfig, FaultConfig, RunConfig, TrainConfig, WandbConfig
 from elastic.data.prepare import prepare
+from elastic.models.llama import Config as ModelConfig
 from elastic.transport import Acceptor, Link
 
 ROOT = Path(__file__).parents[2]

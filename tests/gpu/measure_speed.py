@@ -22,9 +22,9 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 
-from elastic.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from elastic.config import DataConfig, RunConfig, TrainConfig
 from elastic.metrics import get_memory_gib
-from elastic.models.llama import flops_per_token
+from elastic.models.llama import Config as ModelConfig
 from elastic.ports import WorldSpec
 from elastic.step import build_trainable, train_step
 from elastic.world import World, close_world, open_world
@@ -151,7 +151,7 @@ def measure(case: Case, world: World) -> dict[str, Any]:
     return {
         "step_ms": round(step_s * 1e3, 2),
         "tok_s": round(tokens_per_s),
-        "mfu": round(tokens_per_s * flops_per_token(model, seq_len) / H100_BF16_FLOPS, 4),
+        "mfu": round(tokens_per_s * model.flops_per_token(seq_len) / H100_BF16_FLOPS, 4),
         "mem_gib": round(get_memory_gib(world.device), 2),
         "build_s": round(build_s, 1),
         "first_s": round(times_s[0], 1),

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from elastic.config import ModelConfig, RunConfig
-from elastic.models.llama import flops_per_token, num_params
+from elastic.config import RunConfig
+from elastic.models.llama import Config as ModelConfig
 from elastic.ports import WorldSpec
 from elastic.step import build_trainable, train_step
 from elastic.world import World, close_world, open_world
@@ -133,7 +133,7 @@ def measure_speed(world: World, *, strategy: str, recompute: Any, compiled: bool
         **case,
         step_ms=round(step_ms, 2),
         tokens_per_s=round(tokens_per_s),
-        mfu=round(tokens_per_s * flops_per_token(LARGE, LARGE_SEQ) / H100_BF16_FLOPS, 4),
+        mfu=round(tokens_per_s * LARGE.flops_per_token(LARGE_SEQ) / H100_BF16_FLOPS, 4),
         peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2) if world.device.type == "cuda" else None,
         build_and_first_step_s=round(first_step_s, 1),
         losses=[losses[0], losses[-1]],
@@ -149,8 +149,8 @@ def main() -> None:
         case="machine",
         torch=torch.__version__,
         device=str(world.device) if TRY_ON_CPU else torch.cuda.get_device_name(),
-        demo_params=num_params(DEMO),
-        large_params=num_params(LARGE),
+        demo_params=DEMO.num_params,
+        large_params=LARGE.num_params,
     )
     text = markov_text(DEMO_STEPS * DEMO_BATCH, DEMO_SEQ + 1, world.device)
     for strategy in ("single", "fsdp2"):

@@ -7,8 +7,9 @@ import signal
 import pytest
 
 from cluster.runtime.messages import ClaimGranted, SlotClaimed, Stepped, TrainerLeft, TrainerSaid
-from elastic.config import CheckpointConfig, ClusterConfig, DataConfig, ModelConfig, TrainConfig
+from elastic.config import CheckpointConfig, ClusterConfig, DataConfig, TrainConfig
 from elastic.data.prepare import prepare
+from elastic.models.llama import Config as ModelConfig
 from tests.ray._traces import find_trainers, is_alive, wait_until
 from tests.ray.test_host import run_host
 

@@ -4,8 +4,9 @@ import pytest
 
 from elastic.checkpoint.format.compat import check_config, check_tensors, get_computing_config, get_config_hash
 from elastic.checkpoint.format.manifest import Manifest, TensorRecord
-from elastic.config import ClusterConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from elastic.config import ClusterConfig, OptimConfig, RunConfig, TrainConfig
 from elastic.errors import CheckpointError, ConfigError
+from elastic.models.llama import Config as ModelConfig
 from elastic.ports import Progress
 
 BEFORE = RunConfig()

@@ -11,12 +11,12 @@ from elastic.config import (
     CostConfig,
     DataConfig,
     FaultConfig,
-    ModelConfig,
     OptimConfig,
     RunConfig,
     TrainConfig,
 )
 from elastic.errors import ConfigError
+from elastic.models.llama import Config as ModelConfig
 
 ONE_SECTION = [
     (ModelConfig, {"num_layers": 0}, "model.num_layers=0"),

@@ -14,7 +14,6 @@ from elastic.config import (
     CostConfig,
     DataConfig,
     FaultConfig,
-    ModelConfig,
     OptimConfig,
     RunConfig,
     TrainConfig,
@@ -22,6 +21,7 @@ from elastic.config import (
 )
 from elastic.config_load import dump, load
 from elastic.errors import ConfigError
+from elastic.models.llama import Config as ModelConfig
 
 text = st.text(st.characters(codec="utf-8", exclude_characters="$"), max_size=20).filter(lambda s: s != "???")
 names = st.text(string.ascii_letters + string.digits, min_size=1, max_size=12)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from cluster.chaos.faults import load_faults
-from elastic.config import ModelConfig
 from elastic.config_load import load
+from elastic.models.llama import Config as ModelConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("faults-"))

@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
-from elastic.config import DataConfig, ModelConfig, RunConfig
+from elastic.config import DataConfig, RunConfig
 from elastic.data.encoder import encode_long, split_text
 from elastic.data.format import read_info
 from elastic.data.hf_tokenizer import read_tokenizer
@@ -27,6 +27,7 @@ from elastic.data.prepare import prepare
 from elastic.data.shards import check_fits, open_dataset
 from elastic.data.tokenizer import get_prefix, load_tokenizer, train_tokenizer
 from elastic.errors import DataError
+from elastic.models.llama import Config as ModelConfig
 
 
 @pytest.fixture(scope="module")

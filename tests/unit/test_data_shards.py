@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.config import DataConfig, ModelConfig, RunConfig
+from elastic.config import DataConfig, RunConfig
 from elastic.data import checksums as verify
 from elastic.data.prepare import prepare
 from elastic.data.shards import check_fits, open_dataset
 from elastic.errors import DataError
+from elastic.models.llama import Config as ModelConfig
 
 SHARD_TOKENS = 50
 

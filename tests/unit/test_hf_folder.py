@@ -18,7 +18,6 @@ from elastic.checkpoint.hf.families._base import Pair
 from elastic.checkpoint.hf.folder import find_family, get_families, open_folder
 from elastic.checkpoint.hf.numbers import from_fp32, to_fp32
 from elastic.errors import ModelFolderError
-from elastic.models import llama
 from elastic.storage import open_storage
 from tests.contract._hf import MODEL, write_hf_folder
 
@@ -114,7 +113,7 @@ def test_published_models_have_as_many_parameters_as_their_hub_counts(published,
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     family = get_families()[model_type]
     model = family.read_config({**dict(zip((*keys, "vocab_size"), shape, strict=False)), **shape[-1]})
-    assert llama.num_params(model) == num_params
+    assert model.num_params == num_params
     assert sum(math.prod(pair.shape) for pair in family.get_pairs(model)) == num_params
 
 

@@ -5,6 +5,7 @@ import re
 import string
 
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,12 +16,13 @@ from cluster.kube.options import Options, parse_options
 from cluster.kube.override import apply_overrides
 from cluster.kube.render import get_profile_names, is_kubernetes, render
 from cluster.kube.rules import check_stream, parse_quantity
-from cluster.kube.sizing import count_parameters, plan_sizes
+from cluster.kube.sizing import plan_sizes
 from cluster.kube.text import dump_documents
 from cluster.notices import get_drain_s
-from elastic.config import ClusterConfig, CostConfig, DataConfig, ModelConfig, RunConfig, TrainConfig, WandbConfig
+from elastic.config import ClusterConfig, CostConfig, DataConfig, RunConfig, TrainConfig, WandbConfig
 from elastic.config_load import load
 from elastic.errors import ConfigError
+from elastic.models.llama import Config as ModelConfig
 
 KUBERNETES = ["aks-spot", "eks-spot", "generic", "gke-spot"]
 DATA = DataConfig(path="/mnt/solvent/data")
@@ -152,9 +154,10 @@ def test_the_patch_of_an_overlay_makes_one_document_into_the_other(old, new):
     ],
 )
 def test_parameters_are_counted_as_the_model_has_them(model):
-    from elastic.models.llama import num_params
+    from elastic.models.llama import build
 
-    assert count_parameters(model) == num_params(model)
+    with torch.device("meta"):
+        assert model.num_params == sum(param.numel() for param in build(model).parameters())
 
 
 def test_memory_of_a_node_counts_the_snapshots_that_it_holds():
@@ -162,7 +165,7 @@ def test_memory_of_a_node_counts_the_snapshots_that_it_holds():
     model = ModelConfig(dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, ffn_dim=14336, vocab_size=128256)
     config = make_config(model=model, min_workers=2, max_workers=2)
     sizes = plan_sizes(config, make_options(gpus_per_node=2))
-    snapshots_gib = 2 * 4 * count_parameters(model) * 12 / 2 / 2**30
+    snapshots_gib = 2 * 4 * model.num_params * 12 / 2 / 2**30
     assert snapshots_gib < sizes.memory_gib - sizes.shm_mib / 1024 < snapshots_gib + 2 * 6 + 4 + 2
     assert plan_sizes(config, make_options(gpus_per_node=2, memory_gib_per_node=100)).memory_gib == 100
 

@@ -10,7 +10,7 @@ from cluster.kube.options import parse_options
 from cluster.kube.override import read_overrides
 from cluster.kube.render import render
 from cluster.kube.rules import check_stream
-from elastic.config import ClusterConfig, DataConfig, ModelConfig, RunConfig, WandbConfig
+from elastic.config import ClusterConfig, DataConfig, RunConfig, WandbConfig
 from elastic.errors import ConfigError
 
 SETTINGS = ["image=registry.example.com/solvent:0.1.0", "claim=data"]
@@ -191,9 +191,6 @@ def test_every_rule_is_broken_by_some_mutant(streams):
     assert caught | {"find_bad_kueue", "find_bad_neighbours"} == {rule.__name__ for rule in rules.RULES}
 
 
-OTHER_MODEL = ModelConfig()
-object.__setattr__(OTHER_MODEL, "kind", "mixture")
-
 # (fields of the configuration, settings, what the message says)
 REQUESTS = [
     ({}, ["node_notices=true"], "needs a service account that may read nodes"),
@@ -219,7 +216,6 @@ REQUESTS = [
     ({"cluster": ClusterConfig(max_workers=2)}, ["gpus_per_node=8"], "GPUs would be paid for and idle"),
     ({}, ["gpus_per_node=8", "cpus_per_node=4"], "so nothing fits there"),
     ({}, ["memory_gib_per_node=1"], "leaves nothing beside"),
-    ({"model": OTHER_MODEL}, [], "Say it: --set memory_gib_per_node=64"),
     ({}, ["spot_nodes=0", "on_demand_nodes=1"], "fewer than the 2 node(s)"),
     ({}, ["queue=team", "spot_nodes=1"], "fewer than the 2 node(s)"),
     ({}, ["spot_nodes=-2"], "must be between -1 and"),

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from elastic.config import ModelConfig
-from elastic.models.llama import build, flops_per_token, num_params
+from elastic.models.llama import Config as ModelConfig
+from elastic.models.llama import build
 from elastic.nn import build_rope_tables, init_weights, rotate
 
 SMALL = ModelConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48, vocab_size=61)
@@ -31,7 +31,7 @@ def ready(config, seed=0):
 def test_parameters_are_counted_right(config):
     with torch.device("meta"):
         model = build(config)
-    assert num_params(config) == sum(param.numel() for param in model.parameters())
+    assert config.num_params == sum(param.numel() for param in model.parameters())
 
 
 @SHAPES
@@ -41,7 +41,7 @@ def test_flops_agree_with_torch_s_counter(config):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(tokens)
     # backward is twice the forward
-    assert flops_per_token(config, 16) * 3 * 16 == 3 * counter.get_total_flops()
+    assert config.flops_per_token(16) * 3 * 16 == 3 * counter.get_total_flops()
 
 
 @SHAPES
@@ -62,7 +62,7 @@ def test_a_position_does_not_see_later_tokens():
 
 
 def test_rotation_keeps_lengths_and_depends_on_distance_only():
-    cos_SE, sin_SE = build_rope_tables(replace(SMALL, rope_theta=100.0), 32, device=torch.device("cpu"))
+    cos_SE, sin_SE = build_rope_tables(replace(SMALL, rope_theta=100.0).rope, 32, device=torch.device("cpu"))
     query, key = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
     queries, keys = (rotate(vector.expand(1, 1, 32, 8), cos_SE, sin_SE)[0, 0] for vector in (query, key))
     torch.testing.assert_close(queries.norm(dim=-1), query.norm().expand(32))
@@ -85,7 +85,9 @@ def test_a_layer_without_positions_sees_a_set_and_not_a_sequence():
 def test_scaling_leaves_fast_rotations_alone_and_slows_down_slow_ones():
     config = replace(SMALL, head_dim=64, rope_theta=500_000.0)
     scaled = replace(config, rope_scaling_factor=8.0)
-    (plain_cos, plain_sin), (cos, sin) = (build_rope_tables(c, 2, device=torch.device("cpu")) for c in (config, scaled))
+    (plain_cos, plain_sin), (cos, sin) = (
+        build_rope_tables(c.rope, 2, device=torch.device("cpu")) for c in (config, scaled)
+    )
     ratio = torch.atan2(plain_sin[1], plain_cos[1]) / torch.atan2(sin[1], cos[1])
     assert ratio[0].item() == pytest.approx(1)  # 1304 turns over 8192 positions: more than 4
     assert ratio[31].item() == pytest.approx(8)  # 0.004 turns: less than 1

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.config import ModelConfig, OptimConfig
+from elastic.config import OptimConfig
 from elastic.lr_schedule import learning_rate
+from elastic.models.llama import Config as ModelConfig
 from elastic.models.llama import build
 from elastic.optim import AdamW
 

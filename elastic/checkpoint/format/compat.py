@@ -18,14 +18,7 @@ from elastic.errors import CheckpointError, ConfigError, DataError
 from elastic.lr_schedule import learning_rate
 from elastic.ports import DataIdentity
 
-_SHAPE_KEYS = frozenset(
-    f"model.{name}"
-    for name in (
-        *("kind", "dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "vocab_size", "tied_head"),
-        *("head_dim", "qkv_bias", "qk_norm"),
-    )
-)
-_SAMPLE_KEYS = frozenset({"train.seed", "train.global_batch", "data.seq_len"})
+_SAMPLE_KEYS = ("data.seq_len", "train.global_batch", "train.seed")
 _FREE_KEYS = frozenset({"precision", "data.path", "train.steps", "train.max_grad_norm"})  # and all of model, optim
 
 
@@ -40,7 +33,7 @@ def get_computing_config(config: RunConfig, data: DataIdentity | None = None) ->
     flat: dict[str, object] = {}
     for part, values in asdict(config).items():
         flat |= {f"{part}.{name}": v for name, v in values.items()} if isinstance(values, dict) else {part: values}
-    chosen = _SHAPE_KEYS | _SAMPLE_KEYS | _FREE_KEYS
+    chosen = _FREE_KEYS.union(_SAMPLE_KEYS)
     identity: dict[str, object] = {_IDENTITY: asdict(data)} if data else {}
     return identity | {key: v for key, v in flat.items() if key in chosen or key.startswith(("model.", "optim."))}
 
@@ -150,10 +143,10 @@ def check_config(config: RunConfig, manifest: Manifest) -> dict[str, tuple[objec
         if manifest.config[key] != now[key]
     }
     for keys, reason in (
-        (_SHAPE_KEYS, "the saved weights have another shape"),
+        (config.model.get_shape_keys(), "the saved weights have another shape"),
         (_SAMPLE_KEYS, "samples would be left out or repeated"),
     ):
-        for key in sorted(keys & changed.keys()):
+        for key in filter(changed.__contains__, keys):
             then, value = changed[key]
             raise ConfigError(
                 f"{key}={value}, but this run was trained with {key}={then} up to step {manifest.progress.step}: "

@@ -16,8 +16,8 @@ from elastic.checkpoint.format.sharding import ITEM_BYTES
 from elastic.checkpoint.hf.families._base import Pair
 from elastic.checkpoint.hf.folder import CONFIG, INDEX, WHOLE, find_family
 from elastic.checkpoint.hf.numbers import from_fp32
-from elastic.config import ModelConfig
 from elastic.errors import ModelFolderError
+from elastic.model_config import ModelConfig
 from elastic.storage import Storage
 
 ExportDtype = Literal["fp32", "bf16"]

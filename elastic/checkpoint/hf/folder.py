@@ -15,8 +15,8 @@ from elastic import plugins
 from elastic.checkpoint.format.sharding import ITEM_BYTES
 from elastic.checkpoint.hf.families._base import Family, Pair
 from elastic.checkpoint.hf.numbers import DTYPES, Dtype
-from elastic.config import ModelConfig
 from elastic.errors import ModelFolderError
+from elastic.model_config import ModelConfig
 from elastic.storage import Storage
 
 CONFIG = "config.json"
@@ -80,13 +80,13 @@ class ModelFolder:
         return self.storage.read(_TOKENIZER) if self.storage.get_size(_TOKENIZER) is not None else None
 
 
-def get_families() -> dict[str, Family]:
+def get_families() -> dict[str, Family[Any]]:
     """Return the families that there are, by their `model_type`."""
     names = plugins.get_names(_FAMILIES)
     return {name: plugins.load(_FAMILIES, name, key="model_type").FAMILY for name in names}
 
 
-def find_family(model: ModelConfig) -> tuple[str, Family]:
+def find_family(model: ModelConfig) -> tuple[str, Family[Any]]:
     """Return the `model_type` and the family that compute what the configuration describes.
 
     Raises:
@@ -140,7 +140,7 @@ def _open_folder(storage: Storage) -> ModelFolder:
     stored = _read_headers(storage)
     pairs = family.get_pairs(model)
     _check_shapes(storage, pairs, stored)
-    _check_unused(storage, model, pairs, stored)
+    _check_unused(storage, pairs, stored)
     return ModelFolder(
         storage=storage, model=model, pairs=pairs, tensors={pair.theirs: stored[pair.theirs] for pair in pairs}
     )
@@ -256,21 +256,16 @@ def _check_shapes(storage: Storage, pairs: tuple[Pair, ...], stored: Mapping[str
             )
 
 
-def _check_unused(
-    storage: Storage, model: ModelConfig, pairs: tuple[Pair, ...], stored: Mapping[str, StoredTensor]
-) -> None:
+def _check_unused(storage: Storage, pairs: tuple[Pair, ...], stored: Mapping[str, StoredTensor]) -> None:
     """Refuse tensors that we would pass over, but for buffers that follow from the configuration."""
-    unused = sorted(
-        name
-        for name in stored.keys() - {pair.theirs for pair in pairs}
-        if not name.endswith("rotary_emb.inv_freq") and not (name == _HEAD and model.tied_head)
-    )
+    used = {pair.theirs for pair in pairs}
+    unused = sorted(name for name in stored.keys() - used if not name.endswith("rotary_emb.inv_freq") and name != _HEAD)
     if unused:
         raise ModelFolderError(
             f"{storage.url}: {len(unused)} tensors, {unused[0]} first, would be left unused, so the model would "
             f"compute something else. {CONFIG} and the weights are not of one model: fetch both again."
         )
-    if model.tied_head and _HEAD in stored and not _are_equal(storage, stored[_HEAD], stored[_EMBEDDING]):
+    if _HEAD not in used and _HEAD in stored and not _are_equal(storage, stored[_HEAD], stored[_EMBEDDING]):
         raise ModelFolderError(
             f"{storage.url}: {_HEAD} differs from {_EMBEDDING}, but {CONFIG} says tie_word_embeddings=true. Set it to "
             "false there if the model has a head of its own."

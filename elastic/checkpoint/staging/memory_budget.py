@@ -4,7 +4,6 @@ import logging
 
 import torch
 
-from elastic import plugins
 from elastic.checkpoint.durable.storage_errors import estimate_checkpoint_bytes
 from elastic.checkpoint.staging.host_memory import NUM_COPIES, WAYS, Room, has_room, is_roomy
 from elastic.checkpoint.staging.shared_memory import GIB
@@ -26,8 +25,7 @@ def agree_on_room(memory: Memory | None, config: RunConfig, world: World, *, beg
     """
     if memory is None:
         return None
-    model = plugins.load("elastic.models", config.model.kind, key="model.kind")
-    shard_bytes = estimate_checkpoint_bytes(model.num_params(config.model)) // world.world_size
+    shard_bytes = estimate_checkpoint_bytes(config.model.num_params) // world.world_size
     has_peers = config.checkpoint.memory == "peer" and world.world_size > world.local_world_size
     for num_arenas, most_copies in WAYS:
         num_copies = most_copies if has_peers else 0

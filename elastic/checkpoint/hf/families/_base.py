@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from elastic.config import ModelConfig
+from elastic.model_config import ModelConfig
+
+_C = TypeVar("_C", bound=ModelConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,10 +19,10 @@ class Pair:
     shape: tuple[int, ...]
 
 
-class Family(Protocol):
-    """How one `model_type` corresponds to a `ModelConfig`."""
+class Family(Protocol[_C]):
+    """How one `model_type` corresponds to the `Config` of a family in `elastic/models`."""
 
-    def read_config(self, raw: Mapping[str, Any]) -> ModelConfig:
+    def read_config(self, raw: Mapping[str, Any]) -> _C:
         """Return what a `config.json` describes.
 
         Raises:
@@ -32,10 +34,10 @@ class Family(Protocol):
         """Return whether this family computes what the configuration describes; at most one family does."""
         ...
 
-    def write_config(self, config: ModelConfig) -> dict[str, object]:
+    def write_config(self, config: _C) -> dict[str, object]:
         """Return the `config.json` of a configuration that fits, but for `model_type`, positions, tokens and dtype."""
         ...
 
-    def get_pairs(self, config: ModelConfig) -> tuple[Pair, ...]:
+    def get_pairs(self, config: _C) -> tuple[Pair, ...]:
         """Return all tensors, in the order in which a folder has them."""
         ...

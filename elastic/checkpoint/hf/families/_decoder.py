@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from elastic.checkpoint.hf.families._base import Pair
-from elastic.config import ModelConfig
 from elastic.errors import ConfigError, ModelFolderError
-
-_KIND = "llama"
+from elastic.model_config import ModelConfig
+from elastic.models.llama import Config
 
 _MUST_BE: Mapping[str, object] = {
     "hidden_act": "silu",
@@ -50,15 +49,14 @@ class DecoderFamily:
     tied_head: bool = False
     max_positions: int
 
-    def read_config(self, raw: Mapping[str, Any]) -> ModelConfig:
+    def read_config(self, raw: Mapping[str, Any]) -> Config:
         """See `Family`."""
         given = _take(raw)
         self._check_computed(given)
         try:
             dim, num_heads = given["hidden_size"], given["num_attention_heads"]
             head_dim = given.get("head_dim", self.head_dim)
-            return ModelConfig(
-                kind=_KIND,
+            return Config(
                 dim=dim,
                 num_layers=given["num_hidden_layers"],
                 num_heads=num_heads,
@@ -87,7 +85,7 @@ class DecoderFamily:
     def fits(self, config: ModelConfig) -> bool:
         """See `Family`."""
         return (
-            config.kind == _KIND
+            type(config) is Config  # one that derives from it computes something else
             and config.qkv_bias == self.qkv_bias
             and config.qk_norm == self.qk_norm
             and (config.no_rope_layer_interval > 0) == (self.no_rope_layer_interval > 0)
@@ -95,7 +93,7 @@ class DecoderFamily:
             and (config.qk_norm or config.dim % config.num_heads == 0)
         )
 
-    def write_config(self, config: ModelConfig) -> dict[str, object]:
+    def write_config(self, config: Config) -> dict[str, object]:
         """See `Family`."""
         scaling: dict[str, object] = {"rope_type": "default"}
         if config.rope_scaling_factor != 1:
@@ -134,11 +132,11 @@ class DecoderFamily:
             **no_rope,
         }
 
-    def get_pairs(self, config: ModelConfig) -> tuple[Pair, ...]:
+    def get_pairs(self, config: Config) -> tuple[Pair, ...]:
         """See `Family`."""
         return tuple(self._get_pairs(config))
 
-    def _get_pairs(self, config: ModelConfig) -> Iterator[Pair]:
+    def _get_pairs(self, config: Config) -> Iterator[Pair]:
         query_dim, kv_dim = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
         layer: dict[tuple[str, str], tuple[int, ...]] = {
             ("attention_norm.weight", "input_layernorm.weight"): (config.dim,)
@@ -190,7 +188,7 @@ class DecoderFamily:
             )
 
     def _read_rope(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the rotary keys of `ModelConfig`; transformers 4 wrote `rope_scaling`, 5 writes `rope_parameters`."""
+        """Return the rotary keys of `Config`; transformers 4 wrote `rope_scaling`, 5 writes `rope_parameters`."""
         rope = {**_take(given.get("rope_scaling", {})), **_take(given.get("rope_parameters", {}))}
         kind = rope.get("rope_type", rope.get("type", "default"))
         theta = {"rope_theta": rope.get("rope_theta", given.get("rope_theta", self.rope_theta))}
