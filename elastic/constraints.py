@@ -29,11 +29,10 @@ class Constraint:
     why: str = ""
     fix: str
 
-    def explain(self, key: str, value: object, *, default: object) -> str:
-        """Return the message for a value that does not hold."""
+    def explain(self, key: str, value: object) -> str:
+        """Return what is wrong with a value that does not hold."""
         reason = f": {self.why}" if self.why else ""
-        shown = repr(value) if isinstance(value, str) else value
-        return f"{key}={shown} must {self.must}{reason}. {self.fix.format(key=key, default=default)}"
+        return f"{key}={value!r} must {self.must}{reason}"
 
 
 POSITIVE = Constraint(
@@ -49,7 +48,7 @@ NOT_NEGATIVE = Constraint(
 
 
 def check_fields(instance: object, *, prefix: str, error: type[SolventError]) -> None:
-    """Refuse a dataclass with a field that does not hold what its annotation demands.
+    """Refuse a dataclass with a field that does not hold what its annotation demands, and say what to type instead.
 
     Args:
         prefix: before the name of the field in the message, such as ``train.``.
@@ -58,9 +57,17 @@ def check_fields(instance: object, *, prefix: str, error: type[SolventError]) ->
         SolventError: of the class `error`.
     """
     for name, constraint, default in _list_constraints(type(instance)):
-        value = getattr(instance, name)
-        if not _holds(constraint, value):
-            raise error(constraint.explain(f"{prefix}{name}", value, default=default))
+        if not _holds(constraint, value := getattr(instance, name)):
+            key = f"{prefix}{name}"
+            raise error(f"{constraint.explain(key, value)}. {constraint.fix.format(key=key, default=default)}")
+
+
+def find_violation(instance: object, *, prefix: str) -> str | None:
+    """Return what is wrong with the first field that does not hold what its annotation demands, if one does not."""
+    for name, constraint, _ in _list_constraints(type(instance)):
+        if not _holds(constraint, value := getattr(instance, name)):
+            return constraint.explain(f"{prefix}{name}", value)
+    return None
 
 
 def get_marked(kind: type, mark: Mark) -> tuple[str, ...]:

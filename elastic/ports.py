@@ -8,7 +8,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
+
+from elastic.constraints import NOT_NEGATIVE
 
 Phase = Literal["start", "train", "redo", "save", "load", "reconfigure", "wait", "data", "eval", "idle"]
 """What a paid node does; the states of `ledger.jsonl`."""
@@ -53,8 +55,8 @@ class Progress:
     rate, and nothing was learned from them.
     """
 
-    step: int = 0
-    tokens: int = 0
+    step: Annotated[int, NOT_NEGATIVE] = 0
+    tokens: Annotated[int, NOT_NEGATIVE] = 0
 
 
 @dataclass(frozen=True, kw_only=True)

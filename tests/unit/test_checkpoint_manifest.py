@@ -123,6 +123,33 @@ def test_a_stored_manifest_without_checksums_is_damage_and_not_believed(tmp_path
     assert find_damage(storage, checkpoint, replace(manifest, files=files)) == f"the header of {SHARD} has no checksum"
 
 
+@pytest.mark.parametrize(
+    ("values", "damage"),
+    [
+        ({"chunk": {"offset": -1}}, "model.w: offset=-1 must be finite and not negative"),
+        ({"chunk": {"num_bytes": "3"}}, "model.w: num_bytes='3' must be finite and not negative"),
+        ({"file": {"header_bytes": -8}}, f"{SHARD}: header_bytes=-8 must be finite and not negative"),
+        ({"manifest": {"world_size": 0}}, "world_size=0 must be finite and more than 0"),
+        ({"progress": {"tokens": -5}}, "progress.tokens=-5 must be finite and not negative"),
+    ],
+)
+def test_a_value_that_cannot_be_is_damage_whatever_its_checksum_says(tmp_path, values, damage):
+    make_checkpoint(tmp_path, 50)
+    storage = open_storage(tmp_path)
+    (checkpoint,) = list_committed(storage)
+    manifest = replace(read_manifest(storage, checkpoint), **values.get("manifest", {}))
+    tensor = manifest.tensors["model.w"]
+    chunk = replace(tensor.chunks[0], **values.get("chunk", {}))
+    file = replace(manifest.files[SHARD], **values.get("file", {}))
+    other = replace(
+        manifest,
+        progress=replace(manifest.progress, **values.get("progress", {})),
+        tensors={"model.w": replace(tensor, chunks=(chunk,))},
+        files={SHARD: file},
+    )
+    assert find_damage(storage, checkpoint, other) == damage
+
+
 @pytest.mark.parametrize("version", [1, 3])
 def test_another_format_is_refused_instead_of_misread(tmp_path, version):
     directory = make_checkpoint(tmp_path, 5)

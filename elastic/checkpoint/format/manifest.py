@@ -14,11 +14,12 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 from zlib_ng.zlib_ng import crc32
 
 from elastic.checkpoint.format.sharding import Box
+from elastic.constraints import NOT_NEGATIVE, POSITIVE, find_violation
 from elastic.errors import CheckpointError, StorageError
 from elastic.ports import Progress
 from elastic.storage import Storage
@@ -41,9 +42,9 @@ class Chunk:
     """Where a part of a tensor lies."""
 
     file: str
-    offset: int
+    offset: Annotated[int, NOT_NEGATIVE]
     """Of its first byte in the file."""
-    num_bytes: int
+    num_bytes: Annotated[int, NOT_NEGATIVE]
     start: tuple[int, ...]
     """Its first element in the whole tensor, per dim."""
     shape: tuple[int, ...]
@@ -70,8 +71,8 @@ class TensorRecord:
 class FileRecord:
     """One shard file: all of its bytes are the header's or a chunk's."""
 
-    size_bytes: int
-    header_bytes: int
+    size_bytes: Annotated[int, NOT_NEGATIVE]
+    header_bytes: Annotated[int, NOT_NEGATIVE]
     header_crc32: int | None
     """None in memory alone: nobody has taken it yet."""
 
@@ -81,9 +82,9 @@ class Manifest:
     """What a checkpoint holds, readable without torch."""
 
     progress: Progress
-    epoch: int
+    epoch: Annotated[int, NOT_NEGATIVE]
     """Number of the attempt that wrote it."""
-    world_size: int
+    world_size: Annotated[int, POSITIVE]
     device: str
     """Type of the device that the state lay on: ``cpu`` or ``cuda``."""
     mesh: tuple[int, ...]
@@ -235,10 +236,13 @@ def parse_tensor(record: Mapping[str, Any]) -> TensorRecord:
 
 
 def find_damage(storage: Storage, checkpoint: CommittedCheckpoint, manifest: Manifest) -> str | None:
-    """Return what is wrong: a part without its checksums, or a file that is missing or has another size than written.
+    """Return what is wrong: a value that cannot be, a part without its checksums, or a file that is missing or has
+    another size than written.
 
     Only in memory may checksums be lacking (`FileRecord`): what is stored would be believed unverified.
     """
+    if violation := _find_violation(manifest):
+        return violation
     for name, tensor in {**manifest.tensors, **manifest.generators}.items():
         for chunk in tensor.chunks:
             if len(chunk.crc32) != (wanted := -(-chunk.num_bytes // BLOCK_BYTES)):
@@ -252,6 +256,15 @@ def find_damage(storage: Storage, checkpoint: CommittedCheckpoint, manifest: Man
         if size_bytes != record.size_bytes:
             return f"{name} has {size_bytes} bytes instead of {record.size_bytes}"
     return None
+
+
+def _find_violation(manifest: Manifest) -> str | None:
+    """Return the first value that no writer of ours has written: its checksum finds damage, not forgery."""
+    records: list[tuple[str, object]] = [("", manifest), ("progress.", manifest.progress)]
+    records += [(f"{name}: ", record) for name, record in manifest.files.items()]
+    for name, tensor in {**manifest.tensors, **manifest.generators}.items():
+        records += [(f"{name}: ", chunk) for chunk in tensor.chunks]
+    return next((found for prefix, record in records if (found := find_violation(record, prefix=prefix))), None)
 
 
 def checksum(data: bytes) -> bytes:
