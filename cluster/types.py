@@ -1,4 +1,7 @@
-"""Plain data that the parts of the cluster side exchange: places, and the controller's events and actions."""
+"""Plain data that the parts of the cluster side exchange: places, and the controller's events and actions.
+
+What a host sees, and what a host or its trainers must do, also crosses the network as it is (`runtime.messages`).
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +29,7 @@ DRIVER_GONE = "its driver is gone"
 """Why a coordinator ends a run that nobody watches any more; `attempts.jsonl` says it, and the next driver reads it."""
 
 OutcomeKind = Literal["finished", "interrupted", "lost", "failed"]
+TrainerOutcome = Literal["finished", "interrupted", "lost", "failed", "crashed", "killed"]
 Change = Literal[
     "finished",
     "failed",
@@ -76,11 +80,16 @@ class HostGone:
 
 @dataclass(frozen=True, kw_only=True)
 class Claimed:
-    """An agent took a slot. `group` counts Ray's worker groups, `group_size` is how many agents that group has."""
+    """An agent took a slot, and its trainer could join a world.
+
+    `group` counts Ray's worker groups, `group_size` is how many agents that group has.
+    """
 
     slot: Slot
     group: int
     group_size: int
+    agent_pid: int = 0
+    """0: not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,13 +138,13 @@ class TrainerReady:
 class TrainerEnded:
     """A trainer is in the world no more.
 
-    `kind` is what it said: of `lost` (a peer went, or we asked it to leave) and `interrupted` ones the process stays
+    `outcome` is what it said: of `lost` (a peer went, or we asked it to leave) and `interrupted` ones the process stays
     and can join the next world. `crashed` if it said nothing, `killed` if we asked for that.
     """
 
     slot: Slot
     attempt: int
-    kind: Literal["finished", "interrupted", "lost", "failed", "crashed", "killed"]
+    outcome: TrainerOutcome
     reason: str
     exit_code: int = 1
     """What the command line returns if this end is `failed`."""
@@ -143,7 +152,10 @@ class TrainerEnded:
 
 @dataclass(frozen=True, kw_only=True)
 class Unkillable:
-    """A trainer was killed, and its process is still there: the kernel does not let go of it (state D, mostly)."""
+    """A trainer was killed, and its process is still there: the kernel does not let go of it (state D, mostly).
+
+    No trainer of its slot can be in the world of this attempt.
+    """
 
     slot: Slot
     attempt: int

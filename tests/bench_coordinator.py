@@ -32,22 +32,16 @@ from cluster.runtime.messages import (
     TO_HOST,
     Beat,
     CoordinatorMessage,
-    Go,
     HostHello,
-    Join,
-    Kill,
-    Leave,
-    Park,
     Progressed,
     Ready,
     Restored,
-    SlotClaimed,
     Stepped,
     StepTimes,
-    TrainerLeft,
     TrainerSaid,
 )
 from cluster.runtime.ray.adapter import WorkerNode
+from cluster.types import Claimed, Go, Join, Kill, Leave, Park, Slot, TrainerEnded
 from elastic.config import ClusterConfig, FaultConfig, RunConfig, TrainConfig
 from elastic.ports import Progress
 from elastic.records.rundir import format_utc
@@ -72,8 +66,8 @@ class StandIn:
 
     def __init__(self, number: int, port: int, loop: EventLoop, *, num_slots: int) -> None:
         self.node, self.attempt, self.rank = name_node(number), 0, -1
-        self.running: set[str] = set()
-        self.joined: set[str] = set()
+        self.running: set[Slot] = set()
+        self.joined: set[Slot] = set()
         self._num_slots, self._step = num_slots, 0
         self.is_silent = False
         self.link = Link(connect(("127.0.0.1", port), SECRET, purpose="coordinator"), TO_HOST, sends="at once")
@@ -110,13 +104,14 @@ class StandIn:
                 if slot in self.joined and attempt == self.attempt:
                     self.joined.discard(slot)
                     left = {"outcome": "lost", "reason": "told", "exit_code": 3}
-                    self.link.send(TrainerLeft(slot=slot, attempt=attempt, **left))
+                    self.link.send(TrainerEnded(slot=slot, attempt=attempt, **left))
             case _:
                 pass
 
     def claim(self) -> None:
         for number in range(NUM_TRAINERS):
-            self.link.send(SlotClaimed(slot=f"gpu{number}", group=1, group_size=self._num_slots, pid=1))
+            slot = Slot(self.node, f"gpu{number}")
+            self.link.send(Claimed(slot=slot, group=1, group_size=self._num_slots, agent_pid=1))
 
     def beat(self) -> None:
         holder = Holder(group=1, group_size=self._num_slots)
@@ -127,22 +122,16 @@ class StandIn:
         if not self.running:
             return
         self._step += 1
-        now_s = time.time()
+        now_s, first = time.time(), Slot(self.node, "gpu0")
         phases = (("train", now_s - 1 / STEPS_PER_S, now_s),)
         if self.rank == 0:
-            row = {
-                "step": self._step,
-                "tokens": self._step,
-                "loss": 2.0,
-                "tokens_per_s": 1e6,
-                "time_utc": format_utc(now_s),
-            }
-            self.say("gpu0", Stepped(progress=Progress(step=self._step, tokens=self._step), row=row, phases=phases))
+            row = {"step": self._step, "tokens": self._step, "loss": 2.0, "time_utc": format_utc(now_s)}
+            self.say(first, Stepped(progress=Progress(step=self._step, tokens=self._step), row=row, phases=phases))
         elif tells:
             times = tuple(StepTimes(step=step, phases=phases) for step in range(self._step - 3, self._step + 1))
-            self.say("gpu0", Progressed(num_steps=self._step, step=self._step, times=times))
+            self.say(first, Progressed(num_steps=self._step, step=self._step, times=times))
 
-    def say(self, slot: str, message: Any) -> None:
+    def say(self, slot: Slot, message: Any) -> None:
         self.link.send(TrainerSaid(slot=slot, attempt=self.attempt, message=message))
 
 

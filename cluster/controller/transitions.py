@@ -183,7 +183,7 @@ def _take_unkillable(state: State, event: Unkillable, now_s: float) -> list[Acti
 def _end_trainer(state: State, event: TrainerEnded, now_s: float) -> list[Action]:
     if event.attempt != state.attempt or event.slot not in state.alive:
         return []
-    match event.kind:
+    match event.outcome:
         case "crashed":
             return _lose(state, [event.slot], Blame.TRAINER, event.reason, now_s)
         case "lost":

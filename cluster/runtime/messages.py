@@ -6,6 +6,7 @@ from typing import Literal
 
 from cluster.controller import Holder
 from cluster.runtime.coordinator.seat import Seat
+from cluster.types import Claimed, Expired, Go, Join, Kill, Leave, Park, Slot, TrainerEnded, Unkillable
 from elastic.ports import Address, Phase, Progress, Source, Where
 from elastic.transport import Vocabulary
 
@@ -257,55 +258,18 @@ class Beat:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlotClaimed:
-    """An agent has a slot, and its trainer could join a world."""
-
-    slot: str
-    group: int
-    group_size: int
-    pid: int
-    """Of the agent."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SlotExpired:
-    """Nobody held a slot, and nobody renewed its lease."""
-
-    slot: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainerLeft:
-    """A trainer is in its world no more."""
-
-    slot: str
-    attempt: int
-    outcome: Literal["finished", "interrupted", "lost", "failed", "crashed", "killed"]
-    reason: str
-    exit_code: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainerStuck:
-    """A process that was killed has not ended, and no trainer of its slot can be in this attempt's world."""
-
-    slot: str
-    attempt: int
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainerSaid:
     """What a trainer says, or is said of one that says nothing."""
 
-    slot: str
+    slot: Slot
     attempt: int | None
     message: TrainerMessage
 
 
-HostMessage = KeeperMoved | Beat | SlotClaimed | SlotExpired | TrainerLeft | TrainerStuck | TrainerSaid
+HostMessage = KeeperMoved | Beat | Claimed | Expired | TrainerEnded | Unkillable | TrainerSaid
+"""Of what it says itself most are events of the controller."""
 FROM_HOST = Vocabulary[HostHello | HostMessage](
-    HostHello, KeeperMoved, Beat, SlotClaimed, SlotExpired, TrainerLeft, TrainerStuck, TrainerSaid
+    HostHello, KeeperMoved, Beat, Claimed, Expired, TrainerEnded, Unkillable, TrainerSaid
 )
 
 
@@ -334,72 +298,22 @@ class End:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Join:
-    """Get ready for the next world."""
+class KeepersTold:
+    """The trainers of the node find the memories of all nodes there; told before they go, once for all of them."""
 
-    slot: str
     attempt: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Go:
-    """Take this place in the world."""
-
-    slot: str
-    attempt: int
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    store_host: str
-    store_port: int
     keepers: Mapping[str, Address]
-    """Where the memories of the nodes are served; empty from the coordinator, and added by the host (`KeepersTold`)."""
+    """Where the memories of the nodes are served."""
     peer: Address | None
     """The one that gets copies of this node's."""
     mean_s_between_losses: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeepersTold:
-    """The trainers of the node find the memories of all nodes there; told before they go, once for all of them."""
-
-    attempt: int
-    keepers: Mapping[str, Address]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Park:
-    """Save with all others at one agreed step, and leave."""
-
-    slot: str
-    attempt: int
-    reason: str
-    deadline_s: float | None
-    keep_in: Literal["memory", "storage"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Leave:
-    """Drop the world as it is, and wait for the next one."""
-
-    slot: str
-    attempt: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kill:
-    """End the trainer."""
-
-    slot: str
-    attempt: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class RowsKept:
     """The answer to `RowsAsked`."""
 
-    slot: str
+    slot: Slot
     attempt: int
     ask: int
     kept: tuple[tuple[int, str, int], ...]
@@ -408,8 +322,8 @@ class RowsKept:
     """Why they are not; empty if they are."""
 
 
-Order = Join | Go | Park | Leave | RowsKept
-"""What a trainer hears."""
-TO_TRAINER = Vocabulary[Order](Join, Go, Park, Leave, RowsKept)
-CoordinatorMessage = Welcome | Renew | End | KeepersTold | Kill | Order
+Order = Join | KeepersTold | Go | Park | Leave | RowsKept
+"""What a trainer hears; most are actions of the controller."""
+TO_TRAINER = Vocabulary[Order](Join, KeepersTold, Go, Park, Leave, RowsKept)
+CoordinatorMessage = Welcome | Renew | End | Kill | Order
 TO_HOST = Vocabulary[CoordinatorMessage](Welcome, Renew, End, KeepersTold, Kill, Join, Go, Park, Leave, RowsKept)

@@ -14,53 +14,23 @@ from pathlib import Path
 from cluster.controller import Holder
 from cluster.runtime.coordinator.seat import Seat
 from cluster.runtime.messages import (
-    Alive,
     Beat,
     ClaimGranted,
     End,
-    Go,
-    Join,
     KeeperMoved,
     KeepersTold,
-    Kill,
-    Leave,
-    Ready,
-    SlotClaimed,
-    SlotExpired,
-    Stepped,
-    TrainerLeft,
     TrainerSaid,
-    TrainerStuck,
-    Warm,
-    WorldLeft,
 )
 from cluster.runtime.node.daemon import take_folder, write_to
 from cluster.runtime.node.host import Host
 from cluster.runtime.node.host_spec import HostSpec
-from elastic.ports import Progress
+from cluster.types import Claimed, Expired, Join, Kill, TrainerEnded, Unkillable
+from tests.plain_trainers import at, live
 from tests.ray._traces import find_keepers, is_alive, wait_until
 from tests.ray.test_host import HostUnderTest
 from tests.stuck import grip
 
 PR_SET_PDEATHSIG = 1
-
-
-def live(link, config, **_):
-    """Tell of a step with the names of all keepers when the world goes, and leave it when told to."""
-    link.send(Warm())
-    while (orders := link.receive()) is not None:
-        for order in orders:
-            match order:
-                case Join():
-                    link.send(Ready(store_host="h", store_port=1, pid=os.getpid()))
-                    link.send(Alive())
-                case Go(keepers=keepers):
-                    row = {"keepers": sorted(keepers)}
-                    link.send(Stepped(progress=Progress(step=1, tokens=1), row=row, phases=()))
-                case Leave():
-                    link.send(WorldLeft(outcome="lost", reason="told", exit_code=3, stays=True))
-                case _:
-                    pass
 
 
 class LightHost(HostUnderTest):
@@ -117,7 +87,9 @@ def test_a_host_is_told_once_where_the_memories_are_and_each_trainer_that_goes_k
         host.claim(1, "b").expect(ClaimGranted)
         for slot in "ab":
             host.join(1, slot)
-        host.coordinator.link.send(KeepersTold(attempt=1, keepers={"n1": ("h", 1), "n2": ("h", 2)}))
+        host.coordinator.link.send(
+            KeepersTold(attempt=1, keepers={"n1": ("h", 1), "n2": ("h", 2)}, peer=None, mean_s_between_losses=60.0)
+        )
         for slot in "ab":
             host.go(1, slot)
             said = host.coordinator.expect(TrainerSaid, slot=slot).message
@@ -155,11 +127,11 @@ def test_a_host_whose_keeper_cannot_start_serves_all_the_same_and_says_why():
 def test_a_process_that_does_not_end_keeps_its_host_neither_from_its_beat_nor_from_its_end():
     with run_host() as host:
         host.claim(1, "a").expect(ClaimGranted)
-        host.coordinator.expect(SlotClaimed, slot="a")
+        host.coordinator.expect(Claimed, slot="a")
         pid = host.join(1, "a")
         with grip(pid) as held:
-            host.coordinator.link.send(Kill(slot="a", attempt=1))
-            stuck = host.coordinator.expect(TrainerStuck, timeout_s=10)
+            host.coordinator.link.send(Kill(slot=at("a"), attempt=1))
+            stuck = host.coordinator.expect(Unkillable, timeout_s=10)
             assert "has not ended 5 s after SIGKILL" in stuck.reason
             assert_beats(host, for_s=2)
             start_s = time.monotonic()
@@ -179,10 +151,10 @@ def test_a_slot_whose_lease_ran_out_is_claimed_again_behind_what_has_not_ended_t
         pid = host.join(1, "a")
         with grip(pid) as held:
             agent.link.close()
-            host.coordinator.expect(SlotExpired, slot="a")
+            host.coordinator.expect(Expired, slot="a")
             host.claim(2, "a").expect(ClaimGranted)
-            host.coordinator.link.send(Join(slot="a", attempt=2))
-            assert host.coordinator.expect(TrainerStuck, timeout_s=10).attempt == 2
+            host.coordinator.link.send(Join(slot=at("a"), attempt=2))
+            assert host.coordinator.expect(Unkillable, timeout_s=10).attempt == 2
             held.let_go()
-            assert host.coordinator.expect(TrainerLeft, slot="a", attempt=2).outcome == "killed"
+            assert host.coordinator.expect(TrainerEnded, slot="a", attempt=2).outcome == "killed"
         assert host.join(3, "a") != pid

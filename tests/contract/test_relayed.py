@@ -39,7 +39,7 @@ class Coordinator:
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _answer(self, node, message):
-        assert (node, message.slot, message.attempt) == (SLOT.node, SLOT.name, ATTEMPT)
+        assert (node, message.slot, message.attempt) == (SLOT.node, SLOT, ATTEMPT)
         self._link.send(message)
 
     def _serve(self):

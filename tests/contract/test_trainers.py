@@ -10,22 +10,13 @@ import pytest
 
 from cluster.runtime.coordinator.seat import Seat
 from cluster.runtime.event_loop import EventLoop
-from cluster.runtime.messages import (
-    Alive,
-    Join,
-    Leave,
-    Ready,
-    SlotClaimed,
-    TrainerLeft,
-    TrainerSaid,
-    TrainerStuck,
-    Warm,
-    WorldLeft,
-)
+from cluster.runtime.messages import TrainerSaid
 from cluster.runtime.node.host_spec import HostSpec
 from cluster.runtime.trainers import forked
 from cluster.runtime.trainers import slots as module
 from cluster.runtime.trainers.slots import Place, Trainers
+from cluster.types import Claimed, Leave, TrainerEnded, Unkillable
+from tests.plain_trainers import NODE, at, is_said, live
 from tests.stuck import grip
 
 CONFIG = {
@@ -36,21 +27,6 @@ CONFIG = {
 }
 
 
-def live(link, config, **_):
-    """Wait for worlds, and leave each when told to."""
-    link.send(Warm())
-    while (orders := link.receive()) is not None:
-        for order in orders:
-            match order:
-                case Join():
-                    link.send(Ready(store_host="h", store_port=1, pid=os.getpid()))
-                    link.send(Alive())
-                case Leave():
-                    link.send(WorldLeft(outcome="lost", reason="told", exit_code=3, stays=True))
-                case _:
-                    pass
-
-
 class Slots:
     """What a host has, with a loop that the test turns, and how long the longest turn took."""
 
@@ -58,7 +34,7 @@ class Slots:
         self.told = []
         self.loop = EventLoop()
         spec = HostSpec(
-            node="n", node_ip="127.0.0.1", folder=str(folder), seat=Seat(epoch=1, host="h", port=1), raylet_pid=1,
+            node=NODE, node_ip="127.0.0.1", folder=str(folder), seat=Seat(epoch=1, host="h", port=1), raylet_pid=1,
             secret="x", lease_s=60.0, config=CONFIG,
         )  # fmt: skip
         self.trainers = Trainers(spec, self.loop, tell=self._tell, live=live)
@@ -72,10 +48,10 @@ class Slots:
 
     def open(self, name):
         place = Place(name=name, log=self.folder / f"{name}.log", env={}, group=1, agent=None)
-        place.claim = SlotClaimed(slot=name, group=1, group_size=1, pid=1)
+        place.claim = Claimed(slot=at(name), group=1, group_size=1, agent_pid=1)
         self.places[name] = place
         self.trainers.provide(place)
-        self.expect(SlotClaimed, slot=name)
+        self.expect(Claimed, slot=name)
         return place
 
     def turn(self):
@@ -90,7 +66,7 @@ class Slots:
         until_s = time.monotonic() + timeout_s
         while True:
             for message in self.told:
-                if isinstance(message, kind) and all(getattr(message, name) == of for name, of in fields.items()):
+                if is_said(message, kind, fields):
                     self.told.remove(message)
                     return message
             assert time.monotonic() < until_s, f"no {kind.__name__} with {fields}: {self.told}"
@@ -126,14 +102,14 @@ def test_a_killed_trainer_is_told_and_replaced(slots):
     place = slots.open("a")
     pid = slots.join(place, 1)
     place.trainer.kill()
-    assert slots.expect(TrainerLeft, slot="a", attempt=1).outcome == "killed"
+    assert slots.expect(TrainerEnded, slot="a", attempt=1).outcome == "killed"
     assert slots.join(place, 2) != pid
 
 
 def test_one_that_crashes_is_told_with_its_signal(slots):
     place = slots.open("a")
     os.kill(slots.join(place, 1), signal.SIGKILL)
-    left = slots.expect(TrainerLeft, slot="a", attempt=1)
+    left = slots.expect(TrainerEnded, slot="a", attempt=1)
     assert (left.outcome, left.reason) == ("crashed", "trainer ended with signal 9 (SIGKILL)")
 
 
@@ -142,18 +118,18 @@ def test_a_process_that_does_not_end_holds_up_neither_the_loop_nor_other_slots_a
     pid, other = slots.join(a, 1), slots.join(b, 1)
     with grip(pid) as held:
         a.trainer.kill()
-        stuck = slots.expect(TrainerStuck, slot="a")
+        stuck = slots.expect(Unkillable, slot="a")
         assert stuck.attempt == 1
         assert f"process {pid} (state t" in stuck.reason
         assert "after SIGKILL" in stuck.reason
-        b.trainer.link.send(Leave(slot="b", attempt=1))
-        slots.expect(TrainerLeft, slot="b", attempt=1)
+        b.trainer.link.send(Leave(slot=at("b"), attempt=1))
+        slots.expect(TrainerEnded, slot="b", attempt=1)
         assert slots.join(b, 2) == other
         for _ in range(50):
             slots.turn()
-        assert not [message for message in slots.told if isinstance(message, TrainerStuck)], "it is told once"
+        assert not [message for message in slots.told if isinstance(message, Unkillable)], "it is told once"
         held.let_go()
-        assert slots.expect(TrainerLeft, slot="a", attempt=1).outcome == "killed"
+        assert slots.expect(TrainerEnded, slot="a", attempt=1).outcome == "killed"
     assert slots.join(a, 3) != pid
     assert slots.longest_s < 0.5
 
@@ -163,10 +139,10 @@ def test_a_world_that_wants_the_slot_meanwhile_is_told_and_the_slot_is_given_bac
     pid = slots.join(place, 1)
     with grip(pid) as held:
         slots.trainers.join(place, 2)  # by a coordinator that does not know the first world
-        assert slots.expect(TrainerStuck, slot="a").attempt == 2
+        assert slots.expect(Unkillable, slot="a").attempt == 2
         held.let_go()
-        assert slots.expect(TrainerLeft, slot="a", attempt=1).outcome == "killed"
-        assert slots.expect(TrainerLeft, slot="a", attempt=2).outcome == "killed"
+        assert slots.expect(TrainerEnded, slot="a", attempt=1).outcome == "killed"
+        assert slots.expect(TrainerEnded, slot="a", attempt=2).outcome == "killed"
     assert slots.join(place, 3) != pid
 
 
@@ -182,16 +158,16 @@ def test_a_world_that_is_given_up_before_its_trainer_could_join_is_answered(slot
     with grip(slots.join(place, 1)) as held:
         slots.trainers.join(place, 2)
         slots.trainers.give_up_joining(place, 2)
-        assert slots.expect(TrainerLeft, slot="a", attempt=2).outcome == "lost"
+        assert slots.expect(TrainerEnded, slot="a", attempt=2).outcome == "lost"
         held.let_go()
-        slots.expect(TrainerLeft, slot="a", attempt=1)
+        slots.expect(TrainerEnded, slot="a", attempt=1)
 
 
 def test_a_slot_that_is_cleared_gets_nothing_until_it_is_claimed_again(slots):
     place = slots.open("a")
     slots.join(place, 1)
     slots.trainers.clear(place)
-    slots.expect(TrainerLeft, slot="a", attempt=1)
+    slots.expect(TrainerEnded, slot="a", attempt=1)
     assert place.trainer is None
 
 
@@ -219,9 +195,9 @@ def test_a_trainer_that_the_kernel_has_no_process_for_costs_its_slot_only(slots,
 
     monkeypatch.setattr(forked.os, "fork", refuse)
     os.kill(pid, signal.SIGKILL)
-    slots.expect(TrainerLeft, slot="a", attempt=1)
+    slots.expect(TrainerEnded, slot="a", attempt=1)
     slots.trainers.join(a, 2)
-    assert "no trainer could be forked" in slots.expect(TrainerLeft, slot="a", attempt=2).reason
+    assert "no trainer could be forked" in slots.expect(TrainerEnded, slot="a", attempt=2).reason
     assert Path(f"/proc/{other}").exists()
     monkeypatch.undo()
     assert slots.join(a, 3)

@@ -33,28 +33,23 @@ from cluster.runtime.messages import (
     FROM_HOST,
     Claim,
     End,
-    Go,
     HostHello,
-    Join,
+    KeepersTold,
     Kept,
-    Kill,
-    Leave,
-    Park,
     Ready,
     Restored,
-    SlotClaimed,
     Stepped,
-    TrainerLeft,
     TrainerSaid,
     Welcome,
 )
 from cluster.runtime.node.connect import connect
 from cluster.runtime.node.start_host import launch_host
-from cluster.types import get_leave_limit_s
+from cluster.types import Claimed, Go, Join, Kill, Leave, Park, Slot, TrainerEnded, get_leave_limit_s
 from elastic.config import CheckpointConfig, ClusterConfig, DataConfig, FaultConfig, RunConfig, TrainConfig, WandbConfig
 from elastic.data.prepare import prepare
 from elastic.models.llama import Config as ModelConfig
 from elastic.transport import Acceptor, Link
+from tests.plain_trainers import NODE
 
 ROOT = Path(__file__).parents[2]
 IS_GPU = torch.cuda.is_available()
@@ -106,7 +101,7 @@ class Coordinator:
         seat = Seat(epoch=1, host="127.0.0.1", port=listener.getsockname()[1])
         spec = {
             "seat": asdict(seat),
-            "node": "n" * 56,
+            "node": NODE,
             "node_ip": "127.0.0.1",
             "folder": str(folder / "host"),
             "raylet_pid": self.raylet.pid,
@@ -132,7 +127,7 @@ class Coordinator:
             devices = {"CUDA_VISIBLE_DEVICES": GPUS[0 if share else int(slot.removeprefix("gpu"))]} if IS_GPU else {}
             agent.send(Claim(group=1, group_size=1, pid=1, slot=slot, env=devices))
         for slot in slots:
-            self.expect(SlotClaimed, slot=slot)
+            self.expect(Claimed, slot=slot)
 
     def expect(self, kind: type, *, timeout_s: float = 100, slot: str | None = None) -> Any:
         """Return the next message of a kind; what a trainer says counts as a message of its own, with its slot."""
@@ -150,11 +145,12 @@ class Coordinator:
         """Take what has come, for a moment."""
         for message in self.link.receive(0.1) or []:
             said = message.message if isinstance(message, TrainerSaid) else message
-            self.messages.append((getattr(message, "slot", ""), said))
+            slot = getattr(message, "slot", None)
+            self.messages.append((slot.name if slot else "", said))
 
     def tell(self, kind: type, slots: list[str], **fields: object) -> None:
         for slot in slots:
-            self.link.send(kind(slot=slot, attempt=self.attempt, **fields))
+            self.link.send(kind(slot=Slot(NODE, slot), attempt=self.attempt, **fields))
 
     def end(self, how: str, slots: list[str]) -> float:
         """Have the world left (or parked, or a trainer killed); return when that was asked for."""
@@ -163,7 +159,7 @@ class Coordinator:
         start_s = time.monotonic()
         if how == "kill":
             os.kill(self.pids[slots[-1]], signal.SIGKILL)
-            self.expect(TrainerLeft, slot=slots[-1])
+            self.expect(TrainerEnded, slot=slots[-1])
             self.tell(Leave, slots[:-1])
             slots = slots[:-1]
         elif how == "park":
@@ -173,12 +169,12 @@ class Coordinator:
         until_s = start_s + LEAVE_S if how != "park" else float("inf")
         for slot in slots:
             try:
-                self.expect(TrainerLeft, timeout_s=max(0.0, min(100, until_s - time.monotonic())), slot=slot)
+                self.expect(TrainerEnded, timeout_s=max(0.0, min(100, until_s - time.monotonic())), slot=slot)
             except TimeoutError:
                 if how == "park":
                     raise
                 self.tell(Kill, [slot])
-                self.expect(TrainerLeft, slot=slot)
+                self.expect(TrainerEnded, slot=slot)
         return start_s
 
     def wait_for_spare(self, slot: str) -> None:
@@ -206,10 +202,11 @@ class Coordinator:
         self.pids |= {slot: message.pid for slot, message in ready.items()}
         ready_s = time.monotonic()
         store = {"store_host": ready[slots[0]].store_host, "store_port": ready[slots[0]].store_port}
-        memory = {"keepers": {"n" * 56: self.keeper}, "peer": None, "mean_s_between_losses": 600.0}
+        keepers = {NODE: self.keeper} if self.keeper else {}
+        self.link.send(KeepersTold(attempt=self.attempt, keepers=keepers, peer=None, mean_s_between_losses=600.0))
         for rank, slot in enumerate(slots):
             place = {"rank": rank, "world_size": len(slots), "local_rank": rank, "local_world_size": len(slots)}
-            self.tell(Go, [slot], **place, **store, **memory)
+            self.tell(Go, [slot], **place, **store)
         restored = self.expect(Restored, slot=slots[0])
         restored_s = time.monotonic()
         first = self.expect(Stepped, slot=slots[0])
@@ -303,7 +300,7 @@ def change(coordinator: Coordinator, way: str, how: str, before: list[str], afte
     except TimeoutError as error:
         report(way=way, failed=str(error)[-1800:])
         for slot in {*before, *after}:
-            coordinator.link.send(Kill(slot=slot, attempt=coordinator.attempt))
+            coordinator.link.send(Kill(slot=Slot(NODE, slot), attempt=coordinator.attempt))
         time.sleep(1)
 
 

@@ -28,26 +28,21 @@ from cluster.runtime.messages import (
     ClaimGranted,
     Exited,
     Fenced,
-    Go,
     HostHello,
-    Join,
     KeeperMoved,
-    Kill,
-    Leave,
     Ready,
     Renew,
     SeatTold,
-    SlotClaimed,
-    SlotExpired,
-    TrainerLeft,
     TrainerSaid,
     Welcome,
 )
 from cluster.runtime.node.connect import connect, tell_seat
 from cluster.runtime.node.start_host import launch_host
+from cluster.types import Claimed, Expired, Go, Join, Kill, Leave, TrainerEnded
 from elastic.config import RunConfig
 from elastic.errors import SolventError
 from elastic.transport import Acceptor, Link
+from tests.plain_trainers import NODE, at, is_said
 from tests.ray._traces import (
     assert_nothing_left,
     find_hosts,
@@ -76,7 +71,7 @@ class Peer:
         deadline_s = time.monotonic() + timeout_s
         while True:
             for message in self.messages:
-                if isinstance(message, kind) and all(getattr(message, name) == of for name, of in fields.items()):
+                if is_said(message, kind, fields):
                     self.messages.remove(message)
                     return message
             assert not self.is_gone, f"it left without {wanted}; it said {self.messages}"
@@ -104,7 +99,7 @@ class HostUnderTest:
         self.raylet = subprocess.Popen(["sleep", "600"], env={"TMPDIR": str(folder)})
         self.log = folder / "host" / "host.log"
         self.spec = {
-            "node": "n" * 56,
+            "node": NODE,
             "node_ip": "127.0.0.1",
             "folder": str(folder / "host"),
             "seat": asdict(self.sit_down(epoch=1)),
@@ -170,7 +165,7 @@ class HostUnderTest:
 
     def join(self, attempt=1, slot="cpu0"):
         """Have a slot's trainer join a world; return its process id once it waits for its place."""
-        self.coordinator.link.send(Join(slot=slot, attempt=attempt))
+        self.coordinator.link.send(Join(slot=at(slot), attempt=attempt))
         said = self.coordinator.expect(TrainerSaid, slot=slot, attempt=attempt).message
         assert isinstance(said, Ready)
         return said.pid
@@ -178,8 +173,8 @@ class HostUnderTest:
     def go(self, attempt, slot):
         """Let a trainer that waits for its place train alone."""
         place = dict.fromkeys(("rank", "local_rank"), 0) | dict.fromkeys(("world_size", "local_world_size"), 1)
-        store = {"store_host": "127.0.0.1", "store_port": 0, "keepers": {}, "peer": None, "mean_s_between_losses": 60.0}
-        self.coordinator.link.send(Go(slot=slot, attempt=attempt, **place, **store))
+        store = {"store_host": "127.0.0.1", "store_port": 0}
+        self.coordinator.link.send(Go(slot=at(slot), attempt=attempt, **place, **store))
 
     def close(self):
         self.raylet.kill()
@@ -230,7 +225,7 @@ def patient_host():
     with run_host(lease_s=120.0) as host:
         host.agent = host.claim(3)
         host.agent.expect(ClaimGranted)
-        host.coordinator.expect(SlotClaimed, slot="cpu0", group=3)
+        host.coordinator.expect(Claimed, slot="cpu0", group=3)
         host.pid = host.join(7)
         yield host
 
@@ -252,7 +247,7 @@ def test_a_second_start_leaves_the_host_that_is_there_alone(shared_host):
 def test_a_claim_of_an_older_group_is_refused_and_a_newer_one_fences_the_holder(shared_host):
     holder = shared_host.claim(5, "fence")
     assert holder.expect(ClaimGranted).trainer_pid is None
-    assert shared_host.coordinator.expect(SlotClaimed, slot="fence").group == 5
+    assert shared_host.coordinator.expect(Claimed, slot="fence").group == 5
     trainer_pid = shared_host.join(1, "fence")
 
     assert shared_host.claim(4, "fence").expect(Fenced) == Fenced(by=5)
@@ -260,7 +255,7 @@ def test_a_claim_of_an_older_group_is_refused_and_a_newer_one_fences_the_holder(
     newer = shared_host.claim(6, "fence")
     assert newer.expect(ClaimGranted).trainer_pid == trainer_pid
     assert holder.expect(Fenced) == Fenced(by=6)
-    assert shared_host.coordinator.expect(SlotClaimed, slot="fence").group == 6
+    assert shared_host.coordinator.expect(Claimed, slot="fence").group == 6
     assert is_alive(trainer_pid)
 
 
@@ -280,7 +275,7 @@ def test_the_end_of_a_trainer_is_told_to_its_agent_within_100_ms(shared_host):
         told = agent.expect(Exited)
         times_s.append(time.monotonic() - killed_s)
         assert (told.pid, told.code, told.attempt) == (pid, -9, attempt)
-        ended = shared_host.coordinator.expect(TrainerLeft, slot="crash", attempt=attempt)
+        ended = shared_host.coordinator.expect(TrainerEnded, slot="crash", attempt=attempt)
         assert (ended.outcome, ended.reason) == ("crashed", "trainer ended with signal 9 (SIGKILL)")
     # others may be at work on this machine: one of five may be late
     assert sorted(times_s)[3] < 0.1, times_s
@@ -292,18 +287,18 @@ def test_a_trainer_is_ready_within_a_second_and_is_killed_only_under_its_own_att
     pid = shared_host.join(2, "kill")
     assert time.monotonic() - start_s < 1.0
     assert get_parent(pid) == shared_host.hello.pid
-    shared_host.coordinator.link.send(Kill(slot="kill", attempt=1))  # an order that comes too late
+    shared_host.coordinator.link.send(Kill(slot=at("kill"), attempt=1))  # an order that comes too late
     time.sleep(0.1)
     assert is_alive(pid)
-    shared_host.coordinator.link.send(Kill(slot="kill", attempt=2))
-    assert shared_host.coordinator.expect(TrainerLeft, slot="kill").outcome == "killed"
+    shared_host.coordinator.link.send(Kill(slot=at("kill"), attempt=2))
+    assert shared_host.coordinator.expect(TrainerEnded, slot="kill").outcome == "killed"
 
 
 def test_a_configuration_that_the_trainer_refuses_ends_it_as_failed_with_the_reason(shared_host):
     shared_host.claim(1, "refuse").expect(ClaimGranted)
     shared_host.join(1, "refuse")
     shared_host.go(1, "refuse")
-    ended = shared_host.coordinator.expect(TrainerLeft, slot="refuse")
+    ended = shared_host.coordinator.expect(TrainerEnded, slot="refuse")
     assert ended.outcome == "failed"
     assert ended.exit_code == 2
     assert "data.path" in ended.reason
@@ -311,18 +306,18 @@ def test_a_configuration_that_the_trainer_refuses_ends_it_as_failed_with_the_rea
 
 def test_a_trainer_that_is_asked_to_leave_waits_for_the_next_world(shared_host):
     shared_host.claim(1, "leave").expect(ClaimGranted)
-    shared_host.coordinator.expect(SlotClaimed, slot="leave")  # once it is warm
+    shared_host.coordinator.expect(Claimed, slot="leave")  # once it is warm
     pid = shared_host.join(1, "leave")
-    shared_host.coordinator.link.send(Leave(slot="leave", attempt=1))
-    assert shared_host.coordinator.expect(TrainerLeft, slot="leave", attempt=1).outcome == "lost"
-    shared_host.coordinator.link.send(Kill(slot="leave", attempt=1))  # an order that comes too late
+    shared_host.coordinator.link.send(Leave(slot=at("leave"), attempt=1))
+    assert shared_host.coordinator.expect(TrainerEnded, slot="leave", attempt=1).outcome == "lost"
+    shared_host.coordinator.link.send(Kill(slot=at("leave"), attempt=1))  # an order that comes too late
     assert shared_host.join(2, "leave") == pid
 
 
 def test_a_keeper_that_dies_is_replaced_and_its_trainers_stay(host):
     pid = host.join(1)
-    host.coordinator.link.send(Leave(slot="cpu0", attempt=1))
-    host.coordinator.expect(TrainerLeft, slot="cpu0", attempt=1)
+    host.coordinator.link.send(Leave(slot=at("cpu0"), attempt=1))
+    host.coordinator.expect(TrainerEnded, slot="cpu0", attempt=1)
     (keeper,) = find_keepers(host.folder)
     os.kill(keeper, signal.SIGKILL)
     wait_until(lambda: not is_alive(keeper), timeout_s=5, what="the keeper ends")  # its memory is gone before it is
@@ -337,7 +332,7 @@ def test_without_an_agent_and_a_word_of_its_coordinator_the_trainer_ends_after_t
     pid = host.join()
     host.agent.link.close()
     start_s = time.monotonic()
-    assert host.coordinator.expect(SlotExpired, timeout_s=2 * LEASE_S).slot == "cpu0"
+    assert host.coordinator.expect(Expired, timeout_s=2 * LEASE_S).slot.name == "cpu0"
     assert LEASE_S <= time.monotonic() - start_s < LEASE_S + 1
     wait_until(lambda: not is_alive(pid), timeout_s=1, what="the trainer ends")
     host.coordinator.expect_end(timeout_s=1.0)
@@ -353,7 +348,7 @@ def test_a_trainer_without_an_agent_stays_for_as_long_as_its_coordinator_renews_
         agent.link.close()
     host.coordinator.expect(Beat, holders={"cpu0": None, "cpu1": None})
     host.renew("cpu0", for_s=2 * LEASE_S)
-    host.coordinator.expect(SlotExpired, slot="cpu1")
+    host.coordinator.expect(Expired, slot="cpu1")
     assert host.claim(2).expect(ClaimGranted).trainer_pid == pid
     assert is_alive(pid)
 
@@ -433,10 +428,10 @@ def test_the_next_coordinator_is_told_who_is_there_once_the_trainers_have_left_t
     host.take_seat(epoch=8)
     assert host.meet() == host.hello  # its process, its keeper and so the snapshots in it are the same
 
-    claimed = host.coordinator.expect(SlotClaimed, slot="cpu0", group=3)
+    claimed = host.coordinator.expect(Claimed, slot="cpu0", group=3)
     assert (claimed.group_size, claimed.pid) == (1, 1)
     # said before the claim, or it would not have been there to be found
-    assert [m.outcome for m in host.coordinator.messages if isinstance(m, TrainerLeft)] == ["lost"]
+    assert [m.outcome for m in host.coordinator.messages if isinstance(m, TrainerEnded)] == ["lost"]
     assert host.join(8) == host.pid
 
 
@@ -455,8 +450,8 @@ def test_trainers_stay_in_their_world_until_the_next_coordinator_has_answered(pa
         host.take_seat(epoch=8)
         host.meet()
     # said now, or it would not be heard: nobody is told of what happens before an answer
-    assert host.coordinator.expect(TrainerLeft, slot="cpu0", attempt=7).outcome == "lost"
-    host.coordinator.expect(SlotClaimed, slot="cpu0", group=3)
+    assert host.coordinator.expect(TrainerEnded, slot="cpu0", attempt=7).outcome == "lost"
+    host.coordinator.expect(Claimed, slot="cpu0", group=3)
     assert host.join(8) == host.pid
 
 
@@ -478,7 +473,7 @@ def test_a_trainer_that_does_not_leave_the_world_of_a_dead_coordinator_is_replac
     host.leave_seat()
     host.take_seat(epoch=8)
     host.meet()
-    host.coordinator.expect(SlotClaimed, slot="cpu0", group=3)
+    host.coordinator.expect(Claimed, slot="cpu0", group=3)
     assert not is_alive(host.pid)
     assert host.join(8) != host.pid
 
@@ -486,21 +481,21 @@ def test_a_trainer_that_does_not_leave_the_world_of_a_dead_coordinator_is_replac
 def test_claims_that_nobody_could_be_told_of_are_told_to_the_next_coordinator(patient_host):
     host = patient_host
     host.claim(3, "cpu1").expect(ClaimGranted)
-    host.coordinator.expect(SlotClaimed, slot="cpu1")
+    host.coordinator.expect(Claimed, slot="cpu1")
     host.leave_seat()
     host.claim(4, "cpu1").expect(ClaimGranted)
     host.take_seat(epoch=8)
     host.meet()
-    assert host.coordinator.expect(SlotClaimed, slot="cpu1").group == 4
-    assert host.coordinator.expect(SlotClaimed, slot="cpu0").group == 3
-    assert not [m for m in host.coordinator.messages if isinstance(m, SlotClaimed)]
+    assert host.coordinator.expect(Claimed, slot="cpu1").group == 4
+    assert host.coordinator.expect(Claimed, slot="cpu0").group == 3
+    assert not [m for m in host.coordinator.messages if isinstance(m, Claimed)]
 
 
 def test_a_host_comes_back_to_a_coordinator_that_lives_when_only_the_connection_broke(patient_host):
     host = patient_host
     host.coordinator.link.close()
     assert host.meet() == host.hello
-    host.coordinator.expect(SlotClaimed, slot="cpu0", group=3)
+    host.coordinator.expect(Claimed, slot="cpu0", group=3)
     assert host.join(8) == host.pid
 
 

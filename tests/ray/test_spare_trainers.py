@@ -6,7 +6,8 @@ import signal
 
 import pytest
 
-from cluster.runtime.messages import ClaimGranted, SlotClaimed, Stepped, TrainerLeft, TrainerSaid
+from cluster.runtime.messages import ClaimGranted, Stepped, TrainerSaid
+from cluster.types import Claimed, TrainerEnded
 from elastic.config import CheckpointConfig, ClusterConfig, DataConfig, TrainConfig
 from elastic.data.prepare import prepare
 from elastic.models.llama import Config as ModelConfig
@@ -32,7 +33,7 @@ def host(tmp_path_factory):
     ) as host:
         host.attempt = 0
         host.claim(1).expect(ClaimGranted)
-        host.coordinator.expect(SlotClaimed, slot="cpu0", timeout_s=100)
+        host.coordinator.expect(Claimed, slot="cpu0", timeout_s=100)
         yield host
 
 
@@ -67,7 +68,7 @@ def read(host):
 
 def kill(host, pid):
     os.kill(pid, signal.SIGKILL)
-    host.coordinator.expect(TrainerLeft, slot="cpu0", attempt=host.attempt)
+    host.coordinator.expect(TrainerEnded, slot="cpu0", attempt=host.attempt)
 
 
 def test_the_spare_of_a_trainer_that_dies_takes_its_place_and_gets_a_spare_of_its_own(host):

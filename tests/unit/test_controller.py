@@ -81,7 +81,7 @@ class Cluster:
     def end(self, slot, kind, reason="told"):
         attempt = self.trainers.pop(slot, None)
         if attempt is not None:
-            self.tell(TrainerEnded(slot=slot, attempt=attempt, kind=kind, reason=reason))
+            self.tell(TrainerEnded(slot=slot, attempt=attempt, outcome=kind, reason=reason))
 
     def lose_node(self, node):
         for slot in [s for s in self.trainers if s.node == node]:
@@ -165,8 +165,8 @@ def test_the_trainer_that_crashed_is_blamed_although_a_peer_reports_first():
         decide(state, Claimed(slot=slot, group=1, group_size=2), now_s=0)
     for slot in (A, B):
         decide(state, TrainerReady(slot=slot, attempt=attempt, store_host="h", store_port=1), now_s=0)
-    decide(state, TrainerEnded(slot=A, attempt=attempt, kind="lost", reason="connection closed by peer"), now_s=1)
-    actions = decide(state, TrainerEnded(slot=B, attempt=attempt, kind="crashed", reason="signal 9"), now_s=1)
+    decide(state, TrainerEnded(slot=A, attempt=attempt, outcome="lost", reason="connection closed by peer"), now_s=1)
+    actions = decide(state, TrainerEnded(slot=B, attempt=attempt, outcome="crashed", reason="signal 9"), now_s=1)
     (ended,) = [a for a in actions if isinstance(a, AttemptEnded)]
     assert (ended.reason, ended.cause) == ("signal 9", "b")
 
@@ -246,7 +246,7 @@ def test_lost_nodes_are_no_crash_loop():
 def test_wrong_input_ends_the_run_with_its_exit_code():
     cluster = make(A, B)
     slot_attempt = cluster.trainers.pop(A)
-    cluster.tell(TrainerEnded(slot=A, attempt=slot_attempt, kind="failed", reason="no such file", exit_code=2))
+    cluster.tell(TrainerEnded(slot=A, attempt=slot_attempt, outcome="failed", reason="no such file", exit_code=2))
     assert cluster.done == Done(kind="failed", reason="no such file", exit_code=2)
     assert not cluster.trainers
 
@@ -299,7 +299,7 @@ def test_word_of_an_older_attempt_is_not_heard():
     cluster = make(A)
     cluster.end(A, "crashed")
     state_before = repr(cluster.state)
-    cluster.tell(TrainerEnded(slot=A, attempt=1, kind="finished", reason="late"))
+    cluster.tell(TrainerEnded(slot=A, attempt=1, outcome="finished", reason="late"))
     cluster.tell(Stepped(attempt=1, progress=Progress(step=99, tokens=1)))
     assert repr(cluster.state) == state_before
 
@@ -340,7 +340,7 @@ def test_a_notice_that_comes_while_the_world_parks_joins_it_and_its_nearer_deadl
     actions = decide(state, Draining(node="b", deadline_s=20.0, reason="spot"), now_s=1)
     assert [(type(a), a.deadline_s) for a in actions] == [(Park, 20.0)] * 3
     for slot in (A, B, C):
-        actions = decide(state, TrainerEnded(slot=slot, attempt=1, kind="interrupted", reason="spot"), now_s=2)
+        actions = decide(state, TrainerEnded(slot=slot, attempt=1, outcome="interrupted", reason="spot"), now_s=2)
     assert [a.members for a in actions if isinstance(a, AttemptStarted)] == [(C,)]
 
 
@@ -388,7 +388,7 @@ def test_a_world_that_still_forms_is_formed_anew_without_a_node_that_will_leave(
     actions = decide(state, Draining(node="a", deadline_s=60.0, reason="spot"), now_s=0)
     assert [type(a) for a in actions] == [Leave, Leave]
     for slot in (A, B):
-        actions = decide(state, TrainerEnded(slot=slot, attempt=1, kind="killed", reason=""), now_s=0)
+        actions = decide(state, TrainerEnded(slot=slot, attempt=1, outcome="killed", reason=""), now_s=0)
     assert [a.members for a in actions if isinstance(a, AttemptStarted)] == [(B,)]
 
 
@@ -521,14 +521,14 @@ def test_a_world_that_does_not_form_for_want_of_one_trainer_counts_against_its_n
     state = make(A, B).state
     for _ in range(3):
         for slot in (A, B):
-            decide(state, TrainerEnded(slot=slot, attempt=state.attempt, kind="crashed", reason=""), now_s=0)
+            decide(state, TrainerEnded(slot=slot, attempt=state.attempt, outcome="crashed", reason=""), now_s=0)
     state = State(policy=state.policy)
     for slot in (A, B):
         decide(state, Claimed(slot=slot, group=1, group_size=2), now_s=0)
     decide(state, TrainerReady(slot=A, attempt=1, store_host="h", store_port=1), now_s=0)
     assert [type(a) for a in decide(state, Tick(), now_s=61)] == [Kill, Kill]
     for slot in (A, B):
-        actions = decide(state, TrainerEnded(slot=slot, attempt=1, kind="killed", reason=""), now_s=61)
+        actions = decide(state, TrainerEnded(slot=slot, attempt=1, outcome="killed", reason=""), now_s=61)
     assert (actions[0].change, actions[0].cause) == ("trainer_lost", "b")
 
 

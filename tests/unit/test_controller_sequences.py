@@ -181,7 +181,7 @@ class SlowCluster:
     def end(self, slot, kind):
         if slot in self.trainers:
             trainer = self.trainers.pop(slot)
-            self.send(slot.node, TrainerEnded(slot=slot, attempt=trainer.attempt, kind=kind, reason=kind))
+            self.send(slot.node, TrainerEnded(slot=slot, attempt=trainer.attempt, outcome=kind, reason=kind))
 
     def join(self):
         self.num_nodes += 1
@@ -339,7 +339,7 @@ def play(sizes, events) -> SlowCluster:  # noqa: PLR0912, PLR0915 (a case per ev
                 attempt = max(1, cluster.started[-1].attempt - 1 - number)
                 slot = cluster.started[0].members[0]
                 cluster.tell(TrainerReady(slot=slot, attempt=attempt - 1, store_host="h", store_port=1))
-                cluster.tell(TrainerEnded(slot=slot, attempt=attempt - 1, kind="finished", reason="late"))
+                cluster.tell(TrainerEnded(slot=slot, attempt=attempt - 1, outcome="finished", reason="late"))
                 cluster.tell(Stepped(attempt=attempt - 1, progress=Progress(step=10**6, tokens=1)))
             case _:
                 pass

@@ -9,9 +9,10 @@ import pytest
 
 from cluster.runtime.coordinator.seat import Seat
 from cluster.runtime.event_loop import EventLoop
-from cluster.runtime.messages import FROM_HOST, Beat, Bye, End, HostHello, Renew, TrainerLeft, Welcome
+from cluster.runtime.messages import FROM_HOST, Beat, Bye, End, HostHello, Renew, Welcome
 from cluster.runtime.node import coordinator_link as module
 from cluster.runtime.node.coordinator_link import CoordinatorLink
+from cluster.types import Slot, TrainerEnded
 from elastic.transport import Acceptor, Link
 
 PATIENCE_S = 60
@@ -299,7 +300,10 @@ def test_one_that_takes_connections_and_says_nothing_does_not_stall_the_host(hos
 
 
 def test_what_no_coordinator_says_ends_the_connection_and_not_the_host(host, chairs):
-    for message in (Bye(reason="x"), TrainerLeft(slot="x", attempt=1, outcome="lost", reason="", exit_code=1)):
+    for message in (
+        Bye(reason="x"),
+        TrainerEnded(slot=Slot("n", "x"), attempt=1, outcome="lost", reason=""),
+    ):
         be_led(host, chairs[0]).send(message)
         host.notice_loss()
         assert host.heard == []

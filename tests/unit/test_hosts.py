@@ -12,17 +12,8 @@ from cluster.controller import Holder
 from cluster.runtime.coordinator import hosts as module
 from cluster.runtime.coordinator.hosts import Hosts
 from cluster.runtime.coordinator.nodes import Nodes
-from cluster.runtime.messages import (
-    TO_HOST,
-    Beat,
-    End,
-    HostHello,
-    Join,
-    KeeperMoved,
-    Renew,
-    SlotExpired,
-    Welcome,
-)
+from cluster.runtime.messages import TO_HOST, Beat, End, HostHello, KeeperMoved, Renew, Welcome
+from cluster.types import Expired, Join, Slot
 from elastic.transport import Dial, Link, WireError
 from elastic.transport.frames import encode
 from elastic.transport.handshake import Handshake
@@ -36,7 +27,7 @@ class Served:
 
     def __init__(self, port: int = 0) -> None:
         self.ready: list[str] = []
-        self.messages: list[tuple[str, object]] = []
+        self.messages: list[object] = []
         self.gone: list[tuple[str, str]] = []
         self.said: list[str] = []
         self.links: list[Link] = []
@@ -47,7 +38,7 @@ class Served:
             port=port,
             secret=SECRET,
             on_ready=self.ready.append,
-            on_message=lambda node, message: self.messages.append((node, message)),
+            on_message=self.messages.append,
             on_gone=lambda node, reason: self.gone.append((node, reason)),
             say=self.said.append,
         )
@@ -146,13 +137,24 @@ def test_what_no_host_says_ends_its_own_connection_and_no_other(served):
     served.serve_until(lambda: served.gone)
     assert served.gone[0][0] == "n2"
     assert "its connection broke" in served.gone[0][1]
-    good.send(SlotExpired(slot="cpu0"))
+    good.send(Expired(slot=Slot("n1", "cpu0")))
     served.serve_until(lambda: served.messages)
     odd = served.join("n3")
     served.serve_until(lambda: len(served.ready) == 3)
-    odd.send(Join(slot="cpu0", attempt=1))  # of ours, but no word of a host
+    odd.send(Join(slot=Slot("n1", "cpu0"), attempt=1))  # of ours, but no word of a host
     served.serve_until(lambda: len(served.gone) == 2)
     assert served.nodes.get_pids() == {"n1": 1}
+
+
+def test_a_host_that_speaks_for_another_node_is_sent_away_unheard(served):
+    for node in ("n1", "n2"):
+        served.join(node)
+    served.serve_until(lambda: len(served.ready) == 2)
+    served.links[0].send(Expired(slot=Slot("n2", "cpu0")))
+    served.serve_until(lambda: served.gone)
+    assert served.gone == [("n1", "its host spoke for node 'n2'")]
+    assert served.messages == []
+    assert served.nodes.get_pids() == {"n2": 1}
 
 
 def test_a_recorded_greeting_with_all_that_followed_is_worth_nothing_when_it_is_said_again(served):
@@ -204,7 +206,7 @@ def test_strangers_of_all_kinds_change_nothing_for_a_host_and_fill_no_memory(ser
         for _ in range(2000):
             connect()
             served.hosts.serve(timeout_s=0)
-        link.send(SlotExpired(slot="cpu0"))
+        link.send(Expired(slot=Slot("n1", "cpu0")))
         start_s = time.monotonic()
         served.serve_until(lambda: served.messages)
         assert time.monotonic() - start_s < 1
@@ -237,14 +239,14 @@ def test_what_it_says_of_itself_is_kept_and_the_rest_is_passed_on(served):
     link = served.join("n1")
     link.send(KeeperMoved(address=("127.0.0.1", 8)))
     link.send(Beat(holders={"cpu0": Holder(group=2, group_size=1), "cpu1": None}))
-    link.send(SlotExpired(slot="cpu1"))
+    link.send(Expired(slot=Slot("n1", "cpu1")))
     served.serve_until(lambda: served.messages)
-    assert served.messages == [("n1", SlotExpired(slot="cpu1"))]
+    assert served.messages == [Expired(slot=Slot("n1", "cpu1"))]
     assert served.nodes.get_keepers() == {"n1": ("127.0.0.1", 8)}
 
     served.hosts.renew_leases()
-    served.hosts.tell("n1", Join(slot="cpu0", attempt=3))
-    served.hosts.tell("n2", Join(slot="cpu0", attempt=3))  # nobody
+    served.hosts.tell("n1", Join(slot=Slot("n1", "cpu0"), attempt=3))
+    served.hosts.tell("n2", Join(slot=Slot("n2", "cpu0"), attempt=3))  # nobody
     served.hosts.end_all("over", forget=True)
     heard = []
     while len(heard) < 4:
@@ -252,7 +254,7 @@ def test_what_it_says_of_itself_is_kept_and_the_rest_is_passed_on(served):
     welcome, renew, *rest = heard
     assert welcome == Welcome()
     assert set(renew.slots) <= {"cpu0", "cpu1"}
-    assert rest == [Join(slot="cpu0", attempt=3), End(reason="over", forget=True)]
+    assert rest == [Join(slot=Slot("n1", "cpu0"), attempt=3), End(reason="over", forget=True)]
 
 
 def test_of_two_hosts_of_a_node_the_newer_one_counts(served):

@@ -44,7 +44,7 @@ class Fleet:
                 case "Join":
                     self.tell(TrainerReady(slot=slot, attempt=attempt, store_host="h", store_port=1))
                 case "Leave" | "Park" | "Kill":
-                    self.tell(TrainerEnded(slot=slot, attempt=attempt, kind="lost", reason="told"))
+                    self.tell(TrainerEnded(slot=slot, attempt=attempt, outcome="lost", reason="told"))
 
     def wait(self, seconds):
         for _ in range(round(seconds / TICK_S)):
@@ -53,7 +53,7 @@ class Fleet:
 
     def let_go(self, slot, attempt=1):
         self.stuck.discard(slot)
-        self.tell(TrainerEnded(slot=slot, attempt=attempt, kind="killed", reason="the kernel let go"))
+        self.tell(TrainerEnded(slot=slot, attempt=attempt, outcome="killed", reason="the kernel let go"))
 
     def of(self, kind):
         return [action for _, action in self.log if isinstance(action, kind)]

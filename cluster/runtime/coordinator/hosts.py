@@ -19,19 +19,15 @@ from cluster.runtime.messages import (
     HostMessage,
     KeeperMoved,
     Renew,
-    SlotClaimed,
-    SlotExpired,
-    TrainerLeft,
     TrainerSaid,
-    TrainerStuck,
     Welcome,
 )
-from cluster.types import Slot
+from cluster.types import Claimed, Expired, Slot, TrainerEnded, Unkillable
 from elastic.transport import Acceptor, Link
 
 HOST_SILENT_S = 4.0
 """A host that has not sent its beat (once a second) for this long is taken for gone: a lost machine sends no FIN."""
-News = SlotClaimed | SlotExpired | TrainerLeft | TrainerStuck | TrainerSaid
+News = Claimed | Expired | TrainerEnded | Unkillable | TrainerSaid
 """What a host says of trainers and claims."""
 _LAST_WORD_S = 1.0
 """For so long a host that takes nothing keeps the others' coordinator from its end."""
@@ -47,7 +43,7 @@ class Hosts:
         port: where hosts look for us, unless it is taken; 0: any.
         secret: what a host must know.
         on_ready: takes the node of a host that has come.
-        on_message: takes a node and what its host says of trainers and claims.
+        on_message: takes what a host says of its own trainers and claims.
         on_gone: takes the node of a host that is gone, and why.
         say: takes a line about others who tried to come, now and then.
     """
@@ -60,7 +56,7 @@ class Hosts:
         port: int = 0,
         secret: str,
         on_ready: Callable[[str], None],
-        on_message: Callable[[str, News], None],
+        on_message: Callable[[News], None],
         on_gone: Callable[[str, str], None],
         say: Callable[[str], None],
     ) -> None:
@@ -141,7 +137,7 @@ class Hosts:
         self._loop.watch(link, lambda: self._hear(hello.node, connection))
         link.send(Welcome())
         self._on_ready(hello.node)
-        self._hear_all(hello.node, messages[1:])
+        self._hear_all(hello.node, connection, messages[1:])
 
     def _hear(self, node: str, connection: HostLink) -> None:
         link = connection.link
@@ -150,9 +146,9 @@ class Hosts:
             self._drop(node, connection, f"its connection broke: {link.fault}" if link.fault else "the node went away")
             return
         connection.heard_s = time.monotonic()
-        self._hear_all(node, messages)
+        self._hear_all(node, connection, messages)
 
-    def _hear_all(self, node: str, messages: Sequence[HostHello | HostMessage]) -> None:
+    def _hear_all(self, node: str, connection: HostLink, messages: Sequence[HostHello | HostMessage]) -> None:
         for message in messages:
             match message:
                 case KeeperMoved(address=address):
@@ -163,8 +159,11 @@ class Hosts:
                     self._change_host(node, lambda host, holders=holders: replace(host, holders=holders))
                 case HostHello():  # it has said so
                     pass
+                case _ if message.slot.node != node:
+                    self._drop(node, connection, f"its host spoke for node {message.slot.node[:8]!r}")
+                    return
                 case _:
-                    self._on_message(node, message)
+                    self._on_message(message)
 
     def _change_host(self, node: str, change: Callable[[Host], Host]) -> None:
         """Note what a host says of itself; most beats say nothing new."""

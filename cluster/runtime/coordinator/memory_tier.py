@@ -1,6 +1,6 @@
 """What the trainers of an attempt must know of the memory tier: who serves what, and who keeps whose copy."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 from cluster.runtime.coordinator.nodes import Node
@@ -12,12 +12,10 @@ from elastic.ports import Address
 class MemoryTier:
     """The memories of the nodes in one attempt."""
 
-    attempt: int
     keepers: Mapping[str, Address]
     """Who serves what."""
     peers: Mapping[str, str]
     """Which node gets the copies of which."""
-    mean_s_between_losses: float
 
     def get_peer(self, node: str) -> Address | None:
         """Return where the copies of a node's memory go, if anywhere."""
@@ -25,20 +23,8 @@ class MemoryTier:
         return self.keepers[peer] if peer else None
 
 
-def plan_memory_tier(
-    nodes: Mapping[str, Node],
-    attempt: int,
-    members: frozenset[str],
-    *,
-    has_copies: bool,
-    estimate_mean_s_between_losses: Callable[[], float],
-) -> MemoryTier:
+def plan_memory_tier(nodes: Mapping[str, Node], members: Set[str], *, has_copies: bool) -> MemoryTier:
     """Find it out for an attempt on these member nodes."""
     keepers = {node.id: node.host.keeper for node in nodes.values() if node.host and node.host.keeper}
     labels = {name: nodes[name].labels for name in members & keepers.keys()}
-    return MemoryTier(
-        attempt=attempt,
-        keepers=keepers,
-        peers=plan_peers(labels) if has_copies else {},
-        mean_s_between_losses=estimate_mean_s_between_losses(),
-    )
+    return MemoryTier(keepers=keepers, peers=plan_peers(labels) if has_copies else {})

@@ -290,5 +290,5 @@ class RowKeeper:
             problem = str(error)
         for ask in asks:
             slot, number = ask.slot, ask.number
-            answer = RowsKept(slot=slot.name, attempt=ask.attempt, ask=number, kept=ask.has, problem=problem)
+            answer = RowsKept(slot=slot, attempt=ask.attempt, ask=number, kept=ask.has, problem=problem)
             self._answer(slot.node, answer)

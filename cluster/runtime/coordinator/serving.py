@@ -7,7 +7,6 @@ import queue
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from cluster import controller
 from cluster.runtime import messages as said
@@ -18,7 +17,7 @@ from cluster.runtime.coordinator.events import EpochGiven, InboxEvent, NodeEvent
 from cluster.runtime.coordinator.fleet import Fleet, RayJobs
 from cluster.runtime.coordinator.hosts import Hosts
 from cluster.runtime.coordinator.hosts import News as HostNews
-from cluster.runtime.coordinator.memory_tier import MemoryTier, plan_memory_tier
+from cluster.runtime.coordinator.memory_tier import plan_memory_tier
 from cluster.runtime.coordinator.nodes import Nodes
 from cluster.runtime.coordinator.published import Published
 from cluster.runtime.coordinator.relayed import RowKeeper
@@ -31,7 +30,6 @@ from cluster.types import (
     Done,
     EpochTaken,
     Event,
-    Expired,
     GiveUp,
     Go,
     HostGone,
@@ -45,8 +43,6 @@ from cluster.types import (
     TakeBack,
     TakeEpoch,
     Tick,
-    TrainerEnded,
-    Unkillable,
     get_leave_limit_s,
 )
 from elastic.config import RunConfig
@@ -128,7 +124,8 @@ class Serving:
             on_failure=on_failure,
         )
         self._epochs = Background("epochs", on_failure=on_failure)
-        self._memory_tier: MemoryTier | None = None
+        self._told_memory_of = 0
+        """The attempt whose hosts were told last."""
         self._agents: dict[Slot, int] = {}
         self._renew_s = self._publish_s = 0.0
 
@@ -200,28 +197,14 @@ class Serving:
         self._books.host_gone(node, time.time())
         self.decide(HostGone(node=node, reason=reason))
 
-    def _hear(self, node: str, message: HostNews) -> None:
+    def _hear(self, message: HostNews) -> None:
         """Take what a host says."""
-        slot = Slot(node, message.slot)
-        match message:
-            case said.TrainerSaid():
-                self._world.hear(slot, message.attempt, message.message)
-            case said.SlotClaimed():
-                self._agents[slot] = message.pid
-                self.decide(Claimed(slot=slot, group=message.group, group_size=message.group_size))
-            case said.SlotExpired():
-                self.decide(Expired(slot=slot))
-            case said.TrainerLeft():
-                end = TrainerEnded(
-                    slot=slot,
-                    attempt=message.attempt,
-                    kind=message.outcome,
-                    reason=message.reason,
-                    exit_code=message.exit_code,
-                )
-                self.decide(end)
-            case said.TrainerStuck():
-                self.decide(Unkillable(slot=slot, attempt=message.attempt, reason=message.reason))
+        if isinstance(message, said.TrainerSaid):
+            self._world.hear(message.slot, message.attempt, message.message)
+            return
+        if isinstance(message, Claimed):
+            self._agents[message.slot] = message.agent_pid
+        self.decide(message)
 
     def _publish_stage(self) -> None:
         state = self._state
@@ -237,7 +220,9 @@ class Serving:
     def _carry_out(self, action: Action, now_s: float) -> None:
         match action:
             case Join() | Go() | Park() | Leave() | Kill():
-                self.hosts.tell(action.slot.node, self._to_order(action))
+                if isinstance(action, Go):
+                    self._tell_memory_tier(action.attempt)
+                self.hosts.tell(action.slot.node, action)
             case TakeEpoch():
                 self._epochs.submit(partial(self._take_epoch, action.attempt))
             case AttemptStarted():
@@ -261,46 +246,22 @@ class Serving:
             case Done():
                 self._out.end(action)
 
-    def _to_order(self, action: Join | Go | Park | Leave | Kill) -> said.CoordinatorMessage:
-        fields: dict[str, Any] = {**vars(action), "slot": action.slot.name}
-        match action:
-            case Go():
-                return self._to_go(action)
-            case Join():
-                return said.Join(**fields)
-            case Park():
-                return said.Park(**fields)
-            case Leave():
-                return said.Leave(**fields)
-            case Kill():
-                return said.Kill(**fields)
-
-    def _to_go(self, action: Go) -> said.Go:
-        tier = self._find_memory_tier(action.attempt)
-        fields: dict[str, Any] = {**vars(action), "slot": action.slot.name}
-        return said.Go(
-            **fields,
-            keepers={},
-            peer=tier.get_peer(action.slot.node),
-            mean_s_between_losses=tier.mean_s_between_losses,
-        )
-
-    def _find_memory_tier(self, attempt: int) -> MemoryTier:
-        """Return what the trainers of an attempt must know of it; found once, and told to their hosts, for all."""
-        tier = self._memory_tier
-        if tier is None or tier.attempt != attempt:
-            assumed_s = 3600 * self._config.fault.mean_hours_between_losses
-            members = self._state.member_nodes
-            tier = self._memory_tier = plan_memory_tier(
-                self.nodes.by_id,
-                attempt,
-                members,
-                has_copies=self._config.checkpoint.memory == "peer",
-                estimate_mean_s_between_losses=partial(self._books.estimate_mean_s_between_losses, assumed_s),
+    def _tell_memory_tier(self, attempt: int) -> None:
+        """Tell the hosts of an attempt what its trainers must know of it, once for all of them."""
+        if self._told_memory_of == attempt:
+            return
+        self._told_memory_of = attempt
+        members = self._state.member_nodes
+        tier = plan_memory_tier(self.nodes.by_id, members, has_copies=self._config.checkpoint.memory == "peer")
+        mean_s = self._books.estimate_mean_s_between_losses(3600 * self._config.fault.mean_hours_between_losses)
+        for node in members:
+            told = said.KeepersTold(
+                attempt=attempt,
+                keepers=tier.keepers,
+                peer=tier.get_peer(node),
+                mean_s_between_losses=mean_s,
             )
-            for node in members:
-                self.hosts.tell(node, said.KeepersTold(attempt=attempt, keepers=tier.keepers))
-        return tier
+            self.hosts.tell(node, told)
 
     def _take_epoch(self, attempt: int) -> None:
         """Take the right to write from all worlds before; the trainers of the last one are out of it. A job."""

@@ -27,7 +27,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Collection
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, assert_never
 
@@ -43,19 +42,12 @@ from cluster.runtime.messages import (
     CoordinatorMessage,
     End,
     Fenced,
-    Go,
     HostHello,
     HostMessage,
-    Join,
     KeepersTold,
-    Kill,
-    Leave,
-    Park,
     Renew,
     RowsKept,
     SeatTold,
-    SlotClaimed,
-    SlotExpired,
     Welcome,
 )
 from cluster.runtime.node.connect import tell_seat
@@ -64,6 +56,7 @@ from cluster.runtime.node.daemon import Starter, detach, log, take_folder, write
 from cluster.runtime.node.host_spec import HostSpec
 from cluster.runtime.node.priority import get_ahead, take_priority_of
 from cluster.runtime.trainers.slots import AgentLink, Place, Trainers
+from cluster.types import Claimed, Expired, Go, Join, Kill, Leave, Park, Slot
 from elastic.paths import ensure_home
 from elastic.transport import Acceptor, Link, listen_unix
 
@@ -184,7 +177,8 @@ class Host:
         place.group, place.agent, place.env = group, agent, claim.env
         trainer_pid = place.trainer.pid if place.trainer else None
         agent.send(ClaimGranted(slot=name, trainer_pid=trainer_pid, log=str(place.log)))
-        place.claim = SlotClaimed(slot=name, group=group, group_size=claim.group_size, pid=claim.pid)
+        slot = Slot(self.spec.node, name)
+        place.claim = Claimed(slot=slot, group=group, group_size=claim.group_size, agent_pid=claim.pid)
         place.is_told = False
         if place.trainer is None:
             self.trainers.provide(place)
@@ -217,7 +211,7 @@ class Host:
         oldest_s = self.loop.awake_s - self.spec.lease_s
         expired = [place for place in self.places.values() if place.agent is None and place.renewed_s < oldest_s]
         for place in expired:
-            self.coordinator.tell(SlotExpired(slot=place.name))
+            self.coordinator.tell(Expired(slot=Slot(self.spec.node, place.name)))
             self.trainers.clear(place)
             self.retired[place.name] = self.places.pop(place.name)
         if not self.places and (expired or self.renewed_s < oldest_s):
@@ -253,10 +247,10 @@ class Host:
             case Renew(slots=slots):
                 self._renew_leases(slots)
             case Join(slot=slot, attempt=attempt):
-                if place := self.places.get(slot):
+                if place := self.places.get(slot.name):
                     self.trainers.join(place, attempt)
                 else:  # its lease ran out while the message was on its way
-                    self.trainers.tell_ended(slot, attempt, "crashed", "its slot is gone")
+                    self.trainers.tell_ended(slot.name, attempt, "crashed", "its slot is gone")
             case KeepersTold():
                 self.keepers = message
             case Go() | Park() | Leave() | Kill() | RowsKept():
@@ -266,7 +260,7 @@ class Host:
 
     def _pass_on(self, message: Go | Park | Leave | Kill | RowsKept) -> None:
         """Have the trainer of a slot do as it is told, unless that comes too late."""
-        place = self.places.get(message.slot)
+        place = self.places.get(message.slot.name)
         if place is None:
             return
         if isinstance(message, Leave | Kill):
@@ -276,10 +270,10 @@ class Host:
             return
         if isinstance(message, Kill):
             trainer.kill()
-        elif isinstance(message, Go) and self.keepers and self.keepers.attempt == message.attempt:
-            trainer.link.send(replace(message, keepers=self.keepers.keepers))
-        else:
-            trainer.link.send(message)
+            return
+        if isinstance(message, Go) and self.keepers and self.keepers.attempt == message.attempt:
+            trainer.link.send(self.keepers)
+        trainer.link.send(message)
 
 
 def main() -> None:

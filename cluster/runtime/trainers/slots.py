@@ -17,19 +17,14 @@ from cluster.runtime.messages import (
     Claim,
     Exited,
     HostMessage,
-    Join,
     KeeperMoved,
-    Leave,
     Progressed,
     Restored,
     SeatTold,
-    SlotClaimed,
     Stalled,
     Stepped,
-    TrainerLeft,
     TrainerMessage,
     TrainerSaid,
-    TrainerStuck,
     Warm,
     WorldLeft,
 )
@@ -37,13 +32,12 @@ from cluster.runtime.node.daemon import log
 from cluster.runtime.node.host_keeper import HostKeeper
 from cluster.runtime.node.host_spec import HostSpec, get_keeper_folder
 from cluster.runtime.trainers.forked import OrderLink, Trainer, fork_trainer
-from cluster.types import get_leave_limit_s
+from cluster.types import Claimed, Join, Leave, Slot, TrainerEnded, TrainerOutcome, Unkillable, get_leave_limit_s
 from elastic.checkpoint.replicas.client import KeeperProcess, launch_keeper
 from elastic.processes import describe_state
 from elastic.transport import Link
 
 AgentLink = Link[Claim | SeatTold | Abandoned]
-_Ended = Literal["finished", "interrupted", "lost", "failed", "crashed", "killed"]
 _SPARE_AFTER_STEPS = 20
 """A spare trainer rehearses beside one that trains. By then that one has all the GPU memory that it needs."""
 UNKILLABLE_S = 5.0
@@ -68,7 +62,7 @@ class Place:
     """Takes the trainer's place when that dies."""
     has_spares: bool = True
     """Until one has ended by itself."""
-    claim: SlotClaimed | None = None
+    claim: Claimed | None = None
     """What the coordinator is told of the newest claim, once the trainer is warm and in no world of another's."""
     is_told: bool = False
     has_forked: bool = False
@@ -144,7 +138,7 @@ class Trainers:
             self.tell_ended(place.name, attempt, "crashed", "no trainer could be forked; the host's log says why")
             return
         trainer.attempt, trainer.step, trainer.num_steps = attempt, 0, 0
-        trainer.link.send(Join(slot=place.name, attempt=attempt))
+        trainer.link.send(Join(slot=self._get_slot(place.name), attempt=attempt))
 
     def leave(self, place: Place) -> None:
         """Have the slot's trainer leave a world that the coordinator does not know, within a limit."""
@@ -152,7 +146,7 @@ class Trainers:
         if trainer and trainer.attempt is not None:
             uses_gpus = bool(self._spec.config["cluster"]["gpus_per_worker"])
             trainer.leave_until_s = self._loop.awake_s + get_leave_limit_s(uses_gpus=uses_gpus)
-            trainer.link.send(Leave(slot=place.name, attempt=trainer.attempt))
+            trainer.link.send(Leave(slot=self._get_slot(place.name), attempt=trainer.attempt))
 
     def check(self, place: Place) -> None:
         """Look after a trainer that has not left its world in time, or gives no sign of life; call it now and then."""
@@ -169,7 +163,7 @@ class Trainers:
             trainer.heard_s = now_s  # the next complaint waits as long
             log(f"the trainer of {place.name} is frozen: no sign of life for {silent_s:g} s")
             stall = Stalled(step=trainer.step, where="silent", waited_s=silent_s)
-            self._tell(TrainerSaid(slot=place.name, attempt=trainer.attempt, message=stall))
+            self._tell(TrainerSaid(slot=self._get_slot(place.name), attempt=trainer.attempt, message=stall))
 
     def _check_dying(self, place: Place, trainer: Trainer) -> None:
         """Tell that a process which was killed is still there, for each attempt that it is in the way of."""
@@ -179,7 +173,7 @@ class Trainers:
         trainer.stuck_in.append(attempt)
         reason = f"process {trainer.pid} ({describe_state(trainer.pid)}) has not ended {UNKILLABLE_S:g} s after SIGKILL"
         log(f"{place.name}: {reason}")
-        self._tell(TrainerStuck(slot=place.name, attempt=attempt, reason=reason))
+        self._tell(Unkillable(slot=self._get_slot(place.name), attempt=attempt, reason=reason))
 
     def tell_claim(self, place: Place) -> None:
         """Tell a claim that is news, unless its trainer could not join a world yet."""
@@ -190,9 +184,13 @@ class Trainers:
         if place.claim and not place.is_told and not is_busy:
             place.is_told = self._tell(place.claim)
 
-    def tell_ended(self, slot: str, attempt: int, outcome: _Ended, reason: str, exit_code: int = 1) -> None:
+    def tell_ended(self, slot: str, attempt: int, outcome: TrainerOutcome, reason: str, exit_code: int = 1) -> None:
         """Tell how a trainer's part in a world ended."""
-        self._tell(TrainerLeft(slot=slot, attempt=attempt, outcome=outcome, reason=reason, exit_code=exit_code))
+        place = self._get_slot(slot)
+        self._tell(TrainerEnded(slot=place, attempt=attempt, outcome=outcome, reason=reason, exit_code=exit_code))
+
+    def _get_slot(self, name: str) -> Slot:
+        return Slot(self._spec.node, name)
 
     # ---- processes
 
@@ -284,7 +282,7 @@ class Trainers:
                     self._take_steps(place, trainer, message)
                     if isinstance(message, Progressed) and not message.times:
                         continue
-                    self._tell(TrainerSaid(slot=place.name, attempt=trainer.attempt, message=message))
+                    self._tell(TrainerSaid(slot=self._get_slot(place.name), attempt=trainer.attempt, message=message))
 
     def _take_steps(self, place: Place, trainer: Trainer, message: TrainerMessage) -> None:
         """Note how far a trainer is."""

@@ -11,6 +11,7 @@ import queue
 import socket
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +21,8 @@ from torch.distributed.distributed_c10d import Store
 
 from cluster.runtime.coordinator.relayed import RelayedRun, RelayedSink, Streams
 from cluster.runtime.messages import (
-    Go,
-    Join,
+    KeepersTold,
     Order,
-    Park,
     Ready,
     RowsKept,
     Warm,
@@ -33,6 +32,7 @@ from cluster.runtime.node.host_spec import get_keeper_folder
 from cluster.runtime.trainers.forked import OrderLink
 from cluster.runtime.trainers.interface import find_interface
 from cluster.runtime.trainers.link_observer import LinkObserver
+from cluster.types import Go, Join, Park
 from elastic import config as configs
 from elastic import rehearsal
 from elastic import run as elastic_run
@@ -57,6 +57,8 @@ class WorldOrders:
         self.breaker = Breaker()
         self.go: queue.SimpleQueue[Go | None] = queue.SimpleQueue()
         """The rank's place; None if the world was given up."""
+        self.keepers: KeepersTold | None = None
+        """The memories of the nodes, told before the place; None where nothing is kept there."""
         self.rows_kept: queue.SimpleQueue[RowsKept] = queue.SimpleQueue()
         """What is in the storage of the rows that were sent."""
         self._notice: Notice | None = None
@@ -74,6 +76,8 @@ class WorldOrders:
     def take(self, order: Order) -> None:
         """Take one order."""
         match order:
+            case KeepersTold():
+                self.keepers = order
             case Go():
                 self.go.put(order)
             case Park():
@@ -198,10 +202,10 @@ def _train_in(
         store_host=go.store_host,
         store_port=go.store_port,
         node=node,
-        keepers=go.keepers,
-        peer=go.peer,
-        mean_s_between_losses=go.mean_s_between_losses,
     )
+    if told := world.keepers:
+        mean_s = told.mean_s_between_losses
+        spec = replace(spec, keepers=told.keepers, peer=told.peer, mean_s_between_losses=mean_s)
     observer = LinkObserver(link, rank=spec.rank, local_rank=spec.local_rank)
     run: RelayedRun | None = None
     sinks: list[MetricSink] = []
