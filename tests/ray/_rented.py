@@ -1,18 +1,23 @@
 """A cluster as people build it from rented machines: `solvent nodes head` and `join`, held by one process each."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import urllib.request
+from collections.abc import Generator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from elastic.processes import list_processes
 from tests.ray._network import Network
 from tests.ray._nodes import get_env
 from tests.ray._runs import SOLVENT
-from tests.ray._traces import wait_until
+from tests.ray._traces import find_processes, wait_until
 
 SOLVENT_COMMAND = [sys.executable, "-c", SOLVENT]
 
@@ -136,3 +141,18 @@ def find_tree(pid: int) -> list[int]:
     for parent in found:
         found += children.get(parent, [])
     return found
+
+
+@contextmanager
+def open_head(*, env: dict[str, str] | None = None, timeout_s: float = 120.0) -> Generator[Rented]:
+    """Yield rented machines of which one is a head; in the end nothing of theirs runs within `timeout_s`."""
+    folder = Path(tempfile.mkdtemp(prefix="t-"))
+    rented = Rented(folder, env=env)
+    try:
+        rented.start_head()
+        yield rented
+    finally:
+        rented.close()
+        left = partial(find_processes, folder)
+        wait_until(lambda: not left(), timeout_s=timeout_s, what=lambda: f"left: {left()}")
+        shutil.rmtree(folder)  # with what those who were killed left there

@@ -19,9 +19,9 @@ from cluster.kube.options import Options
 from cluster.kube.render import render
 from elastic.config import ClusterConfig, DataConfig, RunConfig
 from tests.ray._nodes import get_env
-from tests.ray._rented import SOLVENT_COMMAND, Rented, get_free_ports
+from tests.ray._rented import SOLVENT_COMMAND, get_free_ports, open_head
 from tests.ray._runs import TINY
-from tests.ray._traces import find_processes, wait_until
+from tests.ray._traces import wait_until
 
 pytestmark = pytest.mark.long
 
@@ -30,15 +30,8 @@ NEW_NAMESPACE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
 
 @pytest.fixture(scope="module")
 def head():
-    folder = Path(tempfile.mkdtemp(prefix="t-"))
-    head = Rented(folder)
-    try:
-        head.start_head()
+    with open_head() as head:
         yield head
-    finally:
-        head.close()
-        wait_until(lambda: not find_processes(folder), timeout_s=120, what=lambda: f"left: {find_processes(folder)}")
-        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")

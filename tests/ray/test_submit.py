@@ -3,12 +3,10 @@
 import contextlib
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -22,7 +20,7 @@ from cluster.cli import main
 from elastic.records.rundir import RunDir, read_rows
 from tests.ray._exact import read_losses, read_samples
 from tests.ray._nodes import get_env
-from tests.ray._rented import SOLVENT_COMMAND, Rented, find_tree, get_own_ip
+from tests.ray._rented import SOLVENT_COMMAND, Rented, find_tree, get_own_ip, open_head
 from tests.ray._runs import TINY
 from tests.ray._traces import find_processes, wait_until
 from tests.tcp_proxy import TcpProxy
@@ -46,20 +44,12 @@ DOTENV = "pl4nted-in-a-dotenv-file"
 @pytest.fixture(scope="module")
 def cluster():
     """A head and two nodes, each held by a command of its own, and a proxy to the dashboard that can be cut."""
-    folder = Path(tempfile.mkdtemp(prefix="t-"))
-    rented = Rented(folder, env=SECRETS)
-    try:
-        rented.start_head()
+    with open_head(env=SECRETS, timeout_s=30) as rented:
         rented.join()
         rented.join()
         rented.proxy = TcpProxy(rented.dashboard_port)
         yield rented
         rented.proxy.close()
-    finally:
-        rented.close()
-        left = lambda: find_processes(folder)  # noqa: E731
-        wait_until(lambda: not left(), timeout_s=30, what=lambda: f"left: {left()}")
-        shutil.rmtree(folder)  # with what those who were killed left there
 
 
 class Laptop:

@@ -1,29 +1,18 @@
 """`RAY_ADDRESS=HOST:PORT solvent train`, where the cluster wants a token: with it, with another one, with none."""
 
-import shutil
 import subprocess
-import tempfile
 import time
-from pathlib import Path
 
 import pytest
 
-from tests.ray._rented import SOLVENT_COMMAND, Rented
+from tests.ray._rented import SOLVENT_COMMAND, open_head
 from tests.ray._runs import Run
-from tests.ray._traces import find_processes, wait_until
 
 
 @pytest.fixture(scope="module")
 def rented():
-    folder = Path(tempfile.mkdtemp(prefix="t-"))
-    rented = Rented(folder)
-    try:
-        rented.start_head()
+    with open_head(timeout_s=60) as rented:
         yield rented
-    finally:
-        rented.close()
-        wait_until(lambda: not find_processes(folder), timeout_s=60, what=lambda: f"left: {find_processes(folder)}")
-        shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize(
