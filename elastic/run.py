@@ -26,7 +26,7 @@ from elastic.checkpoint.durable.storage_errors import (
 )
 from elastic.checkpoint.restore.first_weights import check_first_weights
 from elastic.checkpoint.restore.load import restore
-from elastic.checkpoint.staging.memory_budget import agree_on_room
+from elastic.checkpoint.tiers.memory_budget import agree_on_room
 from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.config import RunConfig
 from elastic.data.kept import keep_data

@@ -25,16 +25,17 @@ from torch import Tensor, nn
 
 from elastic.checkpoint.bandwidth import Rates
 from elastic.checkpoint.consensus import Votes
-from elastic.checkpoint.durable.writer import BuildManifest, DurableWriter
+from elastic.checkpoint.durable.writer import DurableWriter
 from elastic.checkpoint.format.compat import get_computing_config, get_config_hash
-from elastic.checkpoint.format.manifest import FileRecord, Manifest, TensorRecord
-from elastic.checkpoint.format.write_plan import SavePlan, build_plan
+from elastic.checkpoint.format.manifest import BuildManifest, FileRecord, Manifest, TensorRecord
 from elastic.checkpoint.in_flight import Flight, Tier
 from elastic.checkpoint.interval import SaveCost
 from elastic.checkpoint.replicas.inventory import Snapshot
 from elastic.checkpoint.schedule import Pace
 from elastic.checkpoint.staging.buffer_choice import Urgency
-from elastic.checkpoint.staging.device_to_host import HostArenas, Stager
+from elastic.checkpoint.staging.host_buffers import HostArenas
+from elastic.checkpoint.staging.stager import Stager
+from elastic.checkpoint.staging.write_plan import SavePlan, build_plan
 from elastic.checkpoint.tiers.disk import DiskTier
 from elastic.checkpoint.tiers.memory import NO_BALLOT, MemoryTier, OnKept, ignore_kept
 from elastic.checkpoint.tiers.peer import Kept

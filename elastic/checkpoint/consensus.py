@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from elastic.checkpoint.durable.writer import new_group
+from elastic.checkpoint.exchange import new_group
 
 
 class Votes:

@@ -2,18 +2,28 @@
 
 import json
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from elastic import errors
+from elastic.breaker import connecting_group
 from elastic.errors import SolventError
 from elastic.transport import build_parser, to_plain
 
 _T = TypeVar("_T")
 
 Group = dist.ProcessGroup | None
+
+
+def new_group(timeout: timedelta) -> dist.ProcessGroup:
+    """Return a gloo group of all ranks."""
+    with connecting_group():
+        group = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup), "every rank of the world is in it"
+    return group
 
 
 class Parcels(Generic[_T]):

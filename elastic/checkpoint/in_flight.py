@@ -6,9 +6,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal
 
-from elastic.checkpoint.durable.writer import BuildManifest, DurableWriter
-from elastic.checkpoint.format.write_plan import SavePlan
-from elastic.checkpoint.staging.device_to_host import Staged
+from elastic.checkpoint.durable.writer import DurableWriter
+from elastic.checkpoint.format.manifest import BuildManifest
+from elastic.checkpoint.staging.stager import Staged
+from elastic.checkpoint.staging.write_plan import SavePlan
 from elastic.ports import Progress
 
 Tier = Literal["memory", "storage"]

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import load
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from elastic.checkpoint.format.manifest import COMMITTED, MANIFEST, list_committed, read_manifest
-from elastic.checkpoint.staging.device_to_host import Stager
+from elastic.checkpoint.staging.stager import Stager
 from elastic.checkpoint.train_state import get_live_state
 from elastic.config import TrainConfig
 from elastic.errors import CheckpointError, ConfigError, SavesFailedError, StorageError

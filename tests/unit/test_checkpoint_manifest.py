@@ -236,6 +236,6 @@ def test_a_crash_while_a_checkpoint_is_removed_leaves_it_invisible(tmp_path, mon
 
 
 def test_looking_at_checkpoints_needs_no_torch():
-    names = ("format.manifest", "format.compat", "durable.inspection", "durable.retention", "restore.sources")
+    names = ("format.manifest", "format.compat", "durable.inspection", "durable.retention", "format.sources")
     modules = ", ".join(f"elastic.checkpoint.{name}" for name in names)
     subprocess.run([sys.executable, "-c", f"import sys, {modules}; sys.exit('torch' in sys.modules)"], check=True)

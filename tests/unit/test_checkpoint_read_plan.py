@@ -10,7 +10,7 @@ from elastic.checkpoint.format import read_plan
 from elastic.checkpoint.format.manifest import Chunk, FileRecord, TensorRecord
 from elastic.checkpoint.format.read_plan import find_runs, plan_checks, plan_reads
 from elastic.checkpoint.format.sharding import Box
-from elastic.checkpoint.restore.sources import DamageError, read_verified
+from elastic.checkpoint.format.sources import DamageError, read_verified
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from elastic.checkpoint.staging.device_to_host import HostArenas
+from elastic.checkpoint.staging.host_buffers import HostArenas
 from elastic.checkpoint.staging.shared_memory import Arena
 from tests.unit.test_checkpoint_shared_memory import count_bytes
 

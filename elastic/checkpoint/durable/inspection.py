@@ -18,7 +18,7 @@ from elastic.checkpoint.format.manifest import (
     read_manifest,
 )
 from elastic.checkpoint.format.read_plan import plan_checks
-from elastic.checkpoint.restore.sources import DamageError, StorageSource, read_verified
+from elastic.checkpoint.format.sources import DamageError, StorageSource, read_verified
 from elastic.errors import CheckpointError
 from elastic.storage import Storage
 

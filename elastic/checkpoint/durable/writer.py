@@ -6,7 +6,7 @@ Nothing is decided by one rank alone: what fails on one fails on all.
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from types import TracebackType
@@ -14,28 +14,21 @@ from typing import cast
 
 import torch.distributed as dist
 
-from elastic.breaker import connecting_group
 from elastic.checkpoint.durable import retention
 from elastic.checkpoint.durable.shard_writer import Written, build_index, write_shard
 from elastic.checkpoint.durable.storage_errors import explain
-from elastic.checkpoint.exchange import Parcels
-from elastic.checkpoint.format.manifest import CHECKPOINTS, FileRecord, Manifest, TensorRecord, commit, get_directory
-from elastic.checkpoint.format.write_plan import SavePlan
+from elastic.checkpoint.exchange import Parcels, new_group
+from elastic.checkpoint.format.manifest import CHECKPOINTS, BuildManifest, commit, get_directory
+from elastic.checkpoint.staging.device_to_host import AbandonedError
+from elastic.checkpoint.staging.write_plan import SavePlan
 from elastic.errors import SolventError
 from elastic.storage import Storage
 
 logger = logging.getLogger(__name__)
 
-BuildManifest = Callable[[Mapping[str, TensorRecord], Mapping[str, FileRecord]], Manifest]
-"""Returns a manifest, given where the tensors lie and the files."""
-
 _WRITTEN, _RESULT = Parcels[Written](Written), Parcels[float](float)
 _SLOWEST_WRITE = 10
 """Ranks of one save may finish writing this many collective timeouts apart."""
-
-
-class AbandonedError(Exception):
-    """The save was given up; nothing more of it may become visible."""
 
 
 class Fence:
@@ -190,11 +183,3 @@ class DurableWriter:
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
-
-
-def new_group(timeout: timedelta) -> dist.ProcessGroup:
-    """Return a gloo group of all ranks."""
-    with connecting_group():
-        group = dist.new_group(backend="gloo", timeout=timeout)
-    assert isinstance(group, dist.ProcessGroup), "every rank of the world is in it"
-    return group

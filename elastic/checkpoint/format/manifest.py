@@ -12,7 +12,7 @@ Nothing here is ever unpickled: shards are safetensors, the rest is JSON.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, cast
 
@@ -101,6 +101,10 @@ class Manifest:
     """The caller's own JSON values, such as a gradient scaler's state."""
     saved_utc: str = ""
     """When it was committed."""
+
+
+BuildManifest = Callable[[Mapping[str, TensorRecord], Mapping[str, FileRecord]], Manifest]
+"""Returns a manifest, given where the tensors lie and the files."""
 
 
 @dataclass(frozen=True, kw_only=True)

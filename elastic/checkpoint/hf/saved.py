@@ -9,8 +9,8 @@ import numpy.typing as npt
 from elastic.checkpoint.format.manifest import CommittedCheckpoint, Manifest
 from elastic.checkpoint.format.read_plan import plan_reads
 from elastic.checkpoint.format.sharding import ITEM_BYTES, Box
+from elastic.checkpoint.format.sources import DamageError, StorageSource, read_verified
 from elastic.checkpoint.hf.numbers import DTYPES, to_fp32
-from elastic.checkpoint.restore.sources import DamageError, StorageSource, read_verified
 from elastic.errors import CheckpointError
 from elastic.storage import Storage
 

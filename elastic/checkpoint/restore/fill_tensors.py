@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from elastic.checkpoint.format.read_plan import Read
-from elastic.checkpoint.restore.sources import DamageError, ShardSource, read_verified
+from elastic.checkpoint.format.sources import DamageError, ShardSource, read_verified
 from elastic.checkpoint.staging.device_cache import Rows
 from elastic.checkpoint.train_state import DTYPES
 

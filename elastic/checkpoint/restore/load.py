@@ -23,10 +23,10 @@ from elastic.checkpoint.format.compat import check_resume, check_tensors, get_un
 from elastic.checkpoint.format.manifest import CommittedCheckpoint, Manifest, find_damage, list_committed, read_manifest
 from elastic.checkpoint.format.read_plan import plan_checks, plan_reads
 from elastic.checkpoint.format.sharding import get_box
+from elastic.checkpoint.format.sources import ShardSource, StorageSource
 from elastic.checkpoint.replicas.client import Held
 from elastic.checkpoint.replicas.discovery import WholeSnapshot, assemble, outline
 from elastic.checkpoint.restore.fill_tensors import NUM_COPIERS, NUM_READERS, READ_BYTES, fill
-from elastic.checkpoint.restore.sources import ShardSource, StorageSource
 from elastic.checkpoint.staging.device_cache import Rows
 from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.checkpoint.train_state import (

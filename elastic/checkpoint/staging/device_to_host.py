@@ -1,13 +1,13 @@
-"""Copy the live state to host memory while the next forward and backward run.
+"""How a state leaves the device: cloned there first, then piece by piece through page-locked buffers.
 
-The copy lies in an arena: one stretch of memory that is, byte for byte, the rank's shard file.
+The way to the host is slow and a step is short. What fits into free device memory is therefore copied there first, in
+milliseconds, and leaves it while training goes on.
 """
 
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 
 # torch._foreach_*, as torch.optim uses them, are not in torch's __all__:
 # pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
@@ -15,11 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elastic.checkpoint.durable.writer import AbandonedError
-from elastic.checkpoint.format.sharding import Box, ShardLayout
+from elastic.checkpoint.format.sharding import ShardLayout
 from elastic.checkpoint.staging.device_cache import BLOCK_BYTES, Resident, Rows
-from elastic.checkpoint.staging.shared_memory import Arena, allocate_arena
-from elastic.checkpoint.train_state import get_local
 
 _SPARE_DEVICE_BYTES = 2 * 2**30
 """What copies on the device leave free there."""
@@ -32,218 +29,8 @@ _NUM_COPIERS = max(1, min(8, (os.cpu_count() or 1) // 4))
 """Empty buffers side by side. What takes longest is to find the pages of a new arena, which goes on in each of them."""
 
 
-class HostArenas:
-    """The arenas that one process stages in; they outlive worlds.
-
-    They are not page-locked: for tens of GiB that takes as many seconds, in which no other call that has to do with
-    memory gets through to the device, at a save or anywhere else; and restoring was no faster. What leaves a GPU comes
-    through a few buffers that are.
-
-    Args:
-        count: how many arenas there will be; may be changed before `make_room`.
-        on_allocated: takes each new arena with its number, before it is used.
-        on_released: takes the number of one that will not be used again.
-        wait_for_freed: returns once the memory of those is free, as far as others hold it.
-    """
-
-    def __init__(
-        self,
-        device: torch.device,
-        *,
-        count: int,
-        on_allocated: Callable[[int, Arena], None] = lambda _index, _arena: None,
-        on_released: Callable[[int], None] = lambda _index: None,
-        wait_for_freed: Callable[[], object] = lambda: None,
-    ) -> None:
-        self.count = count
-        self._on_allocated, self._on_released = on_allocated, on_released
-        self._wait_for_freed = wait_for_freed
-        self._arenas: dict[int, Arena] = {}
-        self._outgrown: dict[int, Arena] = {}
-        """Too small for this world, but what they hold is all there is until it has filled one of its own."""
-        self._unfound: list[Arena] = []
-        """Memory for these is yet to be found."""
-        self._tensors: dict[int, Tensor] = {}
-        self._num_allocated = 0
-        self.capacity_bytes = 0
-        """What each of them has room for."""
-        self._is_released = False
-        """This world has a state that is safe, and earlier ones hold nothing any more."""
-        self.is_roomy = False
-        """The node has memory for all of this world's without what earlier ones hold."""
-        self.exit = DeviceExit(device) if device.type == "cuda" else None
-
-    @property
-    def indices(self) -> list[int]:
-        """Return the numbers of the arenas that may be filled."""
-        return [index for index, arena in self._arenas.items() if arena not in self._unfound]
-
-    @property
-    def limit(self) -> int:
-        """Return how many may be filled, at least, on every rank of the world."""
-        return self.count if self.is_roomy or self._is_released else min(1, self.count)
-
-    def begin_world(self, count: int, *, is_roomy: bool) -> None:
-        """Take what all ranks of a world have agreed on."""
-        self.count, self.is_roomy, self._is_released = count, is_roomy, False
-
-    @property
-    def num_held(self) -> int:
-        """Return how many there are that are large enough, those too that must not be filled yet."""
-        return len(self._arenas)
-
-    @property
-    def held_bytes(self) -> int:
-        """Return what all of them have room for, those too that are about to be released."""
-        return sum(arena.num_bytes for arena in (*self._arenas.values(), *self._outgrown.values()))
-
-    def make_room(self, num_bytes: int) -> None:
-        """Make sure that each arena has room for so much; the memory of the first is found before it is written to.
-
-        That of the others waits for `release_outgrown`, and so do they: until this world has a snapshot that is safe,
-        the node still holds those of the one before. Where it has room for all (`is_roomy`), none waits.
-
-        Raises:
-            CheckpointError: the memory is refused.
-        """
-        is_new = num_bytes > self.capacity_bytes
-        if is_new:
-            self._outgrown |= self._arenas
-            self._arenas, self._unfound, self.capacity_bytes = {}, [], num_bytes
-        added = [self._allocate() for _ in range(self.count - len(self._arenas))]
-        if not added:
-            return
-        at_once = added if self.is_roomy else added[:1] if is_new else []
-        self._unfound += added[len(at_once) :]
-        self._find_one_after_another(at_once)
-
-    def _allocate(self) -> Arena:
-        index, arena = self._num_allocated, allocate_arena(self.capacity_bytes, name="snapshot")
-        self._num_allocated += 1
-        self._arenas[index] = arena
-        self._tensors[index] = torch.frombuffer(arena.view, dtype=torch.uint8)
-        self._on_allocated(index, arena)
-        return arena
-
-    def _find_one_after_another(self, arenas: Sequence[Arena]) -> None:
-        def find() -> None:
-            for arena in arenas:
-                arena.populate().join()
-
-        threading.Thread(target=find, name="free", daemon=True).start()
-
-    def is_found(self, index: int) -> bool:
-        """Tell whether the memory of an arena was found, so that it can be filled at full speed."""
-        return index in self._arenas and self._arenas[index].is_found
-
-    def get(self, index: int) -> Tensor:
-        """Return an arena as bytes."""
-        return self._tensors[index]
-
-    def release_outgrown(self) -> None:
-        """Give the memory of arenas back that were too small for this world, then have that of the others found."""
-        self._is_released = True
-        for index in self._outgrown:
-            self._on_released(index)
-            del self._tensors[index]
-        outgrown, unfound = list(self._outgrown.values()), self._unfound
-        self._outgrown, self._unfound = {}, []
-
-        def exchange() -> None:
-            for arena in outgrown:
-                arena.close()
-            self._wait_for_freed()
-            for arena in unfound:
-                arena.populate().join()
-
-        if outgrown or unfound:
-            threading.Thread(target=exchange, name="free", daemon=True).start()  # takes seconds
-
-
-@dataclass(frozen=True, kw_only=True)
-class Staged:
-    """A copy that is under way (CUDA) or done (CPU); `live` keeps its sources alive."""
-
-    live: Mapping[str, Tensor]
-    layout: ShardLayout
-    index: int
-    """Of the arena."""
-    arena: memoryview
-    leaving: "Leaving | None"
-    """What is still on the device."""
-
-    @property
-    def has_left(self) -> bool:
-        """The device is free for the next copy."""
-        return self.leaving is None or self.leaving.is_over
-
-    def wait_on_device(self) -> None:
-        """Let the device change the live state only after the copy.
-
-        The calling thread waits only if the device had no room to copy the state within it.
-        """
-        if self.leaving is not None:
-            self.leaving.wait_on_device()
-
-    def wait_on_host(self) -> None:
-        """Bring what is still on the device to the arena, and return when that may be read; on one thread only.
-
-        Raises:
-            AbandonedError: `give_up` was called.
-        """
-        if self.leaving is not None:
-            self.leaving.bring()
-
-    def wait_left(self) -> None:
-        """Return once the device is free for the next copy."""
-        if self.leaving is not None:
-            self.leaving.wait()
-
-    def give_up(self) -> None:
-        """Return once nothing is written to the arena any more."""
-        if self.leaving is not None:
-            self.leaving.give_up()
-
-
-class Stager:
-    """Fills arenas; on CUDA on a stream of its own.
-
-    The way to the host is slow and a step is short. What fits into free device memory is therefore copied there first,
-    in milliseconds, and leaves it piece by piece while training goes on; only the rest is in the update's way.
-    """
-
-    def __init__(self, arenas: HostArenas) -> None:
-        self._arenas = arenas
-
-    def stage(self, live: Mapping[str, Tensor], layout: ShardLayout, held: Mapping[str, Box], *, index: int) -> Staged:
-        """Start to copy the chunks of `layout` out of the live tensors into an arena.
-
-        Args:
-            held: the box of each tensor that this rank holds; a chunk is a part of it.
-        """
-        arena = self._arenas.get(index)[: layout.num_bytes]
-        arena[: len(layout.header)] = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
-        sources = {name: _find_bytes(live[name], layout, held, name) for name in layout.entries}
-        leaving: Leaving | None = None
-        for name, source in sources.items():
-            if not source.is_cuda:
-                offset = layout.entries[name].offset
-                arena[offset : offset + source.numel()].copy_(source)
-        if self._arenas.exit is not None:
-            on_device = {name: source for name, source in sources.items() if source.is_cuda}
-            leaving = Leaving(on_device, layout, arena, self._arenas.exit, index=index)
-        return Staged(live=live, layout=layout, index=index, arena=arena.numpy().data, leaving=leaving)
-
-
-def _find_bytes(tensor: Tensor, layout: ShardLayout, held: Mapping[str, Box], name: str) -> Tensor:
-    """Return the bytes of one chunk in the live state, in a row."""
-    local = get_local(tensor).detach()
-    for dim, (first, size) in enumerate(
-        zip(layout.entries[name].box.start, layout.entries[name].box.shape, strict=True)
-    ):
-        local = local.narrow(dim, first - held[name].start[dim], size)
-    assert local.is_contiguous(), f"{name} does not lie in a row"
-    return local.reshape(-1).view(torch.uint8)
+class AbandonedError(Exception):
+    """The save was given up; nothing more of it may become visible."""
 
 
 class DeviceExit:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from elastic.checkpoint.staging.buffer_choice import Urgency, Uses, choose_arena
-from elastic.checkpoint.staging.device_to_host import HostArenas
+from elastic.checkpoint.staging.host_buffers import HostArenas
 from elastic.checkpoint.tiers.disk import DiskTier
 from elastic.checkpoint.tiers.peer import Kept, PeerTier
 from elastic.checkpoint.tiers.trainer_memory import Memory

@@ -21,15 +21,15 @@ import torch
 
 from elastic.checkpoint.bandwidth import Rates
 from elastic.checkpoint.format.manifest import Manifest
-from elastic.checkpoint.format.write_plan import SavePlan
+from elastic.checkpoint.format.sources import ShardSource
 from elastic.checkpoint.replicas.client import Held, KeeperClient, RemoteKeeper
 from elastic.checkpoint.replicas.discovery import WholeSnapshot, assemble, build_record, list_blocks
 from elastic.checkpoint.replicas.inventory import Snapshot
-from elastic.checkpoint.restore.sources import ShardSource
 from elastic.checkpoint.staging.device_cache import Rows
-from elastic.checkpoint.staging.device_to_host import HostArenas
+from elastic.checkpoint.staging.host_buffers import HostArenas
 from elastic.checkpoint.staging.host_memory import MOST_ARENAS, Room, get_available_bytes
 from elastic.checkpoint.staging.shared_memory import Arena
+from elastic.checkpoint.staging.write_plan import SavePlan
 from elastic.ports import Address
 from elastic.transport import WireError, connect_unix
 

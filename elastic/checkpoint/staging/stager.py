@@ -1,0 +1,98 @@
+"""Copy the live state to host memory while the next forward and backward run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elastic.checkpoint.format.sharding import Box, ShardLayout
+from elastic.checkpoint.staging.device_to_host import Leaving
+from elastic.checkpoint.staging.host_buffers import HostArenas
+from elastic.checkpoint.train_state import get_local
+
+
+@dataclass(frozen=True, kw_only=True)
+class Staged:
+    """A copy that is under way (CUDA) or done (CPU); `live` keeps its sources alive."""
+
+    live: Mapping[str, Tensor]
+    layout: ShardLayout
+    index: int
+    """Of the arena."""
+    arena: memoryview
+    leaving: Leaving | None
+    """What is still on the device."""
+
+    @property
+    def has_left(self) -> bool:
+        """The device is free for the next copy."""
+        return self.leaving is None or self.leaving.is_over
+
+    def wait_on_device(self) -> None:
+        """Let the device change the live state only after the copy.
+
+        The calling thread waits only if the device had no room to copy the state within it.
+        """
+        if self.leaving is not None:
+            self.leaving.wait_on_device()
+
+    def wait_on_host(self) -> None:
+        """Bring what is still on the device to the arena, and return when that may be read; on one thread only.
+
+        Raises:
+            AbandonedError: `give_up` was called.
+        """
+        if self.leaving is not None:
+            self.leaving.bring()
+
+    def wait_left(self) -> None:
+        """Return once the device is free for the next copy."""
+        if self.leaving is not None:
+            self.leaving.wait()
+
+    def give_up(self) -> None:
+        """Return once nothing is written to the arena any more."""
+        if self.leaving is not None:
+            self.leaving.give_up()
+
+
+class Stager:
+    """Fills arenas; on CUDA on a stream of its own.
+
+    The way to the host is slow and a step is short. What fits into free device memory is therefore copied there first,
+    in milliseconds, and leaves it piece by piece while training goes on; only the rest is in the update's way.
+    """
+
+    def __init__(self, arenas: HostArenas) -> None:
+        self._arenas = arenas
+
+    def stage(self, live: Mapping[str, Tensor], layout: ShardLayout, held: Mapping[str, Box], *, index: int) -> Staged:
+        """Start to copy the chunks of `layout` out of the live tensors into an arena.
+
+        Args:
+            held: the box of each tensor that this rank holds; a chunk is a part of it.
+        """
+        arena = self._arenas.get(index)[: layout.num_bytes]
+        arena[: len(layout.header)] = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
+        sources = {name: _find_bytes(live[name], layout, held, name) for name in layout.entries}
+        leaving: Leaving | None = None
+        for name, source in sources.items():
+            if not source.is_cuda:
+                offset = layout.entries[name].offset
+                arena[offset : offset + source.numel()].copy_(source)
+        if self._arenas.exit is not None:
+            on_device = {name: source for name, source in sources.items() if source.is_cuda}
+            leaving = Leaving(on_device, layout, arena, self._arenas.exit, index=index)
+        return Staged(live=live, layout=layout, index=index, arena=arena.numpy().data, leaving=leaving)
+
+
+def _find_bytes(tensor: Tensor, layout: ShardLayout, held: Mapping[str, Box], name: str) -> Tensor:
+    """Return the bytes of one chunk in the live state, in a row."""
+    local = get_local(tensor).detach()
+    for dim, (first, size) in enumerate(
+        zip(layout.entries[name].box.start, layout.entries[name].box.shape, strict=True)
+    ):
+        local = local.narrow(dim, first - held[name].start[dim], size)
+    assert local.is_contiguous(), f"{name} does not lie in a row"
+    return local.reshape(-1).view(torch.uint8)
