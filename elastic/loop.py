@@ -148,7 +148,7 @@ def report(
         now_s=time.time(),
         bad_step=None if result.verdict in ("good", "overflow") else result.verdict,
         val_loss=val_loss,
-        unkept_steps=parts.checkpointer.get_unkept_steps(progress.step),
+        unkept_steps=parts.checkpointer.forecast.get_unkept_steps(progress.step),
     )
     for sink in parts.sinks:
         sink.write(row)
@@ -199,15 +199,15 @@ def get_wish(parts: Parts, timeline: Timeline, when: Literal["start", "end"]) ->
     notice = parts.notices.get_notice()
     if notice is None:
         return "continue"
-    usual_step_s = timeline.get_usual_s("train")
+    usual_step_s, forecast = timeline.get_usual_s("train"), parts.checkpointer.forecast
     return interrupt.decide(
         seconds_left=get_seconds_left(notice),
         rest_of_step_s=0.0 if when == "end" else float("inf") if usual_step_s is None else usual_step_s,
         save_s=estimate_save_s(parts, notice.keep_in),
         margin=parts.config.fault.save_margin,
-        copy_s=parts.checkpointer.estimate_copy_s(),
+        copy_s=forecast.estimate_copy_s(),
         keep_in=notice.keep_in,
-        is_keeping=parts.checkpointer.is_keeping,
+        is_keeping=forecast.is_keeping,
     )
 
 
@@ -221,15 +221,19 @@ def needs_copies(parts: Parts) -> bool:
     notice = parts.notices.get_notice()
     return notice is not None and interrupt.needs_copies(
         seconds_left=get_seconds_left(notice),
-        save_s=parts.checkpointer.estimate_hand_over_s(),
-        copy_s=parts.checkpointer.estimate_copy_s(),
+        save_s=parts.checkpointer.forecast.estimate_hand_over_s(),
+        copy_s=parts.checkpointer.forecast.estimate_copy_s(),
     )
 
 
 def estimate_save_s(parts: Parts, keep_in: Literal["memory", "storage"]) -> float | None:
     """Return how long it takes to bring the state to where it must be safe; None if no save there was measured yet."""
     checkpointer = parts.checkpointer
-    return checkpointer.estimate_hand_over_s() if keep_in == "memory" else checkpointer.get_usual_s("storage")
+    return (
+        checkpointer.forecast.estimate_hand_over_s()
+        if keep_in == "memory"
+        else checkpointer.forecast.get_usual_s("storage")
+    )
 
 
 def get_due(parts: Parts, progress: Progress, decision: interrupt.Decision) -> Due | None:

@@ -54,7 +54,7 @@ def locate(stack: Sequence[tuple[str, str]], phase: Phase) -> Where:
     file, function = stack[0]
     if "torch/distributed/" in file:
         return "in a collective"
-    if function in ("_engine_run_backward", "_count_vote", "synchronize"):
+    if function in ("_engine_run_backward", "synchronize") or file.endswith("elastic/checkpoint/consensus.py"):
         return "waiting"
     if any("elastic/sinks/" in file or file.endswith("elastic/records/rundir.py") for file, _ in stack):
         return "writing its rows"

@@ -60,7 +60,7 @@ def train_and_save(run_dir, strategy, steps=(3,), last_step=6):
     train(model, optimizer, done + 1, last_step, checkpointer)
     values[last_step] = get_values(model, optimizer)
     newest = checkpointer.finish()
-    usual_save_s = checkpointer.get_usual_s("storage")
+    usual_save_s = checkpointer.forecast.get_usual_s("storage")
     checkpointer.close()
     return values, committed, newest, usual_save_s
 

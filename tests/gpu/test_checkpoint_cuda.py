@@ -93,7 +93,7 @@ def check_snapshots(device, storage, memory, keepers):
             assert [name for name in saved if not torch.equal(saved[name], loaded[name])] == []
 
         index = memory.find_index(epoch=1, step=step)
-        in_arena = memory.get_arenas(device).get(index)[checkpointer._get_plan().own.entries["model.3.weight"].offset :]
+        in_arena = memory.get_arenas(device).get(index)[checkpointer._plan.get().own.entries["model.3.weight"].offset :]
         in_arena[7] ^= 1  # nobody reads what the device still has
         restore_twin()
         take_memory(memory.get_arenas(device).exit)
@@ -165,7 +165,7 @@ def test_the_snapshot_before_stays_on_a_device_with_room(device, tmp_path, monke
         closed.result()
     torch.cuda.synchronize()
     index = memory.find_index(epoch=1, step=3)
-    arenas.get(index)[checkpointer._get_plan().own.entries["model.3.weight"].offset + 7] ^= 1
+    arenas.get(index)[checkpointer._plan.get().own.entries["model.3.weight"].offset + 7] ^= 1
 
     twin, twin_optimizer = build(device, seed=1)
     keepers = {"a": ("127.0.0.1", keeper.port)}

@@ -1,12 +1,15 @@
 """How long a phase may take, and what a stack says about who waits for whom."""
 
 import math
+import traceback
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from elastic.checkpoint.consensus import Ballot, Votes, pack
 from elastic.config import FaultConfig
 from elastic.ports import Phase
 from elastic.timeline import OpenPhase, Timeline
@@ -49,6 +52,7 @@ def test_factor_0_calls_nothing_hung(phase):
         (("/v/torch/autograd/graph.py", "_engine_run_backward"), "train", "waiting"),
         (("/v/torch/cuda/streams.py", "synchronize"), "train", "waiting"),
         (("/x/elastic/step.py", "train_step"), "train", "waiting"),
+        (("/x/elastic/checkpoint/consensus.py", "_wait"), "data", "waiting"),
         (("/x/elastic/nn.py", "forward"), "train", "computing"),
         (("/v/threading.py", "wait"), "data", "loading data"),
         (("/v/threading.py", "wait"), "save", "saving"),
@@ -80,3 +84,17 @@ def test_phases_follow_each_other_without_a_gap_and_their_usual_time_is_a_median
     assert timeline.open.number == 4
     assert timeline.open.usual_s == pytest.approx(observer.seen[2][2] - observer.seen[2][1])
     assert timeline.get_usual_s("save") is None
+
+
+def test_the_wait_for_the_votes_of_other_ranks_is_where_the_stack_says():
+    """Red when the call moves to another file: the innermost frame of ours is the one that calls torch."""
+    stacks = []
+
+    class Work:
+        def wait(self):  # torch's own has no frame
+            stacks.append([(frame.filename, frame.name) for frame in reversed(traceback.extract_stack()[:-1])])
+
+    votes = object.__new__(Votes)
+    votes._open = torch.tensor(pack(Ballot()), dtype=torch.float64), Work()
+    votes.count()
+    assert locate(stacks[0], "data") == "waiting"

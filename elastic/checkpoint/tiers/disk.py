@@ -4,6 +4,7 @@ import logging
 import time
 from concurrent.futures import Future
 
+from elastic.checkpoint.consensus import Job
 from elastic.checkpoint.replicas.inventory import Snapshot
 from elastic.checkpoint.tiers.trainer_memory import Memory
 
@@ -30,16 +31,20 @@ class DiskTier:
         self.is_due = False
         """The next snapshot shall be written; the same on all ranks."""
 
-    def get_ballot(self) -> tuple[bool, bool, bool]:
-        """Return whether this rank's write is over, whether it went well, and whether the next one is due."""
-        is_over = self._stored is None or self._stored.done()
-        is_well = self._stored is None or (is_over and not _get_problem(self._stored))
-        return is_over, is_well, time.monotonic() - self._started_s >= self._every_s
+    def get_job(self) -> Job:
+        """Return how this rank's write stands."""
+        if self._stored is None:
+            return Job()
+        return Job(is_over=self._stored.done(), is_done=self._stored.done() and not _get_problem(self._stored))
 
-    def count(self, *, is_over: bool, is_well: bool, is_due: bool) -> None:
+    def get_is_due(self) -> bool:
+        """Tell whether this rank would write the next snapshot."""
+        return time.monotonic() - self._started_s >= self._every_s
+
+    def count(self, write: Job, *, is_due: bool) -> None:
         """Take what all ranks have said."""
-        if self._stored is not None and is_over:
-            if is_well:
+        if self._stored is not None and write.is_over:
+            if write.is_done:
                 self._complete = self._state
             elif (problem := _get_problem(self._stored)) and problem != self._problem:
                 self._problem = problem

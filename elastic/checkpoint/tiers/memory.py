@@ -5,16 +5,21 @@ is copied to another node as well; then nothing falls back on earlier worlds any
 to the nodes' disks.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Protocol
 
+from elastic.checkpoint.consensus import Job, TierBallot
 from elastic.checkpoint.staging.buffer_choice import Urgency, Uses, choose_arena
+from elastic.checkpoint.staging.device_to_host import AbandonedError
 from elastic.checkpoint.staging.host_buffers import HostArenas
 from elastic.checkpoint.tiers.disk import DiskTier
 from elastic.checkpoint.tiers.peer import Kept, PeerTier
 from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.ports import Address, Progress
+
+logger = logging.getLogger(__name__)
 
 
 class OnKept(Protocol):
@@ -65,6 +70,7 @@ class MemoryTier:
         """The newest that is safe."""
         self.safe_s: list[float] = []
         """What it took from its begin until each was."""
+        self._problem = ""
 
     @property
     def is_copying(self) -> bool:
@@ -72,9 +78,9 @@ class MemoryTier:
         return self._peers.index is not None
 
     @property
-    def is_storing(self) -> bool:
-        """Tell whether a state is on its way to the nodes' disks."""
-        return self._disk is not None and self._disk.index is not None
+    def is_busy(self) -> bool:
+        """Tell whether a state is on its way to other nodes' memory or to a disk."""
+        return self.is_copying or (self._disk is not None and self._disk.index is not None)
 
     def choose(self, busy: set[int], urgency: Urgency) -> int | None:
         """Return the arena for the next state; None, on all ranks, if it must wait.
@@ -109,12 +115,20 @@ class MemoryTier:
         self._filled = [*(other for other in self._filled if other != index), index]
         self._memory.begin(index, epoch=self._epoch)
 
-    def take(self, kept: Kept, *, follows: bool) -> None:
-        """Take a state that is whole.
+    def settle(self, kept: Kept, *, is_kept: bool, problem: str, follows: bool) -> None:
+        """Take that a state is in the memory of all nodes, or failed to get there.
 
         Args:
+            kept: the state, as this rank has it.
+            is_kept: all ranks say so.
+            problem: of this rank; empty if it has none.
             follows: its copies follow, unless others are under way.
         """
+        if not is_kept:
+            if problem and problem != self._problem and not problem.startswith(AbandonedError.__name__):
+                self._problem = problem
+                logger.warning("step %d is not safe in memory, training goes on: %s", kept.progress.step, problem)
+            return
         self.newest, self._newest_index = kept, kept.index
         self._on_kept(kept.progress, copied=False)
         if follows:
@@ -136,21 +150,24 @@ class MemoryTier:
             agree: whether all ranks say so.
         """
         while self.is_copying:
-            self._count_copies(is_over=True, is_well=agree(self._peers.wait()))
+            self._count_copies(Job(is_over=True, is_done=agree(self._peers.wait())))
 
-    def get_ballot(self) -> tuple[bool, ...]:
+    def get_ballot(self) -> TierBallot:
         """Return what this rank says of its copy and of its disk, for `count`."""
-        return *self._peers.get_ballot(), *(self._disk.get_ballot() if self._disk else (True, True, False))
+        return TierBallot(
+            copy=self._peers.get_job(),
+            disk_write=self._disk.get_job() if self._disk else Job(),
+            is_disk_write_due=self._disk is not None and self._disk.get_is_due(),
+        )
 
-    def count(self, ballot: list[bool]) -> None:
+    def count(self, ballot: TierBallot) -> None:
         """Take what all ranks have said."""
-        is_copied, is_copied_well, is_stored, is_stored_well, is_disk_due = ballot
         if self._disk:
-            self._disk.count(is_over=is_stored, is_well=is_stored_well, is_due=is_disk_due)
-        self._count_copies(is_over=is_copied, is_well=is_copied_well)
+            self._disk.count(ballot.disk_write, is_due=ballot.is_disk_write_due)
+        self._count_copies(ballot.copy)
 
-    def _count_copies(self, *, is_over: bool, is_well: bool) -> None:
-        if copied := self._peers.count(is_over=is_over, is_well=is_well):
+    def _count_copies(self, copy: Job) -> None:
+        if copied := self._peers.count(copy):
             self._take_safe(copied)
             self.start_copies()
 
@@ -164,7 +181,3 @@ class MemoryTier:
         if self._disk and self._disk.is_due:
             self._disk.start(kept.index, kept.snapshot)
         self._on_kept(kept.progress, copied=True)
-
-
-NO_BALLOT = (True, True, True, True, False)
-"""What a rank says that keeps nothing in memory."""

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from elastic.checkpoint.bandwidth import Rate
+from elastic.checkpoint.consensus import Job
 from elastic.checkpoint.replicas.inventory import Snapshot
 from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.ports import Address, Progress
@@ -52,10 +53,12 @@ class PeerTier:
         """Return the arena that is being copied."""
         return self._copying.index if self._copying else None
 
-    def get_ballot(self) -> tuple[bool, bool]:
-        """Return whether this rank's copy is made, or failed, and whether it went well."""
+    def get_job(self) -> Job:
+        """Return how this rank's copy stands."""
         copied = self._copied
-        return copied is None or copied.done(), copied is None or (copied.done() and not _get_problem(copied))
+        if copied is None:
+            return Job()
+        return Job(is_over=copied.done(), is_done=copied.done() and not _get_problem(copied))
 
     def start(self, kept: Kept) -> None:
         """Begin to copy a snapshot if no copy is under way."""
@@ -69,13 +72,13 @@ class PeerTier:
             self._copied = self._memory.copy(kept.index, kept.snapshot, peer=self._peer)
             self._copied.add_done_callback(self._measure)
 
-    def count(self, *, is_over: bool, is_well: bool) -> Kept | None:
+    def count(self, copy: Job) -> Kept | None:
         """Take what all ranks have said; return what is safe now."""
         copying, copied = self._copying, self._copied
-        if copying is None or copied is None or not is_over:
+        if copying is None or copied is None or not copy.is_over:
             return None
         self._copying = self._copied = None
-        if is_well:
+        if copy.is_done:
             return copying
         problem = _get_problem(copied)
         if problem and problem != self._problem:
