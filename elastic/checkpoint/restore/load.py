@@ -19,13 +19,20 @@ from torch import Tensor, nn
 
 from elastic.checkpoint.durable.storage_errors import explain_unreadable
 from elastic.checkpoint.exchange import Parcels
-from elastic.checkpoint.format.compat import check_resume, check_tensors, get_unsaved
-from elastic.checkpoint.format.manifest import CommittedCheckpoint, Manifest, find_damage, list_committed, read_manifest
+from elastic.checkpoint.format.compat import get_unsaved
+from elastic.checkpoint.format.manifest import CommittedCheckpoint, Manifest
 from elastic.checkpoint.format.read_plan import plan_checks, plan_reads
 from elastic.checkpoint.format.sharding import get_box
 from elastic.checkpoint.format.sources import ShardSource, StorageSource
-from elastic.checkpoint.replicas.client import Held
-from elastic.checkpoint.replicas.discovery import WholeSnapshot, assemble, outline
+from elastic.checkpoint.replicas.discovery import WholeSnapshot
+from elastic.checkpoint.restore.candidates import (
+    Candidate,
+    describe_candidate,
+    find_candidates,
+    get_source,
+    inspect_candidate,
+    outline_candidate,
+)
 from elastic.checkpoint.restore.fill_tensors import NUM_COPIERS, NUM_READERS, READ_BYTES, fill
 from elastic.checkpoint.staging.device_cache import Rows
 from elastic.checkpoint.tiers.trainer_memory import Memory
@@ -38,15 +45,14 @@ from elastic.checkpoint.train_state import (
     set_rng_state,
 )
 from elastic.config import RunConfig
-from elastic.errors import CheckpointError, SolventError
+from elastic.errors import CheckpointError
 from elastic.ports import Address, DataIdentity, Progress, Source
-from elastic.storage import Storage, is_url
+from elastic.storage import Storage
 from elastic.timeline import Laps
 
 logger = logging.getLogger(__name__)
 
-_Candidate = CommittedCheckpoint | WholeSnapshot
-_CANDIDATES = Parcels[Sequence[_Candidate]](Sequence[_Candidate])
+_CANDIDATES = Parcels[Sequence[Candidate]](Sequence[Candidate])
 _FOUND = Parcels[Manifest | str](Manifest | str)
 _DAMAGE = Parcels[str | None](str | None)
 
@@ -96,16 +102,17 @@ def restore(
     """
     rank, laps = dist.get_rank(group), Laps()
     held = memory.fetch_all(keepers or {}) if memory and rank == 0 else []
-    seen = _find_candidates(storage, held) if rank == 0 else None
-    candidates = _CANDIDATES.broadcast(list(map(_outline, seen)) if isinstance(seen, list) else seen, group)
+    seen = find_candidates(storage, held) if rank == 0 else None
+    candidates = _CANDIDATES.broadcast(list(map(outline_candidate, seen)) if isinstance(seen, list) else seen, group)
     if isinstance(candidates, Exception):
         raise candidates
     laps.end("looked")
     live = get_live_state(model, optimizer) if candidates else {}
+    shapes = {name: tuple(tensor.shape) for name, tensor in live.items()}
     laps.end("live state")
     for number, candidate in enumerate(candidates):
         whole = seen[number] if isinstance(seen, list) else None
-        found = _FOUND.broadcast(_inspect(storage, whole, config, data, live) if whole else None, group)
+        found = _FOUND.broadcast(inspect_candidate(storage, whole, config, data, shapes) if whole else None, group)
         if isinstance(found, Exception):
             raise found
         if isinstance(found, Manifest):
@@ -121,11 +128,13 @@ def restore(
                 found = damage or found
             laps.end("read")
         if isinstance(found, Manifest):
-            source = _get_source(candidate, storage)
+            source = get_source(candidate, storage)
             logger.info("step %d restored: %s", found.progress.step, laps)
             return Restored(progress=found.progress, extra=found.extra, epoch=found.epoch, source=source, live=live)
         if rank == 0:
-            logger.warning("%s is damaged (%s); falling back to the one before", _describe(candidate, storage), found)
+            logger.warning(
+                "%s is damaged (%s); falling back to the one before", describe_candidate(candidate, storage), found
+            )
     if any(isinstance(candidate, CommittedCheckpoint) for candidate in candidates):
         raise CheckpointError(
             f"none of the {len(candidates)} committed checkpoints in {storage.url} is whole, so resuming would "
@@ -134,24 +143,9 @@ def restore(
     return None
 
 
-def _find_candidates(storage: Storage, held: Sequence[Held]) -> list[_Candidate] | SolventError:
-    """Return the states to try, the best first: of two of one step that in memory, which is faster to read."""
-    try:
-        committed = list_committed(storage)
-    except OSError as error:
-        return explain_unreadable(error, storage.url)
-    found: list[_Candidate] = [*assemble(held), *reversed(committed)]
-    return sorted(found, key=lambda candidate: -candidate.step)
-
-
-def _outline(candidate: _Candidate) -> _Candidate:
-    """Return what other ranks are told of a state."""
-    return outline(candidate) if isinstance(candidate, WholeSnapshot) else candidate
-
-
 @contextmanager
 def _open_sources(
-    storage: Storage, candidate: _Candidate, memory: Memory | None, keepers: Mapping[str, Address]
+    storage: Storage, candidate: Candidate, memory: Memory | None, keepers: Mapping[str, Address]
 ) -> Generator[Sequence[ShardSource]]:
     if isinstance(candidate, CommittedCheckpoint):
         yield [StorageSource(storage, candidate.directory)]
@@ -159,20 +153,6 @@ def _open_sources(
         assert memory is not None, "whoever lists snapshots can read them"
         with memory.open_sources(candidate, keepers) as sources:
             yield sources
-
-
-def _get_source(candidate: _Candidate, storage: Storage) -> Source:
-    if isinstance(candidate, CommittedCheckpoint):
-        return "remote" if is_url(storage.url) else "disk"
-    if candidate.needs_disks:
-        return "disk"
-    return "peer" if candidate.needs_copies else "memory"
-
-
-def _describe(candidate: _Candidate, storage: Storage) -> str:
-    if isinstance(candidate, CommittedCheckpoint):
-        return f"{storage.url}/{candidate.directory}"
-    return f"the snapshot of step {candidate.step} on the nodes"
 
 
 def load_state(
@@ -229,26 +209,3 @@ def load_state(
     if not found and has_own_rng:
         set_rng_state(device, targets[own_rng])
     return "; ".join(found) or None
-
-
-def _inspect(
-    storage: Storage,
-    candidate: _Candidate,
-    config: RunConfig,
-    data: DataIdentity | None,
-    live: Mapping[str, Tensor],
-) -> Manifest | SolventError | str:
-    """Return the manifest of a state to load, why the run cannot go on from it, or what is damaged."""
-    is_stored = isinstance(candidate, CommittedCheckpoint)
-    try:
-        manifest = read_manifest(storage, candidate) if is_stored else candidate.manifest
-        remarks = check_resume(config, manifest, data=data)
-        check_tensors({name: tuple(tensor.shape) for name, tensor in live.items()}, manifest)
-        damage = find_damage(storage, candidate, manifest) if is_stored else None
-    except OSError as error:
-        return explain_unreadable(error, storage.url)
-    except SolventError as error:
-        return error
-    for remark in remarks:
-        logger.warning("%s", remark)
-    return damage or manifest
