@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from elastic.checkpoint.checkpointer import Checkpointer
 from elastic.checkpoint.format.manifest import list_committed, read_manifest
-from elastic.checkpoint.replicas.client import start_keeper
+from elastic.checkpoint.replicas.process import start_keeper
 from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.checkpoint.train_state import get_live_state
 from elastic.config import CheckpointConfig, RunConfig

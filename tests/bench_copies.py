@@ -17,8 +17,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 
-from elastic.checkpoint.replicas.client import KeeperClient, RemoteKeeper, start_keeper
+from elastic.checkpoint.replicas.client import KeeperClient
 from elastic.checkpoint.replicas.inventory import Snapshot
+from elastic.checkpoint.replicas.process import start_keeper
+from elastic.checkpoint.replicas.remote import RemoteKeeper
 from elastic.checkpoint.replicas.transfer import NUM_STREAMS
 from elastic.checkpoint.staging.shared_memory import GIB, allocate_arena
 

@@ -8,10 +8,11 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from elastic.transport.acceptor import Peer
-from elastic.transport.frames import SEAL_BYTES, Header, WireError, encode, parse, parse_length
+from elastic.transport.frames import SEAL_BYTES, WireError, encode, parse, parse_length
+from elastic.transport.typed import Vocabulary, to_header
 
 MAX_HEADER_BYTES = 64 * 2**20
 """Far more than an index of a million chunks. Only who has proved to be one of ours can have as much allocated."""
@@ -19,17 +20,26 @@ PIECE_BYTES = 4 * 2**20
 """What is sent or received at a time, so that an abort is noticed soon."""
 
 
-class Channel:
-    """A connected stream socket that sends and receives whole messages; one thread may receive while others send."""
+_M = TypeVar("_M")
 
-    def __init__(self, peer: Peer) -> None:
-        self._socket = peer.socket
+
+class Channel(Generic[_M]):
+    """A connected stream socket that sends and receives whole messages; one thread may receive while others send.
+
+    Args:
+        hears: what the peer may say.
+    """
+
+    def __init__(self, peer: Peer, hears: Vocabulary[_M]) -> None:
+        self.payload_bytes = 0
+        """Raw bytes that follow the message received last."""
+        self._socket, self._hears = peer.socket, hears
         self._seals = peer.seals
         self._descriptors: list[int] = []
         self._sending = threading.Lock()
 
     def send(
-        self, header: Header, payload: Iterable[memoryview] = (), *, num_bytes: int = 0, descriptor: int | None = None
+        self, message: object, payload: Iterable[memoryview] = (), *, num_bytes: int = 0, descriptor: int | None = None
     ) -> None:
         """Send one message; `payload` yields `num_bytes` in all, and what it raises breaks the channel.
 
@@ -38,7 +48,7 @@ class Channel:
         """
         with self._sending:
             seal = self._seals.sent if self._seals else None
-            data = encode({**header, "bytes": num_bytes}, seal=seal, limit_bytes=MAX_HEADER_BYTES)
+            data = encode({**to_header(message), "bytes": num_bytes}, seal=seal, limit_bytes=MAX_HEADER_BYTES)
             try:
                 if descriptor is None:
                     self._socket.sendall(data)
@@ -55,7 +65,7 @@ class Channel:
                 raise
 
     def send_file(
-        self, header: Header, descriptor: int, parts: Iterable[tuple[int, int]], *, check: Callable[[], None]
+        self, message: object, descriptor: int, parts: Iterable[tuple[int, int]], *, check: Callable[[], None]
     ) -> None:
         """Send one message whose payload are parts of a file: the kernel takes them from where they are.
 
@@ -70,7 +80,7 @@ class Channel:
         num_bytes = sum(size for _, size in parts)
         with self._sending:
             seal = self._seals.sent if self._seals else None
-            data = encode({**header, "bytes": num_bytes}, seal=seal, limit_bytes=MAX_HEADER_BYTES)
+            data = encode({**to_header(message), "bytes": num_bytes}, seal=seal, limit_bytes=MAX_HEADER_BYTES)
             try:
                 self._socket.sendall(data)
                 for offset, size in parts:
@@ -102,10 +112,10 @@ class Channel:
         if not poll.poll(None if timeout_s is None else 1000 * timeout_s):
             raise TimeoutError("timed out")
 
-    def receive(self) -> Header | None:
-        """Return the next header; None when the peer has closed the connection between messages.
+    def receive(self) -> _M | None:
+        """Return the next message; None when the peer has closed the connection between messages.
 
-        The caller then takes ``header["bytes"]`` raw bytes with `receive_into`.
+        The caller then takes `payload_bytes` raw bytes with `receive_into`.
 
         Raises:
             WireError: the connection broke, or the message is none of ours.
@@ -116,7 +126,7 @@ class Channel:
             self.close()  # what follows would not be understood
             raise
 
-    def _receive(self) -> Header | None:
+    def _receive(self) -> _M | None:
         size = bytearray(4)
         if not self._fill(memoryview(size), may_end=True):
             return None
@@ -127,10 +137,11 @@ class Channel:
         if self._seals:
             self._seals.received.check(seal, text)
         header = parse(text)
-        num_bytes: Any = header.get("bytes")
+        num_bytes: Any = header.pop("bytes", None)
         if type(num_bytes) is not int or num_bytes < 0:
-            raise WireError(f"a header with bytes={num_bytes!r} is none of ours")
-        return header
+            raise WireError(f"a message with bytes={repr(num_bytes)[:100]} is none of ours")
+        self.payload_bytes = num_bytes
+        return self._hears.parse(header)
 
     def receive_into(self, out: memoryview) -> None:
         """Fill `out` with raw bytes.

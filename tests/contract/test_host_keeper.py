@@ -10,7 +10,9 @@ import pytest
 
 from cluster.runtime.node import host_keeper as module
 from cluster.runtime.node.host_keeper import HostKeeper
-from elastic.checkpoint.replicas.client import KeeperClient, RemoteKeeper, launch_keeper
+from elastic.checkpoint.replicas.client import KeeperClient
+from elastic.checkpoint.replicas.process import launch_keeper
+from elastic.checkpoint.replicas.remote import RemoteKeeper
 
 SECRET = "s3cret"
 

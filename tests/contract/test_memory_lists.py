@@ -9,9 +9,10 @@ import pytest
 
 from elastic.checkpoint.format.manifest import Manifest
 from elastic.checkpoint.format.sharding import build_layout
-from elastic.checkpoint.replicas.client import KeeperClient, start_keeper
+from elastic.checkpoint.replicas.client import KeeperClient
 from elastic.checkpoint.replicas.discovery import build_record, list_blocks
 from elastic.checkpoint.replicas.inventory import Snapshot
+from elastic.checkpoint.replicas.process import start_keeper
 from elastic.checkpoint.staging.shared_memory import allocate_arena
 from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.ports import Progress

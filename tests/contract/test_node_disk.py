@@ -6,7 +6,8 @@ import signal
 
 import pytest
 
-from elastic.checkpoint.replicas.client import KeeperClient, start_keeper
+from elastic.checkpoint.replicas.client import KeeperClient
+from elastic.checkpoint.replicas.process import start_keeper
 from tests.contract.test_replica_server import SECRET, SIZE, Trainer
 
 

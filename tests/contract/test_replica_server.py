@@ -1,5 +1,6 @@
 """Real keepers, started as trainers and hosts start them; nothing here imports torch."""
 
+import json
 import os
 import resource
 import signal
@@ -9,16 +10,35 @@ import sys
 import time
 import zlib
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from elastic.checkpoint.replicas import client
-from elastic.checkpoint.replicas.client import KeeperClient, RemoteKeeper, launch_keeper, start_keeper
-from elastic.checkpoint.replicas.inventory import Snapshot
+from elastic.checkpoint.replicas.client import KeeperClient
+from elastic.checkpoint.replicas.inventory import Held, Snapshot
+from elastic.checkpoint.replicas.messages import (
+    COPY_ANSWERS,
+    FromTrainer,
+    Opened,
+    Push,
+    Pushed,
+    Refused,
+    Seal,
+    Stripe,
+    Taken,
+)
+from elastic.checkpoint.replicas.process import launch_keeper, start_keeper
+from elastic.checkpoint.replicas.remote import RemoteKeeper
 from elastic.checkpoint.staging.shared_memory import allocate_arena
 from elastic.processes import find_running
-from elastic.transport import Channel, Peer, WireError, connect, connect_unix
+from elastic.transport import Channel, Peer, WireError, connect, connect_unix, to_plain
+from elastic.transport.frames import encode
+from elastic.transport.typed import to_header
 from tests.memory_limit import MIB, limit_memory
 from tests.slow_keepers import slow_checksums
 from tests.tcp_proxy import TcpProxy
@@ -73,33 +93,40 @@ class Trainer:
 
 
 def describe_copy(origin, data):
-    """Return the header with which another node's keeper sends what its trainer has filled."""
-    return {
-        "kind": "push",
-        "origin": origin,
-        "index": 0,
-        "snapshot": {"epoch": 1, "step": 1, "world_size": 1, "rank": 0},
-        "record": None,
-        "chunks": [[0, len(data)]],
-        "num_bytes": len(data),
-        "capacity": len(data),
-    }
+    """Return the message with which another node's keeper sends what its trainer has filled."""
+    shard = Held(
+        origin=origin,
+        index=0,
+        snapshot=make_snapshot(1),
+        num_bytes=len(data),
+        chunks=((0, len(data)),),
+        checksums=None,
+        record=None,
+        is_copy=False,
+        is_on_disk=False,
+        node="b",
+    )
+    return Push(shard=shard, capacity=len(data))
 
 
-def ask(channel, header, payload=(), *, num_bytes=0):
-    channel.send(header, payload, num_bytes=num_bytes)
+def dial(process):
+    return Channel(connect(("127.0.0.1", process.port), SECRET, purpose="keeper"), COPY_ANSWERS)
+
+
+def ask(channel, message, payload=(), *, num_bytes=0):
+    channel.send(message, payload, num_bytes=num_bytes)
     return channel.receive()
 
 
-def push(channel, header, payload, *, crc32):
+def push(channel, message, payload, *, crc32):
     """Send a copy on one connection; return the last answer."""
-    opened = ask(channel, header)
-    if opened["kind"] != "open":
+    opened = ask(channel, message)
+    if not isinstance(opened, Opened):
         return opened
-    copy = {"origin": header["origin"], "index": header["index"], "ticket": opened["ticket"]}
-    stripe = {**copy, "kind": "stripe", "first": 0, "stop": 1}
-    assert ask(channel, stripe, payload, num_bytes=header["num_bytes"])["kind"] == "taken"
-    return ask(channel, {**copy, "kind": "seal", "checksums": [crc32]})
+    copy = {"origin": message.shard.origin, "index": message.shard.index, "ticket": opened.ticket}
+    stripe = Stripe(**copy, first=0, stop=1)
+    assert ask(channel, stripe, payload, num_bytes=message.shard.num_bytes) == Taken()
+    return ask(channel, Seal(**copy, checksums=(crc32,)))
 
 
 def wait_until(condition, what):
@@ -242,29 +269,106 @@ def test_whoever_does_not_know_the_secret_is_told_nothing():
             assert plain.recv(1) == b""
 
 
+def send_plain(channel, plain, num_bytes=0):
+    """Send JSON that need be no message of ours."""
+    seal = channel._seals.sent if channel._seals else None
+    channel._socket.sendall(encode({**plain, "bytes": num_bytes}, seal=seal, limit_bytes=2**26))
+
+
+SHARD = to_header(describe_copy("1-0", b"x").shard) | {"snapshot": to_header(make_snapshot(1))}
+READ = {"kind": "Read", "origin": "1-0", "index": 0, "start": 0, "size": 1, "sums": False}
+
+
 @pytest.mark.parametrize(
-    "message",
+    "plain",
     [
-        {"kind": "nonsense"},
-        {"kind": "read"},
-        {"kind": "read", "origin": "1-0", "index": 0, "snapshot": {"step": 1}, "start": 0, "size": 1},
-        {"kind": "retire"},
-        {"kind": "push", "origin": "x", "index": 0},
-        {**describe_copy("1-0", b"x"), "kind": "push"},  # not a copy
-        {"kind": "stripe", "origin": "1-0", "index": 0, "ticket": 0, "first": 0, "stop": 1},
-        {"kind": "seal", "origin": "1-0", "index": 0, "ticket": 0, "checksums": []},
-        {"kind": "hold", "origin": "x", "index": 0},  # only over the Unix socket
+        {"kind": "Nonsense"},
+        {"kind": "Read"},
+        {**READ, "snapshot": {"step": 1}},
+        {**READ, "snapshot": {"kind": "Held"}},
+        {"kind": "Retire"},
+        {"kind": "Retire", "before_epoch": "2", "keep_step": None},
+        {"kind": "Push", "origin": "x", "index": 0},
+        {"kind": "Push", "shard": SHARD, "capacity": 1},  # not a copy
+        {"kind": "Push", "shard": {**SHARD, "origin": "x"}, "capacity": 0},
+        {"kind": "Push", "shard": {**SHARD, "origin": "x", "chunks": [[0, 2]]}, "capacity": 1},
+        {"kind": "Stripe", "origin": "1-0", "index": 0, "ticket": 0, "first": 0, "stop": 1},
+        {"kind": "Seal", "origin": "1-0", "index": 0, "ticket": 0, "checksums": []},
+        {"kind": "Hold", "origin": "x", "index": 0, "num_bytes": 1},  # only over the Unix socket
     ],
 )
-def test_a_message_that_makes_no_sense_ends_its_connection_and_nothing_else(message):
+def test_a_message_that_makes_no_sense_ends_its_connection_and_nothing_else(plain):
     with keeper() as process:
         trainer = Trainer(process)
         trainer.fill(0, 1).result(10)
-        channel = Channel(connect(("127.0.0.1", process.port), SECRET, purpose="keeper"))
-        channel.send(message)
+        channel = dial(process)
+        send_plain(channel, plain)
         assert channel.receive() is None
         channel.close()
         assert [held.snapshot.step for held in trainer.client.fetch_list()] == [1]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
+    max_leaves=10,
+)
+SIZES = st.sampled_from([-(2**70), -1, 0, 1, 2, SIZE, SIZE + 1, 2**50, 2**63, 2**70])
+"""No number between: a copy of GiB would be made room for."""
+
+
+def build(hint):
+    """Return values of a type that a message may have."""
+    simple = {int: SIZES, str: st.sampled_from(["", "1-0", "x"]), bool: st.booleans(), type(None): st.none()}
+    if hint in (object, Any):
+        return JSON
+    if hint in simple:
+        return simple[hint]
+    if is_dataclass(hint):
+        return st.builds(hint, **{name: build(of) for name, of in get_type_hints(hint).items()})
+    if get_origin(hint) is tuple and get_args(hint)[1:] == (...,):
+        return st.lists(build(get_args(hint)[0]), max_size=3).map(tuple)
+    if get_origin(hint) is tuple:
+        return st.tuples(*map(build, get_args(hint)))
+    return st.one_of(*map(build, get_args(hint)))
+
+
+SAID = st.one_of([build(kind) for kind in get_args(FromTrainer)])
+KINDS = [kind.__name__ for kind in get_args(FromTrainer)]
+FRAMES = (
+    st.builds(lambda message: json.dumps(to_header(message) | {"bytes": 0}, default=to_plain).encode(), SAID)
+    | st.builds(
+        lambda kind, rest: json.dumps({**rest, "kind": kind, "bytes": 0}).encode(),
+        st.sampled_from(KINDS),
+        st.dictionaries(st.sampled_from(["index", "snapshot", "shard", "origin", "start", "chunks"]), JSON),
+    )
+    | st.binary(max_size=200)
+)
+
+
+@pytest.fixture(scope="module")
+def one_keeper():
+    with keeper() as process:
+        yield process
+
+
+@settings(max_examples=150, deadline=None)
+@given(frames=st.lists(FRAMES, min_size=1, max_size=4), is_trainer=st.booleans(), raw=st.binary(max_size=100))
+def test_whatever_bytes_come_the_keeper_serves_on(one_keeper, frames, is_trainer, raw):
+    """From a trainer of its node, or with the run's secret: with the right frame around anything, and without one."""
+    if is_trainer:
+        connection, seal = one_keeper.open_connection(), None
+    else:
+        peer = connect(("127.0.0.1", one_keeper.port), SECRET, purpose="keeper")
+        connection, seal = peer.socket, peer.seals.sent
+    with connection, suppress(OSError):  # it ends the connection before all has come
+        for text in frames:
+            connection.sendall(len(text).to_bytes(4, "big") + (seal.make(text) if seal else b"") + text)
+        connection.sendall(raw)
+    onlooker = KeeperClient(one_keeper.open_connection(), origin="onlooker")
+    onlooker.fetch_list()
+    onlooker.close()
+    assert one_keeper.process.poll() is None
 
 
 def test_a_read_beyond_the_end_is_refused():
@@ -278,10 +382,10 @@ def test_a_read_beyond_the_end_is_refused():
 
 def test_a_copy_that_was_damaged_on_the_way_is_refused():
     with keeper() as process:
-        channel = Channel(connect(("127.0.0.1", process.port), SECRET, purpose="keeper"))
+        channel = dial(process)
         header, crc32 = describe_copy("1-0", b"good"), zlib.crc32(b"good")
-        assert push(channel, header, [memoryview(b"baad")], crc32=crc32)["kind"] == "refused"
-        assert push(channel, header, [memoryview(b"good")], crc32=crc32)["kind"] == "pushed"
+        assert isinstance(push(channel, header, [memoryview(b"baad")], crc32=crc32), Refused)
+        assert push(channel, header, [memoryview(b"good")], crc32=crc32) == Pushed()
         channel.close()
 
 
@@ -303,19 +407,19 @@ def test_room_that_was_promised_to_a_copy_is_not_given_to_another_one():
     with keeper() as process, limit_memory(2048 * MIB) as limit:
         limit.add(process.process.pid)
         local = KeeperClient(process.open_connection(), origin="2-0")
-        slow, fast = (Channel(connect(("127.0.0.1", process.port), SECRET, purpose="keeper")) for _ in range(2))
+        slow, fast = (dial(process) for _ in range(2))
         limit.set(limit.get_used() + (256 + 150) * MIB)
 
         def send_slowly():
             yield memoryview(data)[:1000]
             wait_until(lambda: local.fetch_held_bytes() == len(data), "it is promised room")
-            assert push(fast, other, [memoryview(data)], crc32=crc32)["kind"] == "refused"
+            assert isinstance(push(fast, other, [memoryview(data)], crc32=crc32), Refused)
             yield memoryview(data)[1000:]
 
-        assert push(slow, header, send_slowly(), crc32=crc32)["kind"] == "pushed"
+        assert push(slow, header, send_slowly(), crc32=crc32) == Pushed()
         limit.set(limit.get_used() + (256 + 150) * MIB)
         pushed = push(fast, other, [memoryview(data)], crc32=crc32)
-        assert pushed["kind"] == "pushed", "what has come is promised no longer"
+        assert pushed == Pushed(), "what has come is promised no longer"
         slow.close()
         fast.close()
 
@@ -324,7 +428,8 @@ OWNER = """
 import sys, time
 from elastic.checkpoint.staging.shared_memory import allocate_arena
 from elastic.checkpoint.replicas.inventory import Snapshot
-from elastic.checkpoint.replicas.client import KeeperClient, start_keeper
+from elastic.checkpoint.replicas.client import KeeperClient
+from elastic.checkpoint.replicas.process import start_keeper
 keeper = start_keeper(node="a", ip="127.0.0.1", secret="x")
 client = KeeperClient(keeper.open_connection(), origin="1-0")
 arena = allocate_arena(2**20, name="test")
@@ -353,7 +458,7 @@ def test_bytes_that_are_no_message_end_the_connection():
     ours, theirs = socket.socketpair()
     ours.sendall(b"\xff\xff\xff\xffHTTP/1.1 400")
     with pytest.raises(WireError, match="none of ours"):
-        Channel(Peer(theirs, None)).receive()
+        Channel(Peer(theirs, None), COPY_ANSWERS).receive()
     ours.close()
     theirs.close()
 
@@ -445,7 +550,7 @@ def test_a_snapshot_that_fails_in_an_unforeseen_way_is_settled_all_the_same():
         trainer = Trainer(process)
         trainer.client.begin(0, epoch=1)
         snapshot = Snapshot(epoch=1, step=1, world_size=1, rank=0)
-        settled = trainer.client.fill(0, snapshot, num_bytes=1, chunks=[(0, "all")], record=None)
-        assert "TypeError" in settled.result(10)
+        settled = trainer.client.fill(0, snapshot, num_bytes=1, chunks=[(0, 2**62)], record=None)
+        assert "MemoryError" in settled.result(10)
         assert trainer.fill(0, 2).result(10) == ""
         assert [held.snapshot.step for held in trainer.client.fetch_list()] == [2]

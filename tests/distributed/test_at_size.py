@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from elastic.checkpoint.checkpointer import Checkpointer
-from elastic.checkpoint.replicas.client import start_keeper
+from elastic.checkpoint.replicas.process import start_keeper
 from elastic.checkpoint.restore.load import restore
 from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.storage import open_storage

@@ -13,7 +13,7 @@ from itertools import pairwise
 import pytest
 
 from elastic.breaker import Breaker
-from elastic.checkpoint.replicas.client import start_keeper
+from elastic.checkpoint.replicas.process import start_keeper
 from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.config import CheckpointConfig
 from elastic.ports import Finished, Lost

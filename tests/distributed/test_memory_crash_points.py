@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from elastic.checkpoint.replicas.client import start_keeper
+from elastic.checkpoint.replicas.process import start_keeper
 from elastic.checkpoint.restore.load import restore
 from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.storage import open_storage

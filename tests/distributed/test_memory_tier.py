@@ -9,7 +9,9 @@ from functools import partial
 import pytest
 import torch.distributed as dist
 
-from elastic.checkpoint.replicas.client import KeeperClient, RemoteKeeper, start_keeper
+from elastic.checkpoint.replicas.client import KeeperClient
+from elastic.checkpoint.replicas.process import start_keeper
+from elastic.checkpoint.replicas.remote import RemoteKeeper
 from elastic.checkpoint.restore.load import restore
 from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.ports import Finished, Interrupted, Notice

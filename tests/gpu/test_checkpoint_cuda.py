@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from elastic.checkpoint.checkpointer import Checkpointer
-from elastic.checkpoint.replicas.client import start_keeper
+from elastic.checkpoint.replicas.process import start_keeper
 from elastic.checkpoint.restore.load import restore
 from elastic.checkpoint.staging import device_to_host
 from elastic.checkpoint.tiers.trainer_memory import Memory

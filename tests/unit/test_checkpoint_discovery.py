@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from elastic.checkpoint.format.manifest import BLOCK_BYTES, Manifest, TensorRecord
 from elastic.checkpoint.format.read_plan import plan_reads
 from elastic.checkpoint.format.sharding import Box, Spread, build_layout, plan_chunks
-from elastic.checkpoint.replicas.client import Held
 from elastic.checkpoint.replicas.discovery import assemble, build_record, list_blocks
-from elastic.checkpoint.replicas.inventory import Snapshot
+from elastic.checkpoint.replicas.inventory import Held, Snapshot
 from elastic.ports import Progress
 
 SHAPE = (1000, 700)  # 2.7 MiB: several blocks per rank

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from elastic.checkpoint.bandwidth import Rate
 from elastic.checkpoint.replicas import transfer
+from elastic.checkpoint.replicas.messages import COPY_ANSWERS, Taken
 from elastic.checkpoint.replicas.transfer import checksum_parts, cut_stripes, join, receive_parts
 from elastic.checkpoint.staging.shared_memory import allocate_arena
 from elastic.transport import Channel, Peer
@@ -49,15 +50,16 @@ def test_what_is_sent_from_one_arena_is_in_the_other_with_its_checksums(monkeypa
     parts = lay_out(sizes)
     source, target = (allocate_arena(sum(sizes), name="test") for _ in range(2))
     source.view[:] = random.Random(1).randbytes(sum(sizes))
-    ours, theirs = (Channel(Peer(each, None)) for each in socket.socketpair())
+    ours, theirs = (Channel(Peer(each, None), COPY_ANSWERS) for each in socket.socketpair())
     ours.set_timeout(10)
 
     def send():
-        ours.send_file({"kind": "x"}, source.descriptor, join(parts), check=lambda: None)
+        ours.send_file(Taken(), source.descriptor, join(parts), check=lambda: None)
 
     sender = threading.Thread(target=send)
     sender.start()
-    assert theirs.receive()["bytes"] == sum(sizes)
+    assert theirs.receive() == Taken()
+    assert theirs.payload_bytes == sum(sizes)
     received = receive_parts(theirs, target, parts, check=lambda: None)
     sender.join()
     assert bytes(target.view) == bytes(source.view)

@@ -1,12 +1,13 @@
 import contextlib
 import os
 import socket
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.transport import Channel, Peer, WireError
+from elastic.transport import Channel, Peer, Vocabulary, WireError
 
 JSON = st.recursive(
     st.none() | st.integers() | st.text(max_size=5),
@@ -15,18 +16,26 @@ JSON = st.recursive(
 )
 
 
+@dataclass(frozen=True)
+class Say:
+    what: object
+
+
+HEARS = Vocabulary(Say)
+
+
 def pair():
     ours, theirs = socket.socketpair()
-    return Channel(Peer(ours, None)), Channel(Peer(theirs, None))
+    return Channel(Peer(ours, None), HEARS), Channel(Peer(theirs, None), HEARS)
 
 
-@given(fields=st.dictionaries(st.text(max_size=3), JSON, max_size=3), data=st.binary())
-def test_what_is_sent_is_received(fields, data):
+@given(what=JSON, data=st.binary())
+def test_what_is_sent_is_received(what, data):
     ours, theirs = pair()
-    ours.send({"kind": "x", **fields}, [memoryview(data)], num_bytes=len(data))
+    ours.send(Say(what), [memoryview(data)], num_bytes=len(data))
     ours.close()
-    header = theirs.receive()
-    assert header == {"kind": "x", "bytes": len(data), **fields}
+    assert theirs.receive() == Say(what)
+    assert theirs.payload_bytes == len(data)
     out = bytearray(len(data))
     theirs.receive_into(memoryview(out))
     assert out == data
@@ -39,7 +48,7 @@ def test_garbage_is_refused_and_never_understood(data):
     ours, theirs = socket.socketpair()
     with ours:
         ours.sendall(data)
-    channel = Channel(Peer(theirs, None))
+    channel = Channel(Peer(theirs, None), HEARS)
     if data:
         with pytest.raises(WireError):
             channel.receive()
@@ -52,9 +61,9 @@ def test_descriptors_come_with_their_message_and_are_closed_if_nobody_takes_them
     ours, theirs = pair()
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     with open(os.devnull) as file:  # noqa: PTH123
-        ours.send({"kind": "a"}, descriptor=file.fileno())
-        ours.send({"kind": "b"}, descriptor=file.fileno())
-    assert [theirs.receive()["kind"], theirs.receive()["kind"]] == ["a", "b"]
+        ours.send(Say("a"), descriptor=file.fileno())
+        ours.send(Say("b"), descriptor=file.fileno())
+    assert [theirs.receive(), theirs.receive()] == [Say("a"), Say("b")]
     os.close(theirs.take_descriptor())
     theirs.close()
     ours.close()
@@ -65,7 +74,7 @@ def test_descriptors_come_with_their_message_and_are_closed_if_nobody_takes_them
 
 def test_a_wait_that_ended_amid_a_message_ends_the_channel():
     ours, theirs = socket.socketpair()
-    channel = Channel(Peer(theirs, None))
+    channel = Channel(Peer(theirs, None), HEARS)
     channel.set_timeout(0.05)
     ours.sendall(b"\0\0\0\x0c{")
     with pytest.raises(WireError):

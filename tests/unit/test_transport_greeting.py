@@ -6,13 +6,14 @@ import os
 import socket
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.transport import Acceptor, Channel, Dial, WireError, connect, connect_unix, listen_unix
+from elastic.transport import Acceptor, Channel, Dial, Vocabulary, WireError, connect, connect_unix, listen_unix
 from elastic.transport import acceptor as module
 from elastic.transport.frames import encode
 from elastic.transport.handshake import Handshake
@@ -20,6 +21,11 @@ from elastic.transport.handshake import Handshake
 SECRET = "s3cret"
 HELLO_BYTES = 8 + 32
 PROOF_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Said:
+    pass
 
 
 class Server:
@@ -253,13 +259,13 @@ def test_what_follows_a_greeting_is_left_for_the_one_that_takes_the_connection(s
         with contextlib.suppress(BlockingIOError):
             answer += connection.recv(100)
     proof = caller.feed(answer)
-    header = {"kind": "x", "bytes": 0}
+    header = {"kind": "Said", "bytes": 0}
     connection.sendall(proof + encode(header, seal=caller.seals.sent, limit_bytes=1000))
     peers = []
     while not peers:
         peers = server.acceptor.turn(0.01)
-    channel = Channel(peers[0])
-    assert channel.receive() == header
+    channel = Channel(peers[0], Vocabulary(Said))
+    assert channel.receive() == Said()
     channel.close()
 
 

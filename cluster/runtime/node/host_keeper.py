@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from cluster.runtime.node.daemon import log
-from elastic.checkpoint.replicas.client import KeeperProcess
+from elastic.checkpoint.replicas.process import KeeperProcess
 from elastic.transport import WireError
 
 FIRST_WAIT_S = 10.0

@@ -24,7 +24,7 @@ from cluster.runtime.messages import (
     WorldLeft,
 )
 from cluster.runtime.node.daemon import write_to
-from elastic.checkpoint.replicas.client import KeeperProcess
+from elastic.checkpoint.replicas.process import KeeperProcess
 from elastic.transport import Link, Peer, WireError
 
 _PR_SET_PDEATHSIG = 1

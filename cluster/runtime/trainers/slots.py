@@ -33,7 +33,7 @@ from cluster.runtime.node.host_keeper import HostKeeper
 from cluster.runtime.node.host_spec import HostSpec, get_keeper_folder
 from cluster.runtime.trainers.forked import OrderLink, Trainer, fork_trainer
 from cluster.types import Claimed, Join, Leave, Slot, TrainerEnded, TrainerOutcome, Unkillable, get_leave_limit_s
-from elastic.checkpoint.replicas.client import KeeperProcess, launch_keeper
+from elastic.checkpoint.replicas.process import KeeperProcess, launch_keeper
 from elastic.processes import describe_state
 from elastic.transport import Link
 

@@ -1,137 +1,41 @@
-"""A trainer's end of its node's keeper, and how a keeper is started. No torch here."""
+"""A trainer's end of its node's keeper. No torch here."""
 
 import contextlib
-import os
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import TypeVar
 
-from zlib_ng.zlib_ng import crc32
-
-from elastic.checkpoint.replicas.inventory import Snapshot
-from elastic.checkpoint.replicas.server import KeeperSpec
+from elastic.checkpoint.replicas.inventory import Held, Part, Snapshot
+from elastic.checkpoint.replicas.messages import (
+    ANSWERS,
+    Answer,
+    Begin,
+    Copy,
+    Fill,
+    FromTrainer,
+    HaltCopies,
+    Hold,
+    Listed,
+    ListHeld,
+    Map,
+    Mapped,
+    Measure,
+    Measured,
+    Missing,
+    Release,
+    Retire,
+    Settled,
+    Store,
+)
 from elastic.checkpoint.staging.shared_memory import Arena
-from elastic.transport import Channel, Header, Peer, WireError, connect
+from elastic.transport import Channel, Peer, WireError
 
 _LOOK_EVERY_S = 1.0
-_READY_TIMEOUT_S = 30.0
-"""A busy machine takes seconds to start Python."""
 
-
-@dataclass(kw_only=True)
-class KeeperProcess:
-    """A keeper that this process started; it ends when this process does or `close` is called."""
-
-    process: subprocess.Popen[bytes]
-    channel: Channel
-    port: int = 0
-    """Where other nodes reach it, at the address it was given, once it is ready; 0: nowhere."""
-    is_ready: bool = False
-
-    def wait_ready(self, timeout_s: float) -> bool:
-        """Wait until it serves; False if it does not in time. Trainers may connect before.
-
-        Raises:
-            WireError: it has ended, or said something else.
-        """
-        if not self.is_ready and self.channel.can_receive(timeout_s):
-            self.channel.set_timeout(_READY_TIMEOUT_S)
-            ready = self.channel.receive()
-            self.channel.set_timeout(None)
-            if ready is None:
-                raise WireError("the keeper ended while it started; its log says why")
-            self.port, self.is_ready = ready["port"], True
-        return self.is_ready
-
-    def open_connection(self) -> socket.socket:
-        """Return one trainer's connection to the keeper; a fork may take it along.
-
-        Raises:
-            WireError: the keeper is gone.
-        """
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self.channel.send({"kind": "adopt"}, descriptor=theirs.fileno())
-        return ours
-
-    def close(self) -> None:
-        """End the keeper and free what it holds."""
-        self.channel.close()
-        self.process.wait()
-
-
-def start_keeper(*, node: str, ip: str, secret: str, disk: str = "") -> KeeperProcess:
-    """Start a keeper and wait until it serves; see `launch_keeper`.
-
-    Raises:
-        WireError: it did not start.
-        OSError: the kernel has no process or no descriptor for it.
-    """
-    keeper = launch_keeper(node=node, ip=ip, secret=secret, disk=disk)
-    if not keeper.wait_ready(_READY_TIMEOUT_S):
-        keeper.process.kill()
-        keeper.close()
-        raise WireError(f"the keeper was not ready within {_READY_TIMEOUT_S:g} s")
-    return keeper
-
-
-def launch_keeper(*, node: str, ip: str, secret: str, disk: str = "", port: int = 0, folder: str = "") -> KeeperProcess:
-    """Start a keeper that ends with this process; call it on the main thread, whose end would end the keeper.
-
-    Args:
-        ip: where other nodes reach it; empty: nowhere.
-        disk: the run's folder on a disk of the node's own; empty: there is none.
-        port: where they look for it, unless that is taken; 0: any.
-        folder: where this node's trainers can connect to it by themselves, and to the next one; empty: nowhere.
-
-    Raises:
-        OSError: the kernel has no process or no descriptor for it.
-    """
-    ours, theirs = socket.socketpair()
-    channel = Channel(Peer(ours, None))
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    try:
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "elastic.checkpoint.replicas.server"],
-                stdin=theirs.fileno(),
-                env=env,
-                start_new_session=True,  # a Ctrl-C in the terminal is for the trainers, which then save
-            )
-    except OSError:
-        channel.close()
-        raise
-    keeper = KeeperProcess(process=process, channel=channel)
-    spec = KeeperSpec(node=node, owner_pid=os.getpid(), ip=ip, secret=secret, disk=disk, port=port, folder=folder)
-    with contextlib.suppress(WireError):  # it has just ended, which `wait_ready` says
-        channel.send({"kind": "spec", "spec": asdict(spec)})
-    return keeper
-
-
-@dataclass(frozen=True, kw_only=True)
-class Held:
-    """A shard that some keeper has in memory."""
-
-    origin: str
-    index: int
-    snapshot: Snapshot
-    num_bytes: int
-    chunks: tuple[tuple[int, int], ...]
-    """Offset and size of each chunk."""
-    checksums: tuple[int, ...] | None
-    """CRC-32 of each chunk; None while they are not all known."""
-    record: Any
-    """What the trainer gave with it."""
-    is_copy: bool
-    is_on_disk: bool
-    """On the node's disk: what an earlier keeper has left there."""
-    node: str
+_T = TypeVar("_T")
 
 
 class KeeperClient:
@@ -158,16 +62,16 @@ class KeeperClient:
         self._looked_s = -float("inf")
         self._held: dict[int, Arena] = {}
         self._lock = threading.Lock()
-        self._answers: dict[int, Future[Any]] = {}
+        self._answers: dict[int, Callable[[Answer | WireError], None]] = {}
         self._num_asked = 0
         self._is_gone = True
         self._finding = threading.Lock()
         if connection is None:
             connection, theirs = socket.socketpair()
             theirs.close()
-            self._channel = Channel(Peer(connection, None))
+            self._channel = Channel(Peer(connection, None), ANSWERS)
         else:
-            self._take_channel(Channel(Peer(connection, None)))
+            self._take_channel(Channel(Peer(connection, None), ANSWERS))
 
     def hold(self, index: int, arena: Arena) -> None:
         """Let the keeper hold an arena too, so that it outlives this process.
@@ -182,21 +86,15 @@ class KeeperClient:
     def release(self, index: int) -> None:
         """Have the keeper let go of an arena that will not be filled again."""
         self._held.pop(index, None)
-        self._channel.send({"kind": "release", "index": index})
+        self._channel.send(Release(index=index))
 
     def begin(self, index: int, *, epoch: int) -> None:
         """Say that an arena is about to be filled; what it held is void from now on."""
         self._find_keeper()
-        self._channel.send({"kind": "begin", "index": index, "epoch": epoch})
+        self._channel.send(Begin(index=index, epoch=epoch))
 
     def fill(
-        self,
-        index: int,
-        snapshot: Snapshot,
-        *,
-        num_bytes: int,
-        chunks: Sequence[tuple[int, int]],
-        record: object,
+        self, index: int, snapshot: Snapshot, *, num_bytes: int, chunks: Sequence[Part], record: object
     ) -> Future[str]:
         """Say that an arena is filled: it counts from now on, whatever becomes of this process.
 
@@ -208,8 +106,18 @@ class KeeperClient:
         Returns:
             Once it is checksummed: an empty string, or what went wrong.
         """
-        fields = {"snapshot": asdict(snapshot), "num_bytes": num_bytes, "chunks": chunks, "record": record}
-        return self._ask({"kind": "fill", "index": index, **fields})
+
+        def build(number: int) -> Fill:
+            return Fill(
+                id=number,
+                index=index,
+                snapshot=snapshot,
+                num_bytes=num_bytes,
+                chunks=tuple(chunks),
+                record=record,
+            )
+
+        return self._ask(build, _get_problem)
 
     def copy(self, index: int, snapshot: Snapshot, *, peer: tuple[str, int]) -> Future[str]:
         """Have what an arena was filled with copied to another keeper, after the copies that were asked for before.
@@ -220,11 +128,11 @@ class KeeperClient:
         Returns:
             Once the copy counts: an empty string, or what went wrong.
         """
-        return self._ask({"kind": "copy", "index": index, "snapshot": asdict(snapshot), "peer": peer})
+        return self._ask(lambda number: Copy(id=number, index=index, snapshot=snapshot, peer=peer), _get_problem)
 
     def halt_copies(self) -> None:
         """Give up the copy under way."""
-        self._channel.send({"kind": "halt"})
+        self._channel.send(HaltCopies())
 
     def store(self, *, epoch: int, step: int, complete: tuple[int, int] | None) -> Future[str]:
         """Have the shards of a state, with the copies that lie here, written to the disk of the node.
@@ -237,38 +145,41 @@ class KeeperClient:
         Returns:
             Once it is there: an empty string, or what went wrong.
         """
-        return self._ask({"kind": "store", "epoch": epoch, "step": step, "complete": complete})
+        return self._ask(lambda number: Store(id=number, epoch=epoch, step=step, complete=complete), _get_problem)
 
     def fetch_list(self) -> list[Held]:
         """Return what the keeper has in memory."""
-        return _to_held(self._ask({"kind": "list"}).result())
+        return self._ask(lambda number: ListHeld(id=number), _get_held).result()
 
     def fetch_held_bytes(self) -> int:
         """Return how much memory the keeper holds, for this node's trainers and as copies for others.
 
         What it was told to let go of is free by then, which takes a second for 10 GiB.
         """
-        return self._measure()["held_bytes"]
+        return self._measure().held_bytes
 
     def fetch_left_bytes(self) -> int:
         """Return how much of that trainers have left who are gone: what a world frees once it has a snapshot."""
-        return self._measure()["left_bytes"]
+        return self._measure().left_bytes
 
     def fetch_copy_bytes(self) -> int:
         """Return how much the keeper holds as copies for others; at once."""
-        return self._measure(waits=False)["copy_bytes"]
+        return self._measure(waits=False).copy_bytes
 
-    def _measure(self, *, waits: bool = True) -> Mapping[str, int]:
-        return self._ask({"kind": "measure", "waits": waits}).result()
+    def _measure(self, *, waits: bool = True) -> Measured:
+        return self._ask(lambda number: Measure(id=number, waits=waits), _get_measured).result()
 
     def fetch_memory(self, held: Held) -> Arena | None:
         """Return a held shard itself, shared and not copied; None if it is there no more."""
-        descriptor, num_bytes = self._ask({"kind": "map", **_name(held)}).result()
-        return Arena(descriptor, num_bytes) if descriptor >= 0 else None
+
+        def build(number: int) -> Map:
+            return Map(id=number, origin=held.origin, index=held.index, snapshot=held.snapshot)
+
+        return self._ask(build, self._map).result()
 
     def retire(self, *, before_epoch: int, keep_step: int | None) -> None:
         """Have the snapshots of earlier attempts freed, all but those of one step."""
-        self._channel.send({"kind": "retire", "before_epoch": before_epoch, "keep_step": keep_step})
+        self._channel.send(Retire(before_epoch=before_epoch, keep_step=keep_step))
 
     def close(self) -> None:
         """Leave; the keeper keeps what is filled."""
@@ -282,121 +193,82 @@ class KeeperClient:
             self._looked_s = time.monotonic()
             if (peer := self._reconnect()) is None:
                 return False
-            self._take_channel(Channel(peer))
+            self._take_channel(Channel(peer, ANSWERS))
             for index, arena in list(self._held.items()):
                 self._send_hold(index, arena)
             return True
 
-    def _take_channel(self, channel: Channel) -> None:
+    def _take_channel(self, channel: Channel[Answer]) -> None:
         with self._lock:
             self._channel, self._is_gone = channel, False
         threading.Thread(target=self._listen, args=(channel,), name="keeper", daemon=True).start()
 
     def _send_hold(self, index: int, arena: Arena) -> None:
-        header = {"kind": "hold", "origin": self.origin, "index": index}
-        self._channel.send({**header, "num_bytes": arena.num_bytes}, descriptor=arena.descriptor)
+        message = Hold(origin=self.origin, index=index, num_bytes=arena.num_bytes)
+        self._channel.send(message, descriptor=arena.descriptor)
 
-    def _ask(self, header: Header) -> "Future[Any]":
+    def _ask(self, build: Callable[[int], FromTrainer], get: Callable[[Answer], _T]) -> Future[_T]:
+        """Send what `build` makes of a number; return what `get` makes of the answer with that number."""
         self._find_keeper()
-        answer: Future[Any] = Future()
+        result: Future[_T] = Future()
+
+        def take(answer: Answer | WireError) -> None:  # on the thread that listens
+            if isinstance(answer, WireError):
+                result.set_exception(answer)
+                return
+            try:
+                result.set_result(get(answer))
+            except Exception as error:
+                result.set_exception(error)
+
         with self._lock:
             self._num_asked += 1
             number = self._num_asked
             if self._is_gone:
                 raise WireError("the keeper is gone")
-            self._answers[number] = answer
-        self._channel.send({**header, "id": number})
-        return answer
+            self._answers[number] = take
+        self._channel.send(build(number))
+        return result
 
-    def _listen(self, channel: Channel) -> None:
+    def _listen(self, channel: Channel[Answer]) -> None:
         with contextlib.suppress(OSError):  # said below, to all who wait
-            while (message := channel.receive()) is not None:
-                self._take(message)
+            while (answer := channel.receive()) is not None:
+                with self._lock:
+                    take = self._answers.pop(answer.id, None)
+                if take is not None:
+                    take(answer)
         with self._lock:
             self._is_gone = True
             waiting, self._answers = self._answers, {}
         channel.close()
-        for answer in waiting.values():
-            answer.set_exception(WireError("the keeper is gone"))
+        for take in waiting.values():
+            take(WireError("the keeper is gone"))
 
-    def _take(self, message: Header) -> None:
-        with self._lock:
-            answer = self._answers.pop(message["id"])
-        match message["kind"]:
-            case "kept" | "copied" | "stored":
-                answer.set_result(message["problem"])
-            case "list":
-                answer.set_result(message["held"])
-            case "measured":
-                answer.set_result(message)
-            case "memory":
-                answer.set_result((self._channel.take_descriptor(), message["num_bytes"]))
-            case _:  # missing
-                answer.set_result((-1, 0))
+    def _map(self, answer: Answer) -> Arena | None:
+        if isinstance(answer, Missing):
+            return None
+        if not isinstance(answer, Mapped):
+            raise _refuse(answer)
+        return Arena(self._channel.take_descriptor(), answer.num_bytes)
 
 
-class RemoteKeeper:
-    """Another node's keeper, for recovery: lists what it holds and reads from it. One thread at a time.
-
-    Raises:
-        WireError: by every method, if the keeper is gone or does not know the secret.
-    """
-
-    def __init__(self, address: tuple[str, int], secret: str, *, timeout_s: float) -> None:
-        self._channel = Channel(connect(address, secret, purpose="keeper", timeout_s=timeout_s))
-        self._channel.set_timeout(timeout_s)
-
-    def fetch_list(self) -> list[Held]:
-        """Return what the keeper has in memory."""
-        return _to_held(self._ask({"kind": "list"}, "list")["held"])
-
-    def read_into(self, held: Held, start: int, out: memoryview) -> None:
-        """Fill `out` with the bytes of a held shard from `start`.
-
-        Where no checksums are known yet, the keeper takes one of what it sends: what was damaged on the way is noticed.
-        """
-        sums = held.checksums is None
-        self._ask({"kind": "read", **_name(held), "start": start, "size": len(out), "sums": sums}, "data")
-        self._channel.receive_into(out)
-        if sums and crc32(out) != self._take("sum")["crc32"]:
-            raise WireError("other bytes came than were sent")
-
-    def retire(self, *, before_epoch: int, keep_step: int | None) -> None:
-        """Have the snapshots of earlier attempts freed, all but those of one step."""
-        self._channel.send({"kind": "retire", "before_epoch": before_epoch, "keep_step": keep_step})
-
-    def close(self) -> None:
-        """Leave."""
-        self._channel.close()
-
-    def _ask(self, header: Header, expected: str) -> Header:
-        self._channel.send(header)
-        return self._take(expected)
-
-    def _take(self, expected: str) -> Header:
-        answer = self._channel.receive()
-        if answer is None or answer["kind"] != expected:
-            raise WireError(f"the keeper has it no more ({(answer or {}).get('kind', 'it is gone')})")
-        return answer
+def _get_problem(answer: Answer) -> str:
+    if not isinstance(answer, Settled):
+        raise _refuse(answer)
+    return answer.problem
 
 
-def _name(held: Held) -> dict[str, object]:
-    return {"origin": held.origin, "index": held.index, "snapshot": asdict(held.snapshot)}
+def _get_held(answer: Answer) -> list[Held]:
+    if not isinstance(answer, Listed):
+        raise _refuse(answer)
+    return list(answer.held)
 
 
-def _to_held(rows: Sequence[Mapping[str, Any]]) -> list[Held]:
-    return [
-        Held(
-            origin=row["origin"],
-            index=row["index"],
-            snapshot=Snapshot(**row["snapshot"]),
-            num_bytes=row["num_bytes"],
-            chunks=tuple((offset, size) for offset, size in cast("list[tuple[int, int]]", row["chunks"])),
-            checksums=None if row["checksums"] is None else tuple(row["checksums"]),
-            record=row["record"],
-            is_copy=row["is_copy"],
-            is_on_disk=row["is_on_disk"],
-            node=row["node"],
-        )
-        for row in rows
-    ]
+def _get_measured(answer: Answer) -> Measured:
+    if not isinstance(answer, Measured):
+        raise _refuse(answer)
+    return answer
+
+
+def _refuse(answer: Answer) -> WireError:
+    return WireError(f"a {type(answer).__name__} answers another question")

@@ -12,7 +12,7 @@ from typing import Any
 
 from elastic.checkpoint.format.manifest import BLOCK_BYTES, Chunk, FileRecord, Manifest, TensorRecord, parse_tensor
 from elastic.checkpoint.format.sharding import ShardLayout
-from elastic.checkpoint.replicas.client import Held
+from elastic.checkpoint.replicas.inventory import Held
 from elastic.ports import Progress
 
 

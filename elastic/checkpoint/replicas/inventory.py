@@ -1,12 +1,15 @@
 """What a keeper has in memory: one trainer's shard of one snapshot, and what is known about it. No torch here."""
 
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from elastic.checkpoint.staging.shared_memory import Arena
 from elastic.transport import PIECE_BYTES
+
+Part = tuple[int, int]
+"""Offset and size of a chunk."""
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -17,6 +20,25 @@ class Snapshot:
     step: int
     world_size: int
     rank: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """A shard that some keeper has, as it is listed and sent."""
+
+    origin: str
+    index: int
+    snapshot: Snapshot
+    num_bytes: int
+    chunks: tuple[Part, ...]
+    checksums: tuple[int, ...] | None
+    """CRC-32 of each chunk; None while they are not all known."""
+    record: Any
+    """JSON value that the trainer gave with it."""
+    is_copy: bool
+    is_on_disk: bool
+    """On the node's disk: what an earlier keeper has left there."""
+    node: str
 
 
 @dataclass(kw_only=True)
@@ -35,11 +57,11 @@ class Holding:
     snapshot: Snapshot | None = None
     """None while it is being filled."""
     num_bytes: int = 0
-    chunks: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
-    """Offset and size of each chunk that has a checksum of its own."""
-    checksums: list[int] | None = None
+    chunks: tuple[Part, ...] = ()
+    """Each has a checksum of its own."""
+    checksums: tuple[int, ...] | None = None
     """Of each chunk; None until all have been taken."""
-    record: Any = None
+    record: object = None
     """The trainer's own JSON value."""
     generation: int = 0
     """Counts the fillings, so that work for an earlier one gives up."""
@@ -53,12 +75,26 @@ class Holding:
         self.checked.set()
         self.checked = threading.Event()
 
-    def fill(self, message: Mapping[str, Any], *, num_bytes: int) -> None:
+    def fill(self, snapshot: Snapshot, *, num_bytes: int, chunks: Sequence[Part], record: object) -> None:
         """Take what it is filled with; it counts from now on. The caller has the lock."""
-        self.snapshot = Snapshot(**message["snapshot"])
-        self.num_bytes = num_bytes
-        self.chunks = [(offset, size) for offset, size in message["chunks"]]
-        self.record = message["record"]
+        self.snapshot, self.num_bytes = snapshot, num_bytes
+        self.chunks, self.record = tuple(chunks), record
+
+    def describe(self, node: str) -> Held:
+        """Return it as it is listed and sent; it must be filled."""
+        assert self.snapshot is not None
+        return Held(
+            origin=self.origin,
+            index=self.index,
+            snapshot=self.snapshot,
+            num_bytes=self.num_bytes,
+            chunks=self.chunks,
+            checksums=self.checksums,
+            record=self.record,
+            is_copy=self.is_copy,
+            is_on_disk=self.is_on_disk,
+            node=node,
+        )
 
 
 class SupersededError(Exception):
@@ -86,20 +122,3 @@ def check_current(holding: Holding, generation: int) -> None:
     """
     if holding.generation != generation:
         raise SupersededError
-
-
-def describe(holding: Holding, node: str) -> dict[str, Any]:
-    """Return a holding as it is listed and sent."""
-    assert holding.snapshot is not None
-    return {
-        "origin": holding.origin,
-        "index": holding.index,
-        "snapshot": asdict(holding.snapshot),
-        "num_bytes": holding.num_bytes,
-        "chunks": holding.chunks,
-        "checksums": holding.checksums,
-        "record": holding.record,
-        "is_copy": holding.is_copy,
-        "is_on_disk": holding.is_on_disk,
-        "node": node,
-    }

@@ -12,16 +12,27 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 from zlib_ng.zlib_ng import crc32
 
-from elastic.checkpoint.replicas.inventory import Holding, SupersededError, check_current, describe
+from elastic.checkpoint.replicas.inventory import Holding, Part, SupersededError, check_current
+from elastic.checkpoint.replicas.messages import (
+    COPY_ANSWERS,
+    CopyAnswer,
+    Opened,
+    Push,
+    Pushed,
+    Refused,
+    Seal,
+    Stripe,
+    Taken,
+)
 from elastic.checkpoint.staging.shared_memory import Arena
 from elastic.processes import be_nice
-from elastic.transport import PIECE_BYTES, Channel, Header, WireError, connect
+from elastic.transport import PIECE_BYTES, Channel, WireError, connect
 
 NUM_STREAMS = max(2, min(12, (os.cpu_count() or 1) // 2))
 """Connections side by side: one does not fill a fast link, nor do the two threads at its ends."""
@@ -33,8 +44,7 @@ _PEER_TIMEOUT_S = 30.0
 _SUMMED_BYTES = 2**20
 """Read, checksummed and sent at a time, in the processor's cache."""
 
-Part = tuple[int, int]
-"""Offset and size of a chunk."""
+_A = TypeVar("_A", Opened, Taken, Pushed)
 
 
 class CopySender:
@@ -47,7 +57,7 @@ class CopySender:
 
     def __init__(self, node: str, secret: str) -> None:
         self._node, self._secret = node, secret
-        self._channels: list[Channel] = []
+        self._channels: list[Channel[CopyAnswer]] = []
         self._address: tuple[str, int] | None = None
         self._place = 0
         """Of the newest copy that counts."""
@@ -99,31 +109,33 @@ class CopySender:
 
     def _send(self, holding: Holding, check: Callable[[], None]) -> None:
         lead, place = self._channels[0], (self._place + 1) % _NUM_PLACES
-        about = {**describe(holding, self._node), "index": place, "checksums": None}
         check()
-        opened = _ask(lead, {"kind": "push", **about, "capacity": holding.arena.num_bytes}, "open")
-        copy = {"origin": holding.origin, "index": place, "ticket": opened["ticket"]}
-        stripes = cut_stripes(holding.chunks, len(self._channels))
+        shard = replace(holding.describe(self._node), index=place, checksums=None)
+        ticket = _ask(lead, Push(shard=shard, capacity=holding.arena.num_bytes), Opened).ticket
+        stripes = [
+            Stripe(origin=holding.origin, index=place, ticket=ticket, first=first, stop=stop)
+            for first, stop in cut_stripes(holding.chunks, len(self._channels))
+        ]
         with ThreadPoolExecutor(len(stripes), "stripe", initializer=be_nice) as pool:
             sent = [
-                pool.submit(
-                    self._send_stripe, channel, {**copy, "kind": "stripe", "first": first, "stop": stop}, holding, check
-                )
-                for channel, (first, stop) in zip(self._channels, stripes, strict=False)
+                pool.submit(self._send_stripe, channel, stripe, holding, check)
+                for channel, stripe in zip(self._channels, stripes, strict=False)
             ]
         for one in sent:
             one.result()
         holding.checked.wait()
         check()
         assert holding.checksums is not None, "it is current"
-        _ask(lead, {**copy, "kind": "seal", "checksums": holding.checksums}, "pushed")
+        _ask(lead, Seal(origin=holding.origin, index=place, ticket=ticket, checksums=holding.checksums), Pushed)
         self._place = place
 
-    def _send_stripe(self, channel: Channel, header: Header, holding: Holding, check: Callable[[], None]) -> None:
+    def _send_stripe(
+        self, channel: Channel[CopyAnswer], stripe: Stripe, holding: Holding, check: Callable[[], None]
+    ) -> None:
         try:
-            parts = holding.chunks[header["first"] : header["stop"]]
-            channel.send_file(header, holding.arena.descriptor, join(parts), check=check)
-            _take(channel, "taken")
+            parts = holding.chunks[stripe.first : stripe.stop]
+            channel.send_file(stripe, holding.arena.descriptor, join(parts), check=check)
+            _take(channel, Taken)
         except BaseException:
             for each in self._channels:  # the other stripes are of no use any more
                 each.close()
@@ -135,7 +147,7 @@ class CopySender:
         self.forget()
         self._address = address
         for _ in range(NUM_STREAMS):
-            channel = Channel(connect(address, self._secret, purpose="keeper"))
+            channel = Channel(connect(address, self._secret, purpose="keeper"), COPY_ANSWERS)
             channel.set_timeout(_PEER_TIMEOUT_S)
             with self._lock:
                 self._channels.append(channel)
@@ -146,55 +158,6 @@ class CopySender:
             channels, self._channels = self._channels, []
         for channel in channels:
             channel.close()
-
-
-@dataclass(kw_only=True)
-class Incoming:
-    """A copy that comes, at its receiver."""
-
-    holding: Holding
-    message: Header
-    """That announced it."""
-    ticket: int
-    """The generation of the holding that it will be; what comes with another one is of a copy that was given up."""
-    checksums: list[int | None] = field(default_factory=list[int | None])
-    """Of what has come."""
-    num_writers: int = 0
-    _changed: threading.Condition = field(default_factory=threading.Condition)
-
-    @property
-    def chunks(self) -> list[Part]:
-        """Return offset and size of each chunk."""
-        return [(int(offset), int(size)) for offset, size in self.message["chunks"]]
-
-    def take(self, channel: Channel, message: Header) -> None:
-        """Receive a stripe.
-
-        Raises:
-            WireError: the connection broke, or it is no stripe of this copy.
-            SupersededError: another copy takes its place.
-        """
-        first, stop = int(message["first"]), int(message["stop"])
-        parts = self.chunks[first:stop]
-        if not 0 <= first < stop <= len(self.checksums) or int(message["bytes"]) != sum(size for _, size in parts):
-            raise WireError(f"chunks {first} to {stop} are no stripe of this copy")
-        with self._changed:
-            check_current(self.holding, self.ticket)
-            self.num_writers += 1
-        try:
-            taken = receive_parts(
-                channel, self.holding.arena, parts, check=lambda: check_current(self.holding, self.ticket)
-            )
-            self.checksums[first:stop] = taken
-        finally:
-            with self._changed:
-                self.num_writers -= 1
-                self._changed.notify_all()
-
-    def wait_until_left(self, timeout_s: float) -> bool:
-        """Return whether nobody writes to its memory any more, once it was superseded."""
-        with self._changed:
-            return self._changed.wait_for(lambda: self.num_writers == 0, timeout_s)
 
 
 def cut_stripes(chunks: Sequence[Part], num_stripes: int) -> list[tuple[int, int]]:
@@ -221,7 +184,9 @@ def join(parts: Sequence[Part]) -> list[Part]:
     return joined
 
 
-def receive_parts(channel: Channel, arena: Arena, parts: Sequence[Part], *, check: Callable[[], None]) -> list[int]:
+def receive_parts(
+    channel: Channel[Any], arena: Arena, parts: Sequence[Part], *, check: Callable[[], None]
+) -> list[int]:
     """Receive parts of a shard, one after the other, where they belong in an arena; return the checksum of each.
 
     It is mapped: to write it as a file is, one thread at a time can.
@@ -284,13 +249,14 @@ def _borrow(parts: Sequence[Part]) -> memoryview:
     return memoryview(bytearray(max(PIECE_BYTES, max((size for _, size in parts), default=0))))
 
 
-def _ask(channel: Channel, header: Header, expected: str) -> dict[str, Any]:
-    channel.send(header)
+def _ask(channel: Channel[CopyAnswer], message: Push | Seal, expected: type[_A]) -> _A:
+    channel.send(message)
     return _take(channel, expected)
 
 
-def _take(channel: Channel, expected: str) -> dict[str, Any]:
+def _take(channel: Channel[CopyAnswer], expected: type[_A]) -> _A:
     answer = channel.receive()
-    if answer is None or answer["kind"] != expected:
-        raise WireError(f"the copy was refused: {(answer or {}).get('problem', 'the peer is gone')}")
+    if not isinstance(answer, expected):
+        problem = answer.problem if isinstance(answer, Refused) else "the peer is gone"
+        raise WireError(f"the copy was refused: {problem}")
     return answer

@@ -37,7 +37,11 @@ class Arena:
     def __init__(self, descriptor: int, num_bytes: int) -> None:
         self.descriptor = descriptor
         self.num_bytes = num_bytes
-        self._map = mmap.mmap(descriptor, num_bytes)
+        try:
+            self._map = mmap.mmap(descriptor, num_bytes)
+        except BaseException:
+            os.close(descriptor)
+            raise
         self.view = memoryview(self._map)
         """Its bytes. What keeps a view of them keeps the memory, also beyond `close`."""
         self.is_found = False
@@ -113,10 +117,14 @@ def allocate_arena(num_bytes: int, *, name: str) -> Arena:
     """
     try:
         descriptor = os.memfd_create(f"solvent-{name}")
-        os.ftruncate(descriptor, num_bytes)
+        try:
+            os.ftruncate(descriptor, num_bytes)
+        except BaseException:
+            os.close(descriptor)
+            raise
         return Arena(descriptor, num_bytes)
-    except OSError as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise CheckpointError(
-            f"{num_bytes / GIB:.2f} GiB of shared host memory for a snapshot were refused ({error.strerror}). Give the "
+            f"{num_bytes / GIB:.2f} GiB of shared host memory for a snapshot were refused ({error}). Give the "
             "process more memory (container limit, ulimit -v), or set checkpoint.memory=off."
         ) from error

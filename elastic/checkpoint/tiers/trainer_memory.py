@@ -4,16 +4,14 @@ Whatever goes wrong with a keeper costs a snapshot, never the run: the storage s
 """
 
 import contextlib
-import errno
 import logging
 import os
 import secrets
 import socket
 import sys
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from zlib import crc32
 
@@ -22,9 +20,11 @@ import torch
 from elastic.checkpoint.bandwidth import Rates
 from elastic.checkpoint.format.manifest import Manifest
 from elastic.checkpoint.format.sources import ShardSource
-from elastic.checkpoint.replicas.client import Held, KeeperClient, RemoteKeeper
-from elastic.checkpoint.replicas.discovery import WholeSnapshot, assemble, build_record, list_blocks
-from elastic.checkpoint.replicas.inventory import Snapshot
+from elastic.checkpoint.replicas.client import KeeperClient
+from elastic.checkpoint.replicas.discovery import WholeSnapshot, build_record, list_blocks
+from elastic.checkpoint.replicas.inventory import Held, Snapshot
+from elastic.checkpoint.replicas.remote import open_remote
+from elastic.checkpoint.replicas.survey import fetch_all
 from elastic.checkpoint.staging.device_cache import Rows
 from elastic.checkpoint.staging.host_buffers import HostArenas
 from elastic.checkpoint.staging.host_memory import MOST_ARENAS, Room, get_available_bytes
@@ -34,12 +34,6 @@ from elastic.ports import Address
 from elastic.transport import WireError, connect_unix
 
 logger = logging.getLogger(__name__)
-
-_LIST_SOON_S = 2.0
-"""A keeper that does not answer for so long is not waited for any more if there is a whole state without it."""
-_LIST_TIMEOUT_S = 10.0
-"""Else it is, for so long: what it holds is newer than what is in the storage."""
-_READ_TIMEOUT_S = 30.0
 
 
 class Memory:
@@ -154,28 +148,7 @@ class Memory:
 
     def fetch_all(self, keepers: Mapping[str, Address]) -> list[Held]:
         """Return what all keepers hold; one that does not answer, however long it is needed, holds nothing."""
-
-        def fetch(node: str) -> list[Held]:
-            try:
-                with self._connect(keepers[node], timeout_s=_LIST_TIMEOUT_S) as keeper:
-                    return keeper.fetch_list()
-            except OSError as error:
-                logger.warning("the memory of node %s cannot be asked: %s", node[:8], error)
-                return []
-
-        def gather(done: Iterable[Future[list[Held]]]) -> list[Held]:
-            return [held for of_node in done for held in of_node.result()]
-
-        pool = ThreadPoolExecutor(max(1, len(keepers)), "list")
-        asked = {pool.submit(fetch, node): node for node in keepers}
-        pool.shutdown(wait=False)
-        done, late = wait(asked, _LIST_SOON_S)
-        if late and not any(not snapshot.needs_disks for snapshot in assemble(gather(done))):
-            done, late = wait(asked)
-        if late:
-            names = ", ".join(sorted(asked[one][:8] for one in late))
-            logger.warning("the memory of node(s) %s does not answer soon, and is not needed", names)
-        return gather(done)
+        return fetch_all(keepers, self._secret)
 
     def find_resident(self, snapshot: WholeSnapshot) -> Rows | None:
         """Return what of a snapshot still lies on this process' device, where it was made."""
@@ -199,16 +172,8 @@ class Memory:
                 sources.append(stack.enter_context(self._share(by_node.pop(self.node))))
             for node, held in by_node.items():
                 if node in keepers:
-                    sources.append(stack.enter_context(self._read_remotely(node, held, keepers[node])))
+                    sources.append(stack.enter_context(open_remote(node, held, keepers[node], self._secret)))
             yield sources
-
-    @contextmanager
-    def _connect(self, address: Address, *, timeout_s: float) -> Generator[RemoteKeeper]:
-        keeper = RemoteKeeper(address, self._secret, timeout_s=timeout_s)
-        try:
-            yield keeper
-        finally:
-            keeper.close()
 
     @contextmanager
     def _share(self, shards: Mapping[str, Held]) -> "Generator[_SharedSource]":
@@ -230,14 +195,6 @@ class Memory:
     def _is_own(self, held: Held) -> bool:
         """Tell whether this process itself has filled a shard: its pages are mapped."""
         return held.origin == self._client.origin and self._filled.get(held.index) == held.snapshot
-
-    @contextmanager
-    def _read_remotely(self, node: str, held: Mapping[str, Held], address: Address) -> "Generator[_RemoteSource]":
-        source = _RemoteSource(node, held, lambda: RemoteKeeper(address, self._secret, timeout_s=_READ_TIMEOUT_S))
-        try:
-            yield source
-        finally:
-            source.close()
 
     def _hold(self, index: int, arena: Arena) -> None:
         with contextlib.suppress(WireError):
@@ -285,46 +242,3 @@ class _SharedSource:
     def read_into(self, file: str, offset: int, out: memoryview) -> None:
         """Copy what another process has filled."""
         self._others[file].read_into(offset, out)
-
-
-@dataclass
-class _RemoteSource:
-    """Shards in the memory of another node."""
-
-    node: str
-    held: Mapping[str, Held]
-    connect: Callable[[], RemoteKeeper]
-    _idle: list[RemoteKeeper] = field(default_factory=list[RemoteKeeper])
-    """Connections that no reader uses; there are as many as there were readers at once, each with its own stream."""
-
-    @property
-    def name(self) -> str:
-        """Say whose memory it is."""
-        return f"the memory of node {self.node[:8]}"
-
-    def get_files(self) -> list[str]:
-        """Return the files that are there."""
-        return list(self.held)
-
-    def get_view(self, file: str, offset: int, num_bytes: int) -> None:
-        """Return None: it must be read."""
-
-    def read_into(self, file: str, offset: int, out: memoryview) -> None:
-        """Read over the network; a node that is gone is a file that is gone."""
-        keeper: RemoteKeeper | None = None
-        try:
-            try:
-                keeper = self._idle.pop()
-            except IndexError:
-                keeper = self.connect()
-            keeper.read_into(self.held[file], offset, out)
-        except OSError as error:
-            if keeper is not None:
-                keeper.close()
-            raise OSError(errno.EIO, f"{self.name} does not give it ({error})") from error
-        self._idle.append(keeper)
-
-    def close(self) -> None:
-        """Leave."""
-        while self._idle:
-            self._idle.pop().close()

@@ -10,17 +10,19 @@ from scratch has another one.
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from zlib_ng.zlib_ng import crc32
 
+from elastic.checkpoint.replicas.inventory import Held, Snapshot
 from elastic.checkpoint.staging.shared_memory import Arena
 from elastic.direct import write_all
 from elastic.storage.local import sync
 from elastic.strict_json import dump_json
+from elastic.transport import build_parser
 
 _MOST_STATES = 4
 """Of so many states files are kept as long as nobody says which one is complete: short worlds leave one each."""
@@ -47,6 +49,23 @@ class Stored:
     about: Mapping[str, Any]
     """As it was given to `write`."""
     arena: Arena
+
+
+def to_about(held: Held) -> dict[str, object]:
+    """Return what the file of a shard says of it; its keys are those of all files that were ever written."""
+    return asdict(held)
+
+
+def from_about(about: Mapping[str, Any]) -> Held:
+    """Return what `to_about` was given.
+
+    Raises:
+        KeyError, TypeError, ValueError: the file is of another format.
+    """
+    return _parse_held({"kind": Held.__name__, **about, "snapshot": {"kind": Snapshot.__name__, **about["snapshot"]}})
+
+
+_parse_held = build_parser(Held)
 
 
 class NodeDisk:
@@ -131,7 +150,8 @@ def _open(path: Path) -> Stored | None:
         if not text or crc32(text) != int.from_bytes(tail[8:], "big"):
             os.close(descriptor)
             return None
-        return Stored(name=path.stem, about=json.loads(text), arena=Arena(descriptor, num_bytes))
+        about = json.loads(text)
     except BaseException:
         os.close(descriptor)
         raise
+    return Stored(name=path.stem, about=about, arena=Arena(descriptor, num_bytes))

@@ -1,0 +1,288 @@
+"""What is said to a keeper and what it answers: each message is parsed once, where it enters. No torch here.
+
+The one that has started a keeper leads it; trainers of its node and, over the network, trainers and keepers of other
+nodes ask it. An `id` comes back with the answer.
+"""
+
+from dataclasses import dataclass
+
+from elastic.checkpoint.replicas.inventory import Held, Part, Snapshot
+from elastic.transport import Vocabulary
+
+# ---- from and to the process that has started it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a keeper must know to start; its first message, so that the secret is in no process list."""
+
+    node: str
+    owner_pid: int
+    ip: str
+    """Where other nodes reach it; empty: nowhere."""
+    secret: str
+    disk: str = ""
+    """Folder of this run on a disk of the node's own; empty: snapshots are in memory only."""
+    port: int = 0
+    """Where other nodes look for it, unless that is taken; 0: any."""
+    folder: str = ""
+    """Where the trainers of this node can connect to it by themselves; empty: nowhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adopt:
+    """Serve one more trainer; its connection comes with this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """Trainers of this node and other nodes are served."""
+
+    port: int
+    """Where other nodes reach it; 0: nowhere."""
+
+
+# ---- from trainers of its node
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hold:
+    """Hold an arena of this trainer too; its descriptor comes with this."""
+
+    origin: str
+    index: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """Let go of an arena that will not be filled again."""
+
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begin:
+    """An arena is about to be filled: what it held is void."""
+
+    index: int
+    epoch: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fill:
+    """An arena is filled; `Settled` says when its checksums are known."""
+
+    id: int
+    index: int
+    snapshot: Snapshot
+    num_bytes: int
+    chunks: tuple[Part, ...]
+    record: object
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copy:
+    """Copy what an arena was filled with to the keeper at an address; `Settled` says when the copy counts."""
+
+    id: int
+    index: int
+    snapshot: Snapshot
+    peer: tuple[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HaltCopies:
+    """Give up the copy under way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """Write the shards of a state that are here to the disk; `Settled` says when they are there."""
+
+    id: int
+    epoch: int
+    step: int
+    complete: tuple[int, int] | None
+    """Epoch and step of a state that is on the disks of all nodes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Map:
+    """Give the descriptor of a shard: `Mapped`, or `Missing`."""
+
+    id: int
+    origin: str
+    index: int
+    snapshot: Snapshot
+
+
+# ---- from anyone who knows the secret
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListHeld:
+    """Say what is here: `Listed`."""
+
+    id: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """Say how much memory is held: `Measured`."""
+
+    id: int
+    waits: bool
+    """Until all is free that was let go of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retire:
+    """Free the snapshots of earlier attempts, all but those of one step."""
+
+    before_epoch: int
+    keep_step: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Read:
+    """Send bytes of a shard: `Data`, and then `Sum` if that is asked for; or `Missing`."""
+
+    origin: str
+    index: int
+    snapshot: Snapshot
+    start: int
+    size: int
+    sums: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Push:
+    """A copy will come: `Opened`, or `Refused` before a byte was sent."""
+
+    shard: Held
+    capacity: int
+    """Bytes that its place must have room for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stripe:
+    """Some chunks in a row of a copy, whose bytes follow: `Taken`."""
+
+    origin: str
+    index: int
+    ticket: int
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seal:
+    """The checksums of a copy that has come whole: `Pushed` if they fit, `Refused` if not."""
+
+    origin: str
+    index: int
+    ticket: int
+    checksums: tuple[int, ...]
+
+
+# ---- answers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settled:
+    """What was asked for is done, or failed."""
+
+    id: int
+    problem: str
+    """Empty: there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """The shards that are here; of those that were filled just now the checksums are not known yet."""
+
+    id: int
+    held: tuple[Held, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Bytes of memory that are held."""
+
+    id: int
+    held_bytes: int
+    left_bytes: int
+    """By trainers that are gone."""
+    copy_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mapped:
+    """A shard's descriptor comes with this."""
+
+    id: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Missing:
+    """The shard is not here."""
+
+    id: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """The copy may come."""
+
+    ticket: int
+    """Tells its stripes from those of a copy that was given up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """A stripe has come whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pushed:
+    """The copy counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """The copy does not count."""
+
+    problem: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The bytes that were asked for follow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sum:
+    """The checksum of the bytes that were sent."""
+
+    crc32: int
+
+
+FromOwner = Start | Adopt
+FromAnyone = ListHeld | Measure | Retire | Read | Push | Stripe | Seal
+FromTrainer = Hold | Release | Begin | Fill | Copy | HaltCopies | Store | Map | FromAnyone
+Answer = Settled | Listed | Measured | Mapped | Missing
+CopyAnswer = Opened | Taken | Pushed | Refused
+RemoteAnswer = Listed | Missing | Data | Sum
+
+FROM_OWNER = Vocabulary[FromOwner](Start, Adopt)
+TO_OWNER = Vocabulary[Ready](Ready)
+FROM_ANYONE = Vocabulary[FromAnyone](ListHeld, Measure, Retire, Read, Push, Stripe, Seal)
+FROM_TRAINER = Vocabulary[FromTrainer](
+    *(Hold, Release, Begin, Fill, Copy, HaltCopies, Store, Map),
+    *(ListHeld, Measure, Retire, Read, Push, Stripe, Seal),
+)
+ANSWERS = Vocabulary[Answer](Settled, Listed, Measured, Mapped, Missing)
+COPY_ANSWERS = Vocabulary[CopyAnswer](Opened, Taken, Pushed, Refused)
+REMOTE_ANSWERS = Vocabulary[RemoteAnswer](Listed, Missing, Data, Sum)

@@ -1,0 +1,133 @@
+"""Another node's keeper, for recovery: what it holds, and shards read from there. No torch here."""
+
+import errno
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from zlib_ng.zlib_ng import crc32
+
+from elastic.checkpoint.replicas.inventory import Held
+from elastic.checkpoint.replicas.messages import (
+    REMOTE_ANSWERS,
+    Data,
+    FromAnyone,
+    Listed,
+    ListHeld,
+    Read,
+    RemoteAnswer,
+    Retire,
+    Sum,
+)
+from elastic.transport import Channel, WireError, connect
+
+_READ_TIMEOUT_S = 30.0
+
+_A = TypeVar("_A", Listed, Data, Sum)
+
+
+class RemoteKeeper:
+    """A connection to another node's keeper. One thread at a time.
+
+    Raises:
+        WireError: by every method, if the keeper is gone or does not know the secret.
+    """
+
+    def __init__(self, address: tuple[str, int], secret: str, *, timeout_s: float) -> None:
+        self._channel = Channel[RemoteAnswer](
+            connect(address, secret, purpose="keeper", timeout_s=timeout_s), REMOTE_ANSWERS
+        )
+        self._channel.set_timeout(timeout_s)
+
+    def fetch_list(self) -> list[Held]:
+        """Return what the keeper has in memory."""
+        return list(self._ask(ListHeld(), Listed).held)
+
+    def read_into(self, held: Held, start: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of a held shard from `start`.
+
+        Where no checksums are known yet, the keeper takes one of what it sends: what was damaged on the way is noticed.
+        """
+        sums = held.checksums is None
+        message = Read(
+            origin=held.origin, index=held.index, snapshot=held.snapshot, start=start, size=len(out), sums=sums
+        )
+        self._ask(message, Data)
+        self._channel.receive_into(out)
+        if sums and crc32(out) != self._take(Sum).crc32:
+            raise WireError("other bytes came than were sent")
+
+    def retire(self, *, before_epoch: int, keep_step: int | None) -> None:
+        """Have the snapshots of earlier attempts freed, all but those of one step."""
+        self._channel.send(Retire(before_epoch=before_epoch, keep_step=keep_step))
+
+    def close(self) -> None:
+        """Leave."""
+        self._channel.close()
+
+    def _ask(self, message: FromAnyone, expected: type[_A]) -> _A:
+        self._channel.send(message)
+        return self._take(expected)
+
+    def _take(self, expected: type[_A]) -> _A:
+        answer = self._channel.receive()
+        if not isinstance(answer, expected):
+            what = "it is gone" if answer is None else type(answer).__name__
+            raise WireError(f"the keeper has it no more ({what})")
+        return answer
+
+
+@dataclass
+class RemoteSource:
+    """Shards in the memory of another node."""
+
+    node: str
+    held: Mapping[str, Held]
+    connect: Callable[[], RemoteKeeper]
+    _idle: list[RemoteKeeper] = field(default_factory=list[RemoteKeeper])
+    """Connections that no reader uses; there are as many as there were readers at once, each with its own stream."""
+
+    @property
+    def name(self) -> str:
+        """Say whose memory it is."""
+        return f"the memory of node {self.node[:8]}"
+
+    def get_files(self) -> list[str]:
+        """Return the files that are there."""
+        return list(self.held)
+
+    def get_view(self, file: str, offset: int, num_bytes: int) -> None:
+        """Return None: it must be read."""
+
+    def read_into(self, file: str, offset: int, out: memoryview) -> None:
+        """Read over the network; a node that is gone is a file that is gone."""
+        keeper: RemoteKeeper | None = None
+        try:
+            try:
+                keeper = self._idle.pop()
+            except IndexError:
+                keeper = self.connect()
+            keeper.read_into(self.held[file], offset, out)
+        except OSError as error:
+            if keeper is not None:
+                keeper.close()
+            raise OSError(errno.EIO, f"{self.name} does not give it ({error})") from error
+        self._idle.append(keeper)
+
+    def close(self) -> None:
+        """Leave."""
+        while self._idle:
+            self._idle.pop().close()
+
+
+@contextmanager
+def open_remote(
+    node: str, held: Mapping[str, Held], address: tuple[str, int], secret: str
+) -> "Generator[RemoteSource]":
+    """Yield the shards of one node as a source."""
+    source = RemoteSource(node, held, lambda: RemoteKeeper(address, secret, timeout_s=_READ_TIMEOUT_S))
+    try:
+        yield source
+    finally:
+        source.close()

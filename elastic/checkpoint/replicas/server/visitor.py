@@ -1,0 +1,95 @@
+"""What anyone may ask a keeper for who knows the run's secret: trainers and keepers of other nodes. No torch here."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from elastic.checkpoint.replicas.inventory import check_current
+from elastic.checkpoint.replicas.messages import (
+    Data,
+    FromAnyone,
+    Listed,
+    ListHeld,
+    Measure,
+    Missing,
+    Push,
+    Read,
+    Retire,
+    Seal,
+    Stripe,
+    Sum,
+)
+from elastic.checkpoint.replicas.server.incoming import CopyReceiver
+from elastic.checkpoint.replicas.server.store import Store
+from elastic.checkpoint.replicas.transfer import SummedPieces
+from elastic.transport import Channel, WireError
+
+
+class Desk:
+    """Answers what is asked over any connection; any thread may call it."""
+
+    def __init__(self, store: Store) -> None:
+        self._store, self._copies = store, CopyReceiver(store)
+
+    def obey(self, channel: Channel[Any], message: FromAnyone) -> None:
+        """Do what a message asks for, and answer.
+
+        Raises:
+            WireError: it cannot be meant so.
+            SupersededError: it is about something that is gone.
+        """
+        match message:
+            case Push():
+                self._copies.open(channel, message)
+            case Stripe():
+                self._copies.take(channel, message)
+            case Seal():
+                self._copies.seal(channel, message)
+            case ListHeld():
+                channel.send(Listed(id=message.id, held=self._store.list_held()))
+            case Read():
+                self._read(channel, message)
+            case Retire():
+                self._store.retire(before_epoch=message.before_epoch, keep_step=message.keep_step)
+            case Measure():
+                channel.send(self._store.measure(message.id, waits=message.waits))
+
+    def _read(self, channel: Channel[Any], message: Read) -> None:
+        """Send bytes of a shard, and their checksum if that is asked for: where none was taken yet."""
+        found = self._store.find(message.origin, message.index, message.snapshot)
+        if found is None:
+            channel.send(Missing())
+            return
+        holding, generation = found
+        start, size = message.start, message.size
+        if not 0 <= start <= start + size <= holding.num_bytes:
+            raise WireError(f"bytes {start} to {start + size} are outside of {holding.num_bytes}")
+        check = partial(check_current, holding, generation)
+        if message.sums:
+            summed = SummedPieces(holding.arena, start, size, check=check)
+            channel.send(Data(), summed, num_bytes=size)
+            channel.send(Sum(crc32=summed.crc32))
+        else:
+            channel.send_file(Data(), holding.arena.descriptor, [(start, size)], check=check)
+
+
+def serve(channel: Channel[FromAnyone], desk: Desk, say: Callable[[str], None]) -> None:
+    """Answer one connection until it ends, or says what makes no sense: that ends it, and is told once."""
+    try:
+        while (message := channel.receive()) is not None:
+            check_payload(channel, message)
+            desk.obey(channel, message)
+    except Exception as error:  # whatever it is, the other end must learn that nobody answers it any more
+        say(f"a connection ended: {error!r}")
+    finally:
+        channel.close()
+
+
+def check_payload(channel: Channel[Any], message: object) -> None:
+    """Refuse bytes behind a message that brings none.
+
+    Raises:
+        WireError: there are some.
+    """
+    if channel.payload_bytes and not isinstance(message, Stripe):
+        raise WireError(f"a {type(message).__name__} brings no bytes, but {channel.payload_bytes} follow")
