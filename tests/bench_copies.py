@@ -22,7 +22,7 @@ from elastic.checkpoint.replicas.inventory import Snapshot
 from elastic.checkpoint.replicas.process import start_keeper
 from elastic.checkpoint.replicas.remote import RemoteKeeper
 from elastic.checkpoint.replicas.transfer import NUM_STREAMS
-from elastic.checkpoint.staging.shared_memory import GIB, allocate_arena
+from elastic.checkpoint.staging.shared_memory import GIB, allocate_buffer
 
 PIECE_BYTES = 4 * 2**20
 READ_BYTES = 16 * 2**20
@@ -92,14 +92,14 @@ def copy(num_bytes: int, num_rounds: int) -> tuple[float, float]:
     keepers = [start_keeper(node=node, ip="127.0.0.1", secret="s") for node in ("a", "b")]
     client = KeeperClient(keepers[0].open_connection(), origin="1-0")
     peer = ("127.0.0.1", keepers[1].port)
-    arena = allocate_arena(num_bytes, name="bench")
-    arena.populate().join()
-    client.hold(0, arena)
+    buffer = allocate_buffer(num_bytes, name="bench")
+    buffer.populate().join()
+    client.hold(0, buffer)
     chunks = [(start, BLOCK_BYTES) for start in range(0, num_bytes, BLOCK_BYTES)]
     sums_s, copies_s = [], []
     for step in range(num_rounds + 2):  # both places of the copy are touched for the first time
         client.begin(0, epoch=1)
-        arena.view[: 1 << 20] = bytes([step]) * (1 << 20)
+        buffer.view[: 1 << 20] = bytes([step]) * (1 << 20)
         snapshot = Snapshot(epoch=1, step=step, world_size=1, rank=0)
         start_s = time.perf_counter()
         assert client.fill(0, snapshot, num_bytes=num_bytes, chunks=chunks, record=None).result() == ""

@@ -29,7 +29,7 @@ from elastic.checkpoint.replicas.inventory import Snapshot
 from elastic.checkpoint.schedule import Schedule, Tier
 from elastic.checkpoint.staging.buffer_choice import Urgency
 from elastic.checkpoint.staging.description import WorldDescription
-from elastic.checkpoint.staging.host_buffers import HostArenas
+from elastic.checkpoint.staging.host_buffers import HostBuffers
 from elastic.checkpoint.staging.live_plan import LivePlan
 from elastic.checkpoint.staging.stager import Stager
 from elastic.checkpoint.tiers.disk import DiskTier
@@ -64,7 +64,7 @@ class Checkpointer:
         on_kept: likewise for each state that is whole in memory, and again once it is copied (`copied`).
         memory: where snapshots are kept; None: states go to the storage only.
         peer: the keeper that shall have copies of this node's snapshots.
-        restored_index: of this process' arena that holds the state that was restored; it is filled again last.
+        restored_index: of this process' buffer that holds the state that was restored; it is filled again last.
         mean_s_between_losses: what planned intervals are made for.
         data: what the state is trained on; every manifest says it.
     """
@@ -102,18 +102,18 @@ class Checkpointer:
             before_commit=before_commit,
         )
         self._memory, rates = memory, memory.rates if memory else Rates()
-        self._arenas = memory.get_arenas(device) if memory else HostArenas(device, count=1)
+        self._buffers = memory.get_buffers(device) if memory else HostBuffers(device, count=1)
         self._tier = memory and MemoryTier(
             memory,
-            self._arenas,
+            self._buffers,
             peer=peer,
             disk=DiskTier(memory, every_s=saves.node_disk_every_s) if saves.node_disk else None,
             epoch=epoch,
             restored_index=restored_index,
             on_kept=on_kept if self._rank == 0 else ignore_kept,
         )
-        self._stager = Stager(self._arenas)
-        self._plan = LivePlan(self._arenas, device=device, epoch=epoch, rank=self._rank, world_size=self._world_size)
+        self._stager = Stager(self._buffers)
+        self._plan = LivePlan(self._buffers, device=device, epoch=epoch, rank=self._rank, world_size=self._world_size)
         self._world = WorldDescription(
             config=config, data=data, device=device, epoch=epoch, world_size=self._world_size
         )
@@ -128,8 +128,8 @@ class Checkpointer:
         self.forecast = Forecast(
             self._protocol,
             plan=self._plan,
-            arenas=self._arenas,
-            choose_last=partial(self._choose_arena, "leaving"),
+            buffers=self._buffers,
+            choose_last=partial(self._choose_buffer, "leaving"),
             rates=rates,
             start_step=start.step,
         )
@@ -182,7 +182,7 @@ class Checkpointer:
         is_planned = self._plan.is_begun
         plan = self._plan.get()
         stall_from_s = start_s if is_planned else time.monotonic()  # to plan is no part of what the next one costs
-        index = self._choose_arena(urgency)
+        index = self._choose_buffer(urgency)
         if index is None:
             return False
         if self._tier:
@@ -193,7 +193,7 @@ class Checkpointer:
             progress=progress,
             snapshot=Snapshot(epoch=self._epoch, step=progress.step, world_size=self._world_size, rank=self._rank),
             start_s=start_s,
-            is_first_touch=not self._arenas.is_found(index),
+            is_first_touch=not self._buffers.is_found(index),
             staged=self._stager.stage(live, plan.own, plan.held, index=index),
             plan=plan,
             follows=follows,
@@ -289,12 +289,12 @@ class Checkpointer:
         self._writer.close()
         if self._tier:
             self._tier.halt_copies()  # the next world's states come over the same network
-        self._plan.wait()  # the next world plans with the same arenas
+        self._plan.wait()  # the next world plans with the same buffers
         self._protocol.close()  # and fills them anew
 
-    def _choose_arena(self, urgency: Urgency) -> int | None:
-        """Return the arena for the next save; None, on all ranks, if it must wait."""
+    def _choose_buffer(self, urgency: Urgency) -> int | None:
+        """Return the buffer for the next save; None, on all ranks, if it must wait."""
         busy = {save.staged.index for save in self._saves}
         if self._tier:
             return self._tier.choose(busy, urgency)
-        return next((index for index in self._arenas.indices if index not in busy), None)
+        return next((index for index in self._buffers.indices if index not in busy), None)

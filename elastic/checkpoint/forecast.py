@@ -6,7 +6,7 @@ from collections.abc import Callable
 from elastic.checkpoint.bandwidth import Rates
 from elastic.checkpoint.protocol import SaveProtocol
 from elastic.checkpoint.schedule import Tier
-from elastic.checkpoint.staging.host_buffers import HostArenas
+from elastic.checkpoint.staging.host_buffers import HostBuffers
 from elastic.checkpoint.staging.live_plan import LivePlan
 
 
@@ -14,7 +14,7 @@ class Forecast:
     """Of one rank of one world.
 
     Args:
-        choose_last: returns the arena that the last save of this world would take, if one is free.
+        choose_last: returns the buffer that the last save of this world would take, if one is free.
         start_step: where this world began.
     """
 
@@ -23,12 +23,12 @@ class Forecast:
         protocol: SaveProtocol,
         *,
         plan: LivePlan,
-        arenas: HostArenas,
+        buffers: HostBuffers,
         choose_last: Callable[[], int | None],
         rates: Rates,
         start_step: int,
     ) -> None:
-        self._protocol, self._plan, self._arenas = protocol, plan, arenas
+        self._protocol, self._plan, self._buffers = protocol, plan, buffers
         self._choose_last, self._rates, self._start_step = choose_last, rates, start_step
 
     def get_usual_s(self, tier: Tier) -> float | None:
@@ -49,9 +49,9 @@ class Forecast:
     def estimate_hand_over_s(self) -> float:
         """Return how long this rank needs to bring its part to where the next world finds it, begun now."""
         saves, index = self._protocol.saves, self._choose_last()
-        is_found = index is None or self._arenas.is_found(index)
+        is_found = index is None or self._buffers.is_found(index)
         way = self._rates.to_host if is_found else self._rates.to_new_host
-        ahead = saves[saves.on_device].staged.arena.nbytes if saves.on_device else 0
+        ahead = saves[saves.on_device].staged.buffer.nbytes if saves.on_device else 0
         return way.estimate_s(self._plan.own_bytes) + self._rates.to_host.estimate_s(ahead)
 
     def estimate_copy_s(self) -> float:

@@ -57,8 +57,8 @@ class InFlightSave:
             self.kept_s = time.monotonic() - self.start_s
             self.kept.set_result(self._keep(memory) if memory else "no keeper")
             if self.tier == "storage":
-                step, arena = self.progress.step, self.staged.arena
-                took_s = writer.write(step, arena, self.plan, self.build_manifest, start_s=self.start_s)
+                step, buffer = self.progress.step, self.staged.buffer
+                took_s = writer.write(step, buffer, self.plan, self.build_manifest, start_s=self.start_s)
                 self.committed_s.set_result(took_s)
         except BaseException as error:  # whatever it is, the training thread raises it
             if not self.kept.done():

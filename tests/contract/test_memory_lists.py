@@ -13,7 +13,7 @@ from elastic.checkpoint.replicas.client import KeeperClient
 from elastic.checkpoint.replicas.discovery import build_record, list_blocks
 from elastic.checkpoint.replicas.inventory import Snapshot
 from elastic.checkpoint.replicas.process import start_keeper
-from elastic.checkpoint.staging.shared_memory import allocate_arena
+from elastic.checkpoint.staging.shared_memory import allocate_buffer
 from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.ports import Progress
 
@@ -46,9 +46,9 @@ def keep(keeper, *, step, rank, world_size):
         extra={},
     )
     client = KeeperClient(keeper.open_connection(), origin=f"{step}-{rank}")
-    arena = allocate_arena(layout.num_bytes, name="test")
-    arena.view[:] = layout.header
-    client.hold(0, arena)
+    buffer = allocate_buffer(layout.num_bytes, name="test")
+    buffer.view[:] = layout.header
+    client.hold(0, buffer)
     client.begin(0, epoch=1)
     snapshot = Snapshot(epoch=1, step=step, world_size=world_size, rank=rank)
     record = build_record(f"f{rank}", layout, manifest)

@@ -40,9 +40,9 @@ def list_held(keeper):
 
 def read(keeper, held):
     client = KeeperClient(keeper.open_connection(), origin="onlooker")
-    arena = client.fetch_memory(held)
+    buffer = client.fetch_memory(held)
     client.close()
-    return bytes(arena.view)
+    return bytes(buffer.view)
 
 
 def names(tmp_path, node="a"):
@@ -103,7 +103,7 @@ def test_without_word_of_a_complete_one_a_handful_stays(tmp_path, keepers):
     assert names(tmp_path) == [f"00000001-0000000{step}-0-of-1.snapshot" for step in (4, 5, 6, 7)]
 
 
-def test_an_arena_that_is_filled_again_meanwhile_leaves_no_file(tmp_path, keepers):
+def test_a_buffer_that_is_filled_again_meanwhile_leaves_no_file(tmp_path, keepers):
     trainer = Trainer(keepers("a"))
     trainer.fill(0, 1).result(10)
     trainer.client.begin(0, epoch=1)

@@ -34,7 +34,7 @@ from elastic.checkpoint.replicas.messages import (
 )
 from elastic.checkpoint.replicas.process import launch_keeper, start_keeper
 from elastic.checkpoint.replicas.remote import RemoteKeeper
-from elastic.checkpoint.staging.shared_memory import allocate_arena
+from elastic.checkpoint.staging.shared_memory import allocate_buffer
 from elastic.processes import find_running
 from elastic.transport import Channel, Peer, WireError, connect, connect_unix, to_plain
 from elastic.transport.frames import encode
@@ -73,23 +73,23 @@ def make_snapshot(step, *, epoch=1, rank=0):
 class Trainer:
     """What a trainer does to a keeper, with bytes instead of tensors."""
 
-    def __init__(self, process, *, epoch=1, rank=0, num_arenas=2):
+    def __init__(self, process, *, epoch=1, rank=0, num_buffers=2):
         self.epoch, self.rank = epoch, rank
         self.client = KeeperClient(process.open_connection(), origin=f"{epoch}-{rank}")
-        self.arenas = [allocate_arena(SIZE, name="test") for _ in range(num_arenas)]
-        for index, arena in enumerate(self.arenas):
-            self.client.hold(index, arena)
+        self.buffers = [allocate_buffer(SIZE, name="test") for _ in range(num_buffers)]
+        for index, buffer in enumerate(self.buffers):
+            self.client.hold(index, buffer)
 
     def fill(self, index, step, *, peer=None):
         data = bytes([step % 256, index]) * (SIZE // 2)
         self.client.begin(index, epoch=self.epoch)
-        self.arenas[index].view[:] = data
+        self.buffers[index].view[:] = data
         snapshot = make_snapshot(step, epoch=self.epoch, rank=self.rank)
         checked = self.client.fill(index, snapshot, num_bytes=SIZE, chunks=CHUNKS, record={"of": step})
         return self.client.copy(index, snapshot, peer=("127.0.0.1", peer.port)) if peer else checked
 
     def get_bytes(self, index):
-        return bytes(self.arenas[index].view)
+        return bytes(self.buffers[index].view)
 
 
 def describe_copy(origin, data):
@@ -149,9 +149,9 @@ def test_a_snapshot_survives_its_trainer_and_is_served_with_its_checksums():
         stranger.read_into(held, 99_900, part)
         assert part == saved[99_900:100_900]
         successor = KeeperClient(process.open_connection(), origin="2-0")
-        arena = successor.fetch_memory(held)
-        assert arena is not None
-        assert arena.view == saved
+        buffer = successor.fetch_memory(held)
+        assert buffer is not None
+        assert buffer.view == saved
 
 
 def test_what_was_filled_is_listed_and_read_at_once_while_its_checksums_are_still_taken():
@@ -204,7 +204,7 @@ def test_a_trainer_that_dies_while_it_fills_leaves_only_what_was_whole():
         trainer.fill(0, 1).result(10)
         trainer.fill(1, 2).result(10)
         trainer.client.begin(0, epoch=1)
-        trainer.arenas[0].view[:10] = b"torn torn "
+        trainer.buffers[0].view[:10] = b"torn torn "
         trainer.client.close()
         wait_until(lambda: [held.snapshot.step for held in stranger.fetch_list()] == [2], "the torn one is gone")
 
@@ -216,7 +216,7 @@ def test_a_copy_is_the_same_and_is_void_while_the_next_one_is_under_way():
         assert trainer.fill(1, 2, peer=peer).result(10) == ""
         assert trainer.fill(0, 3, peer=peer).result(10) == ""
         by_step = {held.snapshot.step: held for held in stranger.fetch_list()}
-        assert sorted(by_step) == [2, 3]  # two arenas here, two there
+        assert sorted(by_step) == [2, 3]  # two buffers here, two there
         assert all(held.is_copy and held.node == "b" for held in by_step.values())
         whole = memoryview(bytearray(SIZE))
         stranger.read_into(by_step[3], 0, whole)
@@ -426,16 +426,16 @@ def test_room_that_was_promised_to_a_copy_is_not_given_to_another_one():
 
 OWNER = """
 import sys, time
-from elastic.checkpoint.staging.shared_memory import allocate_arena
+from elastic.checkpoint.staging.shared_memory import allocate_buffer
 from elastic.checkpoint.replicas.inventory import Snapshot
 from elastic.checkpoint.replicas.client import KeeperClient
 from elastic.checkpoint.replicas.process import start_keeper
 keeper = start_keeper(node="a", ip="127.0.0.1", secret="x")
 client = KeeperClient(keeper.open_connection(), origin="1-0")
-arena = allocate_arena(2**20, name="test")
-client.hold(0, arena)
+buffer = allocate_buffer(2**20, name="test")
+client.hold(0, buffer)
 client.begin(0, epoch=1)
-arena.view[:] = b"x" * 2**20
+buffer.view[:] = b"x" * 2**20
 step = Snapshot(epoch=1, step=1, world_size=1, rank=0)
 client.fill(0, step, num_bytes=2**20, chunks=[(0, 2**20)], record=None).result()
 print(keeper.process.pid, flush=True)

@@ -412,8 +412,8 @@ def test_the_last_save_is_tried_again_until_it_is_committed(tmp_path):
 
 
 class SlowStager(Stager):
-    def __init__(self, arenas, copied):
-        super().__init__(arenas)
+    def __init__(self, buffers, copied):
+        super().__init__(buffers)
         self.copied = copied
 
     def stage(self, live, layout, held, *, index):
@@ -429,7 +429,7 @@ def save_without_memory(run_dir):
     def refuse(num_bytes):
         raise CheckpointError(f"{num_bytes} bytes were refused")
 
-    checkpointer._arenas.make_room = refuse
+    checkpointer._buffers.make_room = refuse
     said = []
     for _ in range(2):
         with pytest.raises(CheckpointError, match="were refused") as error:
@@ -449,7 +449,7 @@ def close_while_saving(run_dir):
     model, optimizer = build("fsdp2")
     checkpointer = make_checkpointer(run_dir)
     copied = threading.Event()
-    checkpointer._stager = SlowStager(checkpointer._arenas, copied)
+    checkpointer._stager = SlowStager(checkpointer._buffers, copied)
     checkpointer.start_save(model, optimizer, progress=make_progress(1), extra={})
     checkpointer.close()
     copied.set()

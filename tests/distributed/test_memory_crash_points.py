@@ -1,7 +1,7 @@
 """Killed with -9 at any single operation of its snapshots, a trainer or a keeper costs no state that was acknowledged.
 
 Two nodes keep each other's copies. Epoch 1 has a trainer on each: step 1 goes to the storage, step 2 to the memories.
-In epoch 2 the first trainer goes on alone, with larger arenas: it restores step 2 and keeps three more. There its
+In epoch 2 the first trainer goes on alone, with larger buffers: it restores step 2 and keeps three more. There its
 keeper (of n0) only has originals, and its peer's (of n1) only copies. One process dies at one operation; what is left
 is loaded, then again after each further loss of a node. The three tests take four minutes on 2 cores.
 """

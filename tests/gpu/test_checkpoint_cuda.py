@@ -93,13 +93,15 @@ def check_snapshots(device, storage, memory, keepers):
             assert [name for name in saved if not torch.equal(saved[name], loaded[name])] == []
 
         index = memory.find_index(epoch=1, step=step)
-        in_arena = memory.get_arenas(device).get(index)[checkpointer._plan.get().own.entries["model.3.weight"].offset :]
-        in_arena[7] ^= 1  # nobody reads what the device still has
+        in_buffer = memory.get_buffers(device).get(index)[
+            checkpointer._plan.get().own.entries["model.3.weight"].offset :
+        ]
+        in_buffer[7] ^= 1  # nobody reads what the device still has
         restore_twin()
-        take_memory(memory.get_arenas(device).exit)
+        take_memory(memory.get_buffers(device).exit)
         with pytest.raises(AssertionError):
             restore_twin()
-        in_arena[7] ^= 1
+        in_buffer[7] ^= 1
         restore_twin()
     checkpointer.close()
 
@@ -156,16 +158,16 @@ def test_the_snapshot_before_stays_on_a_device_with_room(device, tmp_path, monke
         assert checkpointer.start_save(model, optimizer, progress=Progress(step=step), extra={}, tier="memory")
         train(model, optimizer, device, checkpointer, 1)
         checkpointer.finish("memory")
-    arenas = memory.get_arenas(device)
+    buffers = memory.get_buffers(device)
     with ThreadPoolExecutor(1) as pool:
-        with arenas.exit.lock:  # it stays on the device
+        with buffers.exit.lock:  # it stays on the device
             assert checkpointer.start_save(model, optimizer, progress=Progress(step=4), extra={}, tier="memory")
             closed = pool.submit(checkpointer.close)
             wait([closed], timeout=0.5)
         closed.result()
     torch.cuda.synchronize()
     index = memory.find_index(epoch=1, step=3)
-    arenas.get(index)[checkpointer._plan.get().own.entries["model.3.weight"].offset + 7] ^= 1
+    buffers.get(index)[checkpointer._plan.get().own.entries["model.3.weight"].offset + 7] ^= 1
 
     twin, twin_optimizer = build(device, seed=1)
     keepers = {"a": ("127.0.0.1", keeper.port)}

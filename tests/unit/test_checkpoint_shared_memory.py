@@ -3,7 +3,7 @@ import os
 import pytest
 
 from elastic.checkpoint.staging import shared_memory
-from elastic.checkpoint.staging.shared_memory import allocate_arena
+from elastic.checkpoint.staging.shared_memory import allocate_buffer
 
 NUM_BYTES = 1 << 20
 
@@ -13,7 +13,7 @@ def count_bytes(descriptor):
 
 
 def test_memory_is_found_beforehand():
-    new = allocate_arena(NUM_BYTES, name="test")
+    new = allocate_buffer(NUM_BYTES, name="test")
     assert count_bytes(new.descriptor) == 0
     new.populate().join()
     assert count_bytes(new.descriptor) == NUM_BYTES
@@ -21,8 +21,8 @@ def test_memory_is_found_beforehand():
     new.close()
 
 
-def test_no_memory_is_found_for_an_arena_that_was_closed(monkeypatch):
-    new = allocate_arena(NUM_BYTES, name="test")
+def test_no_memory_is_found_for_a_buffer_that_was_closed(monkeypatch):
+    new = allocate_buffer(NUM_BYTES, name="test")
     monkeypatch.setattr(shared_memory, "_POPULATE_BYTES", NUM_BYTES // 4)
     monkeypatch.setattr(shared_memory, "_POPULATE_THREADS", 1)
     other = os.dup(new.descriptor)
@@ -40,7 +40,7 @@ def test_no_memory_is_found_for_an_arena_that_was_closed(monkeypatch):
 
 
 def test_what_another_process_filled_is_read_without_a_map():
-    new = allocate_arena(NUM_BYTES, name="test")
+    new = allocate_buffer(NUM_BYTES, name="test")
     new.view[100:104] = b"abcd"
     out = bytearray(6)
     new.read_into(99, memoryview(out))

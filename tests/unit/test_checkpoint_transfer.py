@@ -13,7 +13,7 @@ from elastic.checkpoint.bandwidth import Rate
 from elastic.checkpoint.replicas import transfer
 from elastic.checkpoint.replicas.messages import COPY_ANSWERS, Taken
 from elastic.checkpoint.replicas.transfer import checksum_parts, cut_stripes, join, receive_parts
-from elastic.checkpoint.staging.shared_memory import allocate_arena
+from elastic.checkpoint.staging.shared_memory import allocate_buffer
 from elastic.transport import Channel, Peer
 
 
@@ -44,11 +44,11 @@ def test_parts_that_touch_are_joined_and_no_others(pieces):
     assert all(a + b < c for (a, b), (c, _) in pairwise(joined))
 
 
-def test_what_is_sent_from_one_arena_is_in_the_other_with_its_checksums(monkeypatch):
+def test_what_is_sent_from_one_buffer_is_in_the_other_with_its_checksums(monkeypatch):
     monkeypatch.setattr(transfer, "PIECE_BYTES", 1000)
     sizes = [17, 999, 1, 5000, 400, 400, 400, 3]
     parts = lay_out(sizes)
-    source, target = (allocate_arena(sum(sizes), name="test") for _ in range(2))
+    source, target = (allocate_buffer(sum(sizes), name="test") for _ in range(2))
     source.view[:] = random.Random(1).randbytes(sum(sizes))
     ours, theirs = (Channel(Peer(each, None), COPY_ANSWERS) for each in socket.socketpair())
     ours.set_timeout(10)

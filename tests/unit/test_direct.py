@@ -19,7 +19,7 @@ MIB = 2**20
 
 @pytest.fixture
 def memory():
-    """Return aligned memory like an arena's, no two pages of it alike."""
+    """Return aligned memory like a buffer's, no two pages of it alike."""
     pages = mmap.mmap(-1, 4 * MIB)
     pages[:] = b"".join(number.to_bytes(4, "big") * 1024 for number in range(4 * MIB // 4096))
     return memoryview(pages)

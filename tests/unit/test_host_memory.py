@@ -120,8 +120,8 @@ def room(available, *, node=1, first=2, more=4, left=0):
         pytest.param([room(13, left=2)], True, id="a dead one leaves as much"),
         pytest.param([room(12, left=99)], False, id="but only after the first"),
         pytest.param([room(15, left=2)] * 2, False, id="what was left on a node counts once"),
-        pytest.param([room(13, first=3, more=2)], False, id="smaller arenas go, but only after the first"),
-        pytest.param([room(14, first=3, more=2)], True, id="smaller arenas go"),
+        pytest.param([room(13, first=3, more=2)], False, id="smaller buffers go, but only after the first"),
+        pytest.param([room(14, first=3, more=2)], True, id="smaller buffers go"),
     ],
 )
 def test_all_ranks_of_a_node_share_its_memory(rooms, is_enough):
@@ -143,7 +143,7 @@ def test_a_node_is_roomy_if_it_need_not_give_anything_back_first(rooms, is_enoug
 
 
 def test_fewer_snapshots_are_kept_before_none_and_two_of_ones_own_before_copies():
-    assert [arenas for arenas, _ in WAYS] == sorted((arenas for arenas, _ in WAYS), reverse=True)
+    assert [buffers for buffers, _ in WAYS] == sorted((buffers for buffers, _ in WAYS), reverse=True)
     assert WAYS[-1] == (1, 0)
     assert (2, 0) in WAYS
 

@@ -1,6 +1,6 @@
 """From the bytes of one rank's shard to a file in a storage, and its lines in the manifest. No torch here.
 
-The arena is the shard file, byte for byte, in host memory: whoever maps it can write it, the process that trains or
+The buffer is the shard file, byte for byte, in host memory: whoever maps it can write it, the process that trains or
 another one.
 """
 
@@ -29,12 +29,12 @@ class Written:
 def write_shard(
     storage: Storage,
     key: str,
-    arena: memoryview,
+    buffer: memoryview,
     layout: ShardLayout,
     *,
     check: Callable[[], None] = lambda: None,
 ) -> Written:
-    """Checksum an arena and write it to `key`; return when it is durable.
+    """Checksum a buffer and write it to `key`; return when it is durable.
 
     Args:
         check: called before each piece; what it raises ends the write, and nothing appears.
@@ -42,17 +42,17 @@ def write_shard(
     Raises:
         OSError: the storage's.
     """
-    assert arena.nbytes == layout.num_bytes, "an arena is as long as its file"
-    written = checksum_shard(arena, layout)
-    storage.write(key, _Pieces(arena, check))
+    assert buffer.nbytes == layout.num_bytes, "a buffer is as long as its file"
+    written = checksum_shard(buffer, layout)
+    storage.write(key, _Pieces(buffer, check))
     return written
 
 
-def checksum_shard(arena: memoryview, layout: ShardLayout) -> Written:
-    """Return the checksums of an arena that is complete."""
+def checksum_shard(buffer: memoryview, layout: ShardLayout) -> Written:
+    """Return the checksums of a buffer that is complete."""
     checksums = {
         name: tuple(
-            crc32(arena[start : min(start + BLOCK_BYTES, entry.offset + entry.num_bytes)])
+            crc32(buffer[start : min(start + BLOCK_BYTES, entry.offset + entry.num_bytes)])
             for start in range(entry.offset, entry.offset + entry.num_bytes, BLOCK_BYTES)
         )
         for name, entry in layout.entries.items()
@@ -60,7 +60,7 @@ def checksum_shard(arena: memoryview, layout: ShardLayout) -> Written:
     record = FileRecord(
         size_bytes=layout.num_bytes,
         header_bytes=len(layout.header),
-        header_crc32=crc32(arena[: len(layout.header)]),
+        header_crc32=crc32(buffer[: len(layout.header)]),
     )
     return Written(record=record, crc32=checksums)
 
@@ -96,14 +96,14 @@ def build_index(
 
 
 class _Pieces:
-    """The arena in pieces, as often as the storage has to try."""
+    """The buffer in pieces, as often as the storage has to try."""
 
-    def __init__(self, arena: memoryview, check: Callable[[], None]) -> None:
-        self._arena = arena
+    def __init__(self, buffer: memoryview, check: Callable[[], None]) -> None:
+        self._buffer = buffer
         self._check = check
 
     def __iter__(self) -> Iterator[memoryview]:
-        for start in range(0, self._arena.nbytes, _WRITE_BYTES):
+        for start in range(0, self._buffer.nbytes, _WRITE_BYTES):
             self._check()
-            yield self._arena[start : start + _WRITE_BYTES]
+            yield self._buffer[start : start + _WRITE_BYTES]
         self._check()

@@ -93,7 +93,7 @@ class DurableWriter:
         self._fence = Fence()
 
     def write(
-        self, step: int, arena: memoryview, plan: SavePlan, build_manifest: BuildManifest, *, start_s: float
+        self, step: int, buffer: memoryview, plan: SavePlan, build_manifest: BuildManifest, *, start_s: float
     ) -> float:
         """Write and commit; return the seconds from `start_s` (monotonic) to the commit, as rank 0 measured them.
 
@@ -102,7 +102,7 @@ class DurableWriter:
             StorageError, SolventError: nothing was committed; on all ranks.
         """
         self._on_rank_0(partial(self._prepare, step))
-        written = _WRITTEN.gather(self._write_own(get_directory(step), arena, plan), self._group)
+        written = _WRITTEN.gather(self._write_own(get_directory(step), buffer, plan), self._group)
         save_s = self._on_rank_0(partial(self._commit, step, plan, build_manifest, written, start_s))
         if self._rank == 0:
             self._prune()
@@ -113,10 +113,10 @@ class DurableWriter:
         self._fence.shut()
         dist.destroy_process_group(self._group)
 
-    def _write_own(self, directory: str, arena: memoryview, plan: SavePlan) -> Written | Exception:
+    def _write_own(self, directory: str, buffer: memoryview, plan: SavePlan) -> Written | Exception:
         try:
             key = f"{directory}/{plan.own_file}"
-            written = write_shard(self._storage, key, arena, plan.own, check=self._fence.check)
+            written = write_shard(self._storage, key, buffer, plan.own, check=self._fence.check)
             self._before_commit()
         except (OSError, SolventError) as error:
             return error

@@ -30,7 +30,7 @@ from elastic.checkpoint.replicas.messages import (
     Settled,
     Store,
 )
-from elastic.checkpoint.staging.shared_memory import Arena
+from elastic.checkpoint.staging.shared_memory import SharedBuffer
 from elastic.transport import Channel, Peer, WireError
 
 _LOOK_EVERY_S = 1.0
@@ -41,7 +41,7 @@ _T = TypeVar("_T")
 class KeeperClient:
     """One trainer's connection to the keeper of its node. Calls return at once; answers come as futures.
 
-    Where that keeper has ended, the next call looks for the one that has taken its place, which then holds the arenas
+    Where that keeper has ended, the next call looks for the one that has taken its place, which then holds the buffers
     as well; what they held is not known there.
 
     Args:
@@ -60,7 +60,7 @@ class KeeperClient:
         self.origin = origin
         self._reconnect = reconnect
         self._looked_s = -float("inf")
-        self._held: dict[int, Arena] = {}
+        self._held: dict[int, SharedBuffer] = {}
         self._lock = threading.Lock()
         self._answers: dict[int, Callable[[Answer | WireError], None]] = {}
         self._num_asked = 0
@@ -73,33 +73,33 @@ class KeeperClient:
         else:
             self._take_channel(Channel(Peer(connection, None), ANSWERS))
 
-    def hold(self, index: int, arena: Arena) -> None:
-        """Let the keeper hold an arena too, so that it outlives this process.
+    def hold(self, index: int, buffer: SharedBuffer) -> None:
+        """Let the keeper hold a buffer too, so that it outlives this process.
 
         Raises:
             WireError: the keeper is gone; so for all methods.
         """
-        self._held[index] = arena
+        self._held[index] = buffer
         if not self._find_keeper():  # else it has been told
-            self._send_hold(index, arena)
+            self._send_hold(index, buffer)
 
     def release(self, index: int) -> None:
-        """Have the keeper let go of an arena that will not be filled again."""
+        """Have the keeper let go of a buffer that will not be filled again."""
         self._held.pop(index, None)
         self._channel.send(Release(index=index))
 
     def begin(self, index: int, *, epoch: int) -> None:
-        """Say that an arena is about to be filled; what it held is void from now on."""
+        """Say that a buffer is about to be filled; what it held is void from now on."""
         self._find_keeper()
         self._channel.send(Begin(index=index, epoch=epoch))
 
     def fill(
         self, index: int, snapshot: Snapshot, *, num_bytes: int, chunks: Sequence[Part], record: object
     ) -> Future[str]:
-        """Say that an arena is filled: it counts from now on, whatever becomes of this process.
+        """Say that a buffer is filled: it counts from now on, whatever becomes of this process.
 
         Args:
-            num_bytes: how much of the arena the snapshot takes, from its start.
+            num_bytes: how much of the buffer the snapshot takes, from its start.
             chunks: offset and size of the parts that get checksums of their own.
             record: JSON value that comes with the snapshot when it is listed.
 
@@ -120,7 +120,7 @@ class KeeperClient:
         return self._ask(build, _get_problem)
 
     def copy(self, index: int, snapshot: Snapshot, *, peer: tuple[str, int]) -> Future[str]:
-        """Have what an arena was filled with copied to another keeper, after the copies that were asked for before.
+        """Have what a buffer was filled with copied to another keeper, after the copies that were asked for before.
 
         Args:
             peer: host and port of that keeper.
@@ -137,7 +137,7 @@ class KeeperClient:
     def store(self, *, epoch: int, step: int, complete: tuple[int, int] | None) -> Future[str]:
         """Have the shards of a state, with the copies that lie here, written to the disk of the node.
 
-        The arena must not be filled again meanwhile.
+        The buffer must not be filled again meanwhile.
 
         Args:
             complete: epoch and step of a state that is on the disks of all nodes; older ones are removed.
@@ -169,7 +169,7 @@ class KeeperClient:
     def _measure(self, *, waits: bool = True) -> Measured:
         return self._ask(lambda number: Measure(id=number, waits=waits), _get_measured).result()
 
-    def fetch_memory(self, held: Held) -> Arena | None:
+    def fetch_memory(self, held: Held) -> SharedBuffer | None:
         """Return a held shard itself, shared and not copied; None if it is there no more."""
 
         def build(number: int) -> Map:
@@ -194,8 +194,8 @@ class KeeperClient:
             if (peer := self._reconnect()) is None:
                 return False
             self._take_channel(Channel(peer, ANSWERS))
-            for index, arena in list(self._held.items()):
-                self._send_hold(index, arena)
+            for index, buffer in list(self._held.items()):
+                self._send_hold(index, buffer)
             return True
 
     def _take_channel(self, channel: Channel[Answer]) -> None:
@@ -203,9 +203,9 @@ class KeeperClient:
             self._channel, self._is_gone = channel, False
         threading.Thread(target=self._listen, args=(channel,), name="keeper", daemon=True).start()
 
-    def _send_hold(self, index: int, arena: Arena) -> None:
-        message = Hold(origin=self.origin, index=index, num_bytes=arena.num_bytes)
-        self._channel.send(message, descriptor=arena.descriptor)
+    def _send_hold(self, index: int, buffer: SharedBuffer) -> None:
+        message = Hold(origin=self.origin, index=index, num_bytes=buffer.num_bytes)
+        self._channel.send(message, descriptor=buffer.descriptor)
 
     def _ask(self, build: Callable[[int], FromTrainer], get: Callable[[Answer], _T]) -> Future[_T]:
         """Send what `build` makes of a number; return what `get` makes of the answer with that number."""
@@ -244,12 +244,12 @@ class KeeperClient:
         for take in waiting.values():
             take(WireError("the keeper is gone"))
 
-    def _map(self, answer: Answer) -> Arena | None:
+    def _map(self, answer: Answer) -> SharedBuffer | None:
         if isinstance(answer, Missing):
             return None
         if not isinstance(answer, Mapped):
             raise _refuse(answer)
-        return Arena(self._channel.take_descriptor(), answer.num_bytes)
+        return SharedBuffer(self._channel.take_descriptor(), answer.num_bytes)
 
 
 def _get_problem(answer: Answer) -> str:

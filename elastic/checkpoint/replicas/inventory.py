@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from elastic.checkpoint.staging.shared_memory import Arena
+from elastic.checkpoint.staging.shared_memory import SharedBuffer
 from elastic.transport import PIECE_BYTES
 
 Part = tuple[int, int]
@@ -14,7 +14,7 @@ Part = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Snapshot:
-    """What an arena holds: the shard of one rank after one step of one attempt."""
+    """What a buffer holds: the shard of one rank after one step of one attempt."""
 
     epoch: int
     step: int
@@ -43,15 +43,15 @@ class Held:
 
 @dataclass(kw_only=True)
 class Holding:
-    """One arena and what is known about it. The same `origin` and `index` always mean the same arena or copy of it."""
+    """One buffer and what is known about it. The same `origin` and `index` always mean the same one or a copy."""
 
     origin: str
     """The trainer that fills it."""
     index: int
-    arena: Arena
+    buffer: SharedBuffer
     is_copy: bool
     is_on_disk: bool = False
-    """Its arena is a file that an earlier keeper wrote."""
+    """Its buffer is a file that an earlier keeper wrote."""
     epoch: int = 0
     """Of the attempt that filled it last, or began to."""
     snapshot: Snapshot | None = None
@@ -98,7 +98,7 @@ class Holding:
 
 
 class SupersededError(Exception):
-    """The arena is being filled again, or nobody waits for the result any more."""
+    """The buffer is being filled again, or nobody waits for the result any more."""
 
 
 def cut(holding: Holding, generation: int) -> Iterator[memoryview]:
@@ -107,7 +107,7 @@ def cut(holding: Holding, generation: int) -> Iterator[memoryview]:
     Raises:
         SupersededError: another filling has begun.
     """
-    view = holding.arena.view[: holding.num_bytes]
+    view = holding.buffer.view[: holding.num_bytes]
     for start in range(0, holding.num_bytes, PIECE_BYTES):
         check_current(holding, generation)
         yield view[start : start + PIECE_BYTES]
@@ -115,7 +115,7 @@ def cut(holding: Holding, generation: int) -> Iterator[memoryview]:
 
 
 def check_current(holding: Holding, generation: int) -> None:
-    """Make sure that an arena has not been filled again meanwhile.
+    """Make sure that a buffer has not been filled again meanwhile.
 
     Raises:
         SupersededError: it has.

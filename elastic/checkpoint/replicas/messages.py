@@ -47,7 +47,7 @@ class Ready:
 
 @dataclass(frozen=True, kw_only=True)
 class Hold:
-    """Hold an arena of this trainer too; its descriptor comes with this."""
+    """Hold a buffer of this trainer too; its descriptor comes with this."""
 
     origin: str
     index: int
@@ -56,14 +56,14 @@ class Hold:
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """Let go of an arena that will not be filled again."""
+    """Let go of a buffer that will not be filled again."""
 
     index: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Begin:
-    """An arena is about to be filled: what it held is void."""
+    """A buffer is about to be filled: what it held is void."""
 
     index: int
     epoch: int
@@ -71,7 +71,7 @@ class Begin:
 
 @dataclass(frozen=True, kw_only=True)
 class Fill:
-    """An arena is filled; `Settled` says when its checksums are known."""
+    """A buffer is filled; `Settled` says when its checksums are known."""
 
     id: int
     index: int
@@ -83,7 +83,7 @@ class Fill:
 
 @dataclass(frozen=True, kw_only=True)
 class Copy:
-    """Copy what an arena was filled with to the keeper at an address; `Settled` says when the copy counts."""
+    """Copy what a buffer was filled with to the keeper at an address; `Settled` says when the copy counts."""
 
     id: int
     index: int

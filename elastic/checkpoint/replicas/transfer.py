@@ -30,7 +30,7 @@ from elastic.checkpoint.replicas.messages import (
     Stripe,
     Taken,
 )
-from elastic.checkpoint.staging.shared_memory import Arena
+from elastic.checkpoint.staging.shared_memory import SharedBuffer
 from elastic.processes import be_nice
 from elastic.transport import PIECE_BYTES, Channel, WireError, connect
 
@@ -111,7 +111,7 @@ class CopySender:
         lead, place = self._channels[0], (self._place + 1) % _NUM_PLACES
         check()
         shard = replace(holding.describe(self._node), index=place, checksums=None)
-        ticket = _ask(lead, Push(shard=shard, capacity=holding.arena.num_bytes), Opened).ticket
+        ticket = _ask(lead, Push(shard=shard, capacity=holding.buffer.num_bytes), Opened).ticket
         stripes = [
             Stripe(origin=holding.origin, index=place, ticket=ticket, first=first, stop=stop)
             for first, stop in cut_stripes(holding.chunks, len(self._channels))
@@ -134,7 +134,7 @@ class CopySender:
     ) -> None:
         try:
             parts = holding.chunks[stripe.first : stripe.stop]
-            channel.send_file(stripe, holding.arena.descriptor, join(parts), check=check)
+            channel.send_file(stripe, holding.buffer.descriptor, join(parts), check=check)
             _take(channel, Taken)
         except BaseException:
             for each in self._channels:  # the other stripes are of no use any more
@@ -185,9 +185,9 @@ def join(parts: Sequence[Part]) -> list[Part]:
 
 
 def receive_parts(
-    channel: Channel[Any], arena: Arena, parts: Sequence[Part], *, check: Callable[[], None]
+    channel: Channel[Any], buffer: SharedBuffer, parts: Sequence[Part], *, check: Callable[[], None]
 ) -> list[int]:
-    """Receive parts of a shard, one after the other, where they belong in an arena; return the checksum of each.
+    """Receive parts of a shard, one after the other, where they belong in a buffer; return the checksum of each.
 
     It is mapped: to write it as a file is, one thread at a time can.
     """
@@ -195,23 +195,23 @@ def receive_parts(
     for group in _group(parts):
         check()
         for offset, size in join(group):
-            channel.receive_into(arena.view[offset : offset + size])
+            channel.receive_into(buffer.view[offset : offset + size])
         # while they are in the processor's cache
-        checksums += [crc32(arena.view[offset : offset + size]) for offset, size in group]
+        checksums += [crc32(buffer.view[offset : offset + size]) for offset, size in group]
     return checksums
 
 
-def checksum_parts(arena: Arena, parts: Sequence[Part]) -> list[int]:
-    """Return the checksum of each part of an arena.
+def checksum_parts(buffer: SharedBuffer, parts: Sequence[Part]) -> list[int]:
+    """Return the checksum of each part of a buffer.
 
     They are copied to a small buffer first, which stays in the processor's cache: to map the pages that a trainer has
     filled takes longer than that, and as long as the checksums themselves.
     """
     checksums: list[int] = []
-    with _borrow(parts) as buffer:
+    with _borrow(parts) as cache:
         for offset, size in parts:
-            part = buffer[:size]
-            arena.read_into(offset, part)
+            part = cache[:size]
+            buffer.read_into(offset, part)
             checksums.append(crc32(part))
     return checksums
 
@@ -229,17 +229,17 @@ def _group(parts: Sequence[Part]) -> Iterator[list[Part]]:
 
 
 class SummedPieces:
-    """Bytes of an arena, and their checksum once all have been taken."""
+    """Bytes of a buffer, and their checksum once all have been taken."""
 
-    def __init__(self, arena: Arena, start: int, size: int, *, check: Callable[[], None]) -> None:
-        self._arena, self._start, self._stop, self._check = arena, start, start + size, check
+    def __init__(self, buffer: SharedBuffer, start: int, size: int, *, check: Callable[[], None]) -> None:
+        self._buffer, self._start, self._stop, self._check = buffer, start, start + size, check
         self.crc32 = 0
 
     def __iter__(self) -> Iterator[memoryview]:
-        buffer = memoryview(bytearray(_SUMMED_BYTES))
+        cache = memoryview(bytearray(_SUMMED_BYTES))
         for start in range(self._start, self._stop, _SUMMED_BYTES):
-            piece = buffer[: min(_SUMMED_BYTES, self._stop - start)]
-            self._arena.read_into(start, piece)
+            piece = cache[: min(_SUMMED_BYTES, self._stop - start)]
+            self._buffer.read_into(start, piece)
             self._check()
             self.crc32 = crc32(piece, self.crc32)
             yield piece

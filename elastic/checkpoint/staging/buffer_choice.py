@@ -1,4 +1,4 @@
-"""Which arena a snapshot is copied to: one that nothing needs, or the one that is missed the least. Pure; no torch."""
+"""Which buffer a snapshot is copied to: one that nothing needs, or the one that is missed the least. Pure; no torch."""
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ Urgency = Literal["routine", "leaving"]
 
 @dataclass(frozen=True, kw_only=True)
 class Uses:
-    """What arenas are needed for; None: nothing. All but `restored` are of this world, and alike on all ranks."""
+    """What buffers are needed for; None: nothing. All but `restored` are of this world, and alike on all ranks."""
 
     busy: Set[int]
     """They are being filled, or written to a storage or a disk."""
@@ -24,16 +24,16 @@ class Uses:
     """Holds this rank's part of what this world began with; other ranks may have theirs elsewhere."""
 
 
-def choose_arena(indices: Sequence[int], uses: Uses, urgency: Urgency, *, limit: int) -> int | None:
-    """Return the arena to fill; None, on all ranks or none, if the snapshot must wait.
+def choose_buffer(indices: Sequence[int], uses: Uses, urgency: Urgency, *, limit: int) -> int | None:
+    """Return the buffer to fill; None, on all ranks or none, if the snapshot must wait.
 
     While one is filled its state is gone, and a world may end before it is filled on all ranks. A routine snapshot
     never costs the newest state, nor the one that a lost node falls back on, nor a copy under way: it waits for that if
-    it must. One arena alone is filled again and again, between its copies. The last snapshot of a world takes any
+    it must. One buffer alone is filled again and again, between its copies. The last snapshot of a world takes any
     place, the least missed first.
 
     Args:
-        indices: of the arenas of this rank, at least `limit`; of those that are missed alike the first is taken.
+        indices: of the buffers of this rank, at least `limit`; of those that are missed alike the first is taken.
         limit: how many are counted on; the same on all ranks, which may have more.
     """
     needed = uses.busy

@@ -47,7 +47,7 @@ class Resident:
     """Where the copy of a snapshot was made on a device, and its sums.
 
     Args:
-        layout: of the arena that the snapshot goes to.
+        layout: of the buffer that the snapshot goes to.
         memory: bytes on the device; they are not kept, and sums are taken on the current stream.
         places: where in them each tensor's chunk begins.
     """
@@ -65,7 +65,7 @@ class Resident:
         reads the rows waits for that before letting go of them.
 
         Args:
-            file: name of the shard file that the arena is.
+            file: name of the shard file that the buffer is.
             is_alone: no other snapshot has left memory like this, which would be found as well.
         """
         try:

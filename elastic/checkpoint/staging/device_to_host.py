@@ -26,7 +26,8 @@ a few of these (0.7 ms each). One engine does all such copies, in the order in w
 _ALIGNED_BYTES = 512
 """Where a tensor in device memory begins; torch's allocator uses the same."""
 _NUM_COPIERS = max(1, min(8, (os.cpu_count() or 1) // 4))
-"""Empty buffers side by side. What takes longest is to find the pages of a new arena, which goes on in each of them."""
+"""Threads that empty page-locked buffers side by side. What takes longest is to find the pages of a new shared buffer,
+which goes on in each of them."""
 
 
 class AbandonedError(Exception):
@@ -47,9 +48,9 @@ class DeviceExit:
         self._has_two, self._num_flushes = False, 0
         """Whether the allocator keeps memory for two of them, since it last had to give up all that it kept."""
         self._residents: dict[int, Resident] = {}
-        """The last copies that were made on the device, by the arenas they went to, the newest last."""
-        buffers = torch.empty(2 * _NUM_COPIERS, _PIECE_BYTES, dtype=torch.uint8, pin_memory=True)
-        self._free = list(buffers.unbind())
+        """The last copies that were made on the device, by the buffers they went to, the newest last."""
+        pinned = torch.empty(2 * _NUM_COPIERS, _PIECE_BYTES, dtype=torch.uint8, pin_memory=True)
+        self._free = list(pinned.unbind())
         self._busy: list[tuple[Tensor, Future[None]]] = []
         self._copiers = ThreadPoolExecutor(_NUM_COPIERS, "leave")
         self.lock = threading.Lock()
@@ -58,7 +59,7 @@ class DeviceExit:
     def clone_some(self, sources: Mapping[str, Tensor], *, index: int) -> tuple[Tensor, dict[str, int]]:
         """Copy on the device what fits there, on the current stream, which must be this one; `release` takes it back.
 
-        The copy that went to another arena than `index` is spared if there is room.
+        The copy that went to another buffer than `index` is spared if there is room.
 
         Returns:
             One stretch of memory, so that the allocator is asked once and finds the same again, and what begins where.
@@ -79,7 +80,7 @@ class DeviceExit:
             self._cached_bytes, self._has_two = 0, False
             return torch.empty(0, dtype=torch.uint8), {}
         self._cached_bytes = max(self._cached_bytes, num_bytes)
-        others = {copy.address for arena, copy in self._residents.items() if arena != index}
+        others = {copy.address for buffer, copy in self._residents.items() if buffer != index}
         if memory.data_ptr() in others and (self._has_two or has_room_for_two(num_bytes, free_bytes=free_bytes)):
             memory = self._allocate_beside(memory)
         if places:
@@ -101,16 +102,16 @@ class DeviceExit:
         self._in_use.pop()
 
     def remember(self, index: int, layout: ShardLayout, memory: Tensor, places: Mapping[str, int]) -> None:
-        """Note where the copy for an arena was made, on the current stream, which must be this one."""
+        """Note where the copy for a buffer was made, on the current stream, which must be this one."""
         copy = Resident(layout, memory, places) if places else None
         spared = [(i, r) for i, r in self._residents.items() if i != index and not (copy and r.address == copy.address)]
         self._residents = dict(spared[-1:]) | ({index: copy} if copy else {})
 
     def find_resident(self, index: int, file: str) -> Rows | None:
-        """Return what is left on the device of the snapshot that went to an arena, if it was one of the last.
+        """Return what is left on the device of the snapshot that went to a buffer, if it was one of the last.
 
         Args:
-            file: name of the shard file that the arena is.
+            file: name of the shard file that the buffer is.
         """
         if index not in self._residents:
             return None
@@ -120,15 +121,15 @@ class DeviceExit:
     def send(self, source: Tensor, target: Tensor) -> None:
         """Copy a piece to the host; returns once the device has been asked to, on the current stream."""
         if not self._free:
-            buffer, copied = self._busy[0]
+            pinned, copied = self._busy[0]
             copied.result()
-            self._free.append(buffer)
+            self._free.append(pinned)
             del self._busy[0]
-        buffer = self._free.pop()
-        buffer[: source.numel()].copy_(source, non_blocking=True)
+        pinned = self._free.pop()
+        pinned[: source.numel()].copy_(source, non_blocking=True)
         has_left = torch.cuda.Event(blocking=True)
         has_left.record()
-        self._busy.append((buffer, self._copiers.submit(_empty, buffer, has_left, target)))
+        self._busy.append((pinned, self._copiers.submit(_empty, pinned, has_left, target)))
 
     def wait(self) -> None:
         """Return when all pieces are where they belong, or nothing is under way any more.
@@ -138,7 +139,7 @@ class DeviceExit:
         """
         self.stream.synchronize()
         busy, self._busy = self._busy, []
-        self._free += [buffer for buffer, _ in busy]
+        self._free += [pinned for pinned, _ in busy]
         wait([copied for _, copied in busy])
         for _, copied in busy:
             copied.result()
@@ -161,18 +162,18 @@ def plan_clones(num_bytes: Mapping[str, int], *, room_bytes: int) -> tuple[dict[
     return places, stop
 
 
-def _empty(buffer: Tensor, has_left: torch.cuda.Event, target: Tensor) -> None:
+def _empty(pinned: Tensor, has_left: torch.cuda.Event, target: Tensor) -> None:
     has_left.synchronize()
-    np.copyto(target.numpy(), buffer[: target.numel()].numpy())  # torch would copy with as many threads as train
+    np.copyto(target.numpy(), pinned[: target.numel()].numpy())  # torch would copy with as many threads as train
 
 
 class Leaving:
-    """A state on its way from the device to an arena: `bring` does it, on a thread that has time for it."""
+    """A state on its way from the device to a buffer: `bring` does it, on a thread that has time for it."""
 
     def __init__(
-        self, sources: dict[str, Tensor], layout: ShardLayout, arena: Tensor, way: DeviceExit, *, index: int
+        self, sources: dict[str, Tensor], layout: ShardLayout, buffer: Tensor, way: DeviceExit, *, index: int
     ) -> None:
-        self._layout, self._arena, self._exit = layout, arena, way
+        self._layout, self._buffer, self._exit = layout, buffer, way
         way.stream.wait_stream(torch.cuda.current_stream(way.device))
         with torch.cuda.stream(way.stream):
             memory, places = way.clone_some(sources, index=index)
@@ -215,7 +216,7 @@ class Leaving:
                 if self._is_given_up:
                     raise AbandonedError
                 part = source[start : start + _PIECE_BYTES]
-                self._exit.send(part, self._arena[offset + start : offset + start + part.numel()])
+                self._exit.send(part, self._buffer[offset + start : offset + start + part.numel()])
 
     def wait_on_device(self) -> None:
         """Let the current stream wait until the live state may change."""

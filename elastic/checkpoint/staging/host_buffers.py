@@ -1,6 +1,6 @@
-"""The arenas that one process stages in: where their memory comes from, and when it is given back.
+"""The buffers that one process stages in: where their memory comes from, and when it is given back.
 
-The copy of a rank's state lies in an arena: one stretch of memory that is, byte for byte, the rank's shard file.
+The copy of a rank's state lies in a buffer: one stretch of memory that is, byte for byte, the rank's shard file.
 """
 
 import threading
@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from elastic.checkpoint.staging.device_to_host import DeviceExit
-from elastic.checkpoint.staging.shared_memory import Arena, allocate_arena
+from elastic.checkpoint.staging.shared_memory import SharedBuffer, allocate_buffer
 
 
-class HostArenas:
-    """The arenas that one process stages in; they outlive worlds.
+class HostBuffers:
+    """The buffers that one process stages in; they outlive worlds.
 
     They are not page-locked: for tens of GiB that takes as many seconds, in which no other call that has to do with
     memory gets through to the device, at a save or anywhere else; and restoring was no faster. What leaves a GPU comes
     through a few buffers that are.
 
     Args:
-        count: how many arenas there will be; may be changed before `make_room`.
-        on_allocated: takes each new arena with its number, before it is used.
+        count: how many buffers there will be; may be changed before `make_room`.
+        on_allocated: takes each new buffer with its number, before it is used.
         on_released: takes the number of one that will not be used again.
         wait_for_freed: returns once the memory of those is free, as far as others hold it.
     """
@@ -32,17 +32,17 @@ class HostArenas:
         device: torch.device,
         *,
         count: int,
-        on_allocated: Callable[[int, Arena], None] = lambda _index, _arena: None,
+        on_allocated: Callable[[int, SharedBuffer], None] = lambda _index, _buffer: None,
         on_released: Callable[[int], None] = lambda _index: None,
         wait_for_freed: Callable[[], object] = lambda: None,
     ) -> None:
         self.count = count
         self._on_allocated, self._on_released = on_allocated, on_released
         self._wait_for_freed = wait_for_freed
-        self._arenas: dict[int, Arena] = {}
-        self._outgrown: dict[int, Arena] = {}
+        self._buffers: dict[int, SharedBuffer] = {}
+        self._outgrown: dict[int, SharedBuffer] = {}
         """Too small for this world, but what they hold is all there is until it has filled one of its own."""
-        self._unfound: list[Arena] = []
+        self._unfound: list[SharedBuffer] = []
         """Memory for these is yet to be found."""
         self._tensors: dict[int, Tensor] = {}
         self._num_allocated = 0
@@ -56,8 +56,8 @@ class HostArenas:
 
     @property
     def indices(self) -> list[int]:
-        """Return the numbers of the arenas that may be filled."""
-        return [index for index, arena in self._arenas.items() if arena not in self._unfound]
+        """Return the numbers of the buffers that may be filled."""
+        return [index for index, buffer in self._buffers.items() if buffer not in self._unfound]
 
     @property
     def limit(self) -> int:
@@ -71,15 +71,15 @@ class HostArenas:
     @property
     def num_held(self) -> int:
         """Return how many there are that are large enough, those too that must not be filled yet."""
-        return len(self._arenas)
+        return len(self._buffers)
 
     @property
     def held_bytes(self) -> int:
         """Return what all of them have room for, those too that are about to be released."""
-        return sum(arena.num_bytes for arena in (*self._arenas.values(), *self._outgrown.values()))
+        return sum(buffer.num_bytes for buffer in (*self._buffers.values(), *self._outgrown.values()))
 
     def make_room(self, num_bytes: int) -> None:
-        """Make sure that each arena has room for so much; the memory of the first is found before it is written to.
+        """Make sure that each buffer has room for so much; the memory of the first is found before it is written to.
 
         That of the others waits for `release_outgrown`, and so do they: until this world has a snapshot that is safe,
         the node still holds those of the one before. Where it has room for all (`is_roomy`), none waits.
@@ -89,40 +89,40 @@ class HostArenas:
         """
         is_new = num_bytes > self.capacity_bytes
         if is_new:
-            self._outgrown |= self._arenas
-            self._arenas, self._unfound, self.capacity_bytes = {}, [], num_bytes
-        added = [self._allocate() for _ in range(self.count - len(self._arenas))]
+            self._outgrown |= self._buffers
+            self._buffers, self._unfound, self.capacity_bytes = {}, [], num_bytes
+        added = [self._allocate() for _ in range(self.count - len(self._buffers))]
         if not added:
             return
         at_once = added if self.is_roomy else added[:1] if is_new else []
         self._unfound += added[len(at_once) :]
         self._find_one_after_another(at_once)
 
-    def _allocate(self) -> Arena:
-        index, arena = self._num_allocated, allocate_arena(self.capacity_bytes, name="snapshot")
+    def _allocate(self) -> SharedBuffer:
+        index, buffer = self._num_allocated, allocate_buffer(self.capacity_bytes, name="snapshot")
         self._num_allocated += 1
-        self._arenas[index] = arena
-        self._tensors[index] = torch.frombuffer(arena.view, dtype=torch.uint8)
-        self._on_allocated(index, arena)
-        return arena
+        self._buffers[index] = buffer
+        self._tensors[index] = torch.frombuffer(buffer.view, dtype=torch.uint8)
+        self._on_allocated(index, buffer)
+        return buffer
 
-    def _find_one_after_another(self, arenas: Sequence[Arena]) -> None:
+    def _find_one_after_another(self, buffers: Sequence[SharedBuffer]) -> None:
         def find() -> None:
-            for arena in arenas:
-                arena.populate().join()
+            for buffer in buffers:
+                buffer.populate().join()
 
         threading.Thread(target=find, name="free", daemon=True).start()
 
     def is_found(self, index: int) -> bool:
-        """Tell whether the memory of an arena was found, so that it can be filled at full speed."""
-        return index in self._arenas and self._arenas[index].is_found
+        """Tell whether the memory of a buffer was found, so that it can be filled at full speed."""
+        return index in self._buffers and self._buffers[index].is_found
 
     def get(self, index: int) -> Tensor:
-        """Return an arena as bytes."""
+        """Return a buffer as bytes."""
         return self._tensors[index]
 
     def release_outgrown(self) -> None:
-        """Give the memory of arenas back that were too small for this world, then have that of the others found."""
+        """Give the memory of buffers back that were too small for this world, then have that of the others found."""
         self._is_released = True
         for index in self._outgrown:
             self._on_released(index)
@@ -131,11 +131,11 @@ class HostArenas:
         self._outgrown, self._unfound = {}, []
 
         def exchange() -> None:
-            for arena in outgrown:
-                arena.close()
+            for buffer in outgrown:
+                buffer.close()
             self._wait_for_freed()
-            for arena in unfound:
-                arena.populate().join()
+            for buffer in unfound:
+                buffer.populate().join()
 
         if outgrown or unfound:
             threading.Thread(target=exchange, name="free", daemon=True).start()  # takes seconds

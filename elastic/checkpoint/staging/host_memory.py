@@ -4,12 +4,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-MOST_ARENAS = 3
+MOST_BUFFERS = 3
 """One holds the newest snapshot that has copies, one the newest that is whole, and one is filled."""
 NUM_COPIES = 2
 """Of each shard at its peer: one that counts, and one that comes."""
-WAYS = ((MOST_ARENAS, NUM_COPIES), (2, NUM_COPIES), (2, 0), (1, 0))
-"""How many arenas a rank has and how many copies of its shards its peer, the best first. While there is only one, a
+WAYS = ((MOST_BUFFERS, NUM_COPIES), (2, NUM_COPIES), (2, 0), (1, 0))
+"""How many buffers a rank has and how many copies of its shards its peer, the best first. While there is only one, a
 state is gone as soon as the next begins to take its place: two of one's own count for more than copies."""
 
 
@@ -21,8 +21,8 @@ class Room(NamedTuple):
     first_bytes: int
     """What this rank has yet to take for the first snapshot of its world."""
     more_bytes: int
-    """What it, and the copies of as many shards, will hold more than now; smaller arenas are given back after the first
-    snapshot that is safe."""
+    """What it, and the copies of as many shards, will hold more than now; smaller buffers are given back after the
+    first snapshot that is safe."""
     all_bytes: int
     """The same before any are given back."""
     left_bytes: int

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastic.checkpoint.staging.host_buffers import HostArenas
+from elastic.checkpoint.staging.host_buffers import HostBuffers
 from elastic.checkpoint.staging.write_plan import SavePlan, build_plan
 from elastic.checkpoint.train_state import get_live_state
 
@@ -17,12 +17,12 @@ class LivePlan:
     """Makes the plan on a thread of its own, and finds room for it.
 
     Args:
-        arenas: which must have room for this rank's shard.
+        buffers: which must have room for this rank's shard.
         epoch: number of the attempt.
     """
 
-    def __init__(self, arenas: HostArenas, *, device: torch.device, epoch: int, rank: int, world_size: int) -> None:
-        self._arenas, self._device = arenas, device
+    def __init__(self, buffers: HostBuffers, *, device: torch.device, epoch: int, rank: int, world_size: int) -> None:
+        self._buffers, self._device = buffers, device
         self._epoch, self._rank, self._world_size = epoch, rank, world_size
         self._live: dict[str, Tensor] = {}
         self._moments: list[Any] = []
@@ -77,7 +77,7 @@ class LivePlan:
         plan = build_plan(
             self._live, device=self._device, epoch=self._epoch, rank=self._rank, world_size=self._world_size
         )
-        self._arenas.make_room(plan.own.num_bytes)
+        self._buffers.make_room(plan.own.num_bytes)
         return plan
 
 

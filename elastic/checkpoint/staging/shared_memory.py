@@ -1,6 +1,6 @@
 """Host memory that outlives the process that filled it: one rank's shard of one snapshot. No torch here.
 
-An arena is anonymous shared memory (a memfd): it has no name in /dev/shm that a crash could leave behind, another
+A buffer is anonymous shared memory (a memfd): it has no name in /dev/shm that a crash could leave behind, another
 process holds on to it once it was sent the descriptor, and the kernel frees it with its last holder.
 """
 
@@ -27,11 +27,11 @@ _MADV_POPULATE_WRITE = 23
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-class Arena:
+class SharedBuffer:
     """Shared memory of a fixed size; free as long as nobody has written to it.
 
     Args:
-        descriptor: a memfd of at least `num_bytes`, which belongs to the arena from here on.
+        descriptor: a memfd of at least `num_bytes`, which belongs to the buffer from here on.
     """
 
     def __init__(self, descriptor: int, num_bytes: int) -> None:
@@ -50,7 +50,7 @@ class Arena:
     def populate(self) -> threading.Thread:
         """Have the kernel find the memory before it is written to, which then goes faster; return the thread that does.
 
-        It is no error if the kernel cannot. Once the arena is closed no more is found.
+        It is no error if the kernel cannot. Once the buffer is closed no more is found.
         """
         try:
             descriptor = os.dup(self.descriptor)  # the number may soon be another file's
@@ -106,8 +106,8 @@ class Arena:
             del self._map  # unmapped with the last view of it
 
 
-def allocate_arena(num_bytes: int, *, name: str) -> Arena:
-    """Return a new arena; it takes up memory only as it is written to.
+def allocate_buffer(num_bytes: int, *, name: str) -> SharedBuffer:
+    """Return a new buffer; it takes up memory only as it is written to.
 
     Args:
         name: shown in /proc/<pid>/maps, for whoever wonders.
@@ -122,7 +122,7 @@ def allocate_arena(num_bytes: int, *, name: str) -> Arena:
         except BaseException:
             os.close(descriptor)
             raise
-        return Arena(descriptor, num_bytes)
+        return SharedBuffer(descriptor, num_bytes)
     except (OSError, ValueError, OverflowError) as error:
         raise CheckpointError(
             f"{num_bytes / GIB:.2f} GiB of shared host memory for a snapshot were refused ({error}). Give the "

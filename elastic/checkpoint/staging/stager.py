@@ -8,7 +8,7 @@ from torch import Tensor
 
 from elastic.checkpoint.format.sharding import Box, ShardLayout
 from elastic.checkpoint.staging.device_to_host import Leaving
-from elastic.checkpoint.staging.host_buffers import HostArenas
+from elastic.checkpoint.staging.host_buffers import HostBuffers
 from elastic.checkpoint.train_state import get_local
 
 
@@ -19,8 +19,8 @@ class Staged:
     live: Mapping[str, Tensor]
     layout: ShardLayout
     index: int
-    """Of the arena."""
-    arena: memoryview
+    """Of the buffer."""
+    buffer: memoryview
     leaving: Leaving | None
     """What is still on the device."""
 
@@ -38,7 +38,7 @@ class Staged:
             self.leaving.wait_on_device()
 
     def wait_on_host(self) -> None:
-        """Bring what is still on the device to the arena, and return when that may be read; on one thread only.
+        """Bring what is still on the device to the buffer, and return when that may be read; on one thread only.
 
         Raises:
             AbandonedError: `give_up` was called.
@@ -52,39 +52,39 @@ class Staged:
             self.leaving.wait()
 
     def give_up(self) -> None:
-        """Return once nothing is written to the arena any more."""
+        """Return once nothing is written to the buffer any more."""
         if self.leaving is not None:
             self.leaving.give_up()
 
 
 class Stager:
-    """Fills arenas; on CUDA on a stream of its own.
+    """Fills buffers; on CUDA on a stream of its own.
 
     The way to the host is slow and a step is short. What fits into free device memory is therefore copied there first,
     in milliseconds, and leaves it piece by piece while training goes on; only the rest is in the update's way.
     """
 
-    def __init__(self, arenas: HostArenas) -> None:
-        self._arenas = arenas
+    def __init__(self, buffers: HostBuffers) -> None:
+        self._buffers = buffers
 
     def stage(self, live: Mapping[str, Tensor], layout: ShardLayout, held: Mapping[str, Box], *, index: int) -> Staged:
-        """Start to copy the chunks of `layout` out of the live tensors into an arena.
+        """Start to copy the chunks of `layout` out of the live tensors into a buffer.
 
         Args:
             held: the box of each tensor that this rank holds; a chunk is a part of it.
         """
-        arena = self._arenas.get(index)[: layout.num_bytes]
-        arena[: len(layout.header)] = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
+        buffer = self._buffers.get(index)[: layout.num_bytes]
+        buffer[: len(layout.header)] = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
         sources = {name: _find_bytes(live[name], layout, held, name) for name in layout.entries}
         leaving: Leaving | None = None
         for name, source in sources.items():
             if not source.is_cuda:
                 offset = layout.entries[name].offset
-                arena[offset : offset + source.numel()].copy_(source)
-        if self._arenas.exit is not None:
+                buffer[offset : offset + source.numel()].copy_(source)
+        if self._buffers.exit is not None:
             on_device = {name: source for name, source in sources.items() if source.is_cuda}
-            leaving = Leaving(on_device, layout, arena, self._arenas.exit, index=index)
-        return Staged(live=live, layout=layout, index=index, arena=arena.numpy().data, leaving=leaving)
+            leaving = Leaving(on_device, layout, buffer, self._buffers.exit, index=index)
+        return Staged(live=live, layout=layout, index=index, buffer=buffer.numpy().data, leaving=leaving)
 
 
 def _find_bytes(tensor: Tensor, layout: ShardLayout, held: Mapping[str, Box], name: str) -> Tensor:

@@ -27,7 +27,7 @@ class DiskTier:
         self._complete: tuple[int, int] | None = None
         self._problem = ""
         self.index: int | None = None
-        """The arena that is being written, on all ranks; it must not be filled."""
+        """The buffer that is being written, on all ranks; it must not be filled."""
         self.is_due = False
         """The next snapshot shall be written; the same on all ranks."""
 
@@ -53,7 +53,7 @@ class DiskTier:
         self.is_due = is_due and self._stored is None
 
     def start(self, index: int, snapshot: Snapshot) -> None:
-        """Begin to write the snapshot in an arena."""
+        """Begin to write the snapshot in a buffer."""
         self._started_s, self.is_due, self.index = time.monotonic(), False, index
         self._state = (snapshot.epoch, snapshot.step)
         self._stored = self._memory.store(snapshot, complete=self._complete)

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 from elastic.checkpoint.consensus import Job, TierBallot
-from elastic.checkpoint.staging.buffer_choice import Urgency, Uses, choose_arena
+from elastic.checkpoint.staging.buffer_choice import Urgency, Uses, choose_buffer
 from elastic.checkpoint.staging.device_to_host import AbandonedError
-from elastic.checkpoint.staging.host_buffers import HostArenas
+from elastic.checkpoint.staging.host_buffers import HostBuffers
 from elastic.checkpoint.tiers.disk import DiskTier
 from elastic.checkpoint.tiers.peer import Kept, PeerTier
 from elastic.checkpoint.tiers.trainer_memory import Memory
@@ -41,14 +41,14 @@ class MemoryTier:
         peer: the keeper that gets copies; None: there are none.
         disk: where safe states go on to, if anywhere.
         epoch: number of the attempt.
-        restored_index: of the arena that holds the state that was restored: what this world falls back on at first.
+        restored_index: of the buffer that holds the state that was restored: what this world falls back on at first.
         on_kept: called for each state, on the training thread.
     """
 
     def __init__(
         self,
         memory: Memory,
-        arenas: HostArenas,
+        buffers: HostBuffers,
         *,
         peer: Address | None,
         disk: DiskTier | None,
@@ -56,12 +56,12 @@ class MemoryTier:
         restored_index: int | None,
         on_kept: OnKept,
     ) -> None:
-        self._memory, self._arenas = memory, arenas
+        self._memory, self._buffers = memory, buffers
         self._disk, self._epoch, self._on_kept = disk, epoch, on_kept
         self._peers = PeerTier(memory, peer, memory.rates.to_peer)
         self._restored_index = restored_index
         self._filled: list[int] = []
-        """The arenas that this world has filled, the last one last."""
+        """The buffers that this world has filled, the last one last."""
         self._newest_index: int | None = None
         self._safe_index: int | None = None
         self.newest: Kept | None = None
@@ -83,7 +83,7 @@ class MemoryTier:
         return self.is_copying or (self._disk is not None and self._disk.index is not None)
 
     def choose(self, busy: set[int], urgency: Urgency) -> int | None:
-        """Return the arena for the next state; None, on all ranks, if it must wait.
+        """Return the buffer for the next state; None, on all ranks, if it must wait.
 
         Args:
             busy: those that are being filled, or written to the storage.
@@ -97,13 +97,13 @@ class MemoryTier:
             copying=self._peers.index,
             restored=self._restored_index,
         )
-        indices = self._arenas.indices
+        indices = self._buffers.indices
         oldest_first = [index for index in indices if index not in self._filled]
         oldest_first += [index for index in self._filled if index in indices]
-        return choose_arena(oldest_first, uses, urgency, limit=self._arenas.limit)
+        return choose_buffer(oldest_first, uses, urgency, limit=self._buffers.limit)
 
     def begin(self, index: int) -> None:
-        """Take that an arena is about to be filled: what it held is gone."""
+        """Take that a buffer is about to be filled: what it held is gone."""
         if index == self._peers.index:
             self._peers.halt()
         if index == self._newest_index:
@@ -176,7 +176,7 @@ class MemoryTier:
         is_first, self.safe, self._safe_index = self.safe is None, kept, kept.index
         if is_first:  # from now on nothing falls back on what earlier attempts have left
             self._memory.retire(before_epoch=self._epoch, keep_step=None)
-            self._arenas.release_outgrown()
+            self._buffers.release_outgrown()
         self.safe_s.append(time.monotonic() - kept.start_s)
         if self._disk and self._disk.is_due:
             self._disk.start(kept.index, kept.snapshot)

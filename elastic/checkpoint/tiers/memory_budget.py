@@ -27,23 +27,23 @@ def agree_on_room(memory: Memory | None, config: RunConfig, world: World, *, beg
         return None
     shard_bytes = estimate_checkpoint_bytes(config.model.num_params) // world.world_size
     has_peers = config.checkpoint.memory == "peer" and world.world_size > world.local_world_size
-    for num_arenas, most_copies in WAYS:
+    for num_buffers, most_copies in WAYS:
         num_copies = most_copies if has_peers else 0
         for waits in (False, True):  # to wait costs seconds, which are rarely needed
             own = memory.look_for_room(
-                *(shard_bytes, world.local_rank), num_arenas=num_arenas, num_copies=num_copies, waits=waits
+                *(shard_bytes, world.local_rank), num_buffers=num_buffers, num_copies=num_copies, waits=waits
             )
             rooms = _gather_rooms(own, world)
             if has_room(rooms, spare_bytes=GIB):
-                arenas = memory.get_arenas(world.device)
-                arenas.begin_world(num_arenas, is_roomy=is_roomy(rooms, spare_bytes=GIB))
+                buffers = memory.get_buffers(world.device)
+                buffers.begin_world(num_buffers, is_roomy=is_roomy(rooms, spare_bytes=GIB))
                 if begins:
-                    arenas.make_room(int(shard_bytes * _UNEVEN) + _UNEVEN_BYTES)
+                    buffers.make_room(int(shard_bytes * _UNEVEN) + _UNEVEN_BYTES)
                 if world.rank == 0:
-                    _tell_room(shard_bytes, num_arenas, num_copies, has_peers=has_peers)
+                    _tell_room(shard_bytes, num_buffers, num_copies, has_peers=has_peers)
                 return memory
             is_full = not has_room([room for room in rooms if room.node == own.node], spare_bytes=GIB)
-            if is_full and waits and (num_arenas, most_copies) == WAYS[-1]:
+            if is_full and waits and (num_buffers, most_copies) == WAYS[-1]:
                 logger.warning(
                     "this node has %.1f GiB of host memory left, too little for snapshots of %.1f GiB a rank, so this "
                     "world keeps none: give it more, or set checkpoint.memory=off",
@@ -60,11 +60,11 @@ def _gather_rooms(own: Room, world: World) -> list[Room]:
     return [Room(*row) for row in world.sum_(table).tolist()]
 
 
-def _tell_room(shard_bytes: int, num_arenas: int, num_copies: int, *, has_peers: bool) -> None:
+def _tell_room(shard_bytes: int, num_buffers: int, num_copies: int, *, has_peers: bool) -> None:
     """Say what snapshots take on each node, and what fewer of them mean."""
     logger.info(
         "snapshots take %.1f GiB of host memory a rank (%d of %.2f GiB) and %.1f GiB for copies of other nodes'",
-        *(num_arenas * shard_bytes / GIB, num_arenas, shard_bytes / GIB, num_copies * shard_bytes / GIB),
+        *(num_buffers * shard_bytes / GIB, num_buffers, shard_bytes / GIB, num_copies * shard_bytes / GIB),
     )
     if has_peers and not num_copies:
         logger.warning(
@@ -72,7 +72,7 @@ def _tell_room(shard_bytes: int, num_arenas: int, num_copies: int, *, has_peers:
             "(a lost trainer does not): %.1f GiB more a rank would do, or checkpoint.memory=node says so",
             NUM_COPIES * shard_bytes / GIB,
         )
-    if num_arenas == 1:
+    if num_buffers == 1:
         logger.warning(
             "a node has room for one snapshot at a time, so a trainer that is lost while one is made falls back on the "
             "storage: %.1f GiB more a rank would do",

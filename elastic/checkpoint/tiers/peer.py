@@ -27,7 +27,7 @@ class Kept:
     snapshot: Snapshot
     """This rank's shard of it."""
     index: int
-    """Of its arena."""
+    """Of its buffer."""
     num_bytes: int
     start_s: float
     """When it was begun (`time.monotonic`)."""
@@ -50,7 +50,7 @@ class PeerTier:
 
     @property
     def index(self) -> int | None:
-        """Return the arena that is being copied."""
+        """Return the buffer that is being copied."""
         return self._copying.index if self._copying else None
 
     def get_job(self) -> Job:

@@ -1,4 +1,4 @@
-"""One trainer process' part of the memory tier: its arenas, its keeper, and what other keepers hold. Outlives worlds.
+"""One trainer process' part of the memory tier: its buffers, its keeper, and what other keepers hold. Outlives worlds.
 
 Whatever goes wrong with a keeper costs a snapshot, never the run: the storage still has the last checkpoint.
 """
@@ -26,9 +26,9 @@ from elastic.checkpoint.replicas.inventory import Held, Snapshot
 from elastic.checkpoint.replicas.remote import open_remote
 from elastic.checkpoint.replicas.survey import fetch_all
 from elastic.checkpoint.staging.device_cache import Rows
-from elastic.checkpoint.staging.host_buffers import HostArenas
-from elastic.checkpoint.staging.host_memory import MOST_ARENAS, Room, get_available_bytes
-from elastic.checkpoint.staging.shared_memory import Arena
+from elastic.checkpoint.staging.host_buffers import HostBuffers
+from elastic.checkpoint.staging.host_memory import MOST_BUFFERS, Room, get_available_bytes
+from elastic.checkpoint.staging.shared_memory import SharedBuffer
 from elastic.checkpoint.staging.write_plan import SavePlan
 from elastic.ports import Address
 from elastic.transport import WireError, connect_unix
@@ -53,24 +53,24 @@ class Memory:
         self._client = KeeperClient(
             connection, origin=origin, reconnect=lambda: connect_unix(folder) if folder else None
         )
-        self._arenas: HostArenas | None = None
+        self._buffers: HostBuffers | None = None
         self._filled: dict[int, Snapshot] = {}
         self.rates = Rates()
 
-    def get_arenas(self, device: torch.device) -> HostArenas:
-        """Return the arenas to stage in; the same ones in every world."""
-        if self._arenas is None:
-            self._arenas = HostArenas(
+    def get_buffers(self, device: torch.device) -> HostBuffers:
+        """Return the buffers to stage in; the same ones in every world."""
+        if self._buffers is None:
+            self._buffers = HostBuffers(
                 device,
-                count=MOST_ARENAS,
+                count=MOST_BUFFERS,
                 on_allocated=self._hold,
                 on_released=self._let_go,
                 wait_for_freed=self._fetch_left_bytes,  # the keeper answers once all is free
             )
-        return self._arenas
+        return self._buffers
 
     def look_for_room(
-        self, shard_bytes: int, local_rank: int, *, num_arenas: int, num_copies: int, waits: bool
+        self, shard_bytes: int, local_rank: int, *, num_buffers: int, num_copies: int, waits: bool
     ) -> Room:
         """Return what this rank needs for snapshots of shards of this size, and what its node has.
 
@@ -81,11 +81,11 @@ class Memory:
         """
         left_bytes = self._fetch_left_bytes() if waits else 0
         capacity, held_bytes, num_held = 0, 0, 0
-        if arenas := self._arenas:
-            capacity, held_bytes, num_held = arenas.capacity_bytes, arenas.held_bytes, arenas.num_held
+        if buffers := self._buffers:
+            capacity, held_bytes, num_held = buffers.capacity_bytes, buffers.held_bytes, buffers.num_held
         fits = shard_bytes <= capacity
         size = capacity if fits else shard_bytes
-        own_bytes = max(0, num_arenas - num_held) * size if fits else num_arenas * size
+        own_bytes = max(0, num_buffers - num_held) * size if fits else num_buffers * size
         copy_bytes = num_copies * size - (self._fetch_copy_bytes() if local_rank == 0 and num_copies else 0)
         available = get_available_bytes()
         return Room(
@@ -98,13 +98,13 @@ class Memory:
         )
 
     def begin(self, index: int, *, epoch: int) -> None:
-        """Say that an arena is about to be filled."""
+        """Say that a buffer is about to be filled."""
         self._filled.pop(index, None)
         with contextlib.suppress(WireError):  # `fill` tells
             self._client.begin(index, epoch=epoch)
 
     def fill(self, index: int, snapshot: Snapshot, plan: SavePlan, manifest: Manifest) -> str:
-        """Say that an arena is filled: it outlives this process from now on; return what is wrong with that."""
+        """Say that a buffer is filled: it outlives this process from now on; return what is wrong with that."""
         self._filled[index] = snapshot
         try:
             self._client.fill(
@@ -138,7 +138,7 @@ class Memory:
             return _fail(error)
 
     def find_index(self, *, epoch: int, step: int) -> int | None:
-        """Return the arena of this process that holds its shard of a state, if one does."""
+        """Return the buffer of this process that holds its shard of a state, if one does."""
         return next((index for index, s in self._filled.items() if (s.epoch, s.step) == (epoch, step)), None)
 
     def retire(self, *, before_epoch: int, keep_step: int | None) -> None:
@@ -152,7 +152,7 @@ class Memory:
 
     def find_resident(self, snapshot: WholeSnapshot) -> Rows | None:
         """Return what of a snapshot still lies on this process' device, where it was made."""
-        way = self._arenas.exit if self._arenas else None
+        way = self._buffers.exit if self._buffers else None
         for file, places in snapshot.places.items():
             for held in places:
                 if way and self._is_own(held) and (rows := way.find_resident(held.index, file)):
@@ -178,27 +178,27 @@ class Memory:
     @contextmanager
     def _share(self, shards: Mapping[str, Held]) -> "Generator[_SharedSource]":
         own: dict[str, memoryview] = {}
-        others: dict[str, Arena] = {}
+        others: dict[str, SharedBuffer] = {}
         for file, held in shards.items():
-            if self._arenas and self._is_own(held):
-                own[file] = self._arenas.get(held.index).numpy().data
+            if self._buffers and self._is_own(held):
+                own[file] = self._buffers.get(held.index).numpy().data
                 continue
             with contextlib.suppress(WireError):
-                if arena := self._client.fetch_memory(held):
-                    others[file] = arena
+                if buffer := self._client.fetch_memory(held):
+                    others[file] = buffer
         try:
             yield _SharedSource(self.node, own, others)
         finally:
-            for arena in others.values():
-                arena.close()
+            for buffer in others.values():
+                buffer.close()
 
     def _is_own(self, held: Held) -> bool:
         """Tell whether this process itself has filled a shard: its pages are mapped."""
         return held.origin == self._client.origin and self._filled.get(held.index) == held.snapshot
 
-    def _hold(self, index: int, arena: Arena) -> None:
+    def _hold(self, index: int, buffer: SharedBuffer) -> None:
         with contextlib.suppress(WireError):
-            self._client.hold(index, arena)
+            self._client.hold(index, buffer)
 
     def _fetch_left_bytes(self) -> int:
         try:
@@ -227,7 +227,7 @@ def _fail(error: WireError) -> "Future[str]":
 class _SharedSource:
     """Shards in the memory of this node: those that this process has filled, and those of others."""
 
-    def __init__(self, node: str, own: Mapping[str, memoryview], others: Mapping[str, Arena]) -> None:
+    def __init__(self, node: str, own: Mapping[str, memoryview], others: Mapping[str, SharedBuffer]) -> None:
         self.name = f"the memory of node {node[:8]}"
         self._own, self._others = own, others
 

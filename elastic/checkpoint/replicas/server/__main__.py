@@ -1,6 +1,6 @@
 """The process of a keeper: how it starts and ends, and which connections it takes.
 
-A trainer fills an arena and hands it over: from then on it is listed and served, whatever else goes on. The keeper
+A trainer fills a buffer and hands it over: from then on it is listed and served, whatever else goes on. The keeper
 checksums it, and sends a copy to the keeper of another node when it is told to. None of that takes the trainer's
 interpreter lock or the time of its training thread. It imports no torch, so it starts at once and is small.
 
@@ -64,7 +64,12 @@ class Keeper:
                 held = from_about(stored.about)
                 epoch = held.snapshot.epoch
                 holding = Holding(
-                    origin=stored.name, index=0, arena=stored.arena, is_copy=held.is_copy, is_on_disk=True, epoch=epoch
+                    origin=stored.name,
+                    index=0,
+                    buffer=stored.buffer,
+                    is_copy=held.is_copy,
+                    is_on_disk=True,
+                    epoch=epoch,
                 )
                 holding.fill(held.snapshot, num_bytes=held.num_bytes, chunks=held.chunks, record=held.record)
                 holding.checksums = held.checksums

@@ -46,7 +46,7 @@ class Incoming:
             self.num_writers += 1
         try:
             taken = receive_parts(
-                channel, self.holding.arena, parts, check=lambda: check_current(self.holding, self.ticket)
+                channel, self.holding.buffer, parts, check=lambda: check_current(self.holding, self.ticket)
             )
             self.checksums[first:stop] = taken
         finally:
@@ -79,7 +79,7 @@ class CopyReceiver:
             if holding is not None:
                 holding.begin(epoch)
         is_left = before is None or before.wait_until_left(_LEFT_S)
-        if holding is not None and not (is_left and holding.arena.num_bytes >= shard.num_bytes):
+        if holding is not None and not (is_left and holding.buffer.num_bytes >= shard.num_bytes):
             with self._store.lock:
                 self._store.drop(holding)
             holding = None

@@ -1,6 +1,6 @@
 """Snapshots on a disk of the node's own, for the day on which all memories are lost at once. No torch here.
 
-The keeper writes them from the arenas that it holds, whole files only: the bytes of the shard, then what the keeper
+The keeper writes them from the buffers that it holds, whole files only: the bytes of the shard, then what the keeper
 knows of it as JSON, then the length and the checksum of that. A file is visible once it is complete (fsync, rename).
 The keeper of the next cluster on this machine maps the files that it finds and offers them as it does its memory;
 whoever loads them verifies every block. The folder belongs to one life of one run: a run of the same name that starts
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from zlib_ng.zlib_ng import crc32
 
 from elastic.checkpoint.replicas.inventory import Held, Snapshot
-from elastic.checkpoint.staging.shared_memory import Arena
+from elastic.checkpoint.staging.shared_memory import SharedBuffer
 from elastic.direct import write_all
 from elastic.storage.local import sync
 from elastic.strict_json import dump_json
@@ -48,7 +48,7 @@ class Stored:
     name: str
     about: Mapping[str, Any]
     """As it was given to `write`."""
-    arena: Arena
+    buffer: SharedBuffer
 
 
 def to_about(held: Held) -> dict[str, object]:
@@ -154,4 +154,4 @@ def _open(path: Path) -> Stored | None:
     except BaseException:
         os.close(descriptor)
         raise
-    return Stored(name=path.stem, about=about, arena=Arena(descriptor, num_bytes))
+    return Stored(name=path.stem, about=about, buffer=SharedBuffer(descriptor, num_bytes))

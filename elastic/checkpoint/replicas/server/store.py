@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from elastic.checkpoint.replicas.inventory import Held, Holding, Snapshot
 from elastic.checkpoint.replicas.messages import Measured
 from elastic.checkpoint.staging.host_memory import get_available_bytes
-from elastic.checkpoint.staging.shared_memory import GIB, Arena, allocate_arena
+from elastic.checkpoint.staging.shared_memory import GIB, SharedBuffer, allocate_buffer
 from elastic.errors import CheckpointError
 from elastic.transport import WireError
 
@@ -16,7 +16,7 @@ Key = tuple[str, int]
 
 
 class Store:
-    """All shards by the trainer that fills them and its number of the arena.
+    """All shards by the trainer that fills them and its number of the buffer.
 
     Args:
         node: of this keeper.
@@ -30,7 +30,7 @@ class Store:
         self._say = say
         self._holdings: dict[Key, Holding] = {}
         self._origins: set[str] = set()
-        """The trainers of this node that are connected: their arenas are theirs to fill again."""
+        """The trainers of this node that are connected: their buffers are theirs to fill again."""
         self._freer = ThreadPoolExecutor(1, "free")
 
     # ---- with the lock
@@ -46,31 +46,31 @@ class Store:
         holding.checked.set()
         del self._holdings[holding.origin, holding.index]
         # takes seconds, and the caller has the lock
-        self._freer.submit(holding.arena.close).add_done_callback(self._tell_failure)
+        self._freer.submit(holding.buffer.close).add_done_callback(self._tell_failure)
 
     def require(self, origin: str, index: int) -> Holding:
-        """Return a trainer's own arena; the caller has the lock.
+        """Return a trainer's own buffer; the caller has the lock.
 
         Raises:
             WireError: it was never handed over.
         """
         holding = self._holdings.get((origin, index))
         if holding is None or holding.is_copy or holding.is_on_disk:
-            raise WireError(f"arena {index} was never handed over")
+            raise WireError(f"buffer {index} was never handed over")
         return holding
 
     # ---- without
 
     def add(self, holding: Holding) -> None:
-        """Take a shard of an earlier keeper, or an arena of a trainer that is connected.
+        """Take a shard of an earlier keeper, or a buffer of a trainer that is connected.
 
         Raises:
-            WireError: another trainer's arena, or a copy, has its name.
+            WireError: another trainer's buffer, or a copy, has its name.
         """
         with self.lock:
             before = self._holdings.get((holding.origin, holding.index))
             if before is not None and before.is_copy:
-                raise WireError(f"arena {holding.index} of {holding.origin} is a copy")
+                raise WireError(f"buffer {holding.index} of {holding.origin} is a copy")
             if not holding.is_on_disk:
                 self._origins.add(holding.origin)
             self._holdings[holding.origin, holding.index] = holding
@@ -108,7 +108,7 @@ class Store:
     def retire(self, *, before_epoch: int, keep_step: int | None) -> None:
         """Free what a newer attempt has made worthless; `keep_step`, what it started from, stays.
 
-        Arenas of a connected trainer stay: it fills them again.
+        Buffers of a connected trainer stay: it fills them again.
         """
         with self.lock:
             for holding in list(self._holdings.values()):
@@ -130,9 +130,9 @@ class Store:
             in_memory = [holding for holding in self._holdings.values() if not holding.is_on_disk]
             return Measured(
                 id=number,
-                held_bytes=sum(holding.arena.num_bytes for holding in in_memory),
-                left_bytes=sum(holding.arena.num_bytes for holding in in_memory if self._is_left(holding)),
-                copy_bytes=sum(holding.arena.num_bytes for holding in in_memory if holding.is_copy),
+                held_bytes=sum(holding.buffer.num_bytes for holding in in_memory),
+                left_bytes=sum(holding.buffer.num_bytes for holding in in_memory if self._is_left(holding)),
+                copy_bytes=sum(holding.buffer.num_bytes for holding in in_memory if holding.is_copy),
             )
 
     def allocate_copy(self, key: Key, num_bytes: int, epoch: int) -> Holding:
@@ -144,10 +144,10 @@ class Store:
         self._wait_until_free()
         with self.lock:
             copies = [holding for holding in self._holdings.values() if holding.is_copy]
-            _check_memory(num_bytes, sum(copy.arena.num_bytes for copy in copies if not copy.num_bytes))
-            arena: Arena = allocate_arena(num_bytes, name="copy")
-            arena.populate()  # while the first bytes come
-            holding = Holding(origin=key[0], index=key[1], arena=arena, is_copy=True, epoch=epoch)
+            _check_memory(num_bytes, sum(copy.buffer.num_bytes for copy in copies if not copy.num_bytes))
+            buffer: SharedBuffer = allocate_buffer(num_bytes, name="copy")
+            buffer.populate()  # while the first bytes come
+            holding = Holding(origin=key[0], index=key[1], buffer=buffer, is_copy=True, epoch=epoch)
             self._holdings[key] = holding
             return holding
 

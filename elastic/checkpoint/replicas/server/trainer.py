@@ -26,7 +26,7 @@ from elastic.checkpoint.replicas.server.node_disk import NodeDisk, StateName, to
 from elastic.checkpoint.replicas.server.store import Store
 from elastic.checkpoint.replicas.server.visitor import Desk, check_payload
 from elastic.checkpoint.replicas.transfer import CopySender, checksum_parts
-from elastic.checkpoint.staging.shared_memory import Arena
+from elastic.checkpoint.staging.shared_memory import SharedBuffer
 from elastic.processes import be_nice
 from elastic.transport import Channel, WireError
 
@@ -109,28 +109,28 @@ class TrainerSession:
     def _hold(self, message: Hold) -> None:
         if self._origin not in ("", message.origin):
             raise WireError(f"{self._origin} is {message.origin} now")
-        arena = Arena(self._channel.take_descriptor(), message.num_bytes)
-        self._store.add(Holding(origin=message.origin, index=message.index, arena=arena, is_copy=False))
+        buffer = SharedBuffer(self._channel.take_descriptor(), message.num_bytes)
+        self._store.add(Holding(origin=message.origin, index=message.index, buffer=buffer, is_copy=False))
         self._origin = message.origin
 
     def _fill(self, message: Fill) -> None:
         with self._store.lock:
             holding = self._store.require(self._origin, message.index)
-            if not 0 <= message.num_bytes <= holding.arena.num_bytes:
-                raise WireError(f"{message.num_bytes} bytes are not in an arena of {holding.arena.num_bytes}")
+            if not 0 <= message.num_bytes <= holding.buffer.num_bytes:
+                raise WireError(f"{message.num_bytes} bytes are not in a buffer of {holding.buffer.num_bytes}")
             holding.fill(message.snapshot, num_bytes=message.num_bytes, chunks=message.chunks, record=message.record)
             generation = holding.generation
         self._checks.submit(self._check, message, holding, generation)
 
     def _map(self, message: Map) -> None:
-        """Answer with the descriptor of an arena, which its new trainer maps instead of copying it."""
+        """Answer with the descriptor of a buffer, which its new trainer maps instead of copying it."""
         found = self._store.find(message.origin, message.index, message.snapshot)
         if found is None:
             self._channel.send(Missing(id=message.id))
         else:
             holding, _ = found
             answer = Mapped(id=message.id, num_bytes=holding.num_bytes)
-            self._channel.send(answer, descriptor=holding.arena.descriptor)
+            self._channel.send(answer, descriptor=holding.buffer.descriptor)
 
     # ---- in the background
 
@@ -151,7 +151,7 @@ class TrainerSession:
             self._channel.send(Settled(id=number, problem=next(iter(problems), "")))
 
     def _check(self, message: Fill, holding: Holding, generation: int) -> None:
-        """Checksum a filled arena."""
+        """Checksum a filled buffer."""
         with self._settling(message.id):
             with self._store.lock:
                 check_current(holding, generation)
@@ -159,7 +159,7 @@ class TrainerSession:
 
             def checksum(first: int) -> list[int]:
                 check_current(holding, generation)
-                return checksum_parts(holding.arena, chunks[first : first + _BATCH])
+                return checksum_parts(holding.buffer, chunks[first : first + _BATCH])
 
             try:
                 batches = self._workers.checksummers.map(checksum, range(0, len(chunks), _BATCH))

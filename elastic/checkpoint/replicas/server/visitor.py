@@ -66,11 +66,11 @@ class Desk:
             raise WireError(f"bytes {start} to {start + size} are outside of {holding.num_bytes}")
         check = partial(check_current, holding, generation)
         if message.sums:
-            summed = SummedPieces(holding.arena, start, size, check=check)
+            summed = SummedPieces(holding.buffer, start, size, check=check)
             channel.send(Data(), summed, num_bytes=size)
             channel.send(Sum(crc32=summed.crc32))
         else:
-            channel.send_file(Data(), holding.arena.descriptor, [(start, size)], check=check)
+            channel.send_file(Data(), holding.buffer.descriptor, [(start, size)], check=check)
 
 
 def serve(channel: Channel[FromAnyone], desk: Desk, say: Callable[[str], None]) -> None:
