@@ -98,4 +98,4 @@ class ClosingUp:
         rows = ", ".join(f"{num_rows} row(s) of {file}" for file, num_rows in sorted(missing.items()))
         why = self._problem or self._writer.get_problem() or "the storage takes its time"
         where = f"They wait in {self._run.dir.root}" if is_url(self._run.storage.url) else "They are in no file"
-        return f"{rows} did not reach {self._run.storage.url}: {why}. {where}"
+        return f"{rows} did not reach {self._run.storage.url}: {why.rstrip('.')}. {where}"
