@@ -4,11 +4,12 @@ What waits for a peer, dead or not, fails within milliseconds. NCCL ends such co
 rank's own numbers in place, so each sum that counts is taken together with a sum of the ranks that were there.
 """
 
+import ctypes
 import os
 import socket
 import struct
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from time import monotonic, sleep
 
@@ -21,6 +22,9 @@ from torch import Tensor
 _STILL_S = 0.02
 """So long without a byte means that no message is under way: a thread on a busy machine goes on sooner."""
 _STILL_PATIENCE_S = 0.5
+_SO_ATTACH_FILTER = 26
+_BPF_RETURN = 0x06
+"""Source: Linux, include/uapi/asm-generic/socket.h and include/uapi/linux/filter.h (BPF_RET | BPF_K)."""
 _TCP_INFO_BYTES = 136
 """Up to and with `tcpi_bytes_acked` and `tcpi_bytes_received` in Linux' `struct tcp_info` (since 4.1)."""
 
@@ -109,11 +113,16 @@ class _GroupSockets:
         self._before: frozenset[tuple[int, int]] | None = None
 
     @contextmanager
-    def connecting(self) -> Generator[None]:
+    def connecting(self) -> Generator[Callable[[], None]]:
         with self._lock:
             self._before = before = frozenset(_list_sockets())
+
+        def close_doors() -> None:
+            for descriptor, inode in set(_list_sockets()) - before:
+                _let_nobody_in(descriptor, inode)
+
         try:
-            yield
+            yield close_doors
         finally:
             with self._lock:
                 self._known |= set(_list_sockets()) - before
@@ -135,10 +144,11 @@ _group_sockets = _GroupSockets()
 """Of the process, as torch's default group is."""
 
 
-def connecting_group() -> AbstractContextManager[None]:
+def connecting_group() -> AbstractContextManager[Callable[[], None]]:
     """Make a context in which the world's training thread connects a process group, so that a `Breaker` can break it.
 
-    gloo connects all ranks at once, and returns when that is done.
+    gloo connects all ranks at once, and returns when that is done. What the context yields is to be called then, of
+    gloo only: it lets nobody else in.
     """
     return _group_sockets.connecting()
 
@@ -234,6 +244,21 @@ def _shut_down(descriptor: int, inode: int) -> None:
     with suppress(OSError), _borrow_connection(descriptor, inode) as connection:
         if connection:
             connection.shutdown(socket.SHUT_RDWR)
+
+
+def _let_nobody_in(descriptor: int, inode: int) -> None:
+    """Have the kernel drop what comes to a listening socket; those it has accepted have filters of their own.
+
+    gloo goes on listening once all ranks are there, and keeps whoever else connects until its group ends: two thousand
+    that say nothing took two thousand descriptors of each group. Closed or shut down, it would abort the process.
+    """
+    with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as listener:  # a sandbox may know no filters
+        is_same = os.fstat(listener.fileno()).st_ino == inode
+        is_internet = listener.family in (socket.AF_INET, socket.AF_INET6)
+        if is_same and is_internet and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            rule = ctypes.create_string_buffer(struct.pack("=HBBI", _BPF_RETURN, 0, 0, 0))  # take no byte of anything
+            program = struct.pack("@HP", 1, ctypes.addressof(rule))
+            listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
 
 
 def _count_moved_bytes(descriptor: int, inode: int) -> int:

@@ -42,8 +42,10 @@ class World:
 
     def build_mesh(self, **axes: int) -> DeviceMesh:
         """Arrange all ranks along named axes, the last one varying fastest; every rank must call it."""
-        with connecting_group():
+        with connecting_group() as close_doors:
             mesh = init_device_mesh(self.device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+            if dist.get_backend() == "gloo":
+                close_doors()
         self.meshes.append(mesh)
         return mesh
 
@@ -109,13 +111,14 @@ def open_world(
     # Groups are numbered by a count that every rank must share, and only the end of a world sets it back; a world that
     # did not form has counted here and not there, and the next one would wait under another name than its peers.
     dist.distributed_c10d._world.group_count = 0  # pyright: ignore[reportPrivateUsage] # no public way to name them
-    with connecting_group():
+    with connecting_group() as close_doors:
         if store is None:
             store = dist.TCPStore(spec.store_host, spec.store_port, is_master=False, timeout=timeout)
         # A prefix per attempt: keys that a dead world left behind must never be read by the next one.
         store = dist.PrefixStore(f"attempt-{spec.attempt}", store)
+        backend = _choose_backend(store, _get_gpu(rank_device), rank=spec.rank, world_size=spec.world_size)
         dist.init_process_group(
-            _choose_backend(store, _get_gpu(rank_device), rank=spec.rank, world_size=spec.world_size),
+            backend,
             store=store,
             rank=spec.rank,
             world_size=spec.world_size,
@@ -124,6 +127,8 @@ def open_world(
             # takes most of a second
             device_id=rank_device if rank_device.type == "cuda" and spec.world_size > 1 else None,
         )
+        if backend == "gloo":
+            close_doors()
     return World(
         rank=spec.rank,
         world_size=spec.world_size,

@@ -215,7 +215,7 @@ class Measured:
 def measure(num_nodes: int, seconds: float) -> Measured:
     """Run one coordinator with so many hosts; call it in a process of its own."""
     context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # its coordinator writes on
         most = num_nodes * NUM_TRAINERS
         config = RunConfig(
             storage=str(Path(folder) / "runs"),

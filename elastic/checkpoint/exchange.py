@@ -20,8 +20,9 @@ Group = dist.ProcessGroup | None
 
 def new_group(timeout: timedelta) -> dist.ProcessGroup:
     """Return a gloo group of all ranks."""
-    with connecting_group():
+    with connecting_group() as close_doors:
         group = dist.new_group(backend="gloo", timeout=timeout)
+        close_doors()
     assert isinstance(group, dist.ProcessGroup), "every rank of the world is in it"
     return group
 
