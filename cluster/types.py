@@ -118,8 +118,8 @@ class Undrained:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EpochTaken:
-    """The storage has given us the epoch that the next attempt needs."""
+class GenerationTaken:
+    """The storage has given us the generation that the next attempt needs."""
 
     attempt: int
 
@@ -199,7 +199,7 @@ Event = (
     | Expired
     | Draining
     | Undrained
-    | EpochTaken
+    | GenerationTaken
     | TrainerReady
     | TrainerEnded
     | Unkillable
@@ -214,8 +214,8 @@ Event = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class TakeEpoch:
-    """Take the epoch of the next attempt from the storage, which may take its time; `EpochTaken` follows."""
+class TakeGeneration:
+    """Take the generation of the next attempt from the storage, which may take its time; `GenerationTaken` follows."""
 
     attempt: int
 
@@ -332,7 +332,18 @@ class Done:
 
 
 Action = (
-    TakeEpoch | Join | Go | Park | Leave | Kill | LeaveOut | TakeBack | GiveUp | AttemptStarted | AttemptEnded | Done
+    TakeGeneration
+    | Join
+    | Go
+    | Park
+    | Leave
+    | Kill
+    | LeaveOut
+    | TakeBack
+    | GiveUp
+    | AttemptStarted
+    | AttemptEnded
+    | Done
 )
 
 

@@ -21,7 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 from elastic import config_load
 from elastic.checkpoint.durable.storage_errors import check_writable
 from elastic.config import RunConfig
-from elastic.errors import SolventError, StaleEpochError, StorageError
+from elastic.errors import SolventError, StaleGenerationError, StorageError
 from elastic.paths import ensure_home
 from elastic.ports import (
     Finished,
@@ -148,7 +148,7 @@ def _run(config: RunConfig, notices: SignalNotices) -> Outcome:
         spec, store, leader = _find_world(run, timeout_s=config.fault.collective_timeout_s)
         with leader or nullcontext():
             outcome = _train(config, run, spec, store, notices=notices, leader=leader)
-            with suppress(OSError, StaleEpochError):  # closing the run tries again, and tells
+            with suppress(OSError, StaleGenerationError):  # closing the run tries again, and tells
                 run.push()  # while we still lead
             return outcome
 
@@ -182,14 +182,14 @@ def _train(
             first_step_s=observer.first_step_s,
         )
         if leader:
-            with suppress(StaleEpochError):  # then the books are another one's, which is told already
+            with suppress(StaleGenerationError):  # then the books are another one's, which is told already
                 leader.check()
                 append_row(run_dir.attempts, asdict(row))
 
     def give_up(reason: str) -> NoReturn:
         _say_resumable(spec.rank, reason)
         write_row("lost", reason)
-        with suppress(OSError, StaleEpochError):
+        with suppress(OSError, StaleGenerationError):
             run.push()
         os._exit(INTERRUPTED_EXIT_CODE)  # the main thread hangs, so nothing can be closed in order
 
@@ -266,12 +266,12 @@ def _find_world(run: OpenRun, *, timeout_s: float) -> tuple[WorldSpec, Store, Le
         try:
             check_writable(run.storage)  # a probe of its own, and the better message
             leader = lead(run.storage, who="python -m elastic", at_least=next_attempt(run.dir))
-            run.lead(leader.check, epoch=leader.epoch)
+            run.lead(leader.check, generation=leader.generation)
         except StorageError:
             store.set(key, "0")
             raise
         close_torn_attempts(run.dir)
-        store.set(key, str(leader.epoch))
+        store.set(key, str(leader.generation))
     attempt = int(store.get(key))
     if not attempt:
         raise StorageError(f"storage: {run.storage.url} cannot be used; rank 0 says why.")

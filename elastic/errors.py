@@ -7,7 +7,7 @@
     |   |-- ModelFolderError        a Hugging Face folder that cannot be read or written as asked
     |   `-- StorageError            the run directory cannot be written, is full, or is in use
     |       |-- SavesFailedError    exit code 3: save after save failed; the same command resumes
-    |       `-- StaleEpochError     another process has taken the run over; this one writes nothing more
+    |       `-- StaleGenerationError     another process has taken the run over; this one writes nothing more
     |-- ClusterError                a cluster elsewhere refuses, or cannot be reached
     |-- CheckpointError             a checkpoint is torn, foreign or does not fit the model
     |-- NoticeError                 a provider's notice cannot be understood
@@ -52,8 +52,8 @@ class SavesFailedError(StorageError):
     exit_code = 3
 
 
-class StaleEpochError(StorageError):
-    """The run goes on elsewhere: a newer epoch than this process holds was taken."""
+class StaleGenerationError(StorageError):
+    """The run goes on elsewhere: a newer generation than this process holds was taken."""
 
 
 class ClusterError(SolventError):

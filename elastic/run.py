@@ -32,13 +32,13 @@ from elastic.config import RunConfig
 from elastic.data.kept import keep_data
 from elastic.data.loader import Loader, eval_batches
 from elastic.data.shards import Dataset, check_fits, has_validation, open_dataset
-from elastic.errors import DataError, StaleEpochError, StorageError
+from elastic.errors import DataError, StaleGenerationError, StorageError
 from elastic.loop import Parts, SampleRecorder, run_loop
 from elastic.metrics import get_peak_flops
 from elastic.nn import init_weights
 from elastic.ports import DataIdentity, Lost, MetricSink, NoticeSource, Observer, Outcome, Progress, Source, WorldSpec
 from elastic.profile import Profiler
-from elastic.records.fencing import EpochGuard, check_epoch
+from elastic.records.fencing import GenerationGuard, check_generation
 from elastic.records.spool import OpenRun, open_run
 from elastic.spikes import Recent
 from elastic.step import build_trainable
@@ -71,7 +71,7 @@ def train(
         run: the run's storage and directory, if the caller has opened them.
         memory: where snapshots are kept beyond the life of this process.
         breaker: with it another thread may end the world; that is `Lost`, like the loss of a peer. So is the end of
-            the epoch, then: whoever holds the breaker decides what comes next.
+            the generation, then: whoever holds the breaker decides what comes next.
 
     Raises:
         UserError: configuration, data or storage cannot work; all ranks raise it or are ended by the one that does.
@@ -102,7 +102,7 @@ def train(
                     outcome = run_loop(parts, progress, recent, timeline)
                 finally:
                     laps.start()
-        except StaleEpochError as error:
+        except StaleGenerationError as error:
             if not is_led:
                 raise
             outcome = Lost(progress=progress, reason=str(error))
@@ -188,7 +188,7 @@ def _build_parts(
     laps.end(f"state ({source})")
 
     place = _Place(rank=world.rank, world_size=world.world_size, device=world.device)
-    guard = EpochGuard(partial(check_epoch, run.storage, world.attempt))
+    guard = GenerationGuard(partial(check_generation, run.storage, world.attempt))
     checkpointer = Checkpointer(
         run.storage,
         config,

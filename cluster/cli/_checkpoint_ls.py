@@ -71,9 +71,9 @@ def find(storage: "Storage", step: int | None = None) -> "list[Found]":
     """
     from elastic.checkpoint.durable.inspection import find_checkpoints
     from elastic.checkpoint.format.manifest import get_directory
-    from elastic.records.fencing import get_newest_epoch
+    from elastic.records.fencing import get_newest_generation
 
-    found = find_checkpoints(storage, newest_epoch=get_newest_epoch(storage))
+    found = find_checkpoints(storage, newest_epoch=get_newest_generation(storage))
     if step is None:
         return found
     own = [one for one in found if get_directory(step).endswith(f"/{one.name}")]

@@ -71,9 +71,9 @@ class State:
     policy: Policy
     attempt: int = 0
     """The last attempt that was started, over the life of the run."""
-    asked_epoch: int | None = None
-    """The epoch that the storage was asked for last; it is that of the next attempt."""
-    taken_epoch: int | None = None
+    asked_generation: int | None = None
+    """The generation that the storage was asked for last; it is that of the next attempt."""
+    taken_generation: int | None = None
     """The last one that it gave us."""
     stage: Stage = "waiting"
 

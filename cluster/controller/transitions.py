@@ -37,9 +37,9 @@ from cluster.types import (
     Claimed,
     Done,
     Draining,
-    EpochTaken,
     Event,
     Expired,
+    GenerationTaken,
     Go,
     HostGone,
     Join,
@@ -50,7 +50,7 @@ from cluster.types import (
     Stalled,
     Stepped,
     Stop,
-    TakeEpoch,
+    TakeGeneration,
     Tick,
     TrainerEnded,
     TrainerReady,
@@ -89,8 +89,8 @@ def _take(state: State, event: Event, now_s: float) -> list[Action]:  # noqa: PL
         case Undrained():
             state.draining.pop(event.node, None)
             state.usable = None
-        case EpochTaken():
-            state.taken_epoch = event.attempt
+        case GenerationTaken():
+            state.taken_generation = event.attempt
         case TrainerReady():
             if event.attempt == state.attempt and event.slot in state.alive:
                 state.ready[event.slot] = event
@@ -415,12 +415,13 @@ def _start_if_possible(state: State, now_s: float) -> list[Action]:
     survivors = any(slot in state.ranks for slot in wanted)
     if not wanted or not (survivors or is_gathered(state, now_s)):
         return []
-    epoch = state.attempt + 1
-    if state.taken_epoch != epoch:  # whose world it will be is decided when it is ours: until then nothing begins
-        actions: list[Action] = [] if state.asked_epoch == epoch else [TakeEpoch(attempt=epoch)]
-        state.asked_epoch = epoch
+    generation = state.attempt + 1
+    # whose world it will be is decided when it is ours: until then nothing begins
+    if state.taken_generation != generation:
+        actions: list[Action] = [] if state.asked_generation == generation else [TakeGeneration(attempt=generation)]
+        state.asked_generation = generation
         return actions
-    state.attempt = epoch
+    state.attempt = generation
     state.members, state.alive, state.usable = wanted, set(wanted), None
     state.stage, state.started_s, state.stage_until_s = "forming", now_s, now_s + state.policy.form_s
     started = AttemptStarted(attempt=state.attempt, members=wanted)

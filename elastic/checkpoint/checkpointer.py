@@ -52,7 +52,7 @@ class Checkpointer:
 
     All methods but `wait_staged` and `close` are called by all ranks at the same step. Create it once the default
     process group exists; `close` it before that group goes. What raises says why no more checkpoints can be made:
-    SavesFailedError after too many failed saves in a row, StaleEpochError, CheckpointError.
+    SavesFailedError after too many failed saves in a row, StaleGenerationError, CheckpointError.
 
     Args:
         storage: the run's.

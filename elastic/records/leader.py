@@ -1,9 +1,9 @@
 """One leader per run: who may start attempts, wherever else somebody gives the same command.
 
-The right to lead is the newest epoch (`elastic.records.fencing`), which storage gives to one taker only. `leader.json`
-beside it tells others whether its holder lives: the leader writes it anew every few seconds. Nobody trusts another
-machine's clock: a lease has run out once an onlooker saw no change for its whole length. A leader that has stopped, or
-died on the onlooker's own machine, is followed at once.
+The right to lead is the newest generation (`elastic.records.fencing`), which storage gives to one taker only.
+`leader.json` beside it tells others whether its holder lives: the leader writes it anew every few seconds. Nobody
+trusts another machine's clock: a lease has run out once an onlooker saw no change for its whole length. A leader that
+has stopped, or died on the onlooker's own machine, is followed at once.
 """
 
 import json
@@ -17,16 +17,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from elastic.errors import StaleEpochError, StorageError
+from elastic.errors import StaleGenerationError, StorageError
 from elastic.processes import find_running
 from elastic.records.fencing import (
-    EpochGuard,
-    check_epoch,
+    GenerationGuard,
+    check_generation,
     describe_taker,
     get_boottime_s,
     get_life,
-    get_newest_epoch,
-    take_epoch,
+    get_newest_generation,
+    take_generation,
 )
 from elastic.storage import Storage
 
@@ -37,7 +37,7 @@ LEASE_S = 15.0
 RENEW_S = 3.0
 _LOOK_S = 0.5
 _TAKE_PATIENCE_S = 60.0
-"""An epoch is taken while nobody trains: a storage that is full or slow for a while need not end the run."""
+"""A generation is taken while nobody trains: a storage that is full or slow for a while need not end the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Lease:
 
     who: str
     epoch: int
-    """The newest epoch that its holder took."""
+    """The newest generation that its holder took; the file has called it so from the beginning."""
     beat: int
     """Counts up as the holder lives."""
     released: bool
@@ -67,8 +67,8 @@ class Leadership:
         self._lease = lease
         self._renew_s = renew_s
         self._lock = threading.Lock()
-        self._guard = EpochGuard(self._confirm, every_s=1.5 * renew_s)  # the thread looks more often
-        self._lost: StaleEpochError | None = None
+        self._guard = GenerationGuard(self._confirm, every_s=1.5 * renew_s)  # the thread looks more often
+        self._lost: StaleGenerationError | None = None
         self._wake = threading.Event()
         self._is_closing = False
         self._is_said = False
@@ -83,8 +83,8 @@ class Leadership:
         self.close()
 
     @property
-    def epoch(self) -> int:
-        """The newest epoch that was taken."""
+    def generation(self) -> int:
+        """The newest generation that was taken."""
         return self._lease.epoch
 
     def get_life(self) -> str:
@@ -98,35 +98,35 @@ class Leadership:
         except OSError as error:
             raise _explain(self._storage, error) from error
 
-    def take(self, epoch: int) -> None:
-        """Take the epoch of an attempt before it starts, unless this leader holds it already.
+    def take(self, generation: int) -> None:
+        """Take the generation of an attempt before it starts, unless this leader holds it already.
 
         Raises:
-            StaleEpochError: another one leads by now.
+            StaleGenerationError: another one leads by now.
             StorageError: the storage did not take it for a minute.
         """
         self.check()
         with self._lock:
-            if epoch == self._lease.epoch:
+            if generation == self._lease.epoch:
                 return
-            assert epoch > self._lease.epoch, "attempts are numbered upwards"
+            assert generation > self._lease.epoch, "attempts are numbered upwards"
             try:
-                take_epoch(self._storage, epoch, who=self._lease.who, patience_s=_TAKE_PATIENCE_S)
+                take_generation(self._storage, generation, who=self._lease.who, patience_s=_TAKE_PATIENCE_S)
             except OSError as error:
                 raise _explain(self._storage, error) from error
-            self._lease = replace(self._lease, epoch=epoch)
+            self._lease = replace(self._lease, epoch=generation)
         self._wake.set()
 
     def check(self) -> None:
         """Make sure that this one still leads; cheap unless the process may have slept.
 
         Raises:
-            StaleEpochError: another one leads by now; nothing of the run may be touched any more.
+            StaleGenerationError: another one leads by now; nothing of the run may be touched any more.
         """
         if self._lost is None:
             try:
                 self._guard.check_if_due()
-            except StaleEpochError as error:
+            except StaleGenerationError as error:
                 self._lost = error
             except OSError as error:  # whoever took over could not have written either
                 self._say(error)
@@ -139,7 +139,7 @@ class Leadership:
         For what stays on this machine until `check` was asked.
 
         Raises:
-            StaleEpochError: another one leads by now.
+            StaleGenerationError: another one leads by now.
         """
         if self._lost is not None:
             raise self._lost
@@ -151,7 +151,7 @@ class Leadership:
         self._thread.join()
         try:
             self.check()
-        except StaleEpochError:
+        except StaleGenerationError:
             return
         with self._lock:
             self._lease = replace(self._lease, released=True)
@@ -159,7 +159,7 @@ class Leadership:
 
     def _confirm(self) -> None:
         with self._lock:
-            check_epoch(self._storage, self._lease.epoch)
+            check_generation(self._storage, self._lease.epoch)
 
     def _renew(self) -> None:
         while not self._is_closing:
@@ -167,7 +167,7 @@ class Leadership:
             self._wake.clear()
             try:
                 self._guard.check()
-            except StaleEpochError as error:
+            except StaleGenerationError as error:
                 self._lost = error
                 return
             except OSError as error:
@@ -189,7 +189,7 @@ class Leadership:
             self._is_said = False
 
     def _say(self, error: OSError) -> None:
-        """Say once that the lease is not renewed: until another one takes an epoch, training may go on."""
+        """Say once that the lease is not renewed: until another one takes a generation, training may go on."""
         if not self._is_said:
             self._is_said = True
             logger.warning("%s/%s cannot be renewed: %s", self._storage.url, KEY, error)
@@ -211,15 +211,15 @@ def lead(storage: Storage, *, who: str, at_least: int = 1, lease_s: float = LEAS
         newest, lease = _look(storage)
         if newest and not _is_free(lease, newest):
             _wait_for_silence(storage, newest, lease, lease_s=lease_s)
-        epoch = max(newest + 1, at_least)
-        take_epoch(storage, epoch, who=who, patience_s=_TAKE_PATIENCE_S if newest else 0.0)
-    except StaleEpochError:
-        raise _refuse(storage, describe_taker(storage, get_newest_epoch(storage))) from None
+        generation = max(newest + 1, at_least)
+        take_generation(storage, generation, who=who, patience_s=_TAKE_PATIENCE_S if newest else 0.0)
+    except StaleGenerationError:
+        raise _refuse(storage, describe_taker(storage, get_newest_generation(storage))) from None
     except OSError as error:
         raise _explain(storage, error) from error
     lease = Lease(
         who=who,
-        epoch=epoch,
+        epoch=generation,
         beat=0,
         released=False,
         host=socket.gethostname(),
@@ -237,7 +237,7 @@ def was_led(storage: Storage) -> bool:
     Raises:
         OSError: the storage does not say.
     """
-    return get_newest_epoch(storage) > 0
+    return get_newest_generation(storage) > 0
 
 
 def _wait_for_silence(storage: Storage, newest: int, lease: Lease | None, *, lease_s: float) -> None:
@@ -266,7 +266,7 @@ def _refuse(storage: Storage, by: str) -> StorageError:
 
 
 def _look(storage: Storage) -> tuple[int, Lease | None]:
-    newest = get_newest_epoch(storage)
+    newest = get_newest_generation(storage)
     try:
         return newest, Lease(**json.loads(storage.read(KEY)))
     except (FileNotFoundError, ValueError, TypeError):  # none yet, or of another version
@@ -274,7 +274,7 @@ def _look(storage: Storage) -> tuple[int, Lease | None]:
 
 
 def _is_free(lease: Lease | None, newest: int) -> bool:
-    """Tell whether nobody leads for certain; a lease older than the newest epoch says nothing about its taker."""
+    """Tell whether nobody leads for certain; a lease older than the newest generation says nothing about its taker."""
     if lease is None or lease.epoch != newest:
         return False
     return lease.released or (lease.machine == _get_machine() and _get_start_time(lease.pid) != lease.started)
@@ -292,6 +292,6 @@ def _get_start_time(pid: int) -> int | None:
 
 def _explain(storage: Storage, error: OSError) -> StorageError:
     return StorageError(
-        f"storage: no attempt of the run at {storage.url} can start, because its epoch cannot be written there "
+        f"storage: no attempt of the run at {storage.url} can start, because its generation cannot be written there "
         f"({error.strerror or error}). Free or unlock the storage, then start the same command again: it resumes."
     )

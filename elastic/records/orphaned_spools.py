@@ -1,7 +1,7 @@
 """Spools on this machine: which process holds one, and what is in those that killed processes have left.
 
 A spool is a folder that its process keeps locked for as long as it lives, whatever becomes of process ids, and that
-says which epoch its holder led with. Only the next leader of the same run looks into it: other runs' are left alone.
+says which generation its holder led with. Only the next leader of the same run looks into it; other runs' are left.
 """
 
 import fcntl
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from elastic.records.fencing import read_epoch
+from elastic.records.fencing import read_generation
 from elastic.storage import Storage
 
 _NAME = "solvent-spool-"
@@ -31,13 +31,13 @@ class SpoolFolder:
     path: Path
     lock: IO[bytes]
 
-    def note_epoch(self, storage: Storage, epoch: int) -> None:
-        """Write down which epoch the rows in here go on from.
+    def note_generation(self, storage: Storage, generation: int) -> None:
+        """Write down which generation the rows in here go on from.
 
         Raises:
             OSError: the storage cannot be read.
         """
-        note = {"epoch": epoch, "record": read_epoch(storage, epoch).decode()}
+        note = {"epoch": generation, "record": read_generation(storage, generation).decode()}
         (self.path / _EPOCH).write_text(json.dumps(note))
 
     def release(self, *, remove: bool) -> None:
@@ -68,8 +68,8 @@ def take_over(storage: Storage, root: Path) -> None:
     Raises:
         OSError: the storage cannot be read.
     """
-    for epoch, path in sorted(_find_dead(storage.url), reverse=True):  # the last leader's first
-        if epoch and _is_of_this_run(storage, epoch, path):
+    for generation, path in sorted(_find_dead(storage.url), reverse=True):  # the last leader's first
+        if generation and _is_of_this_run(storage, generation, path):
             _take_rows(storage, root, path)
         shutil.rmtree(path, ignore_errors=True)
 
@@ -92,17 +92,17 @@ def _read_row_files(folder: Path) -> dict[str, bytes]:
 
 
 def _find_dead(url: str) -> Iterator[tuple[int, Path]]:
-    """Yield the dead spools of the run at a URL, with the epoch that each one's holder led with (0: none)."""
+    """Yield the dead spools of the run at a URL, with the generation that each one's holder led with (0: none)."""
     for path in Path(tempfile.gettempdir()).glob(f"{_get_prefix(url)}*"):
         with suppress(OSError), (path / _LOCK).open("rb") as lock:  # gone, being made, in use, or another user's
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield int(_read_note(path).get("epoch", 0)), path
 
 
-def _is_of_this_run(storage: Storage, epoch: int, path: Path) -> bool:
-    """Tell whether the storage knows the epoch: a run that was deleted and began anew under its name does not."""
+def _is_of_this_run(storage: Storage, generation: int, path: Path) -> bool:
+    """Tell whether the storage knows the generation: a run that was deleted and began anew under its name does not."""
     try:
-        return read_epoch(storage, epoch).decode() == _read_note(path).get("record")
+        return read_generation(storage, generation).decode() == _read_note(path).get("record")
     except FileNotFoundError:
         return False
 

@@ -14,9 +14,9 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from elastic.errors import StaleEpochError, StorageError
+from elastic.errors import StaleGenerationError, StorageError
 from elastic.ports import MetricSink
-from elastic.records.fencing import EpochGuard, FencedSink
+from elastic.records.fencing import FencedSink, GenerationGuard
 from elastic.records.orphaned_spools import SpoolFolder, create_spool, take_over
 from elastic.records.rundir import RunDir, append_row
 from elastic.storage import Storage, is_url, join_url, open_storage
@@ -43,15 +43,15 @@ class OpenRun:
         """
         append_row(path, row)
 
-    def fence(self, sink: MetricSink, guard: EpochGuard) -> MetricSink:
-        """Return a sink of this process that takes no row of an epoch that is over."""
+    def fence(self, sink: MetricSink, guard: GenerationGuard) -> MetricSink:
+        """Return a sink of this process that takes no row of a generation that is over."""
         return FencedSink(sink, guard)
 
-    def lead(self, check: Callable[[], None], *, epoch: int) -> None:
-        """Be the one who writes this run's rows, as the taker of `epoch`: what others have written is here after this.
+    def lead(self, check: Callable[[], None], *, generation: int) -> None:
+        """Be the one who writes this run's rows, as taker of `generation`: what others have written is here after this.
 
         Args:
-            check: nothing leaves this process once it raises a StaleEpochError.
+            check: nothing leaves this process once it raises a StaleGenerationError.
 
         Raises:
             StorageError: the storage does not work.
@@ -61,7 +61,7 @@ class OpenRun:
         """Return when all rows so far are in the storage.
 
         Raises:
-            StaleEpochError: the run goes on elsewhere.
+            StaleGenerationError: the run goes on elsewhere.
             OSError: the storage does not work.
         """
 
@@ -124,13 +124,13 @@ class KeptRun(SpooledRun):
             for path in fetch_rows(self.storage, self.dir):
                 self._pushed[path.relative_to(self.dir.root).as_posix()] = _get_signature(path)
 
-    def lead(self, check: Callable[[], None], *, epoch: int) -> None:
+    def lead(self, check: Callable[[], None], *, generation: int) -> None:
         """See `OpenRun`: the last leader may have pushed since we looked, or have left rows on this machine."""
         self._check = check
         self.fetch()
         with self._lock, _explain_unreadable(self.storage.url):
             take_over(self.storage, self.dir.root)
-            self._spool.note_epoch(self.storage, epoch)
+            self._spool.note_generation(self.storage, generation)
 
     def push_until(self, closing: threading.Event) -> None:
         """Push every few seconds, less often if that takes long; what does not work now may work the next time."""
@@ -141,7 +141,7 @@ class KeptRun(SpooledRun):
                 self.push()
             except OSError as error:
                 logger.warning("rows wait in %s: %s", self.dir.root, error)
-            except StaleEpochError:
+            except StaleGenerationError:
                 return
             except Exception:  # a thread that ended here would leave all rows for the end, and nobody would know
                 logger.exception("rows wait in %s", self.dir.root)
@@ -171,7 +171,7 @@ def open_run(storage: str, run: str) -> Generator[OpenRun]:
         finally:
             closing.set()
             thread.join()
-            with suppress(StaleEpochError):  # the files are another one's now
+            with suppress(StaleGenerationError):  # the files are another one's now
                 _push_last(opened, url)
             is_needed = False
     finally:

@@ -20,9 +20,9 @@ def main(storage: str, run_name: str, *words: str) -> None:
             match word.split(":"):
                 case ["lead"]:
                     leader = lead(run.storage, who="a test", at_least=next_attempt(run.dir))
-                    run.lead(leader.check, epoch=leader.epoch)
+                    run.lead(leader.check, generation=leader.generation)
                 case ["row", step]:
-                    run.append(run.dir.metrics, {"step": int(step), "attempt": leader.epoch, "time_utc": ""})
+                    run.append(run.dir.metrics, {"step": int(step), "attempt": leader.generation, "time_utc": ""})
                 case ["sample", step]:
                     run.append(run.dir.samples(attempt=1, rank=0), {"step": int(step), "ids": [1, 2]})
                 case ["push"]:

@@ -34,7 +34,7 @@ class Slots:
         self.told = []
         self.loop = EventLoop()
         spec = HostSpec(
-            node=NODE, node_ip="127.0.0.1", folder=str(folder), seat=Seat(epoch=1, host="h", port=1), raylet_pid=1,
+            node=NODE, node_ip="127.0.0.1", folder=str(folder), seat=Seat(generation=1, host="h", port=1), raylet_pid=1,
             secret="x", lease_s=60.0, config=CONFIG,
         )  # fmt: skip
         self.trainers = Trainers(spec, self.loop, tell=self._tell, live=live)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from elastic.checkpoint.durable.shard_writer import Written
 from elastic.checkpoint.exchange import Parcels
 from elastic.checkpoint.format.manifest import FileRecord, Manifest, TensorRecord
-from elastic.errors import CheckpointError, StaleEpochError, StorageError
+from elastic.errors import CheckpointError, StaleGenerationError, StorageError
 from elastic.ports import Progress
 from tests.distributed._spawn_ckpt import run_ranks
 
@@ -46,7 +46,7 @@ def collect(_run_dir):
         DAMAGE.all_gather(None if rank == 0 else f"of {rank}", None),
         [
             describe(FOUND.broadcast(error if rank == 0 else None, None))
-            for error in (StorageError("full"), StaleEpochError("late"), CheckpointError("torn"), full)
+            for error in (StorageError("full"), StaleGenerationError("late"), CheckpointError("torn"), full)
         ],
     ]
 
@@ -60,7 +60,7 @@ def describe(value):
 def test_every_rank_gets_what_the_others_have_or_met(tmp_path):
     results = run_ranks(collect, 3, tmp_path)
     full = ("OSError", errno.ENOSPC, "No space left on device", "a/b")
-    errors = [("StorageError", "full"), ("StaleEpochError", "late"), ("CheckpointError", "torn"), full]
+    errors = [("StorageError", "full"), ("StaleGenerationError", "late"), ("CheckpointError", "torn"), full]
     for rank, (is_same, damage, written, of_all, met) in enumerate(results):
         assert (is_same, damage, of_all) == (True, "damaged", [None, "of 1", "of 2"])
         assert written == ([0, full, 100] if rank == 0 else [])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from elastic.records.attempts import final_rows
-from elastic.records.fencing import get_newest_epoch
+from elastic.records.fencing import get_newest_generation
 from elastic.records.leader import LEASE_S
 from elastic.records.rundir import RunDir, read_rows
 from elastic.storage import open_storage
@@ -104,7 +104,7 @@ def test_a_trainer_that_was_frozen_in_its_last_save_and_comes_back_after_another
 
         start_s = time.monotonic()
         with launch(folder, run) as follower:
-            wait_until(lambda: get_newest_epoch(storage) == 2, follower._processes)
+            wait_until(lambda: get_newest_generation(storage) == 2, follower._processes)
             assert time.monotonic() - start_s >= LEASE_S - 1
             codes, output = follower.wait()
         assert codes == [0], output

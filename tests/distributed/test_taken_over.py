@@ -1,9 +1,9 @@
 """A world whose run was taken over while it trained: a host's trainers leave it and join the next; others end."""
 
 from elastic.breaker import Breaker
-from elastic.errors import StaleEpochError
+from elastic.errors import StaleGenerationError
 from elastic.ports import Finished, Lost, Progress
-from elastic.records.fencing import take_epoch
+from elastic.records.fencing import take_generation
 from elastic.run import train
 from elastic.storage import open_storage
 from tests.distributed._loops import NoNotices, Watcher, make_config, write_data
@@ -13,7 +13,7 @@ STEPS, EVERY_STEPS = 40, 4
 
 
 class Usurper(Watcher):
-    """Takes the next epoch once the first checkpoint is committed; the next one finds that out."""
+    """Takes the next generation once the first checkpoint is committed; the next one finds that out."""
 
     def __init__(self, storage):
         super().__init__()
@@ -25,7 +25,7 @@ class Usurper(Watcher):
 
     def committed(self, progress):
         if progress.step == EVERY_STEPS:
-            take_epoch(self.storage, 2, who="the next coordinator")
+            take_generation(self.storage, 2, who="the next coordinator")
 
 
 def work(rank, port, folder, is_led):
@@ -38,7 +38,7 @@ def work(rank, port, folder, is_led):
         breaker = Breaker() if is_led else None
         try:
             outcome = train(config, place, notices=NoNotices(), observer=watcher, open_sinks=list, breaker=breaker)
-        except StaleEpochError as error:
+        except StaleGenerationError as error:
             return str(error)
         lives.append((outcome, watcher.start, [row["step"] for row in watcher.rows]))
     return lives

@@ -98,7 +98,7 @@ class Coordinator:
         self.attempt = 0
         self.raylet = subprocess.Popen(["sleep", "3600"])
         listener = socket.create_server(("127.0.0.1", 0))
-        seat = Seat(epoch=1, host="127.0.0.1", port=listener.getsockname()[1])
+        seat = Seat(generation=1, host="127.0.0.1", port=listener.getsockname()[1])
         spec = {
             "seat": asdict(seat),
             "node": NODE,

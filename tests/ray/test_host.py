@@ -102,7 +102,7 @@ class HostUnderTest:
             "node": NODE,
             "node_ip": "127.0.0.1",
             "folder": str(folder / "host"),
-            "seat": asdict(self.sit_down(epoch=1)),
+            "seat": asdict(self.sit_down(generation=1)),
             "raylet_pid": self.raylet.pid,
             "secret": SECRET,
             "lease_s": lease_s,
@@ -114,15 +114,15 @@ class HostUnderTest:
     def start(self, **changes):
         launch_host({**self.spec, **changes}, {**os.environ, "TMPDIR": str(self.folder)})
 
-    def sit_down(self, epoch):
+    def sit_down(self, generation):
         """Be the coordinator from now on; return where."""
         listener = socket.create_server(("127.0.0.1", 0))
         self.listener = Acceptor(listener, say=print, secret=SECRET, purpose="coordinator")
-        return Seat(epoch=epoch, host="127.0.0.1", port=listener.getsockname()[1])
+        return Seat(generation=generation, host="127.0.0.1", port=listener.getsockname()[1])
 
-    def take_seat(self, epoch):
+    def take_seat(self, generation):
         """Be the coordinator from now on, of which the host is told."""
-        assert tell_seat(self.folder / "host", self.sit_down(epoch))
+        assert tell_seat(self.folder / "host", self.sit_down(generation))
 
     def meet(self):
         """Let the host come, and take it; return what it says first."""
@@ -425,7 +425,7 @@ def test_the_next_coordinator_is_told_who_is_there_once_the_trainers_have_left_t
     host.leave_seat()
     assert is_alive(host.pid)
 
-    host.take_seat(epoch=8)
+    host.take_seat(generation=8)
     assert host.meet() == host.hello  # its process, its keeper and so the snapshots in it are the same
 
     claimed = host.coordinator.expect(Claimed, slot="cpu0", group=3)
@@ -447,7 +447,7 @@ def test_trainers_stay_in_their_world_until_the_next_coordinator_has_answered(pa
         closing(host.listener),
         host.coordinator.link._socket,
     ):  # it need not wait for the end of the one that does not answer
-        host.take_seat(epoch=8)
+        host.take_seat(generation=8)
         host.meet()
     # said now, or it would not be heard: nobody is told of what happens before an answer
     assert host.coordinator.expect(TrainerEnded, slot="cpu0", attempt=7).outcome == "lost"
@@ -458,7 +458,7 @@ def test_trainers_stay_in_their_world_until_the_next_coordinator_has_answered(pa
 def test_late_news_of_an_older_coordinator_is_no_news(patient_host):
     host = patient_host
     host.leave_seat()
-    newer, older = host.sit_down(epoch=8), Seat(epoch=2, host="127.0.0.1", port=9)
+    newer, older = host.sit_down(generation=8), Seat(generation=2, host="127.0.0.1", port=9)
     starter = host.connect()
     os.kill(host.hello.pid, signal.SIGSTOP)  # it will hear both at once
     for seat in (newer, older):
@@ -471,7 +471,7 @@ def test_a_trainer_that_does_not_leave_the_world_of_a_dead_coordinator_is_replac
     host = patient_host
     os.kill(host.pid, signal.SIGSTOP)
     host.leave_seat()
-    host.take_seat(epoch=8)
+    host.take_seat(generation=8)
     host.meet()
     host.coordinator.expect(Claimed, slot="cpu0", group=3)
     assert not is_alive(host.pid)
@@ -484,7 +484,7 @@ def test_claims_that_nobody_could_be_told_of_are_told_to_the_next_coordinator(pa
     host.coordinator.expect(Claimed, slot="cpu1")
     host.leave_seat()
     host.claim(4, "cpu1").expect(ClaimGranted)
-    host.take_seat(epoch=8)
+    host.take_seat(generation=8)
     host.meet()
     assert host.coordinator.expect(Claimed, slot="cpu1").group == 4
     assert host.coordinator.expect(Claimed, slot="cpu0").group == 3
@@ -509,7 +509,7 @@ def test_trainers_die_with_a_host_that_is_killed(host):
 def test_of_two_that_start_at_once_one_is_the_host_and_reports_to_the_newer_coordinator():
     with prepare_host() as host:
         host.listener.close()
-        newer = asdict(host.sit_down(epoch=2))
+        newer = asdict(host.sit_down(generation=2))
         with ThreadPoolExecutor() as pool:
             starts = [pool.submit(host.start, **seat) for seat in ({}, {"seat": newer})]
             [start.result() for start in starts]

@@ -21,7 +21,7 @@ import pytest
 
 from cluster.runtime.coordinator.hosts import HOST_SILENT_S
 from elastic.checkpoint.format.manifest import list_committed, read_manifest
-from elastic.records.fencing import CHECK_EVERY_S, get_newest_epoch
+from elastic.records.fencing import CHECK_EVERY_S, get_newest_generation
 from elastic.records.rundir import RunDir, parse_utc, read_rows
 from elastic.storage import open_storage
 from tests.ray._exact import COMPARABLE, LOSS_TOLERANCE, compare
@@ -186,9 +186,9 @@ class Scene:
         storage = open_storage(self.run.dir.root)
         for _ in range(10):
             victim, _, killed = find_members(self.rented)
-            newest = get_newest_epoch(storage)
+            newest = get_newest_generation(storage)
             os.kill(killed.trainer, signal.SIGKILL)
-            while get_newest_epoch(storage) == newest:  # as fast as we can look
+            while get_newest_generation(storage) == newest:  # as fast as we can look
                 assert self.run.driver.poll() is None, self.run.get_output()
             self.cut_off(victim)
             self.run.wait_for_step(0, world_size=2)

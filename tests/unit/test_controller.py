@@ -13,8 +13,8 @@ from cluster.types import (
     Claimed,
     Done,
     Draining,
-    EpochTaken,
     Expired,
+    GenerationTaken,
     Go,
     HostGone,
     Join,
@@ -25,7 +25,7 @@ from cluster.types import (
     Slot,
     Stepped,
     Stop,
-    TakeEpoch,
+    TakeGeneration,
     Tick,
     TrainerEnded,
     TrainerReady,
@@ -39,10 +39,10 @@ GROWTH_S = Policy.growth_patience * Policy.first_outage_s
 
 
 def decide(state, event, *, now_s):
-    """Decide, with a storage that gives out epochs at once."""
+    """Decide, with a storage that gives out generations at once."""
     actions = controller.decide(state, event, now_s=now_s)
-    if actions and isinstance(actions[-1], TakeEpoch):
-        actions = actions[:-1] + decide(state, EpochTaken(attempt=actions[-1].attempt), now_s=now_s)
+    if actions and isinstance(actions[-1], TakeGeneration):
+        actions = actions[:-1] + decide(state, GenerationTaken(attempt=actions[-1].attempt), now_s=now_s)
     return actions
 
 
@@ -581,17 +581,17 @@ def test_a_crash_loop_goes_on_counting_after_a_submission():
     assert "step 8 failed 4 times" in cluster.done.reason
 
 
-# ---- the epoch of an attempt
+# ---- the generation of an attempt
 
 
 def test_no_world_begins_before_the_storage_has_given_us_its_epoch():
     state = State(policy=Policy(world_sizes=(1, 2, 3), max_failures_without_progress=3))
     controller.decide(state, Claimed(slot=A, group=1, group_size=2), now_s=0)
     claimed = controller.decide(state, Claimed(slot=B, group=1, group_size=2), now_s=0)
-    assert claimed == [TakeEpoch(attempt=1)]
+    assert claimed == [TakeGeneration(attempt=1)]
     assert controller.decide(state, Tick(), now_s=90) == [], "it asks twice, or counts the storage's time as its own"
     assert state.stage == "waiting"
-    started, *_ = controller.decide(state, EpochTaken(attempt=1), now_s=91)
+    started, *_ = controller.decide(state, GenerationTaken(attempt=1), now_s=91)
     assert started == AttemptStarted(attempt=1, members=(A, B))
 
 
@@ -600,7 +600,7 @@ def test_who_goes_while_the_epoch_is_taken_is_in_no_world():
     for slot in (A, B):
         controller.decide(state, Claimed(slot=slot, group=1, group_size=2), now_s=0)
     assert controller.decide(state, HostGone(node="b", reason="gone"), now_s=1) == []
-    started, *_ = controller.decide(state, EpochTaken(attempt=1), now_s=20)
+    started, *_ = controller.decide(state, GenerationTaken(attempt=1), now_s=20)
     assert started == AttemptStarted(attempt=1, members=(A,))
 
 
@@ -608,6 +608,6 @@ def test_an_epoch_that_comes_when_nobody_is_left_is_that_of_the_next_world():
     state = State(policy=Policy(world_sizes=(1, 2, 3), max_failures_without_progress=3))
     controller.decide(state, Claimed(slot=A, group=1, group_size=1), now_s=0)
     controller.decide(state, HostGone(node="a", reason="gone"), now_s=1)
-    assert controller.decide(state, EpochTaken(attempt=1), now_s=2) == []
+    assert controller.decide(state, GenerationTaken(attempt=1), now_s=2) == []
     started, *_ = controller.decide(state, Claimed(slot=B, group=2, group_size=1), now_s=3)
     assert started == AttemptStarted(attempt=1, members=(B,))

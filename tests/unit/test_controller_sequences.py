@@ -19,8 +19,8 @@ from cluster.types import (
     Claimed,
     Done,
     Draining,
-    EpochTaken,
     Expired,
+    GenerationTaken,
     GiveUp,
     Go,
     HostGone,
@@ -34,7 +34,7 @@ from cluster.types import (
     Stepped,
     Stop,
     TakeBack,
-    TakeEpoch,
+    TakeGeneration,
     Tick,
     TrainerEnded,
     TrainerReady,
@@ -101,10 +101,10 @@ class SlowCluster:
 
     def obey(self, action):  # noqa: PLR0912 (a case per action)
         match action:
-            case TakeEpoch(attempt=attempt):
+            case TakeGeneration(attempt=attempt):
                 assert len(self.started) == len(self.ended)
                 assert attempt == len(self.started) + 1
-                self.send("storage", EpochTaken(attempt=attempt))
+                self.send("storage", GenerationTaken(attempt=attempt))
             case AttemptStarted():
                 assert len(self.started) == len(self.ended), "two worlds at once"
                 assert len(action.members) in self.state.policy.world_sizes

@@ -30,8 +30,8 @@ class Chair:
         self.port = self.acceptor._listener.getsockname()[1]
         self.links = []
 
-    def seat(self, epoch):
-        return Seat(epoch=epoch, host="127.0.0.1", port=self.port)
+    def seat(self, generation):
+        return Seat(generation=generation, host="127.0.0.1", port=self.port)
 
     def accept(self, host):
         peers = []
@@ -289,7 +289,7 @@ def test_a_relay_of_the_greeting_can_say_nothing_in_the_coordinator_s_name(host,
 
 def test_one_that_takes_connections_and_says_nothing_does_not_stall_the_host(host, chairs):
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        host.take_seat(Seat(epoch=2, host="127.0.0.1", port=listener.getsockname()[1]))
+        host.take_seat(Seat(generation=2, host="127.0.0.1", port=listener.getsockname()[1]))
         start_s = time.monotonic()
         for _ in range(20):
             assert host.look() is None
@@ -358,7 +358,7 @@ def test_one_that_takes_nothing_is_gone(host, chairs, monkeypatch):
 def test_a_seat_where_nobody_listens_is_called_now_and_then_and_not_all_the_time(monkeypatch):
     """A busy loop at a trainer's priority kept Ray from starting the next coordinator for two minutes."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        seat = Seat(epoch=1, host="127.0.0.1", port=server.getsockname()[1])
+        seat = Seat(generation=1, host="127.0.0.1", port=server.getsockname()[1])
     calls = []
     dial = module.Dial
     monkeypatch.setattr(module, "Dial", lambda *args, **options: calls.append(1) or dial(*args, **options))

@@ -5,8 +5,14 @@ import threading
 
 import pytest
 
-from elastic.errors import StaleEpochError, StorageError
-from elastic.records.fencing import EpochGuard, FencedSink, check_epoch, get_newest_epoch, take_epoch
+from elastic.errors import StaleGenerationError, StorageError
+from elastic.records.fencing import (
+    FencedSink,
+    GenerationGuard,
+    check_generation,
+    get_newest_generation,
+    take_generation,
+)
 from elastic.storage.local import LocalStorage
 
 
@@ -16,24 +22,24 @@ def storage(tmp_path):
 
 
 def test_the_newest_epoch_counts_and_the_older_ones_are_told_who_took_over(storage):
-    assert get_newest_epoch(storage) == 0
-    take_epoch(storage, 1, who="a first driver")
-    check_epoch(storage, 1)
-    take_epoch(storage, 3, who="another driver")
-    check_epoch(storage, 3)
-    assert get_newest_epoch(storage) == 3
+    assert get_newest_generation(storage) == 0
+    take_generation(storage, 1, who="a first driver")
+    check_generation(storage, 1)
+    take_generation(storage, 3, who="another driver")
+    check_generation(storage, 3)
+    assert get_newest_generation(storage) == 3
     with pytest.raises(
-        StaleEpochError, match=r"another driver \(process \d+ on .*\) took over .* as attempt 3"
+        StaleGenerationError, match=r"another driver \(process \d+ on .*\) took over .* as attempt 3"
     ) as told:
-        check_epoch(storage, 1)
+        check_generation(storage, 1)
     assert (isinstance(told.value, StorageError), told.value.exit_code) == (True, 2)
 
 
 @pytest.mark.parametrize("number", [2, 1])
 def test_an_epoch_that_is_taken_or_older_than_the_newest_is_refused(storage, number):
-    take_epoch(storage, 2, who="a first driver")
-    with pytest.raises(StaleEpochError, match="a first driver"):
-        take_epoch(storage, number, who="another driver")
+    take_generation(storage, 2, who="a first driver")
+    with pytest.raises(StaleGenerationError, match="a first driver"):
+        take_generation(storage, number, who="another driver")
 
 
 def test_of_many_that_want_an_epoch_at_one_time_one_gets_it(storage):
@@ -42,8 +48,8 @@ def test_of_many_that_want_an_epoch_at_one_time_one_gets_it(storage):
     def take(number):
         barrier.wait()
         try:
-            take_epoch(storage, 1, who=f"driver {number}")
-        except StaleEpochError:
+            take_generation(storage, 1, who=f"driver {number}")
+        except StaleGenerationError:
             return
         won.append(number)
 
@@ -73,25 +79,25 @@ class Flaky(LocalStorage):
 @pytest.mark.parametrize("failures", [["before"], ["after"], ["before", "after"]])
 def test_a_put_that_fails_is_tried_again_and_one_whose_answer_was_lost_is_known_as_our_own(tmp_path, failures):
     storage = Flaky(str(tmp_path), failures)
-    take_epoch(storage, 1, who="a driver", patience_s=5)
-    assert get_newest_epoch(storage) == 1
+    take_generation(storage, 1, who="a driver", patience_s=5)
+    assert get_newest_generation(storage) == 1
 
 
 def test_without_patience_the_storages_error_is_raised(tmp_path):
     with pytest.raises(OSError, match="No space"):
-        take_epoch(Flaky(str(tmp_path), ["before"]), 1, who="a driver")
+        take_generation(Flaky(str(tmp_path), ["before"]), 1, who="a driver")
 
 
 def test_what_is_not_an_epoch_is_passed_over(storage, tmp_path):
     (tmp_path / "epochs").mkdir()
     (tmp_path / "epochs/notes.txt").write_text("")
-    take_epoch(storage, 1, who="a driver")
-    assert get_newest_epoch(storage) == 1
+    take_generation(storage, 1, who="a driver")
+    assert get_newest_generation(storage) == 1
 
 
 def test_a_guard_looks_again_only_after_a_time_in_which_it_may_have_slept():
     looks, clock = [], [100.0]
-    guard = EpochGuard(lambda: looks.append(clock[0]), every_s=2.0, now_s=lambda: clock[0])
+    guard = GenerationGuard(lambda: looks.append(clock[0]), every_s=2.0, now_s=lambda: clock[0])
     for clock[0] in (100.0, 101.9, 102.0, 103.9, 500.0, 501.0):
         guard.check_if_due()
     assert looks == [100.0, 102.0, 500.0]
@@ -105,12 +111,12 @@ class Rows(list):
 
 
 def test_a_sink_takes_no_row_of_an_epoch_that_is_over(storage):
-    take_epoch(storage, 1, who="a driver")
+    take_generation(storage, 1, who="a driver")
     rows = Rows()
-    sink = FencedSink(rows, EpochGuard(lambda: check_epoch(storage, 1), every_s=0))
+    sink = FencedSink(rows, GenerationGuard(lambda: check_generation(storage, 1), every_s=0))
     sink.write({"step": 1})
-    take_epoch(storage, 2, who="another")
-    with pytest.raises(StaleEpochError):
+    take_generation(storage, 2, who="another")
+    with pytest.raises(StaleGenerationError):
         sink.write({"step": 2})
     sink.close()
     assert rows == [{"step": 1}, "closed"]
@@ -121,14 +127,14 @@ def test_a_sink_takes_rows_though_the_storage_cannot_be_listed():
         raise OSError(errno.EIO, "flaky")
 
     rows = Rows()
-    FencedSink(rows, EpochGuard(fail)).write({"step": 1})
+    FencedSink(rows, GenerationGuard(fail)).write({"step": 1})
     assert rows == [{"step": 1}]
 
 
 def test_a_storage_whose_files_are_gone_confirms_no_epoch(tmp_path):
     storage = LocalStorage(str(tmp_path / "run"))
-    take_epoch(storage, 1, who="a test")
-    check_epoch(storage, 1)
+    take_generation(storage, 1, who="a test")
+    check_generation(storage, 1)
     (tmp_path / "run").rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match="unmounted"):
-        check_epoch(storage, 1)
+        check_generation(storage, 1)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from elastic.errors import StaleEpochError, StorageError
-from elastic.records.fencing import get_newest_epoch, take_epoch
+from elastic.errors import StaleGenerationError, StorageError
+from elastic.records.fencing import get_newest_generation, take_generation
 from elastic.records.leader import KEY, Lease, lead
 from elastic.storage.local import LocalStorage
 
@@ -33,7 +33,7 @@ def read_lease(storage) -> dict:
 
 def fake_leader(storage, **changes) -> None:
     """Leave what a leader leaves that died without a word."""
-    take_epoch(storage, 1, who="a dead driver")
+    take_generation(storage, 1, who="a dead driver")
     lease = Lease(
         who="a dead driver",
         epoch=1,
@@ -51,7 +51,7 @@ def fake_leader(storage, **changes) -> None:
 def measure_takeover(storage) -> float:
     start_s = time.monotonic()
     with lead(storage, who="the next driver", lease_s=LEASE_S) as leader:
-        assert leader.epoch == 2
+        assert leader.generation == 2
         return time.monotonic() - start_s
 
 
@@ -64,16 +64,16 @@ def wait_until(condition):
 
 def test_a_leader_that_ends_is_followed_at_once_by_one_with_the_next_epoch(storage):
     with lead(storage, who="a driver", lease_s=60) as leader:
-        assert leader.epoch == 1
+        assert leader.generation == 1
         assert not read_lease(storage)["released"]
     assert read_lease(storage)["released"]
     with lead(storage, who="another", lease_s=60) as leader:
-        assert leader.epoch == 2
+        assert leader.generation == 2
 
 
 def test_a_run_that_was_trained_before_there_were_epochs_goes_on_with_its_numbers(storage):
     with lead(storage, who="a driver", at_least=8) as leader:
-        assert leader.epoch == 8
+        assert leader.generation == 8
 
 
 def test_while_one_leads_another_is_refused_soon_and_touches_nothing(storage, tmp_path):
@@ -121,10 +121,10 @@ def test_a_number_that_was_given_to_another_process_is_not_mistaken_for_the_lead
 
 def test_the_last_words_of_an_older_leader_say_nothing_about_the_newest(storage):
     fake_leader(storage, released=True)
-    take_epoch(storage, 2, who="one that has not said more yet")
+    take_generation(storage, 2, who="one that has not said more yet")
     start_s = time.monotonic()
     with lead(storage, who="a third", lease_s=LEASE_S) as leader:
-        assert leader.epoch == 3
+        assert leader.generation == 3
     assert time.monotonic() - start_s >= LEASE_S
 
 
@@ -159,15 +159,15 @@ def test_each_attempt_takes_the_epoch_of_its_number_before_it_starts(storage):
     with lead(storage, who="a driver", lease_s=LEASE_S) as leader:
         for attempt in (1, 2, 3):
             leader.take(attempt)
-            assert get_newest_epoch(storage) == attempt
+            assert get_newest_generation(storage) == attempt
         wait_until(lambda: read_lease(storage)["epoch"] == 3)
         leader.check()
 
 
 def test_a_leader_that_was_followed_takes_no_epoch_and_leaves_the_lease_alone(storage):
     leader = lead(storage, who="one that sleeps", lease_s=LEASE_S)
-    take_epoch(storage, 2, who="its follower")
-    with pytest.raises(StaleEpochError, match="its follower"):
+    take_generation(storage, 2, who="its follower")
+    with pytest.raises(StaleGenerationError, match="its follower"):
         leader.take(2)
     storage.write(KEY, [b"the follower's"])
     leader.close()
@@ -176,12 +176,12 @@ def test_a_leader_that_was_followed_takes_no_epoch_and_leaves_the_lease_alone(st
 
 def test_a_leader_finds_out_by_itself_that_it_was_followed(storage):
     leader = lead(storage, who="one that sleeps", lease_s=LEASE_S)
-    take_epoch(storage, 2, who="its follower")
+    take_generation(storage, 2, who="its follower")
 
     def is_told():
         try:
             leader.check()
-        except StaleEpochError:
+        except StaleGenerationError:
             return True
         return False
 
@@ -224,13 +224,13 @@ def test_a_storage_on_which_no_epoch_can_be_taken_is_the_users_to_mend(tmp_path)
 
 def test_who_must_not_wait_for_the_storage_hears_what_the_leaders_thread_has_found(storage):
     with lead(storage, who="a driver", lease_s=1000) as leader:  # it looks again in minutes
-        take_epoch(storage, 2, who="another driver")
+        take_generation(storage, 2, who="another driver")
         leader.check_known()
-        with pytest.raises(StaleEpochError):
+        with pytest.raises(StaleGenerationError):
             leader.check()
-        with pytest.raises(StaleEpochError):
+        with pytest.raises(StaleGenerationError):
             leader.check_known()
     with lead(storage, who="a third", lease_s=LEASE_S) as leader:
-        take_epoch(storage, leader.epoch + 1, who="a fourth")
-        with pytest.raises(StaleEpochError):
+        take_generation(storage, leader.generation + 1, who="a fourth")
+        with pytest.raises(StaleGenerationError):
             wait_until(leader.check_known)

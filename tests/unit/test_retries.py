@@ -12,7 +12,7 @@ from elastic.errors import (
     DataError,
     SavesFailedError,
     SolventError,
-    StaleEpochError,
+    StaleGenerationError,
     StorageError,
 )
 from elastic.records.leader import lead
@@ -73,7 +73,7 @@ def test_a_configuration_that_cannot_be_read_ends_the_job_too(job):
 
 @pytest.mark.parametrize(
     "error",
-    [StorageError("full"), StaleEpochError("led elsewhere"), SavesFailedError("no save"), CheckpointError("torn")],
+    [StorageError("full"), StaleGenerationError("led elsewhere"), SavesFailedError("no save"), CheckpointError("torn")],
     ids=lambda error: type(error).__name__,
 )
 def test_what_may_pass_for_a_run_that_has_trained_is_tried_again(job, error):

@@ -8,7 +8,7 @@ import pytest
 
 from cluster.runtime.coordinator import row_writer as module
 from cluster.runtime.coordinator.row_writer import RowWriter
-from elastic.errors import StaleEpochError, StorageError
+from elastic.errors import StaleGenerationError, StorageError
 from elastic.records.rundir import read_rows
 
 
@@ -88,10 +88,10 @@ def test_what_a_failed_write_has_left_of_its_line_is_no_part_of_the_next_one(tmp
 
 def test_rows_of_a_run_that_another_one_leads_are_not_written(tmp_path):
     def check():
-        raise StaleEpochError("another one leads")
+        raise StaleGenerationError("another one leads")
 
     opened = open_writer(check_lead=check)
     opened.writer.append(tmp_path / "ledger.jsonl", {"number": 1})
     assert opened.writer.wait(5)
     assert not (tmp_path / "ledger.jsonl").exists()
-    assert [type(failure) for failure in opened.failures] == [StaleEpochError]
+    assert [type(failure) for failure in opened.failures] == [StaleGenerationError]

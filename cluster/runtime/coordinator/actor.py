@@ -5,7 +5,7 @@ Ray twice a second which nodes live or drain (`ray_nodes`). The actor's methods,
 the watches, only post to the first thread or read what it published. It needs no torch.
 
 What it cannot do without is on the storage: if it dies, the driver creates another one, to which the hosts that live
-report. That one takes the next epoch, so the world that trained on meanwhile is over, and forms a world anew.
+report. That one takes the next generation, so the world that trained on meanwhile is over, and forms a world anew.
 """
 
 import os
@@ -41,7 +41,7 @@ from elastic.records.leader import Leadership, lead
 from elastic.records.spool import open_run
 from elastic.storage import is_url
 
-_GROUPS_PER_EPOCH = 1_000_000
+_GROUPS_PER_GENERATION = 1_000_000
 """More than any coordinator will see: the numbers of its worker groups are above those of the one before."""
 DRIVER_BUSY_S = 5.0
 """A driver polls twice a second; one that did within this time is alive."""
@@ -81,7 +81,7 @@ class Coordinator:
         try:
             run = self._opened.enter_context(open_run(self._config.storage, self._config.run))
             self._leader = lead(run.storage, who="solvent train", at_least=next_attempt(run.dir))
-            run.lead(self._leader.check, epoch=self._leader.epoch)
+            run.lead(self._leader.check, generation=self._leader.generation)
             self._disk = _get_disk(self._config, self._leader)
         except SolventError as refusal:  # raised here, its text would not reach the driver
             self._refusal = refusal
@@ -103,7 +103,7 @@ class Coordinator:
         )
         self._closing_up: ClosingUp | None = None
         self._session = session
-        self._first_epoch = self._leader.epoch
+        self._first_generation = self._leader.generation
         self._groups: dict[str, int] = {}
         self._groups_lock = threading.Lock()
         self._serving = Serving(
@@ -172,7 +172,7 @@ class Coordinator:
     def enter_group(self, key: str) -> int:
         """Number Ray's worker groups in the order in which their first agent shows up, over all coordinators."""
         with self._groups_lock:
-            return self._groups.setdefault(key, self._first_epoch * _GROUPS_PER_EPOCH + len(self._groups))
+            return self._groups.setdefault(key, self._first_generation * _GROUPS_PER_GENERATION + len(self._groups))
 
     def get_session(self) -> Session:
         """Return what whoever follows this coordinator must have, for a driver that did not create it."""
@@ -180,7 +180,7 @@ class Coordinator:
 
     def get_host_fields(self) -> dict[str, Any]:
         """Return what `start_host` needs beside the node's own facts."""
-        seat = Seat(epoch=self._first_epoch, host=self._ip, port=self._serving.hosts.port)
+        seat = Seat(generation=self._first_generation, host=self._ip, port=self._serving.hosts.port)
         return {
             "session": self._session.id,
             "seat": asdict(seat),

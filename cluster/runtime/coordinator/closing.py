@@ -15,7 +15,7 @@ from typing import Any
 
 from cluster.runtime.coordinator.books import Books
 from cluster.runtime.coordinator.row_writer import RowWriter
-from elastic.errors import SolventError, StaleEpochError
+from elastic.errors import SolventError, StaleGenerationError
 from elastic.records.spool import OpenRun
 from elastic.storage import is_url
 
@@ -67,7 +67,7 @@ class ClosingUp:
                 if self._writer.wait(_RETRY_S):
                     self._run.push()
                     return
-            except StaleEpochError:  # the files are another one's now
+            except StaleGenerationError:  # the files are another one's now
                 return
             except (OSError, SolventError) as error:
                 self._problem = str(error)

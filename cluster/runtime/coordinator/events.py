@@ -45,8 +45,8 @@ class DrainAsked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EpochGiven:
-    """The storage has given us an epoch: the trainers of the world before are out of it."""
+class GenerationGiven:
+    """The storage has given us a generation: the trainers of the world before are out of it."""
 
     attempt: int
     inherited: Inherited | None
@@ -62,4 +62,4 @@ class Tell:
 
 
 NodeEvent = RayView | WatchTold | StartSubmitted | WatchCreated | DrainAsked
-InboxEvent = Event | NodeEvent | EpochGiven | Tell
+InboxEvent = Event | NodeEvent | GenerationGiven | Tell

@@ -21,7 +21,7 @@ from cluster.types import Slot
 from elastic.checkpoint.durable.storage_errors import explain
 from elastic.errors import SolventError, StorageError
 from elastic.ports import MetricSink
-from elastic.records.fencing import EpochGuard
+from elastic.records.fencing import GenerationGuard
 from elastic.records.rundir import append_row, end_torn_line, read_rows
 from elastic.records.spool import OpenRun, SpooledRun
 from elastic.storage import Storage
@@ -98,7 +98,7 @@ class RelayedRun(SpooledRun):
             number = stream.num_kept + len(stream.unkept)
             self._send(RowWritten(attempt=self._attempt, file=path.name, number=number, row=row))
 
-    def fence(self, sink: MetricSink, guard: EpochGuard) -> MetricSink:  # noqa: ARG002 (see `OpenRun`)
+    def fence(self, sink: MetricSink, guard: GenerationGuard) -> MetricSink:  # noqa: ARG002 (see `OpenRun`)
         """Return the sink: the coordinator, which writes the row, looks, and no step waits for the store's answer."""
         return sink
 

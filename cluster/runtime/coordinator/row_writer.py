@@ -6,11 +6,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from elastic.errors import StaleEpochError, StorageError
+from elastic.errors import StaleGenerationError, StorageError
 from elastic.records.rundir import append_row, end_torn_line
 
 PATIENCE_S = 60.0
-"""As long as an epoch or a checkpoint is tried for: then the run ends, resumable, rather than train without a trace."""
+"""As long as a generation or a checkpoint is tried for: then the run ends, resumable, rather than leave no trace."""
 _RETRY_S = 0.5
 
 
@@ -64,7 +64,7 @@ class RowWriter:
                 path, row = self._rows[0]
             try:
                 self._write(path, row)
-            except StaleEpochError as error:  # the files are another one's, and so is what they should say
+            except StaleGenerationError as error:  # the files are another one's, and so is what they should say
                 with self._changed:
                     self._rows.clear()
                     self._changed.notify_all()
@@ -87,7 +87,7 @@ class RowWriter:
                 append_row(path, row)
                 self._problem = ""
                 return
-            except StaleEpochError:
+            except StaleGenerationError:
                 raise
             except StorageError as error:
                 if not self._problem:

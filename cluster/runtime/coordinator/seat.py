@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class Seat:
     """The address of one coordinator."""
 
-    epoch: int
+    generation: int
     """The first that this coordinator took: one that follows it has a higher."""
     host: str
     port: int

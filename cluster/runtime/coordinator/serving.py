@@ -13,7 +13,7 @@ from cluster.runtime import messages as said
 from cluster.runtime.coordinator.background import Background
 from cluster.runtime.coordinator.books import Books
 from cluster.runtime.coordinator.descriptors import raise_limit
-from cluster.runtime.coordinator.events import EpochGiven, InboxEvent, NodeEvent, Tell
+from cluster.runtime.coordinator.events import GenerationGiven, InboxEvent, NodeEvent, Tell
 from cluster.runtime.coordinator.fleet import Fleet, RayJobs
 from cluster.runtime.coordinator.hosts import Hosts
 from cluster.runtime.coordinator.hosts import News as HostNews
@@ -28,8 +28,8 @@ from cluster.types import (
     AttemptStarted,
     Claimed,
     Done,
-    EpochTaken,
     Event,
+    GenerationTaken,
     GiveUp,
     Go,
     HostGone,
@@ -41,7 +41,7 @@ from cluster.types import (
     Scene,
     Slot,
     TakeBack,
-    TakeEpoch,
+    TakeGeneration,
     Tick,
     get_leave_limit_s,
 )
@@ -123,7 +123,7 @@ class Serving:
             decide=self.decide,
             on_failure=on_failure,
         )
-        self._epochs = Background("epochs", on_failure=on_failure)
+        self._generations = Background("generations", on_failure=on_failure)
         self._told_memory_of = 0
         """The attempt whose hosts were told last."""
         self._agents: dict[Slot, int] = {}
@@ -183,9 +183,9 @@ class Serving:
             self._fleet.take(event, in_use=self._state.member_nodes if self._world.is_safe() else None)
         elif isinstance(event, Tell):
             self.hosts.tell(event.node, event.message)
-        elif isinstance(event, EpochGiven):
+        elif isinstance(event, GenerationGiven):
             self._books.book_inherited(event.inherited, time.time())
-            self.decide(EpochTaken(attempt=event.attempt))
+            self.decide(GenerationTaken(attempt=event.attempt))
         else:
             self.decide(event)
 
@@ -223,8 +223,8 @@ class Serving:
                 if isinstance(action, Go):
                     self._tell_memory_tier(action.attempt)
                 self.hosts.tell(action.slot.node, action)
-            case TakeEpoch():
-                self._epochs.submit(partial(self._take_epoch, action.attempt))
+            case TakeGeneration():
+                self._generations.submit(partial(self._take_generation, action.attempt))
             case AttemptStarted():
                 self._world.begin()
                 self._books.attempt_started(action, now_s)
@@ -263,10 +263,10 @@ class Serving:
             )
             self.hosts.tell(node, told)
 
-    def _take_epoch(self, attempt: int) -> None:
+    def _take_generation(self, attempt: int) -> None:
         """Take the right to write from all worlds before; the trainers of the last one are out of it. A job."""
         self._leader.take(attempt)
-        self.post(EpochGiven(attempt=attempt, inherited=self._books.fetch_inherited()))
+        self.post(GenerationGiven(attempt=attempt, inherited=self._books.fetch_inherited()))
 
 
 def _begin(config: RunConfig, leader: Leadership, books: Books) -> controller.State:
@@ -276,7 +276,7 @@ def _begin(config: RunConfig, leader: Leadership, books: Books) -> controller.St
         max_node_failures=config.fault.max_node_failures,
         leave_s=get_leave_limit_s(uses_gpus=bool(config.cluster.gpus_per_worker)),
     )
-    return controller.State(policy=policy, attempt=leader.epoch - 1, failures=books.failures)
+    return controller.State(policy=policy, attempt=leader.generation - 1, failures=books.failures)
 
 
 def _name(slot: Slot) -> str:

@@ -79,7 +79,7 @@ class CoordinatorLink:
 
     def take_seat(self, seat: Seat) -> None:
         """Look for the coordinator in this seat, unless a newer one is known."""
-        if seat.epoch <= self._seat.epoch:
+        if seat.generation <= self._seat.generation:
             return
         has_moved = (seat.host, seat.port) != (self._seat.host, self._seat.port)
         self._seat = seat

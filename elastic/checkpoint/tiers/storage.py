@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from elastic.errors import SavesFailedError, StaleEpochError, StorageError
+from elastic.errors import SavesFailedError, StaleGenerationError, StorageError
 from elastic.ports import Progress
 
 logger = logging.getLogger(__name__)
@@ -33,11 +33,11 @@ class StorageTier:
 
         Raises:
             SavesFailedError: too many saves in a row have failed.
-            StaleEpochError, CheckpointError: this one failed, and the next one would.
+            StaleGenerationError, CheckpointError: this one failed, and the next one would.
         """
         try:
             self.commit_s.append(committed_s.result())
-        except StaleEpochError:
+        except StaleGenerationError:
             raise
         except StorageError as error:
             self._go_on_without(progress, error)
