@@ -1,6 +1,7 @@
 """The records of nodes and what follows from them: hosts, watches, drains, prices; Ray is a stand-in that notes."""
 
 import queue
+import threading
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -47,8 +48,11 @@ class Ray:
         self.asked: list[tuple[str, str]] = []
         self.over: set[str] = set()
         self.refusal = ""
+        self.hangs: threading.Event | None = None
 
     def start_host(self, node: str) -> SimpleNamespace:
+        if self.hangs:
+            self.hangs.wait(30)
         self.asked.append(("start", node))
         return SimpleNamespace(is_over=lambda: node in self.over, get_failure=lambda: f"no room on {node}")
 
@@ -159,6 +163,20 @@ def test_the_start_on_a_node_that_is_gone_is_forgotten(served):
     assert served.nodes.by_id == {}
     served.join("n1")
     assert served.look() == [("start", "n1")]
+
+
+def test_a_job_that_hangs_keeps_the_serving_thread_from_nothing(served):
+    served.ray.hangs = threading.Event()
+    served.join("n1", "n2")
+    start_s = time.monotonic()
+    served.fleet.take(served.watch.look(now_s=100.0), in_use=None)
+    served.draining["n2"] = None
+    served.fleet.take(served.watch.look(now_s=101.0), in_use=None)
+    assert time.monotonic() - start_s < 5
+    assert served.decided == [Draining(node="n2", deadline_s=None, reason="preemption notice")]
+    served.ray.hangs.set()
+    assert served.fleet._jobs.wait(5)
+    assert served.ray.asked == [("start", "n1"), ("start", "n2")], "each is asked for once"
 
 
 # ---- notices
