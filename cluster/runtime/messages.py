@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cluster.controller import Holder
-from cluster.runtime.coordinator.seat import Seat
+from cluster.runtime.coordinator.coordinator_address import CoordinatorAddress
 from cluster.types import Claimed, Expired, Go, Join, Kill, Leave, Park, Slot, TrainerEnded, Unkillable
 from elastic.ports import Address, Phase, Progress, Source, Where
 from elastic.transport import Vocabulary
@@ -35,10 +35,10 @@ class Claim:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeatTold:
+class CoordinatorMoved:
     """This is where the coordinator is."""
 
-    seat: Seat
+    address: CoordinatorAddress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Abandoned:
     """The run has other hosts by now."""
 
 
-TO_HOST_FROM_NODE = Vocabulary[Claim | SeatTold | Abandoned](Claim, SeatTold, Abandoned)
+TO_HOST_FROM_NODE = Vocabulary[Claim | CoordinatorMoved | Abandoned](Claim, CoordinatorMoved, Abandoned)
 
 
 # ---- a host to an agent

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cluster.controller import Holder
-from cluster.runtime.coordinator.seat import Seat
+from cluster.runtime.coordinator.coordinator_address import CoordinatorAddress
 from cluster.runtime.messages import (
     Beat,
     ClaimGranted,
@@ -44,7 +44,7 @@ class LightHost(HostUnderTest):
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             assert os.getppid() == parent
             fields = {**self.spec, **changes}
-            spec = HostSpec(seat=Seat(**fields.pop("seat")), **fields)
+            spec = HostSpec(coordinator_address=CoordinatorAddress(**fields.pop("coordinator_address")), **fields)
             os.environ["TMPDIR"] = str(self.folder)  # by which its keeper is found
             assert take_folder(Path(spec.folder))
             write_to(Path(spec.folder) / "host.log")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.runtime.coordinator.seat import Seat
+from cluster.runtime.coordinator.coordinator_address import CoordinatorAddress
 from cluster.runtime.event_loop import EventLoop
 from cluster.runtime.messages import TrainerSaid
 from cluster.runtime.node.host_spec import HostSpec
@@ -34,8 +34,8 @@ class Slots:
         self.told = []
         self.loop = EventLoop()
         spec = HostSpec(
-            node=NODE, node_ip="127.0.0.1", folder=str(folder), seat=Seat(generation=1, host="h", port=1), raylet_pid=1,
-            secret="x", lease_s=60.0, config=CONFIG,
+            node=NODE, node_ip="127.0.0.1", folder=str(folder), raylet_pid=1, secret="x", lease_s=60.0, config=CONFIG,
+            coordinator_address=CoordinatorAddress(generation=1, host="h", port=1),
         )  # fmt: skip
         self.trainers = Trainers(spec, self.loop, tell=self._tell, live=live)
         self.places: dict[str, Place] = {}

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from cluster.runtime.coordinator.seat import Seat
+from cluster.runtime.coordinator.coordinator_address import CoordinatorAddress
 from cluster.runtime.messages import (
     FROM_HOST,
     Claim,
@@ -98,9 +98,9 @@ class Coordinator:
         self.attempt = 0
         self.raylet = subprocess.Popen(["sleep", "3600"])
         listener = socket.create_server(("127.0.0.1", 0))
-        seat = Seat(generation=1, host="127.0.0.1", port=listener.getsockname()[1])
+        address = CoordinatorAddress(generation=1, host="127.0.0.1", port=listener.getsockname()[1])
         spec = {
-            "seat": asdict(seat),
+            "coordinator_address": asdict(address),
             "node": NODE,
             "node_ip": "127.0.0.1",
             "folder": str(folder / "host"),

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from cluster.controller import Holder
-from cluster.runtime.coordinator.seat import Seat
+from cluster.runtime.coordinator.coordinator_address import CoordinatorAddress
 from cluster.runtime.messages import (
     FROM_HOST,
     Abandoned,
@@ -26,17 +26,17 @@ from cluster.runtime.messages import (
     Bye,
     Claim,
     ClaimGranted,
+    CoordinatorMoved,
     Exited,
     Fenced,
     HostHello,
     KeeperMoved,
     Ready,
     Renew,
-    SeatTold,
     TrainerSaid,
     Welcome,
 )
-from cluster.runtime.node.connect import connect, tell_seat
+from cluster.runtime.node.connect import connect, tell_address
 from cluster.runtime.node.start_host import launch_host
 from cluster.types import Claimed, Expired, Go, Join, Kill, Leave, TrainerEnded
 from elastic.config import RunConfig
@@ -102,7 +102,7 @@ class HostUnderTest:
             "node": NODE,
             "node_ip": "127.0.0.1",
             "folder": str(folder / "host"),
-            "seat": asdict(self.sit_down(generation=1)),
+            "coordinator_address": asdict(self.sit_down(generation=1)),
             "raylet_pid": self.raylet.pid,
             "secret": SECRET,
             "lease_s": lease_s,
@@ -118,11 +118,11 @@ class HostUnderTest:
         """Be the coordinator from now on; return where."""
         listener = socket.create_server(("127.0.0.1", 0))
         self.listener = Acceptor(listener, say=print, secret=SECRET, purpose="coordinator")
-        return Seat(generation=generation, host="127.0.0.1", port=listener.getsockname()[1])
+        return CoordinatorAddress(generation=generation, host="127.0.0.1", port=listener.getsockname()[1])
 
-    def take_seat(self, generation):
+    def take_address(self, generation):
         """Be the coordinator from now on, of which the host is told."""
-        assert tell_seat(self.folder / "host", self.sit_down(generation))
+        assert tell_address(self.folder / "host", self.sit_down(generation))
 
     def meet(self):
         """Let the host come, and take it; return what it says first."""
@@ -138,7 +138,7 @@ class HostUnderTest:
         self.coordinator = Peer(Link(peers[0], FROM_HOST, sends="waiting"))
         return self.coordinator.expect(HostHello)
 
-    def leave_seat(self):
+    def leave_address(self):
         """End as the coordinator; return once the host has noticed."""
         self.listener.close()
         self.coordinator.link.close()
@@ -394,7 +394,7 @@ def test_a_host_and_its_trainers_end_with_their_raylet(host):
     assert time.monotonic() - start_s < 1
 
 
-def test_a_host_and_its_trainers_end_if_nobody_takes_the_seat_of_their_coordinator_in_half_a_lease(host):
+def test_a_host_and_its_trainers_end_if_nobody_takes_the_place_of_their_coordinator_in_half_a_lease(host):
     pid = host.join()
     host.listener.close()
     host.coordinator.link.close()
@@ -413,7 +413,7 @@ def test_a_host_that_is_abandoned_ends_at_once_but_not_under_its_coordinator(pat
         host.coordinator.expect(Beat)
     assert is_alive(host.pid)
 
-    host.leave_seat()
+    host.leave_address()
     stranger.link.send(Abandoned())
     reason = "its coordinator ended, and the run has other hosts by now"
     assert host.agent.expect(Bye, timeout_s=20).reason == reason
@@ -422,10 +422,10 @@ def test_a_host_that_is_abandoned_ends_at_once_but_not_under_its_coordinator(pat
 
 def test_the_next_coordinator_is_told_who_is_there_once_the_trainers_have_left_the_world_before(patient_host):
     host = patient_host
-    host.leave_seat()
+    host.leave_address()
     assert is_alive(host.pid)
 
-    host.take_seat(generation=8)
+    host.take_address(generation=8)
     assert host.meet() == host.hello  # its process, its keeper and so the snapshots in it are the same
 
     claimed = host.coordinator.expect(Claimed, slot="cpu0", group=3)
@@ -447,7 +447,7 @@ def test_trainers_stay_in_their_world_until_the_next_coordinator_has_answered(pa
         closing(host.listener),
         host.coordinator.link._socket,
     ):  # it need not wait for the end of the one that does not answer
-        host.take_seat(generation=8)
+        host.take_address(generation=8)
         host.meet()
     # said now, or it would not be heard: nobody is told of what happens before an answer
     assert host.coordinator.expect(TrainerEnded, slot="cpu0", attempt=7).outcome == "lost"
@@ -457,12 +457,12 @@ def test_trainers_stay_in_their_world_until_the_next_coordinator_has_answered(pa
 
 def test_late_news_of_an_older_coordinator_is_no_news(patient_host):
     host = patient_host
-    host.leave_seat()
-    newer, older = host.sit_down(generation=8), Seat(generation=2, host="127.0.0.1", port=9)
+    host.leave_address()
+    newer, older = host.sit_down(generation=8), CoordinatorAddress(generation=2, host="127.0.0.1", port=9)
     starter = host.connect()
     os.kill(host.hello.pid, signal.SIGSTOP)  # it will hear both at once
-    for seat in (newer, older):
-        starter.link.send(SeatTold(seat=seat))
+    for address in (newer, older):
+        starter.link.send(CoordinatorMoved(address=address))
     os.kill(host.hello.pid, signal.SIGCONT)
     assert host.meet() == host.hello
 
@@ -470,8 +470,8 @@ def test_late_news_of_an_older_coordinator_is_no_news(patient_host):
 def test_a_trainer_that_does_not_leave_the_world_of_a_dead_coordinator_is_replaced(patient_host):
     host = patient_host
     os.kill(host.pid, signal.SIGSTOP)
-    host.leave_seat()
-    host.take_seat(generation=8)
+    host.leave_address()
+    host.take_address(generation=8)
     host.meet()
     host.coordinator.expect(Claimed, slot="cpu0", group=3)
     assert not is_alive(host.pid)
@@ -482,9 +482,9 @@ def test_claims_that_nobody_could_be_told_of_are_told_to_the_next_coordinator(pa
     host = patient_host
     host.claim(3, "cpu1").expect(ClaimGranted)
     host.coordinator.expect(Claimed, slot="cpu1")
-    host.leave_seat()
+    host.leave_address()
     host.claim(4, "cpu1").expect(ClaimGranted)
-    host.take_seat(generation=8)
+    host.take_address(generation=8)
     host.meet()
     assert host.coordinator.expect(Claimed, slot="cpu1").group == 4
     assert host.coordinator.expect(Claimed, slot="cpu0").group == 3
@@ -511,7 +511,7 @@ def test_of_two_that_start_at_once_one_is_the_host_and_reports_to_the_newer_coor
         host.listener.close()
         newer = asdict(host.sit_down(generation=2))
         with ThreadPoolExecutor() as pool:
-            starts = [pool.submit(host.start, **seat) for seat in ({}, {"seat": newer})]
+            starts = [pool.submit(host.start, **changes) for changes in ({}, {"coordinator_address": newer})]
             [start.result() for start in starts]
         pid = host.meet().pid
         wait_until(lambda: find_hosts(host.folder) == [pid], timeout_s=5, what="one host")
@@ -561,7 +561,7 @@ def test_a_host_that_comes_when_its_run_has_ended_waits_for_nobody():
         host.listener.close()
         host.start()
         reason = host.claim(1).expect(Bye).reason
-        assert reason == f"no coordinator answers at 127.0.0.1:{host.spec['seat']['port']}"
+        assert reason == f"no coordinator answers at 127.0.0.1:{host.spec['coordinator_address']['port']}"
         wait_until(lambda: not find_hosts(host.folder), timeout_s=10, what="it ends")
         assert not (host.folder / "host").exists()
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster.runtime.coordinator.seat import Seat
+from cluster.runtime.coordinator.coordinator_address import CoordinatorAddress
 from cluster.runtime.event_loop import EventLoop
 from cluster.runtime.messages import FROM_HOST, Beat, Bye, End, HostHello, Renew, Welcome
 from cluster.runtime.node import coordinator_link as module
@@ -30,8 +30,8 @@ class Chair:
         self.port = self.acceptor._listener.getsockname()[1]
         self.links = []
 
-    def seat(self, generation):
-        return Seat(generation=generation, host="127.0.0.1", port=self.port)
+    def address(self, generation):
+        return CoordinatorAddress(generation=generation, host="127.0.0.1", port=self.port)
 
     def accept(self, host):
         peers = []
@@ -53,10 +53,10 @@ class Chair:
 class Host(CoordinatorLink):
     """One that keeps what it hears."""
 
-    def __init__(self, seat):
+    def __init__(self, address):
         self.loop, self.heard, self.num_lost = EventLoop(), [], 0
         super().__init__(
-            seat,
+            address,
             secret=SECRET,
             loop=self.loop,
             patience_s=PATIENCE_S,
@@ -100,7 +100,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def host(clock, chairs):
-    host = Host(chairs[0].seat(1))
+    host = Host(chairs[0].address(1))
     yield host
     host._lose()
     host.loop._selector.close()
@@ -289,13 +289,13 @@ def test_a_relay_of_the_greeting_can_say_nothing_in_the_coordinator_s_name(host,
 
 def test_one_that_takes_connections_and_says_nothing_does_not_stall_the_host(host, chairs):
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        host.take_seat(Seat(generation=2, host="127.0.0.1", port=listener.getsockname()[1]))
+        host.take_address(CoordinatorAddress(generation=2, host="127.0.0.1", port=listener.getsockname()[1]))
         start_s = time.monotonic()
         for _ in range(20):
             assert host.look() is None
             host.turn()
         assert time.monotonic() - start_s < 1
-        host.take_seat(chairs[1].seat(3))
+        host.take_address(chairs[1].address(3))
         be_led(host, chairs[1])
 
 
@@ -332,16 +332,16 @@ def test_a_newer_seat_is_taken_at_once(host, chairs, has_answered):
         be_led(host, chairs[0])
     else:
         assert host.look() is None
-    host.take_seat(chairs[1].seat(2))
+    host.take_address(chairs[1].address(2))
     assert not host.is_led
     be_led(host, chairs[1])
 
 
 def test_an_older_seat_and_the_same_one_again_change_nothing(host, chairs):
     be_led(host, chairs[0])
-    host.take_seat(chairs[0].seat(5))
-    host.take_seat(chairs[1].seat(4))
-    host.take_seat(chairs[1].seat(5))
+    host.take_address(chairs[0].address(5))
+    host.take_address(chairs[1].address(4))
+    host.take_address(chairs[1].address(5))
     assert host.is_led
     assert host.tell(Beat(holders={}))
 
@@ -358,11 +358,11 @@ def test_one_that_takes_nothing_is_gone(host, chairs, monkeypatch):
 def test_a_seat_where_nobody_listens_is_called_now_and_then_and_not_all_the_time(monkeypatch):
     """A busy loop at a trainer's priority kept Ray from starting the next coordinator for two minutes."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        seat = Seat(generation=1, host="127.0.0.1", port=server.getsockname()[1])
+        address = CoordinatorAddress(generation=1, host="127.0.0.1", port=server.getsockname()[1])
     calls = []
     dial = module.Dial
     monkeypatch.setattr(module, "Dial", lambda *args, **options: calls.append(1) or dial(*args, **options))
-    host = Host(seat)
+    host = Host(address)
     until_s = time.monotonic() + 0.9
     while time.monotonic() < until_s:
         assert host.look() is None

@@ -22,12 +22,12 @@ from cluster.cost import KnownPrices
 from cluster.node_watch import News
 from cluster.runtime.coordinator.books import open_books
 from cluster.runtime.coordinator.closing import CLOSE_PATIENCE_S, FAILED_PATIENCE_S, Closing, ClosingUp
+from cluster.runtime.coordinator.coordinator_address import CoordinatorAddress
 from cluster.runtime.coordinator.events import WatchTold
 from cluster.runtime.coordinator.hosts import HOST_SILENT_S
 from cluster.runtime.coordinator.published import Published, Update
 from cluster.runtime.coordinator.ray_nodes import WATCH_EVERY_S, RayNodeJobs, RayWatch
 from cluster.runtime.coordinator.row_writer import RowWriter
-from cluster.runtime.coordinator.seat import Seat
 from cluster.runtime.coordinator.serving import Serving
 from cluster.runtime.node.priority import take_priority_of
 from cluster.runtime.ray import adapter
@@ -180,10 +180,10 @@ class Coordinator:
 
     def get_host_fields(self) -> dict[str, Any]:
         """Return what `start_host` needs beside the node's own facts."""
-        seat = Seat(generation=self._first_generation, host=self._ip, port=self._serving.hosts.port)
+        address = CoordinatorAddress(generation=self._first_generation, host=self._ip, port=self._serving.hosts.port)
         return {
             "session": self._session.id,
-            "seat": asdict(seat),
+            "coordinator_address": asdict(address),
             "secret": self._session.secret,
             "lease_s": self._config.fault.lease_s,
             "disk": self._disk,

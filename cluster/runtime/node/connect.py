@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from cluster.runtime.coordinator.seat import Seat
-from cluster.runtime.messages import TO_AGENT, Bye, ClaimGranted, Exited, Fenced, SeatTold
+from cluster.runtime.coordinator.coordinator_address import CoordinatorAddress
+from cluster.runtime.messages import TO_AGENT, Bye, ClaimGranted, CoordinatorMoved, Exited, Fenced
 from elastic.transport import Link, connect_unix
 
 HostLink = Link[ClaimGranted | Fenced | Exited | Bye]
@@ -15,7 +15,7 @@ def connect(folder: Path) -> HostLink | None:
     return Link(peer, TO_AGENT, sends="waiting") if peer else None
 
 
-def tell_seat(folder: Path, seat: Seat) -> bool:
+def tell_address(folder: Path, address: CoordinatorAddress) -> bool:
     """Tell the host of a folder where its coordinator is; False if none listens there.
 
     It keeps to the newest coordinator that it was told of.
@@ -23,6 +23,6 @@ def tell_seat(folder: Path, seat: Seat) -> bool:
     link = connect(folder)
     if link is None:
         return False
-    is_told = link.send(SeatTold(seat=seat))
+    is_told = link.send(CoordinatorMoved(address=address))
     link.close()
     return is_told

@@ -1,9 +1,9 @@
-"""How a host is led: it asks whoever has the seat of the coordinator, serves who answers, and looks for the next."""
+"""How a host is led: it calls the address of the coordinator, serves who answers, and looks for the next."""
 
 import time
 from collections.abc import Callable
 
-from cluster.runtime.coordinator.seat import Seat
+from cluster.runtime.coordinator.coordinator_address import CoordinatorAddress
 from cluster.runtime.event_loop import EventLoop
 from cluster.runtime.messages import TO_HOST, CoordinatorMessage, HostHello, HostMessage, Welcome
 from elastic.transport import Dial, Link, WireError
@@ -24,13 +24,13 @@ CoordinatorMessages = Link[CoordinatorMessage]
 class CoordinatorLink:
     """A host's connection to its run's coordinator, whichever that is by now.
 
-    Who has the seat of one that is gone is nobody until it has proved itself: the host goes on looking, says nothing to
-    it and waits for nothing. One that has, has yet to answer: where a coordinator has just been killed, the kernel may
-    still take a connection in its name, and the world that trains on must not end for nobody. Until then what it would
-    be told is dropped; then it must be told how things stand.
+    A stranger at the address of one that is gone is nobody until it has proved itself: the host goes on looking, says
+    nothing to it and waits for nothing. One that has, has yet to answer: where a coordinator has just been killed, the
+    kernel may still take a connection in its name, and the world that trains on must not end for nobody. Until then
+    what it would be told is dropped; then it must be told how things stand.
 
     Args:
-        seat: of the first coordinator.
+        address: of the first coordinator.
         secret: what it knows.
         loop: calls back for this.
         patience_s: so long one that had a coordinator looks for the next.
@@ -42,7 +42,7 @@ class CoordinatorLink:
 
     def __init__(
         self,
-        seat: Seat,
+        address: CoordinatorAddress,
         *,
         secret: str,
         loop: EventLoop,
@@ -54,7 +54,7 @@ class CoordinatorLink:
     ) -> None:
         self.is_led = False
         """A coordinator has answered, and is not known to be gone."""
-        self._seat, self._secret, self._loop = seat, secret, loop
+        self._address, self._secret, self._loop = address, secret, loop
         self._patience_s = patience_s
         self._get_hello, self._on_message, self._on_lost, self._say = get_hello, on_message, on_lost, say
         self._dial: Dial | None = None
@@ -65,24 +65,24 @@ class CoordinatorLink:
         self._call_from_s = 0.0
 
     def look(self) -> str | None:
-        """Ask whoever has the seat, unless that has been done; return why to give up, once it is time to."""
+        """Call the address, unless that has been done; return why to give up, once it is time to."""
         looked_s = time.monotonic() - self._lost_s
         if self._has_reached and looked_s > self._patience_s:
             return "its coordinator ended"
         if not self._has_reached and looked_s > _FIRST_S:
-            return f"no coordinator answers at {self._seat.host}:{self._seat.port}"
+            return f"no coordinator answers at {self._address.host}:{self._address.port}"
         if self._dial:
             self._go_on()
         elif self._link is None and time.monotonic() >= self._call_from_s:
             self._call()
         return None
 
-    def take_seat(self, seat: Seat) -> None:
-        """Look for the coordinator in this seat, unless a newer one is known."""
-        if seat.generation <= self._seat.generation:
+    def take_address(self, address: CoordinatorAddress) -> None:
+        """Look for the coordinator at this address, unless a newer one is known."""
+        if address.generation <= self._address.generation:
             return
-        has_moved = (seat.host, seat.port) != (self._seat.host, self._seat.port)
-        self._seat = seat
+        has_moved = (address.host, address.port) != (self._address.host, self._address.port)
+        self._address = address
         if has_moved:
             self._lose()
 
@@ -96,8 +96,8 @@ class CoordinatorLink:
 
     def _call(self) -> None:
         try:
-            seat = self._seat
-            self._dial = Dial((seat.host, seat.port), self._secret, purpose="coordinator", timeout_s=_DIAL_S)
+            address = self._address
+            self._dial = Dial((address.host, address.port), self._secret, purpose="coordinator", timeout_s=_DIAL_S)
         except WireError as error:
             self._tell_failure(error)
             return
@@ -109,7 +109,7 @@ class CoordinatorLink:
         assert dial is not None
         try:
             peer = dial.turn()
-        except WireError as error:  # it is the seat of one that is gone
+        except WireError as error:  # it is the address of one that is gone
             self._stop_dialling()
             self._tell_failure(error)
             return
@@ -149,7 +149,7 @@ class CoordinatorLink:
             self._on_message(message)
 
     def _lose(self) -> None:
-        """Go on without it for a while: another one may take its seat."""
+        """Go on without it for a while: another one may take its place."""
         self._stop_dialling()
         if self._link is None:
             return

@@ -15,7 +15,7 @@ expects another agent, however long Ray Train takes to form its group. Without e
 nothing stays on a node whose cluster is dead. A trainer outlives its worlds; where one has died, the next is forked.
 Ray is never imported here.
 
-A coordinator that dies leaves all of this as it is: the world trains on until another one has taken the seat. That one
+A coordinator that dies leaves all of this as it is: the world trains on until another one has taken its place. That one
 is told who is here once the trainers have left the world that it does not know.
 """
 
@@ -30,7 +30,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NoReturn, assert_never
 
-from cluster.runtime.coordinator.seat import Seat
+from cluster.runtime.coordinator.coordinator_address import CoordinatorAddress
 from cluster.runtime.event_loop import EventLoop
 from cluster.runtime.messages import (
     TO_HOST_FROM_NODE,
@@ -40,6 +40,7 @@ from cluster.runtime.messages import (
     Claim,
     ClaimGranted,
     CoordinatorMessage,
+    CoordinatorMoved,
     End,
     Fenced,
     HostHello,
@@ -47,10 +48,9 @@ from cluster.runtime.messages import (
     KeepersTold,
     Renew,
     RowsKept,
-    SeatTold,
     Welcome,
 )
-from cluster.runtime.node.connect import tell_seat
+from cluster.runtime.node.connect import tell_address
 from cluster.runtime.node.coordinator_link import CoordinatorLink
 from cluster.runtime.node.daemon import Starter, detach, log, take_folder, write_to
 from cluster.runtime.node.host_spec import HostSpec
@@ -87,7 +87,7 @@ class Host:
         # its keeper takes its time
         self.trainers = Trainers(spec, self.loop, tell=self._tell, live=live)
         self.coordinator = CoordinatorLink(
-            spec.seat,
+            spec.coordinator_address,
             secret=spec.secret,
             loop=self.loop,
             patience_s=spec.lease_s / 2,
@@ -156,8 +156,8 @@ class Host:
             match message:
                 case Claim():
                     self._claim(agent, message)
-                case SeatTold(seat=seat):
-                    self.coordinator.take_seat(seat)
+                case CoordinatorMoved(address=address):
+                    self.coordinator.take_address(address)
                 case Abandoned():
                     if not self.coordinator.is_led:  # by who starts hosts for the run anew
                         self.end("its coordinator ended, and the run has other hosts by now")
@@ -277,14 +277,14 @@ class Host:
 
 
 def main() -> None:
-    """Become the host of the node that the spec on standard input names, or tell the one that is there of the seat."""
+    """Become the host of the node that the spec on standard input names, or tell the one that is there the address."""
     fields: dict[str, Any] = json.load(sys.stdin)
-    spec = HostSpec(seat=Seat(**fields.pop("seat")), **fields)
+    spec = HostSpec(coordinator_address=CoordinatorAddress(**fields.pop("coordinator_address")), **fields)
     folder = Path(spec.folder)
     detach()
     starter = Starter()
     while not take_folder(folder):
-        if tell_seat(folder, spec.seat):
+        if tell_address(folder, spec.coordinator_address):
             starter.tell_ready()
             return
         time.sleep(_RETRY_S)  # it warms up

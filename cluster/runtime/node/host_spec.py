@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.runtime.coordinator.seat import Seat
+from cluster.runtime.coordinator.coordinator_address import CoordinatorAddress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,7 @@ class HostSpec:
     node_ip: str
     folder: str
     """Socket, lock and logs of this host, which makes it and removes it when it ends."""
-    seat: Seat
+    coordinator_address: CoordinatorAddress
     """Of its coordinator."""
     raylet_pid: int
     secret: str

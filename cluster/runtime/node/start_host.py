@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.runtime.coordinator.seat import Seat
+from cluster.runtime.coordinator.coordinator_address import CoordinatorAddress
 from cluster.runtime.messages import Abandoned
-from cluster.runtime.node.connect import connect, tell_seat
+from cluster.runtime.node.connect import connect, tell_address
 from cluster.runtime.node.daemon import READY
 from elastic.errors import SolventError
 from elastic.processes import find_running
@@ -76,7 +76,7 @@ def start_host(node: str, fields: dict[str, Any]) -> None:
     session = fields.pop("session")
     folder = get_host_folder(node, session)
     raylet_pid = adapter.get_raylet_pid()
-    if not find_running(raylet_pid) or tell_seat(folder, Seat(**fields["seat"])):
+    if not find_running(raylet_pid) or tell_address(folder, CoordinatorAddress(**fields["coordinator_address"])):
         return
     _end_older(folder, session)
     facts = {"node": node, "node_ip": adapter.get_own_ip(), "folder": str(folder), "raylet_pid": raylet_pid}

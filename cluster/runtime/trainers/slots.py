@@ -15,12 +15,12 @@ from cluster.runtime.messages import (
     Abandoned,
     Alive,
     Claim,
+    CoordinatorMoved,
     Exited,
     HostMessage,
     KeeperMoved,
     Progressed,
     Restored,
-    SeatTold,
     Stalled,
     Stepped,
     TrainerMessage,
@@ -37,7 +37,7 @@ from elastic.checkpoint.replicas.process import KeeperProcess, launch_keeper
 from elastic.processes import describe_state
 from elastic.transport import Link
 
-AgentLink = Link[Claim | SeatTold | Abandoned]
+AgentLink = Link[Claim | CoordinatorMoved | Abandoned]
 _SPARE_AFTER_STEPS = 20
 """A spare trainer rehearses beside one that trains. By then that one has all the GPU memory that it needs."""
 UNKILLABLE_S = 5.0

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seat:
+class CoordinatorAddress:
     """The address of one coordinator."""
 
     generation: int
