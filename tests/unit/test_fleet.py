@@ -37,6 +37,7 @@ from cluster.runtime.ray.adapter import WorkerNode
 from cluster.types import Draining, Event, Undrained
 from elastic.config import CostConfig, RunConfig
 from elastic.errors import SolventError
+from elastic.records.rundir import read_rows
 
 EVERY_S = 10.0
 
@@ -309,6 +310,15 @@ def test_a_node_is_paid_from_when_ray_shows_it_until_ray_shows_it_no_more(served
     assert served.books.ledger.get_open() == []
     served.books.close(1000.0)
     assert served.books.summary()["paid_gpu_s"] == 60.0
+
+
+def test_a_node_whose_host_came_back_before_ray_was_asked_waits_and_does_not_start(served):
+    served.have_host("n1")
+    served.join("n1")
+    served.look(100.0)
+    served.books.close(160.0)
+    rows = list(read_rows(served.books.run_dir.ledger))
+    assert [(row["node"], row["state"]) for row in rows] == [("n1", "wait")]
 
 
 # ---- the pure parts, for whatever Ray says

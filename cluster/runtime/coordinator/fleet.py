@@ -137,6 +137,8 @@ class Fleet:
         for name in view.nodes.keys() - before:
             seen = view.nodes[name]
             self._books.join(name, view.at_s, gpus=seen.facts.num_workers, usd_per_gpu_hour=seen.usd_per_gpu_hour)
+            if self._nodes.get(name).host:  # of a coordinator before this one: it was here first
+                self._books.host_ready(name, view.at_s)
         for name in before - view.nodes.keys():
             self._books.leave(name, view.at_s)
         self._nodes.follow_ray(view, now_s=time.monotonic())
