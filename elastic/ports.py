@@ -88,10 +88,10 @@ class WorldSpec:
     store_host: str
     store_port: int
     node: str = "local"
-    keepers: Mapping[str, Address] = field(default_factory=dict[str, Address])
+    replica_servers: Mapping[str, Address] = field(default_factory=dict[str, Address])
     """Where the memory of each living node is served, by node; the last world's members among them."""
     peer: Address | None = None
-    """The keeper that shall have copies of this node's snapshots."""
+    """The replica server that shall have copies of this node's snapshots."""
     mean_s_between_losses: float = 3600.0
     """Expected seconds until the next loss, for intervals that are planned."""
 

@@ -162,7 +162,7 @@ def _build_parts(
         device=world.device,
         data=data,
         memory=memory,
-        keepers=spec.keepers,
+        replica_servers=spec.replica_servers,
     )
     if world.rank == 0:
         _keep_data(run.storage, dataset)

@@ -5,9 +5,9 @@
 
 Ours takes a snapshot every `EVERY` steps, the first one included, and writes to the disk as often as that takes it.
 Some steps without saves and as many with them take turns, because other work on the machine comes and goes: the ratio
-is the median of those of the turns, and that of CPU seconds (of rank 0 without its keeper) is shown beside it, and the
-median of the worst steps of the turns beside the worst of all. The others save once each. Every step ends when the
-device has done it. Prints a line `RESULT {json}` per way.
+is the median of those of the turns, and that of CPU seconds (of rank 0 without its replica server) is shown beside it,
+and the median of the worst steps of the turns beside the worst of all. The others save once each. Every step ends when
+the device has done it. Prints a line `RESULT {json}` per way.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from elastic.checkpoint.checkpointer import Checkpointer
 from elastic.checkpoint.format.manifest import list_committed, read_manifest
-from elastic.checkpoint.replicas.process import start_keeper
+from elastic.checkpoint.replicas.process import start_replica_server
 from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.checkpoint.train_state import get_live_state
 from elastic.config import CheckpointConfig, RunConfig
@@ -146,8 +146,8 @@ def bench_ours(bench: Bench) -> float:
     """Save to memory every few steps, and to the disk as often as that takes it; return the seconds of other steps."""
     bench.remove("ours")  # of an earlier bench that was cut short
     storage = open_storage(str(bench.folder / "ours"))
-    keeper = start_keeper(node="bench", ip="127.0.0.1", secret="bench")
-    memory = Memory(keeper.open_connection(), node="bench", secret="bench")
+    server = start_replica_server(node="bench", ip="127.0.0.1", secret="bench")
+    memory = Memory(server.open_connection(), node="bench", secret="bench")
     durable: list[int] = []
     kept_s: list[float] = []
     """What each snapshot took until training heard that it was safe."""
@@ -222,7 +222,7 @@ def bench_ours(bench: Bench) -> float:
     )
     bench.remove("ours")
     checkpointer.close()
-    keeper.close()
+    server.close()
     return base_s
 
 

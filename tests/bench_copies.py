@@ -1,10 +1,11 @@
-"""How fast a copy goes from one keeper to another, and back to who restores it, beside plain sockets on this machine.
+"""How fast a copy goes from one replica server to another, and back to who restores it, beside plain sockets on this
+machine.
 
     python -m tests.bench_copies [--gib 2] [--rounds 3]
 
-Plain sockets: as many connections as the keepers use, one thread at each end of each, 4 MiB at a time, from memory that
-was touched to memory that was touched; no checksums. The keepers' copies are checksummed at both ends. All goes over
-the loop-back interface, so that both share its cost. Prints lines `RESULT {json}`.
+Plain sockets: as many connections as the replica servers use, one thread at each end of each, 4 MiB at a time, from
+memory that was touched to memory that was touched; no checksums. The replica servers' copies are checksummed at both
+ends. All goes over the loop-back interface, so that both share its cost. Prints lines `RESULT {json}`.
 """
 
 import argparse
@@ -17,10 +18,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 
-from elastic.checkpoint.replicas.client import KeeperClient
+from elastic.checkpoint.replicas.client import ReplicaClient
 from elastic.checkpoint.replicas.inventory import Snapshot
-from elastic.checkpoint.replicas.process import start_keeper
-from elastic.checkpoint.replicas.remote import RemoteKeeper
+from elastic.checkpoint.replicas.process import start_replica_server
+from elastic.checkpoint.replicas.remote import RemoteReplicaServer
 from elastic.checkpoint.replicas.transfer import NUM_STREAMS
 from elastic.checkpoint.staging.shared_memory import GIB, allocate_buffer
 
@@ -89,9 +90,9 @@ def send_plainly(num_bytes: int, num_rounds: int) -> float:
 
 def copy(num_bytes: int, num_rounds: int) -> tuple[float, float]:
     """Return the rates of a copy and of reading it."""
-    keepers = [start_keeper(node=node, ip="127.0.0.1", secret="s") for node in ("a", "b")]
-    client = KeeperClient(keepers[0].open_connection(), origin="1-0")
-    peer = ("127.0.0.1", keepers[1].port)
+    replica_servers = [start_replica_server(node=node, ip="127.0.0.1", secret="s") for node in ("a", "b")]
+    client = ReplicaClient(replica_servers[0].open_connection(), origin="1-0")
+    peer = ("127.0.0.1", replica_servers[1].port)
     buffer = allocate_buffer(num_bytes, name="bench")
     buffer.populate().join()
     client.hold(0, buffer)
@@ -107,22 +108,22 @@ def copy(num_bytes: int, num_rounds: int) -> tuple[float, float]:
         assert client.copy(0, snapshot, peer=peer).result() == ""
         sums_s.append(summed_s - start_s)
         copies_s.append(time.perf_counter() - summed_s)
-    report("checksums in the keeper", num_bytes, sums_s[2:])
+    report("checksums in the replica server", num_bytes, sums_s[2:])
     report("first copies, to memory that is found meanwhile", num_bytes, copies_s[:2])
-    rate = report("copies between keepers", num_bytes, copies_s[2:])
+    rate = report("copies between replica servers", num_bytes, copies_s[2:])
     return rate, read(peer, num_bytes, num_rounds)
 
 
 def read(peer: tuple[str, int], num_bytes: int, num_rounds: int) -> float:
     """Read a copy as a rank does that restores it."""
-    listing = RemoteKeeper(peer, "s", timeout_s=30)
+    listing = RemoteReplicaServer(peer, "s", timeout_s=30)
     held = max(listing.fetch_list(), key=lambda one: one.snapshot)
     own = threading.local()
 
     def read_one(start: int) -> None:
-        if not hasattr(own, "keeper"):
-            own.keeper, own.buffer = RemoteKeeper(peer, "s", timeout_s=30), memoryview(bytearray(READ_BYTES))
-        own.keeper.read_into(held, start, own.buffer)
+        if not hasattr(own, "server"):
+            own.server, own.buffer = RemoteReplicaServer(peer, "s", timeout_s=30), memoryview(bytearray(READ_BYTES))
+        own.server.read_into(held, start, own.buffer)
 
     took_s = []
     with ThreadPoolExecutor(NUM_STREAMS) as pool:
@@ -130,7 +131,7 @@ def read(peer: tuple[str, int], num_bytes: int, num_rounds: int) -> float:
             start_s = time.perf_counter()
             list(pool.map(read_one, range(0, num_bytes, READ_BYTES)))
             took_s.append(time.perf_counter() - start_s)
-    return report("reads from a keeper", num_bytes, took_s)
+    return report("reads from a replica server", num_bytes, took_s)
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Save the state of all ranks in the background: to the memory of the nodes often, to the storage now and then.
 
-The training thread only starts the copy to host memory; threads and the node's keeper do the rest. A state that is
-whole in the memory of the nodes counts at once; its copies on other nodes trail behind (`PeerTier`). Nothing is decided
-by one rank alone: what fails on one fails on all, at the same step.
+The training thread only starts the copy to host memory; threads and the node's replica server do the rest. A state that
+is whole in the memory of the nodes counts at once; its copies on other nodes trail behind (`PeerTier`). Nothing is
+decided by one rank alone: what fails on one fails on all, at the same step.
 
     when         schedule.py: after which steps
     what counts  consensus.py: the ballot; protocol.py: ranks say what is done, and take what all have done
@@ -63,7 +63,7 @@ class Checkpointer:
         on_committed: called by rank 0, on the training thread, for each checkpoint that became visible.
         on_kept: likewise for each state that is whole in memory, and again once it is copied (`copied`).
         memory: where snapshots are kept; None: states go to the storage only.
-        peer: the keeper that shall have copies of this node's snapshots.
+        peer: the replica server that shall have copies of this node's snapshots.
         restored_index: of this process' buffer that holds the state that was restored; it is filled again last.
         mean_s_between_losses: what planned intervals are made for.
         data: what the state is trained on; every manifest says it.

@@ -55,7 +55,7 @@ class InFlightSave:
         try:
             self.staged.wait_on_host()
             self.kept_s = time.monotonic() - self.start_s
-            self.kept.set_result(self._keep(memory) if memory else "no keeper")
+            self.kept.set_result(self._keep(memory) if memory else "no replica server")
             if self.tier == "storage":
                 step, buffer = self.progress.step, self.staged.buffer
                 took_s = writer.write(step, buffer, self.plan, self.build_manifest, start_s=self.start_s)
@@ -66,7 +66,7 @@ class InFlightSave:
             self.committed_s.set_exception(error)
 
     def _keep(self, memory: Memory) -> str:
-        """Hand it to the keeper; return what is wrong with that."""
+        """Hand it to the replica server; return what is wrong with that."""
         manifest = self.build_manifest(self.plan.get_shapes(), {})
         return memory.fill(self.staged.index, self.snapshot, self.plan, manifest)
 

@@ -1,7 +1,7 @@
 """How the processes of a run talk: who may connect, and what a message is. No torch here.
 
     hello      over TCP both sides prove that they know the run's secret before anything else is read (`handshake`)
-    frame      4 bytes length | 16 bytes seal, over TCP | JSON object with a "kind" | raw bytes, between keepers
+    frame      4 bytes length | 16 bytes seal, over TCP | JSON object with a "kind" | raw bytes, between replica servers
 
 The secret never crosses the wire, and a greeting is of no use to anyone but the two that made it. A seal is the
 HMAC-SHA256 of a frame and its number under a key of this connection and direction: whoever relays a greeting can

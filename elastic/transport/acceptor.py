@@ -57,7 +57,7 @@ class Acceptor:
         *,
         say: Callable[[str], None],
         secret: str | None,
-        purpose: Purpose = "keeper",
+        purpose: Purpose = "replicas",
         handshake_s: float = HANDSHAKE_S,
     ) -> None:
         assert secret is not None or listener.family == socket.AF_UNIX

@@ -5,8 +5,8 @@
     caller -> called    its proof
 
 Each proof is over both sides' bytes, the side that gives it and what the connection is for. So one that was overheard
-opens nothing later, one side's never serves as the other's, and a keeper's never as a coordinator's. From the same
-bytes come the keys of the seals (`frames`).
+opens nothing later, one side's never serves as the other's, and a replica server's never as a coordinator's. From the
+same bytes come the keys of the seals (`frames`).
 """
 
 import hmac
@@ -15,7 +15,7 @@ from typing import Literal
 
 from elastic.transport.frames import Seal, Seals, WireError
 
-Purpose = Literal["coordinator", "keeper"]
+Purpose = Literal["coordinator", "replicas"]
 """Whom a caller wants to reach."""
 
 HANDSHAKE_S = 5.0

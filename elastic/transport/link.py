@@ -12,7 +12,7 @@ from elastic.transport.frames import Decoder, WireError, encode
 from elastic.transport.typed import Vocabulary, to_header
 
 MAX_MESSAGE_BYTES = 8 * 2**20
-"""A row of a batch of a million samples, or the places of ten thousand nodes' keepers."""
+"""A row of a batch of a million samples, or the places of ten thousand nodes' replica servers."""
 MAX_BACKLOG_BYTES = 4 * MAX_MESSAGE_BYTES
 STUCK_S = 10.0
 """A peer that takes nothing for this long is gone."""

@@ -10,15 +10,15 @@ import pytest
 
 from cluster.runtime.node import host_keeper as module
 from cluster.runtime.node.host_keeper import HostKeeper
-from elastic.checkpoint.replicas.client import KeeperClient
-from elastic.checkpoint.replicas.process import launch_keeper
-from elastic.checkpoint.replicas.remote import RemoteKeeper
+from elastic.checkpoint.replicas.client import ReplicaClient
+from elastic.checkpoint.replicas.process import launch_replica_server
+from elastic.checkpoint.replicas.remote import RemoteReplicaServer
 
 SECRET = "s3cret"
 
 
 def launch(port, ip="127.0.0.1"):
-    return launch_keeper(node="a", ip=ip, secret=SECRET, port=port)
+    return launch_replica_server(node="a", ip=ip, secret=SECRET, port=port)
 
 
 class Loop:
@@ -61,17 +61,17 @@ def test_a_killed_keeper_is_back_where_it_was_within_10_s_while_its_host_goes_on
     first = loop.keeper.current
     assert first is not None
     port = loop.keeper.get_port()
-    client = KeeperClient(first.open_connection(), origin="1-0")
+    client = ReplicaClient(first.open_connection(), origin="1-0")
     assert client.fetch_list() == []
     os.kill(first.process.pid, signal.SIGKILL)
     loop.turn_until(lambda: loop.keeper.get_port() is None)
     loop.turn_until(lambda: loop.keeper.get_port() is not None)
     assert loop.keeper.get_port() == port, "other nodes look for it there"
     assert loop.changes == [None, port]
-    stranger = RemoteKeeper(("127.0.0.1", port), SECRET, timeout_s=10)
+    stranger = RemoteReplicaServer(("127.0.0.1", port), SECRET, timeout_s=10)
     assert stranger.fetch_list() == []
     stranger.close()
-    assert KeeperClient(loop.keeper.current.open_connection(), origin="2-0").fetch_list() == []
+    assert ReplicaClient(loop.keeper.current.open_connection(), origin="2-0").fetch_list() == []
     assert loop.longest_s < 0.5
 
 
@@ -103,7 +103,7 @@ def test_one_that_ends_while_it_starts_is_tried_again_and_its_host_goes_on(monke
     loop.keeper.start()
     assert time.monotonic() - start_s < module.FIRST_WAIT_S
     assert loop.keeper.get_port() is None
-    assert "the keeper did not start: the keeper ended while it started" in capsys.readouterr().out
+    assert "the keeper did not start: the replica server ended while it started" in capsys.readouterr().out
     loop.turn_until(lambda: loop.keeper.current is not None)
     loop.turn_until(lambda: loop.keeper.current is None)
     assert loop.longest_s < 0.5

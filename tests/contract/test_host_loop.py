@@ -121,7 +121,7 @@ def test_a_host_whose_keeper_cannot_start_serves_all_the_same_and_says_why():
         pid = host.join(1)
         assert_beats(host, for_s=3)
         assert is_alive(pid)
-        assert "the keeper did not start: the keeper ended while it started" in host.log.read_text()
+        assert "the keeper did not start: the replica server ended while it started" in host.log.read_text()
 
 
 def test_a_process_that_does_not_end_keeps_its_host_neither_from_its_beat_nor_from_its_end():

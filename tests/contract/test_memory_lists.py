@@ -9,10 +9,10 @@ import pytest
 
 from elastic.checkpoint.format.manifest import Manifest
 from elastic.checkpoint.format.sharding import build_layout
-from elastic.checkpoint.replicas.client import KeeperClient
+from elastic.checkpoint.replicas.client import ReplicaClient
 from elastic.checkpoint.replicas.discovery import build_record, list_blocks
 from elastic.checkpoint.replicas.inventory import Snapshot
-from elastic.checkpoint.replicas.process import start_keeper
+from elastic.checkpoint.replicas.process import start_replica_server
 from elastic.checkpoint.staging.shared_memory import allocate_buffer
 from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.ports import Progress
@@ -21,15 +21,15 @@ SECRET = "s3cret"
 
 
 @pytest.fixture
-def keepers():
-    started = {node: start_keeper(node=node, ip="127.0.0.1", secret=SECRET) for node in "ab"}
+def replica_servers():
+    started = {node: start_replica_server(node=node, ip="127.0.0.1", secret=SECRET) for node in "ab"}
     yield started
-    for keeper in started.values():
-        os.kill(keeper.process.pid, signal.SIGCONT)
-        keeper.close()
+    for server in started.values():
+        os.kill(server.process.pid, signal.SIGCONT)
+        server.close()
 
 
-def keep(keeper, *, step, rank, world_size):
+def keep(server, *, step, rank, world_size):
     """Let a trainer keep an empty shard."""
     layout = build_layout({}, {})
     manifest = Manifest(
@@ -45,7 +45,7 @@ def keep(keeper, *, step, rank, world_size):
         files={},
         extra={},
     )
-    client = KeeperClient(keeper.open_connection(), origin=f"{step}-{rank}")
+    client = ReplicaClient(server.open_connection(), origin=f"{step}-{rank}")
     buffer = allocate_buffer(layout.num_bytes, name="test")
     buffer.view[:] = layout.header
     client.hold(0, buffer)
@@ -56,31 +56,31 @@ def keep(keeper, *, step, rank, world_size):
     client.fill(0, snapshot, num_bytes=layout.num_bytes, chunks=chunks, record=record).result(10)
 
 
-def fetch(keepers):
+def fetch(replica_servers):
     """Return the steps that are heard of, and how long that took."""
-    memory = Memory(keepers["a"].open_connection(), node="a", secret=SECRET)
+    memory = Memory(replica_servers["a"].open_connection(), node="a", secret=SECRET)
     start_s = time.monotonic()
-    held = memory.fetch_all({node: ("127.0.0.1", keeper.port) for node, keeper in keepers.items()})
+    held = memory.fetch_all({node: ("127.0.0.1", server.port) for node, server in replica_servers.items()})
     return sorted(one.snapshot.step for one in held), time.monotonic() - start_s
 
 
-def test_a_keeper_that_answers_late_is_waited_for_where_no_state_is_whole_without_it(keepers):
-    for rank, keeper in enumerate(keepers.values()):
-        keep(keeper, step=7, rank=rank, world_size=2)
-    pid = keepers["b"].process.pid
+def test_a_replica_server_that_answers_late_is_waited_for_where_no_state_is_whole_without_it(replica_servers):
+    for rank, server in enumerate(replica_servers.values()):
+        keep(server, step=7, rank=rank, world_size=2)
+    pid = replica_servers["b"].process.pid
     os.kill(pid, signal.SIGSTOP)
     waker = threading.Timer(4.0, os.kill, (pid, signal.SIGCONT))
     waker.start()
-    steps, took_s = fetch(keepers)
+    steps, took_s = fetch(replica_servers)
     waker.join()
     assert steps == [7, 7]
     assert 3 < took_s < 9
 
 
-def test_a_keeper_that_does_not_answer_is_not_waited_for_where_it_is_not_needed(keepers):
-    keep(keepers["a"], step=7, rank=0, world_size=1)
-    keep(keepers["b"], step=3, rank=0, world_size=1)
-    os.kill(keepers["b"].process.pid, signal.SIGSTOP)
-    steps, took_s = fetch(keepers)
+def test_a_replica_server_that_does_not_answer_is_not_waited_for_where_it_is_not_needed(replica_servers):
+    keep(replica_servers["a"], step=7, rank=0, world_size=1)
+    keep(replica_servers["b"], step=3, rank=0, world_size=1)
+    os.kill(replica_servers["b"].process.pid, signal.SIGSTOP)
+    steps, took_s = fetch(replica_servers)
     assert steps == [7]
     assert took_s < 5

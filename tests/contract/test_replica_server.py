@@ -1,4 +1,4 @@
-"""Real keepers, started as trainers and hosts start them; nothing here imports torch."""
+"""Real replica servers, started as trainers and hosts start them; nothing here imports torch."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic.checkpoint.replicas import client
-from elastic.checkpoint.replicas.client import KeeperClient
+from elastic.checkpoint.replicas.client import ReplicaClient
 from elastic.checkpoint.replicas.inventory import Held, Snapshot
 from elastic.checkpoint.replicas.messages import (
     COPY_ANSWERS,
@@ -32,15 +32,15 @@ from elastic.checkpoint.replicas.messages import (
     Stripe,
     Taken,
 )
-from elastic.checkpoint.replicas.process import launch_keeper, start_keeper
-from elastic.checkpoint.replicas.remote import RemoteKeeper
+from elastic.checkpoint.replicas.process import launch_replica_server, start_replica_server
+from elastic.checkpoint.replicas.remote import RemoteReplicaServer
 from elastic.checkpoint.staging.shared_memory import allocate_buffer
 from elastic.processes import find_running
 from elastic.transport import Channel, Peer, WireError, connect, connect_unix, to_plain
 from elastic.transport.frames import encode
 from elastic.transport.typed import to_header
 from tests.memory_limit import MIB, limit_memory
-from tests.slow_keepers import slow_checksums
+from tests.slow_servers import slow_checksums
 from tests.tcp_proxy import TcpProxy
 
 SECRET = "s3cret"
@@ -49,8 +49,8 @@ CHUNKS = [(0, 100), (100, 150_000), (150_100, 149_900)]
 
 
 @contextmanager
-def keeper(node="a"):
-    process = start_keeper(node=node, ip="127.0.0.1", secret=SECRET)
+def server(node="a"):
+    process = start_replica_server(node=node, ip="127.0.0.1", secret=SECRET)
     try:
         yield process
     finally:
@@ -59,7 +59,7 @@ def keeper(node="a"):
 
 @contextmanager
 def remote(process, secret=SECRET):
-    client = RemoteKeeper(("127.0.0.1", process.port), secret, timeout_s=10)
+    client = RemoteReplicaServer(("127.0.0.1", process.port), secret, timeout_s=10)
     try:
         yield client
     finally:
@@ -71,11 +71,11 @@ def make_snapshot(step, *, epoch=1, rank=0):
 
 
 class Trainer:
-    """What a trainer does to a keeper, with bytes instead of tensors."""
+    """What a trainer does to a replica server, with bytes instead of tensors."""
 
     def __init__(self, process, *, epoch=1, rank=0, num_buffers=2):
         self.epoch, self.rank = epoch, rank
-        self.client = KeeperClient(process.open_connection(), origin=f"{epoch}-{rank}")
+        self.client = ReplicaClient(process.open_connection(), origin=f"{epoch}-{rank}")
         self.buffers = [allocate_buffer(SIZE, name="test") for _ in range(num_buffers)]
         for index, buffer in enumerate(self.buffers):
             self.client.hold(index, buffer)
@@ -93,7 +93,7 @@ class Trainer:
 
 
 def describe_copy(origin, data):
-    """Return the message with which another node's keeper sends what its trainer has filled."""
+    """Return the message with which another node's replica server sends what its trainer has filled."""
     shard = Held(
         origin=origin,
         index=0,
@@ -110,7 +110,7 @@ def describe_copy(origin, data):
 
 
 def dial(process):
-    return Channel(connect(("127.0.0.1", process.port), SECRET, purpose="keeper"), COPY_ANSWERS)
+    return Channel(connect(("127.0.0.1", process.port), SECRET, purpose="replicas"), COPY_ANSWERS)
 
 
 def ask(channel, message, payload=(), *, num_bytes=0):
@@ -137,7 +137,7 @@ def wait_until(condition, what):
 
 
 def test_a_snapshot_survives_its_trainer_and_is_served_with_its_checksums():
-    with keeper() as process, remote(process) as stranger:
+    with server() as process, remote(process) as stranger:
         trainer = Trainer(process)
         assert trainer.fill(0, 7).result(10) == ""
         saved = trainer.get_bytes(0)
@@ -148,14 +148,14 @@ def test_a_snapshot_survives_its_trainer_and_is_served_with_its_checksums():
         part = memoryview(bytearray(1000))
         stranger.read_into(held, 99_900, part)
         assert part == saved[99_900:100_900]
-        successor = KeeperClient(process.open_connection(), origin="2-0")
+        successor = ReplicaClient(process.open_connection(), origin="2-0")
         buffer = successor.fetch_memory(held)
         assert buffer is not None
         assert buffer.view == saved
 
 
 def test_what_was_filled_is_listed_and_read_at_once_while_its_checksums_are_still_taken():
-    with slow_checksums(s_per_mib=100.0), keeper() as process, remote(process) as stranger:  # 28 s
+    with slow_checksums(s_per_mib=100.0), server() as process, remote(process) as stranger:  # 28 s
         trainer = Trainer(process)
         start_s = time.monotonic()
         checked = trainer.fill(0, 7)
@@ -170,7 +170,7 @@ def test_what_was_filled_is_listed_and_read_at_once_while_its_checksums_are_stil
 
 
 def test_a_copy_is_given_up_at_once_for_what_is_more_urgent():
-    with keeper("a") as process, keeper("b") as peer:
+    with server("a") as process, server("b") as peer:
         trainer, proxy = Trainer(process), TcpProxy(peer.port, delay_s=5.0)
         try:
             copied = trainer.fill(0, 1, peer=proxy)  # a message takes five seconds, and there are many
@@ -185,7 +185,7 @@ def test_a_copy_is_given_up_at_once_for_what_is_more_urgent():
 
 
 def test_what_the_gone_have_left_is_told_apart_from_what_is_filled_again():
-    with keeper("a") as process, keeper("b") as peer:
+    with server("a") as process, server("b") as peer:
         trainer, other = Trainer(process), Trainer(process, rank=1)
         assert trainer.fill(0, 1, peer=peer).result(10) == ""
         assert other.client.fetch_left_bytes() == 0
@@ -193,13 +193,13 @@ def test_what_the_gone_have_left_is_told_apart_from_what_is_filled_again():
         trainer.client.close()
         wait_until(lambda: other.client.fetch_left_bytes() == SIZE, "one was filled, the other one not")
         assert other.client.fetch_held_bytes() == 3 * SIZE
-        assert KeeperClient(peer.open_connection(), origin="2-0").fetch_left_bytes() == 0, (
+        assert ReplicaClient(peer.open_connection(), origin="2-0").fetch_left_bytes() == 0, (
             "a copy is not left by anyone"
         )
 
 
 def test_a_trainer_that_dies_while_it_fills_leaves_only_what_was_whole():
-    with keeper() as process, remote(process) as stranger:
+    with server() as process, remote(process) as stranger:
         trainer = Trainer(process)
         trainer.fill(0, 1).result(10)
         trainer.fill(1, 2).result(10)
@@ -210,7 +210,7 @@ def test_a_trainer_that_dies_while_it_fills_leaves_only_what_was_whole():
 
 
 def test_a_copy_is_the_same_and_is_void_while_the_next_one_is_under_way():
-    with keeper("a") as process, keeper("b") as peer, remote(peer) as stranger:
+    with server("a") as process, server("b") as peer, remote(peer) as stranger:
         trainer = Trainer(process)
         assert trainer.fill(0, 1, peer=peer).result(10) == ""
         assert trainer.fill(1, 2, peer=peer).result(10) == ""
@@ -224,7 +224,7 @@ def test_a_copy_is_the_same_and_is_void_while_the_next_one_is_under_way():
 
 
 def test_a_lost_peer_is_told_and_another_one_takes_its_place():
-    with keeper("a") as process, keeper("b") as lost, keeper("c") as other:
+    with server("a") as process, server("b") as lost, server("c") as other:
         trainer = Trainer(process)
         assert trainer.fill(0, 1, peer=lost).result(10) == ""
         os.kill(lost.process.pid, signal.SIGKILL)
@@ -234,7 +234,7 @@ def test_a_lost_peer_is_told_and_another_one_takes_its_place():
 
 
 def test_retired_attempts_give_their_memory_back_but_for_the_step_that_was_resumed_from():
-    with keeper("a") as process, keeper("b") as peer, remote(peer) as stranger:
+    with server("a") as process, server("b") as peer, remote(peer) as stranger:
         trainer = Trainer(process)
         trainer.fill(0, 1, peer=peer).result(10)
         trainer.fill(1, 2, peer=peer).result(10)
@@ -256,7 +256,7 @@ def test_retired_attempts_give_their_memory_back_but_for_the_step_that_was_resum
 
 
 def test_whoever_does_not_know_the_secret_is_told_nothing():
-    with keeper() as process:
+    with server() as process:
         Trainer(process).fill(0, 1).result(10)
         with pytest.raises(WireError, match=r"gone|closed|secret"), remote(process, "guess") as stranger:
             stranger.fetch_list()
@@ -298,7 +298,7 @@ READ = {"kind": "Read", "origin": "1-0", "index": 0, "start": 0, "size": 1, "sum
     ],
 )
 def test_a_message_that_makes_no_sense_ends_its_connection_and_nothing_else(plain):
-    with keeper() as process:
+    with server() as process:
         trainer = Trainer(process)
         trainer.fill(0, 1).result(10)
         channel = dial(process)
@@ -347,32 +347,32 @@ FRAMES = (
 
 
 @pytest.fixture(scope="module")
-def one_keeper():
-    with keeper() as process:
+def one_server():
+    with server() as process:
         yield process
 
 
 @settings(max_examples=150, deadline=None)
 @given(frames=st.lists(FRAMES, min_size=1, max_size=4), is_trainer=st.booleans(), raw=st.binary(max_size=100))
-def test_whatever_bytes_come_the_keeper_serves_on(one_keeper, frames, is_trainer, raw):
+def test_whatever_bytes_come_the_replica_server_serves_on(one_server, frames, is_trainer, raw):
     """From a trainer of its node, or with the run's secret: with the right frame around anything, and without one."""
     if is_trainer:
-        connection, seal = one_keeper.open_connection(), None
+        connection, seal = one_server.open_connection(), None
     else:
-        peer = connect(("127.0.0.1", one_keeper.port), SECRET, purpose="keeper")
+        peer = connect(("127.0.0.1", one_server.port), SECRET, purpose="replicas")
         connection, seal = peer.socket, peer.seals.sent
     with connection, suppress(OSError):  # it ends the connection before all has come
         for text in frames:
             connection.sendall(len(text).to_bytes(4, "big") + (seal.make(text) if seal else b"") + text)
         connection.sendall(raw)
-    onlooker = KeeperClient(one_keeper.open_connection(), origin="onlooker")
+    onlooker = ReplicaClient(one_server.open_connection(), origin="onlooker")
     onlooker.fetch_list()
     onlooker.close()
-    assert one_keeper.process.poll() is None
+    assert one_server.process.poll() is None
 
 
 def test_a_read_beyond_the_end_is_refused():
-    with keeper() as process:
+    with server() as process:
         trainer = Trainer(process)
         trainer.fill(0, 1).result(10)
         with remote(process) as stranger, pytest.raises(WireError):
@@ -381,7 +381,7 @@ def test_a_read_beyond_the_end_is_refused():
 
 
 def test_a_copy_that_was_damaged_on_the_way_is_refused():
-    with keeper() as process:
+    with server() as process:
         channel = dial(process)
         header, crc32 = describe_copy("1-0", b"good"), zlib.crc32(b"good")
         assert isinstance(push(channel, header, [memoryview(b"baad")], crc32=crc32), Refused)
@@ -390,7 +390,7 @@ def test_a_copy_that_was_damaged_on_the_way_is_refused():
 
 
 def test_a_copy_that_the_container_has_no_room_for_is_refused_and_nobody_is_killed():
-    with keeper("a") as process, keeper("b") as peer, limit_memory(200 * MIB) as limit:
+    with server("a") as process, server("b") as peer, limit_memory(200 * MIB) as limit:
         limit.add(peer.process.pid)
         trainer = Trainer(process)
         problem = trainer.fill(0, 1, peer=peer).result(10)
@@ -404,9 +404,9 @@ def test_room_that_was_promised_to_a_copy_is_not_given_to_another_one():
     data = bytes(100 * MIB)
     crc32 = zlib.crc32(data)
     header, other = (describe_copy(origin, data) for origin in ("1-0", "1-1"))
-    with keeper() as process, limit_memory(2048 * MIB) as limit:
+    with server() as process, limit_memory(2048 * MIB) as limit:
         limit.add(process.process.pid)
-        local = KeeperClient(process.open_connection(), origin="2-0")
+        local = ReplicaClient(process.open_connection(), origin="2-0")
         slow, fast = (dial(process) for _ in range(2))
         limit.set(limit.get_used() + (256 + 150) * MIB)
 
@@ -428,22 +428,22 @@ OWNER = """
 import sys, time
 from elastic.checkpoint.staging.shared_memory import allocate_buffer
 from elastic.checkpoint.replicas.inventory import Snapshot
-from elastic.checkpoint.replicas.client import KeeperClient
-from elastic.checkpoint.replicas.process import start_keeper
-keeper = start_keeper(node="a", ip="127.0.0.1", secret="x")
-client = KeeperClient(keeper.open_connection(), origin="1-0")
+from elastic.checkpoint.replicas.client import ReplicaClient
+from elastic.checkpoint.replicas.process import start_replica_server
+server = start_replica_server(node="a", ip="127.0.0.1", secret="x")
+client = ReplicaClient(server.open_connection(), origin="1-0")
 buffer = allocate_buffer(2**20, name="test")
 client.hold(0, buffer)
 client.begin(0, epoch=1)
 buffer.view[:] = b"x" * 2**20
 step = Snapshot(epoch=1, step=1, world_size=1, rank=0)
 client.fill(0, step, num_bytes=2**20, chunks=[(0, 2**20)], record=None).result()
-print(keeper.process.pid, flush=True)
+print(server.process.pid, flush=True)
 time.sleep(60)
 """
 
 
-def test_a_keeper_ends_with_its_owner_and_leaves_nothing():
+def test_a_replica_server_ends_with_its_owner_and_leaves_nothing():
     before = set(os.listdir("/dev/shm"))  # noqa: PTH208
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     owner = subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, env=env, text=True)
@@ -451,7 +451,7 @@ def test_a_keeper_ends_with_its_owner_and_leaves_nothing():
         pid = int(owner.stdout.readline())
         assert not set(os.listdir("/dev/shm")) - before  # noqa: PTH208
         owner.kill()
-    wait_until(lambda: not find_running(pid), "the keeper has ended")
+    wait_until(lambda: not find_running(pid), "the replica server has ended")
 
 
 def test_bytes_that_are_no_message_end_the_connection():
@@ -470,20 +470,20 @@ def find_next(trainer):
         return False
 
 
-def test_a_trainer_goes_on_with_the_keeper_that_follows_its_own(tmp_path, monkeypatch):
+def test_a_trainer_goes_on_with_the_replica_server_that_follows_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(client, "_LOOK_EVERY_S", 0.05)
-    about = {"node": "a", "ip": "127.0.0.1", "secret": SECRET, "folder": str(tmp_path / "keeper")}
-    first = launch_keeper(**about)
+    about = {"node": "a", "ip": "127.0.0.1", "secret": SECRET, "folder": str(tmp_path / "replicas")}
+    first = launch_replica_server(**about)
     assert first.wait_ready(30)
     trainer = Trainer(first)
-    trainer.client._reconnect = lambda: connect_unix(tmp_path / "keeper")
+    trainer.client._reconnect = lambda: connect_unix(tmp_path / "replicas")
     assert trainer.fill(0, 1).result(10) == ""
     os.kill(first.process.pid, signal.SIGKILL)
     first.close()
     wait_until(lambda: trainer.client._is_gone, "its end is seen")
     with pytest.raises(WireError):
         trainer.fill(1, 2).result(10)
-    second = launch_keeper(**about, port=first.port)
+    second = launch_replica_server(**about, port=first.port)
     assert second.wait_ready(30)
     assert second.port == first.port
     wait_until(lambda: find_next(trainer), "it finds the next one")
@@ -501,8 +501,8 @@ def get_status(pid, field):
     return int(line.split()[1])
 
 
-def test_two_thousand_strangers_that_say_nothing_cost_a_keeper_neither_threads_nor_memory():
-    with keeper() as process, remote(process) as known, ExitStack() as stack:
+def test_two_thousand_strangers_that_say_nothing_cost_a_replica_server_neither_threads_nor_memory():
+    with server() as process, remote(process) as known, ExitStack() as stack:
         pid = process.process.pid
         before_kb, before_threads = get_status(pid, "VmRSS"), get_status(pid, "Threads")
         for _ in range(2000):
@@ -514,7 +514,7 @@ def test_two_thousand_strangers_that_say_nothing_cost_a_keeper_neither_threads_n
 
 
 def test_a_hundred_megabytes_from_a_stranger_are_not_kept():
-    with keeper() as process:
+    with server() as process:
         pid = process.process.pid
         before_kb = get_status(pid, "VmRSS")
         with socket.create_connection(("127.0.0.1", process.port), timeout=5) as stranger, suppress(OSError):
@@ -524,15 +524,15 @@ def test_a_hundred_megabytes_from_a_stranger_are_not_kept():
         assert get_status(pid, "VmRSS") - before_kb < 20 * 1024
 
 
-def test_a_keeper_out_of_descriptors_serves_whom_it_knows_and_lets_others_in_once_it_has_some():
-    with keeper() as process, remote(process) as known:
+def test_a_replica_server_out_of_descriptors_serves_whom_it_knows_and_lets_others_in_once_it_has_some():
+    with server() as process, remote(process) as known:
         trainer = Trainer(process)
         trainer.fill(0, 1).result(10)
         assert [held.snapshot.step for held in known.fetch_list()] == [1]
         pid = process.process.pid
         soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(list(Path(f"/proc/{pid}/fd").iterdir())), hard))
-        refused = KeeperClient(process.open_connection(), origin="2-0")
+        refused = ReplicaClient(process.open_connection(), origin="2-0")
         with pytest.raises(WireError):
             refused.fetch_list()
         late = socket.create_connection(("127.0.0.1", process.port), timeout=5)
@@ -542,11 +542,11 @@ def test_a_keeper_out_of_descriptors_serves_whom_it_knows_and_lets_others_in_onc
         late.close()
         with remote(process) as after:
             assert len(after.fetch_list()) == 2
-        assert len(KeeperClient(process.open_connection(), origin="3-0").fetch_list()) == 2
+        assert len(ReplicaClient(process.open_connection(), origin="3-0").fetch_list()) == 2
 
 
 def test_a_snapshot_that_fails_in_an_unforeseen_way_is_settled_all_the_same():
-    with keeper() as process:
+    with server() as process:
         trainer = Trainer(process)
         trainer.client.begin(0, epoch=1)
         snapshot = Snapshot(epoch=1, step=1, world_size=1, rank=0)

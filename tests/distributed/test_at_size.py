@@ -1,6 +1,6 @@
 """States of half a GiB, and all that was in the way of one on its way: slow wires, disks and checksums.
 
-Two nodes with a keeper and one rank each, which keep each other's copies.
+Two nodes with a replica server and one rank each, which keep each other's copies.
 """
 
 import os
@@ -13,13 +13,13 @@ import torch.distributed as dist
 from torch import nn
 
 from elastic.checkpoint.checkpointer import Checkpointer
-from elastic.checkpoint.replicas.process import start_keeper
+from elastic.checkpoint.replicas.process import start_replica_server
 from elastic.checkpoint.restore.load import restore
 from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.storage import open_storage
 from elastic.storage.local import LocalStorage
 from tests.distributed._spawn_ckpt import CONFIG, CPU, build, make_progress, run_ranks, train
-from tests.slow_keepers import slow_checksums
+from tests.slow_servers import slow_checksums
 from tests.tcp_proxy import TcpProxy
 
 SECRET = "s3cret"
@@ -62,17 +62,21 @@ class Nodes:
     """Two nodes; what is copied from one to the other may be slow."""
 
     def __init__(self, *, wire_delay_s=0.0):
-        self.keepers = {node: start_keeper(node=node, ip="127.0.0.1", secret=SECRET) for node in ("n0", "n1")}
-        self.proxies = {node: TcpProxy(keeper.port, delay_s=wire_delay_s) for node, keeper in self.keepers.items()}
+        self.replica_servers = {
+            node: start_replica_server(node=node, ip="127.0.0.1", secret=SECRET) for node in ("n0", "n1")
+        }
+        self.proxies = {
+            node: TcpProxy(server.port, delay_s=wire_delay_s) for node, server in self.replica_servers.items()
+        }
         others = {"n0": "n1", "n1": "n0"}
         self.peers = {node: ("127.0.0.1", self.proxies[other].port) for node, other in others.items()}
 
     @property
     def addresses(self):
-        return {node: ("127.0.0.1", keeper.port) for node, keeper in self.keepers.items()}
+        return {node: ("127.0.0.1", server.port) for node, server in self.replica_servers.items()}
 
     def run(self, work, run_dir, num_ranks=2, *args):
-        connections = {node: keeper.open_connection() for node, keeper in self.keepers.items()}
+        connections = {node: server.open_connection() for node, server in self.replica_servers.items()}
         try:
             return run_ranks(work, num_ranks, run_dir, connections, self.addresses, self.peers, *args, timeout_s=120)
         finally:
@@ -80,12 +84,12 @@ class Nodes:
                 connection.close()
 
     def lose(self, node):
-        self.keepers.pop(node).close()
+        self.replica_servers.pop(node).close()
 
     def close(self):
         for proxy in self.proxies.values():
             proxy.close()
-        for node in list(self.keepers):
+        for node in list(self.replica_servers):
             self.lose(node)
 
 
@@ -155,7 +159,7 @@ class Rank:
             config=CONFIG,
             device=CPU,
             memory=self.memory,
-            keepers=self.addresses,
+            replica_servers=self.addresses,
         )
         return restored.progress.step, restored.source, time.monotonic() - start_s
 

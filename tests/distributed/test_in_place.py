@@ -13,7 +13,7 @@ from itertools import pairwise
 import pytest
 
 from elastic.breaker import Breaker
-from elastic.checkpoint.replicas.process import start_keeper
+from elastic.checkpoint.replicas.process import start_replica_server
 from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.config import CheckpointConfig
 from elastic.ports import Finished, Lost
@@ -66,7 +66,7 @@ def live_through(rank, port, folder, connections, addresses):
         place = replace(
             spec(rank, port, world_size=world_size, attempt=attempt),
             node=node,
-            keepers=addresses,
+            replica_servers=addresses,
             peer=addresses[f"n{(rank + 1) % world_size}"] if world_size > 1 else None,
         )
         breaker = Breaker()
@@ -101,21 +101,23 @@ class StopAt:
 def lives(tmp_path_factory):
     folder = tmp_path_factory.mktemp("in-place")
     write_data(folder)
-    keepers = {f"n{rank}": start_keeper(node=f"n{rank}", ip="127.0.0.1", secret=SECRET) for rank in range(3)}
-    connections = {node: keeper.open_connection() for node, keeper in keepers.items()}
+    replica_servers = {
+        f"n{rank}": start_replica_server(node=f"n{rank}", ip="127.0.0.1", secret=SECRET) for rank in range(3)
+    }
+    connections = {node: server.open_connection() for node, server in replica_servers.items()}
     try:
         return run_ranks(
             live_through,
             3,
             folder,
             connections,
-            {node: ("127.0.0.1", keeper.port) for node, keeper in keepers.items()},
+            {node: ("127.0.0.1", server.port) for node, server in replica_servers.items()},
         )
     finally:
         for connection in connections.values():
             connection.close()
-        for keeper in keepers.values():
-            keeper.close()
+        for server in replica_servers.values():
+            server.close()
 
 
 def get_worlds(lives, rank):

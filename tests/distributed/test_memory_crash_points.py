@@ -1,9 +1,10 @@
-"""Killed with -9 at any single operation of its snapshots, a trainer or a keeper costs no state that was acknowledged.
+"""Killed with -9 at any single operation of its snapshots, a trainer or a replica server costs no state that was
+acknowledged.
 
 Two nodes keep each other's copies. Epoch 1 has a trainer on each: step 1 goes to the storage, step 2 to the memories.
 In epoch 2 the first trainer goes on alone, with larger buffers: it restores step 2 and keeps three more. There its
-keeper (of n0) only has originals, and its peer's (of n1) only copies. One process dies at one operation; what is left
-is loaded, then again after each further loss of a node. The three tests take four minutes on 2 cores.
+replica server (of n0) only has originals, and its peer's (of n1) only copies. One process dies at one operation; what
+is left is loaded, then again after each further loss of a node. The three tests take four minutes on 2 cores.
 """
 
 import json
@@ -20,7 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from elastic.checkpoint.replicas.process import start_keeper
+from elastic.checkpoint.replicas.process import start_replica_server
 from elastic.checkpoint.restore.load import restore
 from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.storage import open_storage
@@ -125,14 +126,14 @@ def train_alone(_run_dir):
 
 def load(run_dir, model, optimizer, memory, addresses):
     storage = open_storage(run_dir / "storage")
-    return restore(storage, model, optimizer, config=CONFIG, device=CPU, memory=memory, keepers=addresses)
+    return restore(storage, model, optimizer, config=CONFIG, device=CPU, memory=memory, replica_servers=addresses)
 
 
 @contextmanager
 def dying_at(fatal, log):
-    """Let a keeper that starts meanwhile note its operations, and die at one of them."""
-    folder = str(Path(__file__).parent / "_in_keepers")
-    sys.path.insert(0, folder)  # keepers have the path of who starts them
+    """Let a replica server that starts meanwhile note its operations, and die at one of them."""
+    folder = str(Path(__file__).parent / "_in_servers")
+    sys.path.insert(0, folder)  # replica servers have the path of who starts them
     os.environ |= {"CRASH_LOG": str(log), "CRASH_AT": "" if fatal is None else str(fatal)}
     yield
     del os.environ["CRASH_LOG"]
@@ -140,19 +141,19 @@ def dying_at(fatal, log):
 
 
 class Survivors:
-    """The keepers that live, and the storage."""
+    """The replica servers that live, and the storage."""
 
     def __init__(self, run_dir, victim, fatal):
         self.run_dir = run_dir
-        self.keepers = {}
+        self.replica_servers = {}
         for node in NODES:
             with dying_at(fatal, run_dir / "log") if node == victim else nullcontext():
-                self.keepers[node] = start_keeper(node=node, ip="127.0.0.1", secret=SECRET)
-        self.addresses = {node: ("127.0.0.1", keeper.port) for node, keeper in self.keepers.items()}
+                self.replica_servers[node] = start_replica_server(node=node, ip="127.0.0.1", secret=SECRET)
+        self.addresses = {node: ("127.0.0.1", server.port) for node, server in self.replica_servers.items()}
 
     def start_trainers(self, victim, fatal):
         """Return process and pipe of each trainer."""
-        connections = {node: keeper.open_connection() for node, keeper in self.keepers.items()}
+        connections = {node: server.open_connection() for node, server in self.replica_servers.items()}
         work = [(train_and_die, fatal) if victim == "trainer" else (train_both_epochs,), (train_both_epochs,)]
         trainers = [fork(*work[rank], self.run_dir, rank, connections, self.addresses) for rank in range(2)]
         for connection in connections.values():
@@ -160,19 +161,19 @@ class Survivors:
         return trainers
 
     def drop_dead(self):
-        for node, keeper in list(self.keepers.items()):
-            if keeper.process.poll() is not None:
+        for node, server in list(self.replica_servers.items()):
+            if server.process.poll() is not None:
                 self.lose(node)
 
     def lose(self, node):
-        self.keepers.pop(node).close()
+        self.replica_servers.pop(node).close()
 
     def load(self):
         """Return what is loaded where the first living node is, or where there is none."""
-        memory, addresses = None, {node: self.addresses[node] for node in self.keepers}
-        for node, keeper in self.keepers.items():
+        memory, addresses = None, {node: self.addresses[node] for node in self.replica_servers}
+        for node, server in self.replica_servers.items():
             with suppress(WireError):  # it died just now
-                memory = memory or Memory(keeper.open_connection(), node=node, secret=SECRET)
+                memory = memory or Memory(server.open_connection(), node=node, secret=SECRET)
         model, optimizer = build("fsdp2", model_seed=2)
         restored = load(self.run_dir, model, optimizer, memory, addresses)
         if restored is None:
@@ -199,12 +200,12 @@ def crash(say, run_dir, victim, fatal):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     loads = [survivors.load()]
     survivors.drop_dead()
-    is_killed |= len(survivors.keepers) < len(NODES)
-    while is_killed and survivors.keepers:
-        nodes = sorted(survivors.keepers)
+    is_killed |= len(survivors.replica_servers) < len(NODES)
+    while is_killed and survivors.replica_servers:
+        nodes = sorted(survivors.replica_servers)
         survivors.lose(nodes[(fatal // 2) % len(nodes)])  # each in its turn: before an operation, and halfway through
         loads.append(survivors.load())
-    for node in list(survivors.keepers):
+    for node in list(survivors.replica_servers):
         survivors.lose(node)
     said = [line.split() for line in lines]
     log = [] if victim == "trainer" else (run_dir / "log").read_text().split()

@@ -1,4 +1,4 @@
-"""Snapshots in real keepers, one per node: what is left of a state when trainers, nodes or bytes are lost."""
+"""Snapshots in real replica servers, one per node: what is left of a state when trainers, nodes or bytes are lost."""
 
 import os
 import shutil
@@ -9,9 +9,9 @@ from functools import partial
 import pytest
 import torch.distributed as dist
 
-from elastic.checkpoint.replicas.client import KeeperClient
-from elastic.checkpoint.replicas.process import start_keeper
-from elastic.checkpoint.replicas.remote import RemoteKeeper
+from elastic.checkpoint.replicas.client import ReplicaClient
+from elastic.checkpoint.replicas.process import start_replica_server
+from elastic.checkpoint.replicas.remote import RemoteReplicaServer
 from elastic.checkpoint.restore.load import restore
 from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.ports import Finished, Interrupted, Notice
@@ -38,25 +38,25 @@ STORED, KEPT = 2, 5
 
 
 class Nodes:
-    """Three nodes, each with a keeper and one trainer; the copies of a node are on the next one."""
+    """Three nodes, each with a replica server and one trainer; the copies of a node are on the next one."""
 
     def __init__(self, disks):
         self._disks = disks
         self.start()
 
     def start(self):
-        self.keepers = {
-            node: start_keeper(node=node, ip="127.0.0.1", secret=SECRET, disk=str(self._disks / node))
+        self.replica_servers = {
+            node: start_replica_server(node=node, ip="127.0.0.1", secret=SECRET, disk=str(self._disks / node))
             for node in ("n0", "n1", "n2")
         }
 
     @property
     def addresses(self):
-        return {node: ("127.0.0.1", keeper.port) for node, keeper in self.keepers.items()}
+        return {node: ("127.0.0.1", server.port) for node, server in self.replica_servers.items()}
 
     def run(self, work, num_ranks, run_dir, *args):
-        """Run a function as one trainer on each of the first nodes, with its connection to its keeper."""
-        connections = {node: keeper.open_connection() for node, keeper in self.keepers.items()}
+        """Run a function as one trainer on each of the first nodes, with its connection to its replica server."""
+        connections = {node: server.open_connection() for node, server in self.replica_servers.items()}
         try:
             return run_ranks(work, num_ranks, run_dir, connections, self.addresses, *args)
         finally:
@@ -64,17 +64,17 @@ class Nodes:
                 connection.close()
 
     def lose(self, node):
-        self.keepers.pop(node).close()
+        self.replica_servers.pop(node).close()
 
     def list(self, node):
-        keeper = RemoteKeeper(self.addresses[node], SECRET, timeout_s=10)
+        server = RemoteReplicaServer(self.addresses[node], SECRET, timeout_s=10)
         try:
-            return keeper.fetch_list()
+            return server.fetch_list()
         finally:
-            keeper.close()
+            server.close()
 
     def close(self):
-        for node in list(self.keepers):
+        for node in list(self.replica_servers):
             self.lose(node)
 
 
@@ -118,7 +118,7 @@ def restore_newest(run_dir, connections, addresses, strategy="fsdp2"):
         config=CONFIG,
         device=CPU,
         memory=open_memory(connections),
-        keepers=addresses,
+        replica_servers=addresses,
     )
     return restored.source, restored.progress, restored.extra, get_values(model, optimizer)
 
@@ -176,7 +176,7 @@ def test_what_is_handed_over_without_copies_is_there_for_as_long_as_its_node_is_
     results = nodes.run(hand_over_without_copies, 3, tmp_path)
     values, safe = results[0]
     assert safe == [STORED]
-    for node in nodes.keepers:
+    for node in nodes.replica_servers:
         held = sorted((shard.snapshot.step, shard.is_copy) for shard in nodes.list(node))
         assert held == [(STORED, False), (STORED, True), (KEPT, False)]
     check(nodes.run(restore_newest, 2, tmp_path), values, source="memory", step=KEPT)
@@ -208,10 +208,10 @@ def store_on_disks(run_dir, connections, addresses):
 
 def test_when_all_memories_are_lost_at_once_the_disks_of_the_nodes_have_a_state(tmp_path, nodes):
     values, *_ = nodes.run(store_on_disks, 3, tmp_path)
-    for node in list(nodes.keepers):
+    for node in list(nodes.replica_servers):
         nodes.lose(node)
     nodes.start()
-    held = [shard for node in nodes.keepers for shard in nodes.list(node)]
+    held = [shard for node in nodes.replica_servers for shard in nodes.list(node)]
     assert all(shard.is_on_disk for shard in held)
     steps = {shard.snapshot.step for shard in held}
     assert len(steps) == 2  # the newest, and the one before it that was known to be complete
@@ -223,7 +223,7 @@ def test_when_all_memories_are_lost_at_once_the_disks_of_the_nodes_have_a_state(
 
 def damage(nodes, node, *, copies):
     """Change a byte of each of a node's snapshots (or of the copies that it keeps) of the newest state."""
-    client = KeeperClient(nodes.keepers[node].open_connection(), origin="vandal")
+    client = ReplicaClient(nodes.replica_servers[node].open_connection(), origin="vandal")
     for held in client.fetch_list():
         if held.snapshot.step == KEPT and held.is_copy == copies:
             client.fetch_memory(held).view[held.num_bytes - 1] ^= 1
@@ -246,7 +246,13 @@ def keep_on(run_dir, connections, addresses):
     for epoch in (1, 2):
         if epoch == 2:
             restored = restore(
-                open_storage(run_dir), model, optimizer, config=CONFIG, device=CPU, memory=memory, keepers=addresses
+                open_storage(run_dir),
+                model,
+                optimizer,
+                config=CONFIG,
+                device=CPU,
+                memory=memory,
+                replica_servers=addresses,
             )
             assert restored.progress.step == 3
         index = memory.find_index(epoch=1, step=3)
@@ -259,7 +265,7 @@ def keep_on(run_dir, connections, addresses):
 
 def test_a_process_that_outlives_its_world_keeps_two_snapshots_and_no_more(tmp_path, nodes):
     nodes.run(keep_on, 3, tmp_path)
-    for node in nodes.keepers:
+    for node in nodes.replica_servers:
         held = [(shard.snapshot.epoch, shard.snapshot.step) for shard in nodes.list(node)]
         assert sorted(held) == [(2, 5), (2, 6)]
 
@@ -276,7 +282,7 @@ class Planned:
 
 def train_until_planned(folder, rank, port, connections, nodes):
     """Train until a planned change, told while the first snapshot is still copied; return how it ended, and when."""
-    notices, told_s, (keepers, peers) = Planned(), [], nodes
+    notices, told_s, (replica_servers, peers) = Planned(), [], nodes
 
     def tell(rows):
         if len(rows) == 3:
@@ -284,7 +290,9 @@ def train_until_planned(folder, rank, port, connections, nodes):
             notices.notice = Notice(source="a change", deadline_s=None, keep_in="memory")
 
     memory = Memory(connections[f"n{rank}"], node=f"n{rank}", secret=SECRET)
-    place = replace(spec(rank, port, world_size=3, attempt=1), node=f"n{rank}", keepers=keepers, peer=peers[rank])
+    place = replace(
+        spec(rank, port, world_size=3, attempt=1), node=f"n{rank}", replica_servers=replica_servers, peer=peers[rank]
+    )
     config = make_config(folder, "planned", steps=100_000, every_steps=100_000)
     config = replace(config, checkpoint=replace(config.checkpoint, memory_every_steps=1))
     outcome = train_run(config, place, notices=notices, observer=Watcher(tell), open_sinks=list, memory=memory)
@@ -293,8 +301,8 @@ def train_until_planned(folder, rank, port, connections, nodes):
 
 def test_a_planned_change_waits_for_no_copy(tmp_path, nodes):
     write_data(tmp_path)
-    connections = {node: keeper.open_connection() for node, keeper in nodes.keepers.items()}
-    proxies = [TcpProxy(nodes.keepers[f"n{(rank + 1) % 3}"].port, delay_s=1.0) for rank in range(3)]
+    connections = {node: server.open_connection() for node, server in nodes.replica_servers.items()}
+    proxies = [TcpProxy(nodes.replica_servers[f"n{(rank + 1) % 3}"].port, delay_s=1.0) for rank in range(3)]
     peers = [("127.0.0.1", proxy.port) for proxy in proxies]
     try:
         work = partial(train_until_planned, tmp_path)
@@ -306,7 +314,7 @@ def test_a_planned_change_waits_for_no_copy(tmp_path, nodes):
     for outcome, left_s in outcomes:
         assert outcome == Interrupted(progress=progress, reason="a change")
         assert left_s < 3, "a copy takes longer: each message of it is delayed by a second, and there are three"
-    for node in nodes.keepers:
+    for node in nodes.replica_servers:
         held = {shard.snapshot.step: shard.is_copy for shard in nodes.list(node)}
         assert not held[progress.step]
         assert not any(held.values())
@@ -318,7 +326,7 @@ def train_in_containers(folder, rank, port, connections, nodes):
     if rank == 1:
         limit.add(os.getpid())
     memory = Memory(connections[f"n{rank}"], node=f"n{rank}", secret=SECRET)
-    place = replace(spec(rank, port, world_size=3, attempt=1), node=f"n{rank}", keepers=addresses)
+    place = replace(spec(rank, port, world_size=3, attempt=1), node=f"n{rank}", replica_servers=addresses)
     config = make_config(folder, "no-room", steps=6, every_steps=3)
     return train_run(config, place, notices=NoNotices(), observer=Watcher(), open_sinks=list, memory=memory)
 
@@ -327,7 +335,7 @@ def train_in_containers(folder, rank, port, connections, nodes):
 def test_where_one_container_has_no_room_all_do_without_snapshots(tmp_path, nodes, limit_mib, num_held):
     """A GiB is to spare; the trainer needs some hundred MiB beside."""
     write_data(tmp_path)
-    connections = {node: keeper.open_connection() for node, keeper in nodes.keepers.items()}
+    connections = {node: server.open_connection() for node, server in nodes.replica_servers.items()}
     with limit_memory(limit_mib * MIB) as limit:
         try:
             work = partial(train_in_containers, tmp_path)
@@ -336,4 +344,4 @@ def test_where_one_container_has_no_room_all_do_without_snapshots(tmp_path, node
             for connection in connections.values():
                 connection.close()
     assert outcomes == [Finished(progress=outcomes[0].progress)] * 3
-    assert [min(len(nodes.list(node)), 1) for node in nodes.keepers] == [num_held] * 3
+    assert [min(len(nodes.list(node)), 1) for node in nodes.replica_servers] == [num_held] * 3

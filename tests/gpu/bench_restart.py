@@ -3,8 +3,8 @@
     python -m tests.gpu.bench_restart            # one trainer per GPU, over NCCL
     python -m tests.gpu.bench_restart --share 4  # so many on the first GPU, over gloo
 
-A real host with a real keeper and real trainers; this script plays the coordinator. 1.5 B parameters (31 M if a GPU
-is shared), compiled block by block. Prints lines `RESULT {json}`: `compiled` counts the pieces of code that the
+A real host with a real replica server and real trainers; this script plays the coordinator. 1.5 B parameters (31 M if a
+GPU is shared), compiled block by block. Prints lines `RESULT {json}`: `compiled` counts the pieces of code that the
 trainers of a world have compiled for it, `compiled_by_survivors` those by trainers of the world before (a spare trainer
 that gets ready meanwhile counts in neither), `used_gib` is the memory of these GPUs. Needs neither Ray nor W&B; on a
 CPU it tries a tiny model on two ranks, compiled with `--compile`.

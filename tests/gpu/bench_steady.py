@@ -2,11 +2,11 @@
 
     python -m tests.gpu.bench_steady [--turns N] [--steps N] [--compile]
 
-Without: `torchrun -m elastic`, a rank per GPU. With: a real host with its keeper, trainers, heartbeats, spares and
-snapshots in memory, as many as are planned where a node is lost every ten minutes; this script plays the coordinator,
-as in `bench_restart`, whose model is trained. Neither saves to the storage meanwhile. A step lasts from its row to the
-next row, so that what snapshots hold up counts, and so does the mean, which a few long steps would move. Prints lines
-`RESULT {json}`, the last with the medians of the turns' ratios. Needs neither Ray nor W&B.
+Without: `torchrun -m elastic`, a rank per GPU. With: a real host with its replica server, trainers, heartbeats, spares
+and snapshots in memory, as many as are planned where a node is lost every ten minutes; this script plays the
+coordinator, as in `bench_restart`, whose model is trained. Neither saves to the storage meanwhile. A step lasts from
+its row to the next row, so that what snapshots hold up counts, and so does the mean, which a few long steps would move.
+Prints lines `RESULT {json}`, the last with the medians of the turns' ratios. Needs neither Ray nor W&B.
 """
 
 import argparse

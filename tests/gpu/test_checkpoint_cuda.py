@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from elastic.checkpoint.checkpointer import Checkpointer
-from elastic.checkpoint.replicas.process import start_keeper
+from elastic.checkpoint.replicas.process import start_replica_server
 from elastic.checkpoint.restore.load import restore
 from elastic.checkpoint.staging import device_to_host
 from elastic.checkpoint.tiers.trainer_memory import Memory
@@ -67,7 +67,7 @@ def check_saves(device, storage):
     checkpointer.close()
 
 
-def check_snapshots(device, storage, memory, keepers):
+def check_snapshots(device, storage, memory, replica_servers):
     """Save to memory and load from there."""
     config = RunConfig()
     model, optimizer = build(device, seed=0)
@@ -85,7 +85,12 @@ def check_snapshots(device, storage, memory, keepers):
         def restore_twin(step=step, twin=twin, twin_optimizer=twin_optimizer, saved=saved):
             model_and_optimizer = (twin, twin_optimizer)
             restored = restore(
-                storage, *model_and_optimizer, config=config, device=device, memory=memory, keepers=keepers
+                storage,
+                *model_and_optimizer,
+                config=config,
+                device=device,
+                memory=memory,
+                replica_servers=replica_servers,
             )
             assert restored is not None
             assert (restored.progress.step, restored.source) == (step, "memory")
@@ -134,10 +139,10 @@ def test_what_is_restored_is_bit_for_bit_what_was_there_when_the_save_started(de
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_what_is_restored_from_memory_is_the_same(device, tmp_path):
-    keeper = start_keeper(node="a", ip="127.0.0.1", secret="s")
-    memory = Memory(keeper.open_connection(), node="a", secret="s")
-    check_snapshots(device, open_storage(tmp_path), memory, {"a": ("127.0.0.1", keeper.port)})
-    keeper.close()
+    server = start_replica_server(node="a", ip="127.0.0.1", secret="s")
+    memory = Memory(server.open_connection(), node="a", secret="s")
+    check_snapshots(device, open_storage(tmp_path), memory, {"a": ("127.0.0.1", server.port)})
+    server.close()
 
 
 @pytest.mark.gpu
@@ -148,8 +153,8 @@ def test_the_snapshot_before_stays_on_a_device_with_room(device, tmp_path, monke
     if not has_room:
         monkeypatch.setattr(device_to_host, "has_room_for_two", lambda *_, **__: False)
     config, storage = RunConfig(), open_storage(tmp_path)
-    keeper = start_keeper(node="a", ip="127.0.0.1", secret="s")
-    memory = Memory(keeper.open_connection(), node="a", secret="s")
+    server = start_replica_server(node="a", ip="127.0.0.1", secret="s")
+    memory = Memory(server.open_connection(), node="a", secret="s")
     model, optimizer = build(device, seed=0)
     checkpointer = Checkpointer(storage, config, device=device, epoch=1, memory=memory)
     train(model, optimizer, device, checkpointer, 1)
@@ -170,8 +175,10 @@ def test_the_snapshot_before_stays_on_a_device_with_room(device, tmp_path, monke
     buffers.get(index)[checkpointer._plan.get().own.entries["model.3.weight"].offset + 7] ^= 1
 
     twin, twin_optimizer = build(device, seed=1)
-    keepers = {"a": ("127.0.0.1", keeper.port)}
-    restored = restore(storage, twin, twin_optimizer, config=config, device=device, memory=memory, keepers=keepers)
+    replica_servers = {"a": ("127.0.0.1", server.port)}
+    restored = restore(
+        storage, twin, twin_optimizer, config=config, device=device, memory=memory, replica_servers=replica_servers
+    )
     if has_room:
         assert (restored.progress.step, restored.source) == (3, "memory")
         loaded = copy_bits(twin, twin_optimizer)
@@ -179,4 +186,4 @@ def test_the_snapshot_before_stays_on_a_device_with_room(device, tmp_path, monke
     else:
         assert restored is not None, "there is an older one"
         assert restored.progress.step == 2, "what the host has of the third is damaged"
-    keeper.close()
+    server.close()

@@ -81,7 +81,7 @@ def harass(address):
     for data in (HTTP, TLS, b"[1]\n", b'{"kind":"End","reason":"over","forget":true}\n', b"\0\0\0\x0f{"):
         say(address, data)
     pour(address)
-    for purpose in ("coordinator", "keeper"):
+    for purpose in ("coordinator", "replicas"):
         caller = Handshake("guessed", role="caller", purpose=purpose)
         hello = caller.start()
         answer = say(address, hello)

@@ -1,4 +1,4 @@
-"""Which states can be put together from what keepers list, and what their manifests say."""
+"""Which states can be put together from what replica servers list, and what their manifests say."""
 
 import json
 import random
@@ -18,7 +18,7 @@ SHAPE = (1000, 700)  # 2.7 MiB: several blocks per rank
 
 
 def make_state(*, step, epoch, world_size):
-    """Return the shards of one tensor and their records, as keepers list them."""
+    """Return the shards of one tensor and their records, as replica servers list them."""
     spread = Spread(
         shape=SHAPE, dtype="F32", mesh_shape=(world_size,), ranks=tuple(range(world_size)), sharded_dims=(0,)
     )

@@ -106,7 +106,7 @@ def test_two_that_know_the_secret_let_each_other_in_and_it_never_crosses_the_wir
 
 
 @pytest.mark.parametrize(
-    "settings", [{"secret": "guessed"}, {"secret": ""}, {"caller": "keeper"}, {"called": "keeper"}]
+    "settings", [{"secret": "guessed"}, {"secret": ""}, {"caller": "replicas"}, {"called": "replicas"}]
 )
 def test_another_secret_or_another_purpose_opens_nothing(settings):
     with pytest.raises(WireError):
@@ -120,8 +120,8 @@ def test_no_two_greetings_have_the_same_bytes():
 
 @given(cut=st.integers(0, HELLO_BYTES - 1), rest=st.binary(min_size=1, max_size=40))
 def test_a_first_message_is_refused_as_soon_as_it_cannot_be_a_greeting(cut, rest):
-    hello = Handshake(SECRET, role="caller", purpose="keeper").start()
-    called = Handshake(SECRET, role="called", purpose="keeper")
+    hello = Handshake(SECRET, role="caller", purpose="replicas").start()
+    called = Handshake(SECRET, role="called", purpose="replicas")
     data = (hello[:cut] + rest)[:HELLO_BYTES]
     is_greeting = data[:8] == hello[: min(8, len(data))]
     if is_greeting:
@@ -235,7 +235,7 @@ def test_a_caller_that_is_gone_before_it_is_taken_keeps_nobody_out(code):
         calls = []
 
         def call():
-            calls.append(connect(listener.getsockname(), SECRET, purpose="keeper"))
+            calls.append(connect(listener.getsockname(), SECRET, purpose="replicas"))
 
         thread = threading.Thread(target=call)
         thread.start()
@@ -326,7 +326,7 @@ def test_a_caller_gives_up_on_one_that_takes_connections_and_says_nothing():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         start_s = time.monotonic()
         with pytest.raises(WireError, match="it says nothing"):
-            connect(listener.getsockname(), SECRET, purpose="keeper", timeout_s=0.1)
+            connect(listener.getsockname(), SECRET, purpose="replicas", timeout_s=0.1)
         assert time.monotonic() - start_s < 2
 
 
@@ -334,4 +334,4 @@ def test_a_caller_gives_up_where_nobody_is():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
     with pytest.raises(WireError, match="Connection refused"):
-        connect(address, SECRET, purpose="keeper")
+        connect(address, SECRET, purpose="replicas")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from cluster.runtime.node.daemon import log
-from elastic.checkpoint.replicas.process import KeeperProcess
+from elastic.checkpoint.replicas.process import ReplicaServerProcess
 from elastic.transport import WireError
 
 FIRST_WAIT_S = 10.0
@@ -28,9 +28,9 @@ class HostKeeper:
         on_changed: called when it has become ready, or is gone; not before `start` has returned.
     """
 
-    def __init__(self, launch: Callable[[int], KeeperProcess], *, on_changed: Callable[[], None]) -> None:
+    def __init__(self, launch: Callable[[int], ReplicaServerProcess], *, on_changed: Callable[[], None]) -> None:
         self._launch, self._on_changed = launch, on_changed
-        self.current: KeeperProcess | None = None
+        self.current: ReplicaServerProcess | None = None
         """The one that trainers are given a connection to; it may still start."""
         self._port = 0
         """Kept from one to the next: the trainers of other nodes, which send copies here, know no other."""
@@ -69,7 +69,7 @@ class HostKeeper:
         except OSError as error:
             self._pause(f"no keeper can be started: {error.strerror or error}")
 
-    def _look(self, keeper: KeeperProcess, *, timeout_s: float) -> None:
+    def _look(self, keeper: ReplicaServerProcess, *, timeout_s: float) -> None:
         """Note that it has become ready, or has ended."""
         code = keeper.process.poll()
         try:
@@ -85,7 +85,7 @@ class HostKeeper:
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             self._drop(keeper, f"the keeper is gone ({how}); its snapshots with it")
 
-    def _take_ready(self, keeper: KeeperProcess) -> None:
+    def _take_ready(self, keeper: ReplicaServerProcess) -> None:
         took_s = time.monotonic() - self._started_s
         if self._num_failures:
             log(f"another keeper serves after {took_s:.1f} s")
@@ -93,7 +93,7 @@ class HostKeeper:
         if self._is_served:
             self._on_changed()
 
-    def _drop(self, keeper: KeeperProcess, reason: str) -> None:
+    def _drop(self, keeper: ReplicaServerProcess, reason: str) -> None:
         self.current = None
         keeper.process.kill()
         self._ending.append(keeper.process)

@@ -24,7 +24,7 @@ from cluster.runtime.messages import (
     WorldLeft,
 )
 from cluster.runtime.node.daemon import write_to
-from elastic.checkpoint.replicas.process import KeeperProcess
+from elastic.checkpoint.replicas.process import ReplicaServerProcess
 from elastic.transport import Link, Peer, WireError
 
 _PR_SET_PDEATHSIG = 1
@@ -79,7 +79,7 @@ class Trainer:
 def fork_trainer(
     run: Callable[[OrderLink, socket.socket | None], None],
     *,
-    keeper: KeeperProcess | None,
+    keeper: ReplicaServerProcess | None,
     env: Mapping[str, str],
     log: Path,
     inherited: Iterable[int],

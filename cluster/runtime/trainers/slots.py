@@ -33,7 +33,7 @@ from cluster.runtime.node.host_keeper import HostKeeper
 from cluster.runtime.node.host_spec import HostSpec, get_keeper_folder
 from cluster.runtime.trainers.forked import OrderLink, Trainer, fork_trainer
 from cluster.types import Claimed, Join, Leave, Slot, TrainerEnded, TrainerOutcome, Unkillable, get_leave_limit_s
-from elastic.checkpoint.replicas.process import KeeperProcess, launch_keeper
+from elastic.checkpoint.replicas.process import ReplicaServerProcess, launch_replica_server
 from elastic.processes import describe_state
 from elastic.transport import Link
 
@@ -98,7 +98,12 @@ class Trainers:
         if spec.config["checkpoint"]["memory"] != "off":
             folder = str(get_keeper_folder(Path(spec.folder)))
             launch = partial(
-                launch_keeper, node=spec.node, ip=spec.node_ip, secret=spec.secret, disk=spec.disk, folder=folder
+                launch_replica_server,
+                node=spec.node,
+                ip=spec.node_ip,
+                secret=spec.secret,
+                disk=spec.disk,
+                folder=folder,
             )
             self._keeper = HostKeeper(lambda port: launch(port=port), on_changed=self._tell_keeper)
             self._keeper.start()
@@ -115,7 +120,7 @@ class Trainers:
         if self._keeper:
             self._keeper.check()
 
-    def _get_keeper(self) -> KeeperProcess | None:
+    def _get_keeper(self) -> ReplicaServerProcess | None:
         return self._keeper.current if self._keeper else None
 
     def _tell_keeper(self) -> None:

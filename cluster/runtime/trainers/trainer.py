@@ -205,7 +205,7 @@ def _train_in(
     )
     if told := world.keepers:
         mean_s = told.mean_s_between_losses
-        spec = replace(spec, keepers=told.keepers, peer=told.peer, mean_s_between_losses=mean_s)
+        spec = replace(spec, replica_servers=told.keepers, peer=told.peer, mean_s_between_losses=mean_s)
     observer = LinkObserver(link, rank=spec.rank, local_rank=spec.local_rank)
     run: RelayedRun | None = None
     sinks: list[MetricSink] = []

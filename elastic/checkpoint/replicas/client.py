@@ -1,4 +1,4 @@
-"""A trainer's end of its node's keeper. No torch here."""
+"""A trainer's end of its node's replica server. No torch here."""
 
 import contextlib
 import socket
@@ -38,16 +38,16 @@ _LOOK_EVERY_S = 1.0
 _T = TypeVar("_T")
 
 
-class KeeperClient:
-    """One trainer's connection to the keeper of its node. Calls return at once; answers come as futures.
+class ReplicaClient:
+    """One trainer's connection to the replica server of its node. Calls return at once; answers come as futures.
 
-    Where that keeper has ended, the next call looks for the one that has taken its place, which then holds the buffers
-    as well; what they held is not known there.
+    Where that replica server has ended, the next call looks for the one that has taken its place, which then holds the
+    buffers as well; what they held is not known there.
 
     Args:
-        connection: from `KeeperProcess.open_connection`; None: there is no keeper yet.
+        connection: from `ReplicaServerProcess.open_connection`; None: there is no replica server yet.
         origin: names this trainer, unlike any other of the run.
-        reconnect: returns a connection to the next keeper of the node; None if there is none (yet).
+        reconnect: returns a connection to the next replica server of the node; None if there is none (yet).
     """
 
     def __init__(
@@ -74,23 +74,23 @@ class KeeperClient:
             self._take_channel(Channel(Peer(connection, None), ANSWERS))
 
     def hold(self, index: int, buffer: SharedBuffer) -> None:
-        """Let the keeper hold a buffer too, so that it outlives this process.
+        """Let the replica server hold a buffer too, so that it outlives this process.
 
         Raises:
-            WireError: the keeper is gone; so for all methods.
+            WireError: the replica server is gone; so for all methods.
         """
         self._held[index] = buffer
-        if not self._find_keeper():  # else it has been told
+        if not self._find_server():  # else it has been told
             self._send_hold(index, buffer)
 
     def release(self, index: int) -> None:
-        """Have the keeper let go of a buffer that will not be filled again."""
+        """Have the replica server let go of a buffer that will not be filled again."""
         self._held.pop(index, None)
         self._channel.send(Release(index=index))
 
     def begin(self, index: int, *, epoch: int) -> None:
         """Say that a buffer is about to be filled; what it held is void from now on."""
-        self._find_keeper()
+        self._find_server()
         self._channel.send(Begin(index=index, epoch=epoch))
 
     def fill(
@@ -120,10 +120,11 @@ class KeeperClient:
         return self._ask(build, _get_problem)
 
     def copy(self, index: int, snapshot: Snapshot, *, peer: tuple[str, int]) -> Future[str]:
-        """Have what a buffer was filled with copied to another keeper, after the copies that were asked for before.
+        """Have what a buffer was filled with copied to another replica server, after the copies that were asked for
+        before.
 
         Args:
-            peer: host and port of that keeper.
+            peer: host and port of that replica server.
 
         Returns:
             Once the copy counts: an empty string, or what went wrong.
@@ -148,11 +149,11 @@ class KeeperClient:
         return self._ask(lambda number: Store(id=number, epoch=epoch, step=step, complete=complete), _get_problem)
 
     def fetch_list(self) -> list[Held]:
-        """Return what the keeper has in memory."""
+        """Return what the replica server has in memory."""
         return self._ask(lambda number: ListHeld(id=number), _get_held).result()
 
     def fetch_held_bytes(self) -> int:
-        """Return how much memory the keeper holds, for this node's trainers and as copies for others.
+        """Return how much memory the replica server holds, for this node's trainers and as copies for others.
 
         What it was told to let go of is free by then, which takes a second for 10 GiB.
         """
@@ -163,7 +164,7 @@ class KeeperClient:
         return self._measure().left_bytes
 
     def fetch_copy_bytes(self) -> int:
-        """Return how much the keeper holds as copies for others; at once."""
+        """Return how much the replica server holds as copies for others; at once."""
         return self._measure(waits=False).copy_bytes
 
     def _measure(self, *, waits: bool = True) -> Measured:
@@ -182,11 +183,12 @@ class KeeperClient:
         self._channel.send(Retire(before_epoch=before_epoch, keep_step=keep_step))
 
     def close(self) -> None:
-        """Leave; the keeper keeps what is filled."""
+        """Leave; the replica server keeps what is filled."""
         self._channel.close()
 
-    def _find_keeper(self) -> bool:
-        """Connect to the next keeper if ours has ended, at most once a second; return whether that was so just now."""
+    def _find_server(self) -> bool:
+        """Connect to the next replica server if ours has ended, at most once a second; return whether that was so just
+        now."""
         with self._finding:
             if not self._is_gone or time.monotonic() < self._looked_s + _LOOK_EVERY_S:
                 return False
@@ -201,7 +203,7 @@ class KeeperClient:
     def _take_channel(self, channel: Channel[Answer]) -> None:
         with self._lock:
             self._channel, self._is_gone = channel, False
-        threading.Thread(target=self._listen, args=(channel,), name="keeper", daemon=True).start()
+        threading.Thread(target=self._listen, args=(channel,), name="replicas", daemon=True).start()
 
     def _send_hold(self, index: int, buffer: SharedBuffer) -> None:
         message = Hold(origin=self.origin, index=index, num_bytes=buffer.num_bytes)
@@ -209,7 +211,7 @@ class KeeperClient:
 
     def _ask(self, build: Callable[[int], FromTrainer], get: Callable[[Answer], _T]) -> Future[_T]:
         """Send what `build` makes of a number; return what `get` makes of the answer with that number."""
-        self._find_keeper()
+        self._find_server()
         result: Future[_T] = Future()
 
         def take(answer: Answer | WireError) -> None:  # on the thread that listens
@@ -225,7 +227,7 @@ class KeeperClient:
             self._num_asked += 1
             number = self._num_asked
             if self._is_gone:
-                raise WireError("the keeper is gone")
+                raise WireError("the replica server is gone")
             self._answers[number] = take
         self._channel.send(build(number))
         return result
@@ -242,7 +244,7 @@ class KeeperClient:
             waiting, self._answers = self._answers, {}
         channel.close()
         for take in waiting.values():
-            take(WireError("the keeper is gone"))
+            take(WireError("the replica server is gone"))
 
     def _map(self, answer: Answer) -> SharedBuffer | None:
         if isinstance(answer, Missing):

@@ -1,4 +1,5 @@
-"""Which states the memories of the living hold, whole: from what keepers list to manifests. Pure; no torch here.
+"""Which states the memories of the living hold, whole: from what replica servers list to manifests. Pure; no torch
+here.
 
 A snapshot in memory is the same bytes as a checkpoint in a storage, rank by rank, so it is described by the same
 manifest and loaded by the same code. Nothing commits it: it counts once the shards of all ranks of its world are there.
@@ -62,7 +63,7 @@ def list_blocks(layout: ShardLayout) -> list[tuple[int, int]]:
 
 
 def build_record(file: str, layout: ShardLayout, manifest: Manifest) -> dict[str, Any]:
-    """Return what a rank gives its keeper with a shard.
+    """Return what a rank gives its replica server with a shard.
 
     Args:
         manifest: of the whole state, with the shape of each tensor but without its chunks.

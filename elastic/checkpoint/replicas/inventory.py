@@ -1,4 +1,5 @@
-"""What a keeper has in memory: one trainer's shard of one snapshot, and what is known about it. No torch here."""
+"""What a replica server has in memory: one trainer's shard of one snapshot, and what is known about it. No torch
+here."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ class Snapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """A shard that some keeper has, as it is listed and sent."""
+    """A shard that some replica server has, as it is listed and sent."""
 
     origin: str
     index: int
@@ -37,7 +38,7 @@ class Held:
     """JSON value that the trainer gave with it."""
     is_copy: bool
     is_on_disk: bool
-    """On the node's disk: what an earlier keeper has left there."""
+    """On the node's disk: what an earlier replica server has left there."""
     node: str
 
 
@@ -51,7 +52,7 @@ class Holding:
     buffer: SharedBuffer
     is_copy: bool
     is_on_disk: bool = False
-    """Its buffer is a file that an earlier keeper wrote."""
+    """Its buffer is a file that an earlier replica server wrote."""
     epoch: int = 0
     """Of the attempt that filled it last, or began to."""
     snapshot: Snapshot | None = None

@@ -1,7 +1,7 @@
-"""What is said to a keeper and what it answers: each message is parsed once, where it enters. No torch here.
+"""What is said to a replica server and what it answers: each message is parsed once, where it enters. No torch here.
 
-The one that has started a keeper leads it; trainers of its node and, over the network, trainers and keepers of other
-nodes ask it. An `id` comes back with the answer.
+The one that has started a replica server leads it; trainers of its node and, over the network, trainers and replica
+servers of other nodes ask it. An `id` comes back with the answer.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from elastic.transport import Vocabulary
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """What a keeper must know to start; its first message, so that the secret is in no process list."""
+    """What a replica server must know to start; its first message, so that the secret is in no process list."""
 
     node: str
     owner_pid: int
@@ -83,7 +83,7 @@ class Fill:
 
 @dataclass(frozen=True, kw_only=True)
 class Copy:
-    """Copy what a buffer was filled with to the keeper at an address; `Settled` says when the copy counts."""
+    """Copy what a buffer was filled with to the replica server at an address; `Settled` says when the copy counts."""
 
     id: int
     index: int

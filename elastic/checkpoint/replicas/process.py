@@ -1,4 +1,4 @@
-"""How a keeper is started, and led by the process that has started it. No torch here."""
+"""How a replica server is started, and led by the process that has started it. No torch here."""
 
 import contextlib
 import os
@@ -15,8 +15,8 @@ _READY_TIMEOUT_S = 30.0
 
 
 @dataclass(kw_only=True)
-class KeeperProcess:
-    """A keeper that this process started; it ends when this process does or `close` is called."""
+class ReplicaServerProcess:
+    """A replica server that this process started; it ends when this process does or `close` is called."""
 
     process: subprocess.Popen[bytes]
     channel: Channel[Ready]
@@ -35,15 +35,15 @@ class KeeperProcess:
             ready = self.channel.receive()
             self.channel.set_timeout(None)
             if ready is None:
-                raise WireError("the keeper ended while it started; its log says why")
+                raise WireError("the replica server ended while it started; its log says why")
             self.port, self.is_ready = ready.port, True
         return self.is_ready
 
     def open_connection(self) -> socket.socket:
-        """Return one trainer's connection to the keeper; a fork may take it along.
+        """Return one trainer's connection to the replica server; a fork may take it along.
 
         Raises:
-            WireError: the keeper is gone.
+            WireError: the replica server is gone.
         """
         ours, theirs = socket.socketpair()
         with theirs:
@@ -51,28 +51,31 @@ class KeeperProcess:
         return ours
 
     def close(self) -> None:
-        """End the keeper and free what it holds."""
+        """End the replica server and free what it holds."""
         self.channel.close()
         self.process.wait()
 
 
-def start_keeper(*, node: str, ip: str, secret: str, disk: str = "") -> KeeperProcess:
-    """Start a keeper and wait until it serves; see `launch_keeper`.
+def start_replica_server(*, node: str, ip: str, secret: str, disk: str = "") -> ReplicaServerProcess:
+    """Start a replica server and wait until it serves; see `launch_replica_server`.
 
     Raises:
         WireError: it did not start.
         OSError: the kernel has no process or no descriptor for it.
     """
-    keeper = launch_keeper(node=node, ip=ip, secret=secret, disk=disk)
-    if not keeper.wait_ready(_READY_TIMEOUT_S):
-        keeper.process.kill()
-        keeper.close()
-        raise WireError(f"the keeper was not ready within {_READY_TIMEOUT_S:g} s")
-    return keeper
+    server = launch_replica_server(node=node, ip=ip, secret=secret, disk=disk)
+    if not server.wait_ready(_READY_TIMEOUT_S):
+        server.process.kill()
+        server.close()
+        raise WireError(f"the replica server was not ready within {_READY_TIMEOUT_S:g} s")
+    return server
 
 
-def launch_keeper(*, node: str, ip: str, secret: str, disk: str = "", port: int = 0, folder: str = "") -> KeeperProcess:
-    """Start a keeper that ends with this process; call it on the main thread, whose end would end the keeper.
+def launch_replica_server(
+    *, node: str, ip: str, secret: str, disk: str = "", port: int = 0, folder: str = ""
+) -> ReplicaServerProcess:
+    """Start a replica server that ends with this process; call it on the main thread, whose end would end the replica
+    server.
 
     Args:
         ip: where other nodes reach it; empty: nowhere.
@@ -97,8 +100,8 @@ def launch_keeper(*, node: str, ip: str, secret: str, disk: str = "", port: int 
     except OSError:
         channel.close()
         raise
-    keeper = KeeperProcess(process=process, channel=channel)
+    server = ReplicaServerProcess(process=process, channel=channel)
     start = Start(node=node, owner_pid=os.getpid(), ip=ip, secret=secret, disk=disk, port=port, folder=folder)
     with contextlib.suppress(WireError):  # it has just ended, which `wait_ready` says
         channel.send(start)
-    return keeper
+    return server

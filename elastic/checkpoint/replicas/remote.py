@@ -1,4 +1,4 @@
-"""Another node's keeper, for recovery: what it holds, and shards read from there. No torch here."""
+"""Another node's replica server, for recovery: what it holds, and shards read from there. No torch here."""
 
 import errno
 from collections.abc import Callable, Generator, Mapping
@@ -27,27 +27,28 @@ _READ_TIMEOUT_S = 30.0
 _A = TypeVar("_A", Listed, Data, Sum)
 
 
-class RemoteKeeper:
-    """A connection to another node's keeper. One thread at a time.
+class RemoteReplicaServer:
+    """A connection to another node's replica server. One thread at a time.
 
     Raises:
-        WireError: by every method, if the keeper is gone or does not know the secret.
+        WireError: by every method, if the replica server is gone or does not know the secret.
     """
 
     def __init__(self, address: tuple[str, int], secret: str, *, timeout_s: float) -> None:
         self._channel = Channel[RemoteAnswer](
-            connect(address, secret, purpose="keeper", timeout_s=timeout_s), REMOTE_ANSWERS
+            connect(address, secret, purpose="replicas", timeout_s=timeout_s), REMOTE_ANSWERS
         )
         self._channel.set_timeout(timeout_s)
 
     def fetch_list(self) -> list[Held]:
-        """Return what the keeper has in memory."""
+        """Return what the replica server has in memory."""
         return list(self._ask(ListHeld(), Listed).held)
 
     def read_into(self, held: Held, start: int, out: memoryview) -> None:
         """Fill `out` with the bytes of a held shard from `start`.
 
-        Where no checksums are known yet, the keeper takes one of what it sends: what was damaged on the way is noticed.
+        Where no checksums are known yet, the replica server takes one of what it sends: what was damaged on the way is
+        noticed.
         """
         sums = held.checksums is None
         message = Read(
@@ -74,7 +75,7 @@ class RemoteKeeper:
         answer = self._channel.receive()
         if not isinstance(answer, expected):
             what = "it is gone" if answer is None else type(answer).__name__
-            raise WireError(f"the keeper has it no more ({what})")
+            raise WireError(f"the replica server has it no more ({what})")
         return answer
 
 
@@ -84,8 +85,8 @@ class RemoteSource:
 
     node: str
     held: Mapping[str, Held]
-    connect: Callable[[], RemoteKeeper]
-    _idle: list[RemoteKeeper] = field(default_factory=list[RemoteKeeper])
+    connect: Callable[[], RemoteReplicaServer]
+    _idle: list[RemoteReplicaServer] = field(default_factory=list[RemoteReplicaServer])
     """Connections that no reader uses; there are as many as there were readers at once, each with its own stream."""
 
     @property
@@ -102,18 +103,18 @@ class RemoteSource:
 
     def read_into(self, file: str, offset: int, out: memoryview) -> None:
         """Read over the network; a node that is gone is a file that is gone."""
-        keeper: RemoteKeeper | None = None
+        server: RemoteReplicaServer | None = None
         try:
             try:
-                keeper = self._idle.pop()
+                server = self._idle.pop()
             except IndexError:
-                keeper = self.connect()
-            keeper.read_into(self.held[file], offset, out)
+                server = self.connect()
+            server.read_into(self.held[file], offset, out)
         except OSError as error:
-            if keeper is not None:
-                keeper.close()
+            if server is not None:
+                server.close()
             raise OSError(errno.EIO, f"{self.name} does not give it ({error})") from error
-        self._idle.append(keeper)
+        self._idle.append(server)
 
     def close(self) -> None:
         """Leave."""
@@ -126,7 +127,7 @@ def open_remote(
     node: str, held: Mapping[str, Held], address: tuple[str, int], secret: str
 ) -> "Generator[RemoteSource]":
     """Yield the shards of one node as a source."""
-    source = RemoteSource(node, held, lambda: RemoteKeeper(address, secret, timeout_s=_READ_TIMEOUT_S))
+    source = RemoteSource(node, held, lambda: RemoteReplicaServer(address, secret, timeout_s=_READ_TIMEOUT_S))
     try:
         yield source
     finally:

@@ -1,4 +1,4 @@
-"""What all keepers of a run hold, asked side by side. No torch here."""
+"""What all replica servers of a run hold, asked side by side. No torch here."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -6,27 +6,28 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from elastic.checkpoint.replicas.discovery import assemble
 from elastic.checkpoint.replicas.inventory import Held
-from elastic.checkpoint.replicas.remote import RemoteKeeper
+from elastic.checkpoint.replicas.remote import RemoteReplicaServer
 from elastic.ports import Address
 
 logger = logging.getLogger(__name__)
 
 _LIST_SOON_S = 2.0
-"""A keeper that does not answer for so long is not waited for any more if there is a whole state without it."""
+"""A replica server that does not answer for so long is not waited for any more if there is a whole state without it."""
 _LIST_TIMEOUT_S = 10.0
 """Else it is, for so long: what it holds is newer than what is in the storage."""
 
 
-def fetch_all(keepers: Mapping[str, Address], secret: str) -> list[Held]:
-    """Return what the keepers of all nodes hold; one that does not answer, however long it is needed, holds nothing."""
+def fetch_all(replica_servers: Mapping[str, Address], secret: str) -> list[Held]:
+    """Return what the replica servers of all nodes hold; one that does not answer, however long it is needed, holds
+    nothing."""
 
     def fetch(node: str) -> list[Held]:
         try:
-            keeper = RemoteKeeper(keepers[node], secret, timeout_s=_LIST_TIMEOUT_S)
+            server = RemoteReplicaServer(replica_servers[node], secret, timeout_s=_LIST_TIMEOUT_S)
             try:
-                return keeper.fetch_list()
+                return server.fetch_list()
             finally:
-                keeper.close()
+                server.close()
         except OSError as error:
             logger.warning("the memory of node %s cannot be asked: %s", node[:8], error)
             return []
@@ -34,8 +35,8 @@ def fetch_all(keepers: Mapping[str, Address], secret: str) -> list[Held]:
     def gather(done: Iterable[Future[list[Held]]]) -> list[Held]:
         return [held for of_node in done for held in of_node.result()]
 
-    pool = ThreadPoolExecutor(max(1, len(keepers)), "list")
-    asked = {pool.submit(fetch, node): node for node in keepers}
+    pool = ThreadPoolExecutor(max(1, len(replica_servers)), "list")
+    asked = {pool.submit(fetch, node): node for node in replica_servers}
     pool.shutdown(wait=False)
     done, late = wait(asked, _LIST_SOON_S)
     if late and not any(not snapshot.needs_disks for snapshot in assemble(gather(done))):

@@ -1,4 +1,4 @@
-"""Copies of shards from one keeper's memory to another's, over several connections side by side. No torch here.
+"""Copies of shards from one replica server's memory to another's, over several connections side by side. No torch here.
 
     push     -> open         which copy this will be of what; or refused, before a byte was sent
     stripe   -> taken        on each connection: some chunks in a row, and their bytes
@@ -52,7 +52,7 @@ class CopySender:
 
     Args:
         node: of the sender.
-        secret: opens the keepers of the other nodes.
+        secret: opens the replica servers of the other nodes.
     """
 
     def __init__(self, node: str, secret: str) -> None:
@@ -80,7 +80,7 @@ class CopySender:
         return is_halted.is_set
 
     def send(self, holding: Holding, generation: int, address: tuple[str, int], is_halted: Callable[[], bool]) -> None:
-        """Send a filling to the keeper at an address; return when it counts there.
+        """Send a filling to the replica server at an address; return when it counts there.
 
         Raises:
             SupersededError: it is being filled again, or was halted.
@@ -147,7 +147,7 @@ class CopySender:
         self.forget()
         self._address = address
         for _ in range(NUM_STREAMS):
-            channel = Channel(connect(address, self._secret, purpose="keeper"), COPY_ANSWERS)
+            channel = Channel(connect(address, self._secret, purpose="replicas"), COPY_ANSWERS)
             channel.set_timeout(_PEER_TIMEOUT_S)
             with self._lock:
                 self._channels.append(channel)

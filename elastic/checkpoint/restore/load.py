@@ -79,7 +79,7 @@ def restore(
     device: torch.device,
     data: DataIdentity | None = None,
     memory: Memory | None = None,
-    keepers: Mapping[str, Address] | None = None,
+    replica_servers: Mapping[str, Address] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Restored | None:
     """Write the newest state into model and optimizer, in place; None when there is none.
@@ -91,7 +91,7 @@ def restore(
         device: where the state lies.
         data: what training would go on with.
         memory: this process' part of the memory tier.
-        keepers: where the memories of the living nodes are served.
+        replica servers: where the memories of the living nodes are served.
         group: all ranks, unused by anyone else meanwhile; the default group if None.
 
     Raises:
@@ -101,7 +101,7 @@ def restore(
         StorageError: the storage cannot be read.
     """
     rank, laps = dist.get_rank(group), Laps()
-    held = memory.fetch_all(keepers or {}) if memory and rank == 0 else []
+    held = memory.fetch_all(replica_servers or {}) if memory and rank == 0 else []
     seen = find_candidates(storage, held) if rank == 0 else None
     candidates = _CANDIDATES.broadcast(list(map(outline_candidate, seen)) if isinstance(seen, list) else seen, group)
     if isinstance(candidates, Exception):
@@ -117,7 +117,7 @@ def restore(
             raise found
         if isinstance(found, Manifest):
             laps.end("manifest")
-            with _open_sources(storage, candidate, memory, keepers or {}) as sources:
+            with _open_sources(storage, candidate, memory, replica_servers or {}) as sources:
                 damage = load_state(
                     *(live, found, sources),
                     device=device,
@@ -145,13 +145,13 @@ def restore(
 
 @contextmanager
 def _open_sources(
-    storage: Storage, candidate: Candidate, memory: Memory | None, keepers: Mapping[str, Address]
+    storage: Storage, candidate: Candidate, memory: Memory | None, replica_servers: Mapping[str, Address]
 ) -> Generator[Sequence[ShardSource]]:
     if isinstance(candidate, CommittedCheckpoint):
         yield [StorageSource(storage, candidate.directory)]
     else:
         assert memory is not None, "whoever lists snapshots can read them"
-        with memory.open_sources(candidate, keepers) as sources:
+        with memory.open_sources(candidate, replica_servers) as sources:
             yield sources
 
 

@@ -38,7 +38,7 @@ class MemoryTier:
     """One rank's part; all methods are called by all ranks at the same step.
 
     Args:
-        peer: the keeper that gets copies; None: there are none.
+        peer: the replica server that gets copies; None: there are none.
         disk: where safe states go on to, if anywhere.
         epoch: number of the attempt.
         restored_index: of the buffer that holds the state that was restored: what this world falls back on at first.

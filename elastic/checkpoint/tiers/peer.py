@@ -37,8 +37,8 @@ class PeerTier:
     """One rank's part; all methods are called by all ranks at the same step.
 
     Args:
-        peer: the keeper that gets the copies; None: none does, and what is whole is as safe as it gets once the other
-            ranks' copies are made.
+        peer: the replica server that gets the copies; None: none does, and what is whole is as safe as it gets once the
+            other ranks' copies are made.
     """
 
     def __init__(self, memory: Memory, peer: Address | None, rate: Rate) -> None:

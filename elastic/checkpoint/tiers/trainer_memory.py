@@ -1,6 +1,7 @@
-"""One trainer process' part of the memory tier: its buffers, its keeper, and what other keepers hold. Outlives worlds.
+"""One trainer process' part of the memory tier: its buffers, its replica server, and what other replica servers hold.
+Outlives worlds.
 
-Whatever goes wrong with a keeper costs a snapshot, never the run: the storage still has the last checkpoint.
+Whatever goes wrong with a replica server costs a snapshot, never the run: the storage still has the last checkpoint.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ import torch
 from elastic.checkpoint.bandwidth import Rates
 from elastic.checkpoint.format.manifest import Manifest
 from elastic.checkpoint.format.sources import ShardSource
-from elastic.checkpoint.replicas.client import KeeperClient
+from elastic.checkpoint.replicas.client import ReplicaClient
 from elastic.checkpoint.replicas.discovery import WholeSnapshot, build_record, list_blocks
 from elastic.checkpoint.replicas.inventory import Held, Snapshot
 from elastic.checkpoint.replicas.remote import open_remote
@@ -37,20 +38,20 @@ logger = logging.getLogger(__name__)
 
 
 class Memory:
-    """Snapshots of this process, in memory that its node's keeper holds as well.
+    """Snapshots of this process, in memory that its node's replica server holds as well.
 
     Args:
-        connection: to the keeper, from `KeeperProcess.open_connection`; None: there is none yet.
-        node: whose keeper that is.
-        secret: opens the keepers of the other nodes.
-        folder: where the node's next keeper can be reached once that one has ended; None: nowhere.
+        connection: to the replica server, from `ReplicaServerProcess.open_connection`; None: there is none yet.
+        node: whose replica server that is.
+        secret: opens the replica servers of the other nodes.
+        folder: where the node's next replica server can be reached once that one has ended; None: nowhere.
     """
 
     def __init__(self, connection: socket.socket | None, *, node: str, secret: str, folder: Path | None = None) -> None:
         self.node = node
         self._secret = secret
         origin = f"{node}-{os.getpid()}-{secrets.token_hex(4)}"
-        self._client = KeeperClient(
+        self._client = ReplicaClient(
             connection, origin=origin, reconnect=lambda: connect_unix(folder) if folder else None
         )
         self._buffers: HostBuffers | None = None
@@ -65,7 +66,7 @@ class Memory:
                 count=MOST_BUFFERS,
                 on_allocated=self._hold,
                 on_released=self._let_go,
-                wait_for_freed=self._fetch_left_bytes,  # the keeper answers once all is free
+                wait_for_freed=self._fetch_left_bytes,  # the replica server answers once all is free
             )
         return self._buffers
 
@@ -119,7 +120,7 @@ class Memory:
         return ""
 
     def copy(self, index: int, snapshot: Snapshot, *, peer: Address) -> "Future[str]":
-        """Have what was filled copied to another node; see `KeeperClient.copy`."""
+        """Have what was filled copied to another node; see `ReplicaClient.copy`."""
         try:
             return self._client.copy(index, snapshot, peer=peer)
         except WireError as error:
@@ -127,11 +128,11 @@ class Memory:
 
     def halt_copies(self) -> None:
         """Give up the copy under way."""
-        with contextlib.suppress(WireError):  # with the keeper
+        with contextlib.suppress(WireError):  # with the replica server
             self._client.halt_copies()
 
     def store(self, snapshot: Snapshot, *, complete: tuple[int, int] | None) -> "Future[str]":
-        """Have what this node holds of a snapshot's state written to its disk; see `KeeperClient.store`."""
+        """Have what this node holds of a snapshot's state written to its disk; see `ReplicaClient.store`."""
         try:
             return self._client.store(epoch=snapshot.epoch, step=snapshot.step, complete=complete)
         except WireError as error:
@@ -142,13 +143,13 @@ class Memory:
         return next((index for index, s in self._filled.items() if (s.epoch, s.step) == (epoch, step)), None)
 
     def retire(self, *, before_epoch: int, keep_step: int | None) -> None:
-        """Have this node's keeper free what earlier attempts have left, all but one step."""
+        """Have this node's replica server free what earlier attempts have left, all but one step."""
         with contextlib.suppress(WireError):
             self._client.retire(before_epoch=before_epoch, keep_step=keep_step)
 
-    def fetch_all(self, keepers: Mapping[str, Address]) -> list[Held]:
-        """Return what all keepers hold; one that does not answer, however long it is needed, holds nothing."""
-        return fetch_all(keepers, self._secret)
+    def fetch_all(self, replica_servers: Mapping[str, Address]) -> list[Held]:
+        """Return what all replica servers hold; one that does not answer, however long it is needed, holds nothing."""
+        return fetch_all(replica_servers, self._secret)
 
     def find_resident(self, snapshot: WholeSnapshot) -> Rows | None:
         """Return what of a snapshot still lies on this process' device, where it was made."""
@@ -160,7 +161,9 @@ class Memory:
         return None
 
     @contextmanager
-    def open_sources(self, snapshot: WholeSnapshot, keepers: Mapping[str, Address]) -> Generator[Sequence[ShardSource]]:
+    def open_sources(
+        self, snapshot: WholeSnapshot, replica_servers: Mapping[str, Address]
+    ) -> Generator[Sequence[ShardSource]]:
         """Yield where the shards can be read: this node's memory first, which is not copied, then the other nodes'."""
         by_node: dict[str, dict[str, Held]] = {}
         for file, places in snapshot.places.items():
@@ -171,8 +174,8 @@ class Memory:
             if self.node in by_node:
                 sources.append(stack.enter_context(self._share(by_node.pop(self.node))))
             for node, held in by_node.items():
-                if node in keepers:
-                    sources.append(stack.enter_context(open_remote(node, held, keepers[node], self._secret)))
+                if node in replica_servers:
+                    sources.append(stack.enter_context(open_remote(node, held, replica_servers[node], self._secret)))
             yield sources
 
     @contextmanager
@@ -203,7 +206,7 @@ class Memory:
     def _fetch_left_bytes(self) -> int:
         try:
             return self._client.fetch_left_bytes()
-        except WireError:  # it ends with the keeper
+        except WireError:  # it ends with the replica server
             return 0
 
     def _fetch_copy_bytes(self) -> int:

@@ -1,4 +1,5 @@
-"""The keeper: one process per node that holds snapshots in host memory while the trainers that made them come and go.
+"""The replica server: one process per node that holds snapshots in host memory while the trainers that made them come
+and go.
 
 __main__   the process: its start, its end, and the connections it takes
 store      the shards that it holds

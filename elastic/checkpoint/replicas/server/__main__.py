@@ -1,14 +1,14 @@
-"""The process of a keeper: how it starts and ends, and which connections it takes.
+"""The process of a replica server: how it starts and ends, and which connections it takes.
 
-A trainer fills a buffer and hands it over: from then on it is listed and served, whatever else goes on. The keeper
-checksums it, and sends a copy to the keeper of another node when it is told to. None of that takes the trainer's
-interpreter lock or the time of its training thread. It imports no torch, so it starts at once and is small.
+A trainer fills a buffer and hands it over: from then on it is listed and served, whatever else goes on. The replica
+server checksums it, and sends a copy to the replica server of another node when it is told to. None of that takes the
+trainer's interpreter lock or the time of its training thread. It imports no torch, so it starts at once and is small.
 
-What was written to the node's disk on request is served like memory by the next keeper there.
+What was written to the node's disk on request is served like memory by the next replica server there.
 
 It is led over the socket that is its standard input: `Adopt` brings the connection of one more trainer. It ends with
 its owner (PR_SET_PDEATHSIG, and the end of that socket), and all it holds is anonymous memory that ends with it. Other
-nodes' keepers and trainers come over TCP and know the run's secret.
+nodes' replica servers and trainers come over TCP and know the run's secret.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ _PR_SET_PDEATHSIG = 1
 _LOOK_EVERY_S = 1.0
 
 
-class Keeper:
+class ReplicaServer:
     """The state of the process; `serve` is its life."""
 
     def __init__(self, start: Start, owner: Channel[FromOwner]) -> None:
@@ -58,7 +58,7 @@ class Keeper:
             self._adopt()
 
     def _find_stored(self, disk: NodeDisk) -> None:
-        """Offer what an earlier keeper has written."""
+        """Offer what an earlier replica server has written."""
         try:
             for stored in disk.open_all():
                 held = from_about(stored.about)
@@ -79,7 +79,7 @@ class Keeper:
             _log(f"the snapshots in {self._start.disk} cannot be read: {error!r}")
 
     def _accept_trainers(self, listener: socket.socket) -> None:
-        """Take trainers of this node whose keeper was another one before, or none."""
+        """Take trainers of this node whose replica server was another one before, or none."""
         acceptor = Acceptor(listener, say=_log, secret=None)
         while True:
             for peer in acceptor.turn(_LOOK_EVERY_S):
@@ -87,7 +87,7 @@ class Keeper:
 
     def _accept(self, listener: socket.socket) -> None:
         """Take who knows the secret; one thread greets them all, and nothing that a stranger does ends it."""
-        acceptor = Acceptor(listener, say=_log, secret=self._start.secret, purpose="keeper")
+        acceptor = Acceptor(listener, say=_log, secret=self._start.secret, purpose="replicas")
         while True:
             for peer in acceptor.turn(_LOOK_EVERY_S):
                 try:
@@ -126,8 +126,8 @@ def _start_thread(target: Callable[..., None], *args: object) -> None:
 
 
 def _log(text: str) -> None:
-    with contextlib.suppress(OSError):  # a full disk ends no keeper
-        print(f"keeper: {text}", file=sys.stderr, flush=True)  # noqa: T201 (the log of the process that started it)
+    with contextlib.suppress(OSError):  # a full disk ends no replica server
+        print(f"replica server: {text}", file=sys.stderr, flush=True)  # noqa: T201 (the log of the process that started it)
 
 
 def _listen(ip: str, port: int) -> socket.socket:
@@ -138,17 +138,17 @@ def _listen(ip: str, port: int) -> socket.socket:
 
 
 def main() -> NoReturn:
-    """Become the keeper that the first message on standard input describes."""
+    """Become the replica server that the first message on standard input describes."""
     owner = Channel(Peer(socket.socket(fileno=os.dup(0)), None), FROM_OWNER)
     start = owner.receive()
-    assert isinstance(start, Start), f"a keeper is started with Start, not {start}"
+    assert isinstance(start, Start), f"a replica server is started with Start, not {start}"
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != start.owner_pid:
         os._exit(1)
     listener = _listen(start.ip, start.port) if start.ip else None
     try:
         owner.send(Ready(port=listener.getsockname()[1] if listener else 0))
-        Keeper(start, owner).serve(listener)
+        ReplicaServer(start, owner).serve(listener)
     except WireError as error:
         _log(f"the process that started it is gone: {error}")
     except BaseException:

@@ -1,10 +1,10 @@
 """Snapshots on a disk of the node's own, for the day on which all memories are lost at once. No torch here.
 
-The keeper writes them from the buffers that it holds, whole files only: the bytes of the shard, then what the keeper
-knows of it as JSON, then the length and the checksum of that. A file is visible once it is complete (fsync, rename).
-The keeper of the next cluster on this machine maps the files that it finds and offers them as it does its memory;
-whoever loads them verifies every block. The folder belongs to one life of one run: a run of the same name that starts
-from scratch has another one.
+The replica server writes them from the buffers that it holds, whole files only: the bytes of the shard, then what the
+replica server knows of it as JSON, then the length and the checksum of that. A file is visible once it is complete
+(fsync, rename). The replica server of the next cluster on this machine maps the files that it finds and offers them as
+it does its memory; whoever loads them verifies every block. The folder belongs to one life of one run: a run of the
+same name that starts from scratch has another one.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""The shards that a keeper holds: those of its node's trainers, copies for other nodes, and files. No torch here."""
+"""The shards that a replica server holds: those of its node's trainers, copies for other nodes, and files. No torch
+here."""
 
 import threading
 from collections.abc import Callable
@@ -19,7 +20,7 @@ class Store:
     """All shards by the trainer that fills them and its number of the buffer.
 
     Args:
-        node: of this keeper.
+        node: of this replica server.
         say: takes a line for the log.
     """
 
@@ -62,7 +63,7 @@ class Store:
     # ---- without
 
     def add(self, holding: Holding) -> None:
-        """Take a shard of an earlier keeper, or a buffer of a trainer that is connected.
+        """Take a shard of an earlier replica server, or a buffer of a trainer that is connected.
 
         Raises:
             WireError: another trainer's buffer, or a copy, has its name.

@@ -1,4 +1,5 @@
-"""What a trainer asks the keeper of its node for, and the work that goes on for it in the background. No torch here."""
+"""What a trainer asks the replica server of its node for, and the work that goes on for it in the background. No torch
+here."""
 
 import contextlib
 import os
@@ -183,7 +184,7 @@ class TrainerSession:
         with self._settling(message.id) as problems:
             disk, state = self._workers.disk, StateName(message.epoch, message.step)
             if disk is None:
-                problems.append("the keeper of this node was given no disk")
+                problems.append("the replica server of this node was given no disk")
                 return
             for holding, generation in self._store.list_state(epoch=state.epoch, step=state.step):
                 try:

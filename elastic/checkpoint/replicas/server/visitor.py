@@ -1,4 +1,5 @@
-"""What anyone may ask a keeper for who knows the run's secret: trainers and keepers of other nodes. No torch here."""
+"""What anyone may ask a replica server for who knows the run's secret: trainers and replica servers of other nodes. No
+torch here."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,5 @@
-"""Python runs this in keepers that start with this folder on their path: they die at the operation that was chosen."""
+"""Python runs this in replica servers that start with this folder on their path: they die at the operation that was
+chosen."""
 
 import mmap
 import os

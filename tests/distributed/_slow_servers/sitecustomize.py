@@ -1,4 +1,5 @@
-"""Python runs this in keepers that start with this folder on their path: their checksums take as long as was chosen."""
+"""Python runs this in replica servers that start with this folder on their path: their checksums take as long as was
+chosen."""
 
 import os
 import time
