@@ -33,7 +33,7 @@ def kill(server):
     server.process.wait()
 
 
-def list_held(server):
+def list_replicas(server):
     client = ReplicaClient(server.open_connection(), origin="onlooker")
     try:
         return client.fetch_list()
@@ -63,14 +63,14 @@ def test_own_shards_and_copies_are_there_for_the_next_replica_server_with_bytes_
     trainer = Trainer(first)
     assert trainer.fill(0, 7, peer=peer).result(10) == ""
     saved = trainer.get_bytes(0)
-    (in_memory,) = list_held(first)
+    (in_memory,) = list_replicas(first)
     assert store(trainer, 7) == ""
     assert store(Trainer(peer, rank=1), 7) == ""  # which has filled nothing: what is written is the copy
     for server in (first, peer):
         kill(server)
 
     again, again_peer = replica_servers("a"), replica_servers("b")
-    (own,), (copy,) = list_held(again), list_held(again_peer)
+    (own,), (copy,) = list_replicas(again), list_replicas(again_peer)
     assert (own.is_on_disk, own.is_copy, own.node) == (True, False, "a")
     assert (copy.is_on_disk, copy.is_copy, copy.node) == (True, True, "b")
     for held in (own, copy):
@@ -89,7 +89,7 @@ def test_another_life_of_the_run_sees_none_of_it(tmp_path, replica_servers):
     trainer = Trainer(first)
     trainer.fill(0, 1).result(10)
     assert store(trainer, 1) == ""
-    assert list_held(replica_servers("a", "run-begun-anew")) == []
+    assert list_replicas(replica_servers("a", "run-begun-anew")) == []
 
 
 def test_states_before_the_newest_that_is_complete_make_room(tmp_path, replica_servers):
@@ -124,7 +124,7 @@ def test_a_disk_that_is_full_costs_that_file_and_not_the_snapshot(tmp_path, repl
     resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (SIZE // 2, limits[1]))
     assert "File too large" in store(trainer, 1)
     assert names(tmp_path) == []
-    assert [held.snapshot.step for held in list_held(server)] == [1]
+    assert [held.snapshot.step for held in list_replicas(server)] == [1]
     resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, limits)
     assert store(trainer, 1) == ""
     assert names(tmp_path) == ["00000001-00000001-0-of-1.snapshot"]
@@ -142,5 +142,5 @@ def test_torn_files_are_passed_over_and_half_written_ones_removed(tmp_path, repl
     torn.write_bytes(torn.read_bytes()[:end])
     (whole.parent / "00000001-00000003-0-of-1.tmp").write_bytes(b"half")
     (whole.parent / "notes.txt").write_text("not ours")
-    assert [held.snapshot.step for held in list_held(replica_servers("a"))] == [2]
+    assert [held.snapshot.step for held in list_replicas(replica_servers("a"))] == [2]
     assert names(tmp_path) == [torn.name, whole.name, "notes.txt"]

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from elastic.checkpoint.replicas import client
 from elastic.checkpoint.replicas.client import ReplicaClient
-from elastic.checkpoint.replicas.inventory import Held, Snapshot
+from elastic.checkpoint.replicas.inventory import ReplicaInfo, Snapshot
 from elastic.checkpoint.replicas.messages import (
     COPY_ANSWERS,
     FromTrainer,
@@ -94,7 +94,7 @@ class Trainer:
 
 def describe_copy(origin, data):
     """Return the message with which another node's replica server sends what its trainer has filled."""
-    shard = Held(
+    shard = ReplicaInfo(
         origin=origin,
         index=0,
         snapshot=make_snapshot(1),
@@ -285,7 +285,7 @@ READ = {"kind": "Read", "origin": "1-0", "index": 0, "start": 0, "size": 1, "sum
         {"kind": "Nonsense"},
         {"kind": "Read"},
         {**READ, "snapshot": {"step": 1}},
-        {**READ, "snapshot": {"kind": "Held"}},
+        {**READ, "snapshot": {"kind": "ReplicaInfo"}},
         {"kind": "Retire"},
         {"kind": "Retire", "before_epoch": "2", "keep_step": None},
         {"kind": "Push", "origin": "x", "index": 0},

@@ -11,7 +11,7 @@ from elastic.checkpoint.format.manifest import BLOCK_BYTES, Manifest, TensorReco
 from elastic.checkpoint.format.read_plan import plan_reads
 from elastic.checkpoint.format.sharding import Box, Spread, build_layout, plan_chunks
 from elastic.checkpoint.replicas.discovery import assemble, build_record, list_blocks
-from elastic.checkpoint.replicas.inventory import Held, Snapshot
+from elastic.checkpoint.replicas.inventory import ReplicaInfo, Snapshot
 from elastic.ports import Progress
 
 SHAPE = (1000, 700)  # 2.7 MiB: several blocks per rank
@@ -42,7 +42,7 @@ def make_state(*, step, epoch, world_size):
         data = layout.header + random.Random(f"{step}/{rank}").randbytes(layout.num_bytes - len(layout.header))
         blocks = list_blocks(layout)
         held.append(
-            Held(
+            ReplicaInfo(
                 origin=f"{epoch}-{rank}",
                 index=0,
                 snapshot=Snapshot(epoch=epoch, step=step, world_size=world_size, rank=rank),
@@ -59,7 +59,7 @@ def make_state(*, step, epoch, world_size):
 
 
 def copy(held, node):
-    return Held(**{**held.__dict__, "is_copy": True, "node": node})
+    return ReplicaInfo(**{**held.__dict__, "is_copy": True, "node": node})
 
 
 def test_blocks_cover_a_shard_from_its_first_byte_to_its_last_and_none_is_longer_than_one():
@@ -96,7 +96,7 @@ def test_a_copy_stands_in_for_what_is_lost_and_stands_behind_what_is_not():
 
 def test_disks_stand_behind_memories_and_what_they_alone_have_is_said():
     held = make_state(step=3, epoch=1, world_size=2)
-    stored = [Held(**{**shard.__dict__, "is_on_disk": True}) for shard in held]
+    stored = [ReplicaInfo(**{**shard.__dict__, "is_on_disk": True}) for shard in held]
     (both,) = assemble([*stored, copy(held[0], "n1"), *held])
     assert [(place.is_on_disk, place.is_copy) for place in both.places["f0"]] == [
         *((False, False), (False, True)),

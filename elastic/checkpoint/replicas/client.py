@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
-from elastic.checkpoint.replicas.inventory import Held, Part, Snapshot
+from elastic.checkpoint.replicas.inventory import Part, ReplicaInfo, Snapshot
 from elastic.checkpoint.replicas.messages import (
     ANSWERS,
     Answer,
@@ -19,7 +19,7 @@ from elastic.checkpoint.replicas.messages import (
     HaltCopies,
     Hold,
     Listed,
-    ListHeld,
+    ListReplicas,
     Map,
     Mapped,
     Measure,
@@ -148,9 +148,9 @@ class ReplicaClient:
         """
         return self._ask(lambda number: Store(id=number, epoch=epoch, step=step, complete=complete), _get_problem)
 
-    def fetch_list(self) -> list[Held]:
+    def fetch_list(self) -> list[ReplicaInfo]:
         """Return what the replica server has in memory."""
-        return self._ask(lambda number: ListHeld(id=number), _get_held).result()
+        return self._ask(lambda number: ListReplicas(id=number), _get_replicas).result()
 
     def fetch_held_bytes(self) -> int:
         """Return how much memory the replica server holds, for this node's trainers and as copies for others.
@@ -170,11 +170,11 @@ class ReplicaClient:
     def _measure(self, *, waits: bool = True) -> Measured:
         return self._ask(lambda number: Measure(id=number, waits=waits), _get_measured).result()
 
-    def fetch_memory(self, held: Held) -> SharedBuffer | None:
-        """Return a held shard itself, shared and not copied; None if it is there no more."""
+    def fetch_memory(self, replica: ReplicaInfo) -> SharedBuffer | None:
+        """Return a replica itself, shared and not copied; None if it is there no more."""
 
         def build(number: int) -> Map:
-            return Map(id=number, origin=held.origin, index=held.index, snapshot=held.snapshot)
+            return Map(id=number, origin=replica.origin, index=replica.index, snapshot=replica.snapshot)
 
         return self._ask(build, self._map).result()
 
@@ -260,10 +260,10 @@ def _get_problem(answer: Answer) -> str:
     return answer.problem
 
 
-def _get_held(answer: Answer) -> list[Held]:
+def _get_replicas(answer: Answer) -> list[ReplicaInfo]:
     if not isinstance(answer, Listed):
         raise _refuse(answer)
-    return list(answer.held)
+    return list(answer.replicas)
 
 
 def _get_measured(answer: Answer) -> Measured:

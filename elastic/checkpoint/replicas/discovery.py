@@ -13,7 +13,7 @@ from typing import Any
 
 from elastic.checkpoint.format.manifest import BLOCK_BYTES, Chunk, FileRecord, Manifest, TensorRecord, parse_tensor
 from elastic.checkpoint.format.sharding import ShardLayout
-from elastic.checkpoint.replicas.inventory import Held
+from elastic.checkpoint.replicas.inventory import ReplicaInfo
 from elastic.ports import Progress
 
 
@@ -22,7 +22,7 @@ class WholeSnapshot:
     """A state of which every shard is in somebody's memory."""
 
     manifest: Manifest
-    places: Mapping[str, Sequence[Held]]
+    places: Mapping[str, Sequence[ReplicaInfo]]
     """Of each file, who holds it: originals in memory, copies there, then what is on disks."""
 
     @property
@@ -33,23 +33,23 @@ class WholeSnapshot:
     @property
     def needs_copies(self) -> bool:
         """Tell whether some shard is only left as a copy: the memory that it was made in is gone."""
-        return any(all(held.is_copy for held in places) for places in self.places.values())
+        return any(all(replica.is_copy for replica in places) for places in self.places.values())
 
     @property
     def needs_disks(self) -> bool:
         """Tell whether some shard is in no memory, only on the disk of a node."""
-        return any(all(held.is_on_disk for held in places) for places in self.places.values())
+        return any(all(replica.is_on_disk for replica in places) for places in self.places.values())
 
 
 def outline(snapshot: WholeSnapshot) -> WholeSnapshot:
     """Return what a rank must know of a state to read it, beside the manifest: without the hundred thousand blocks."""
 
-    def shorten(held: Held) -> Held:
-        return replace(held, chunks=(), checksums=None if held.checksums is None else (), record=None)
+    def shorten(replica: ReplicaInfo) -> ReplicaInfo:
+        return replace(replica, chunks=(), checksums=None if replica.checksums is None else (), record=None)
 
     return WholeSnapshot(
         manifest=replace(snapshot.manifest, tensors={}, generators={}, files={}),
-        places={file: [shorten(held) for held in places] for file, places in snapshot.places.items()},
+        places={file: [shorten(replica) for replica in places] for file, places in snapshot.places.items()},
     )
 
 
@@ -83,10 +83,12 @@ def build_record(file: str, layout: ShardLayout, manifest: Manifest) -> dict[str
     }
 
 
-def assemble(held: Iterable[Held]) -> list[WholeSnapshot]:
+def assemble(replicas: Iterable[ReplicaInfo]) -> list[WholeSnapshot]:
     """Return the states that are whole, the best first: of the highest step, then of the newest attempt."""
-    sets: defaultdict[tuple[int, int, int], defaultdict[int, list[Held]]] = defaultdict(lambda: defaultdict(list))
-    for shard in held:
+    sets: defaultdict[tuple[int, int, int], defaultdict[int, list[ReplicaInfo]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    for shard in replicas:
         key = (shard.snapshot.step, shard.snapshot.epoch, shard.snapshot.world_size)
         sets[key][shard.snapshot.rank].append(shard)
     return [
@@ -96,11 +98,11 @@ def assemble(held: Iterable[Held]) -> list[WholeSnapshot]:
     ]
 
 
-def _get_distance(held: Held) -> tuple[bool, bool]:
-    return held.is_on_disk, held.is_copy
+def _get_distance(replica: ReplicaInfo) -> tuple[bool, bool]:
+    return replica.is_on_disk, replica.is_copy
 
 
-def _assemble(shards: Sequence[Sequence[Held]]) -> WholeSnapshot:
+def _assemble(shards: Sequence[Sequence[ReplicaInfo]]) -> WholeSnapshot:
     """Put the manifest together from the records that came with the shards.
 
     Args:
@@ -110,7 +112,7 @@ def _assemble(shards: Sequence[Sequence[Held]]) -> WholeSnapshot:
     chunks: defaultdict[str, list[Chunk]] = defaultdict(list)
     files: dict[str, FileRecord] = {}
     for places in shards:
-        first, known = places[0], next((held.checksums for held in places if held.checksums is not None), None)
+        first, known = places[0], next((replica.checksums for replica in places if replica.checksums is not None), None)
         file = first.record["file"]
         checksums = None if known is None else iter(known)
         header_bytes, header_crc32 = first.chunks[0][1], None if checksums is None else next(checksums)

@@ -24,7 +24,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
+class ReplicaInfo:
     """A shard that some replica server has, as it is listed and sent."""
 
     origin: str
@@ -43,7 +43,7 @@ class Held:
 
 
 @dataclass(kw_only=True)
-class Holding:
+class Replica:
     """One buffer and what is known about it. The same `origin` and `index` always mean the same one or a copy."""
 
     origin: str
@@ -81,10 +81,10 @@ class Holding:
         self.snapshot, self.num_bytes = snapshot, num_bytes
         self.chunks, self.record = tuple(chunks), record
 
-    def describe(self, node: str) -> Held:
+    def describe(self, node: str) -> ReplicaInfo:
         """Return it as it is listed and sent; it must be filled."""
         assert self.snapshot is not None
-        return Held(
+        return ReplicaInfo(
             origin=self.origin,
             index=self.index,
             snapshot=self.snapshot,
@@ -102,24 +102,24 @@ class SupersededError(Exception):
     """The buffer is being filled again, or nobody waits for the result any more."""
 
 
-def cut(holding: Holding, generation: int) -> Iterator[memoryview]:
+def cut(replica: Replica, generation: int) -> Iterator[memoryview]:
     """Yield the bytes of a filling piece by piece.
 
     Raises:
         SupersededError: another filling has begun.
     """
-    view = holding.buffer.view[: holding.num_bytes]
-    for start in range(0, holding.num_bytes, PIECE_BYTES):
-        check_current(holding, generation)
+    view = replica.buffer.view[: replica.num_bytes]
+    for start in range(0, replica.num_bytes, PIECE_BYTES):
+        check_current(replica, generation)
         yield view[start : start + PIECE_BYTES]
-    check_current(holding, generation)
+    check_current(replica, generation)
 
 
-def check_current(holding: Holding, generation: int) -> None:
+def check_current(replica: Replica, generation: int) -> None:
     """Make sure that a buffer has not been filled again meanwhile.
 
     Raises:
         SupersededError: it has.
     """
-    if holding.generation != generation:
+    if replica.generation != generation:
         raise SupersededError

@@ -6,7 +6,7 @@ servers of other nodes ask it. An `id` comes back with the answer.
 
 from dataclasses import dataclass
 
-from elastic.checkpoint.replicas.inventory import Held, Part, Snapshot
+from elastic.checkpoint.replicas.inventory import Part, ReplicaInfo, Snapshot
 from elastic.transport import Vocabulary
 
 # ---- from and to the process that has started it
@@ -121,7 +121,7 @@ class Map:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ListHeld:
+class ListReplicas:
     """Say what is here: `Listed`."""
 
     id: int = 0
@@ -160,7 +160,7 @@ class Read:
 class Push:
     """A copy will come: `Opened`, or `Refused` before a byte was sent."""
 
-    shard: Held
+    shard: ReplicaInfo
     capacity: int
     """Bytes that its place must have room for."""
 
@@ -203,7 +203,7 @@ class Listed:
     """The shards that are here; of those that were filled just now the checksums are not known yet."""
 
     id: int
-    held: tuple[Held, ...]
+    replicas: tuple[ReplicaInfo, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +270,7 @@ class Sum:
 
 
 FromOwner = Start | Adopt
-FromAnyone = ListHeld | Measure | Retire | Read | Push | Stripe | Seal
+FromAnyone = ListReplicas | Measure | Retire | Read | Push | Stripe | Seal
 FromTrainer = Hold | Release | Begin | Fill | Copy | HaltCopies | Store | Map | FromAnyone
 Answer = Settled | Listed | Measured | Mapped | Missing
 CopyAnswer = Opened | Taken | Pushed | Refused
@@ -278,10 +278,10 @@ RemoteAnswer = Listed | Missing | Data | Sum
 
 FROM_OWNER = Vocabulary[FromOwner](Start, Adopt)
 TO_OWNER = Vocabulary[Ready](Ready)
-FROM_ANYONE = Vocabulary[FromAnyone](ListHeld, Measure, Retire, Read, Push, Stripe, Seal)
+FROM_ANYONE = Vocabulary[FromAnyone](ListReplicas, Measure, Retire, Read, Push, Stripe, Seal)
 FROM_TRAINER = Vocabulary[FromTrainer](
     *(Hold, Release, Begin, Fill, Copy, HaltCopies, Store, Map),
-    *(ListHeld, Measure, Retire, Read, Push, Stripe, Seal),
+    *(ListReplicas, Measure, Retire, Read, Push, Stripe, Seal),
 )
 ANSWERS = Vocabulary[Answer](Settled, Listed, Measured, Mapped, Missing)
 COPY_ANSWERS = Vocabulary[CopyAnswer](Opened, Taken, Pushed, Refused)

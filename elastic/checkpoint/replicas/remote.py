@@ -8,13 +8,13 @@ from typing import TypeVar
 
 from zlib_ng.zlib_ng import crc32
 
-from elastic.checkpoint.replicas.inventory import Held
+from elastic.checkpoint.replicas.inventory import ReplicaInfo
 from elastic.checkpoint.replicas.messages import (
     REMOTE_ANSWERS,
     Data,
     FromAnyone,
     Listed,
-    ListHeld,
+    ListReplicas,
     Read,
     RemoteAnswer,
     Retire,
@@ -40,19 +40,19 @@ class RemoteReplicaServer:
         )
         self._channel.set_timeout(timeout_s)
 
-    def fetch_list(self) -> list[Held]:
+    def fetch_list(self) -> list[ReplicaInfo]:
         """Return what the replica server has in memory."""
-        return list(self._ask(ListHeld(), Listed).held)
+        return list(self._ask(ListReplicas(), Listed).replicas)
 
-    def read_into(self, held: Held, start: int, out: memoryview) -> None:
-        """Fill `out` with the bytes of a held shard from `start`.
+    def read_into(self, replica: ReplicaInfo, start: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of a replica from `start`.
 
         Where no checksums are known yet, the replica server takes one of what it sends: what was damaged on the way is
         noticed.
         """
-        sums = held.checksums is None
+        sums = replica.checksums is None
         message = Read(
-            origin=held.origin, index=held.index, snapshot=held.snapshot, start=start, size=len(out), sums=sums
+            origin=replica.origin, index=replica.index, snapshot=replica.snapshot, start=start, size=len(out), sums=sums
         )
         self._ask(message, Data)
         self._channel.receive_into(out)
@@ -84,7 +84,7 @@ class RemoteSource:
     """Shards in the memory of another node."""
 
     node: str
-    held: Mapping[str, Held]
+    replicas: Mapping[str, ReplicaInfo]
     connect: Callable[[], RemoteReplicaServer]
     _idle: list[RemoteReplicaServer] = field(default_factory=list[RemoteReplicaServer])
     """Connections that no reader uses; there are as many as there were readers at once, each with its own stream."""
@@ -96,7 +96,7 @@ class RemoteSource:
 
     def get_files(self) -> list[str]:
         """Return the files that are there."""
-        return list(self.held)
+        return list(self.replicas)
 
     def get_view(self, file: str, offset: int, num_bytes: int) -> None:
         """Return None: it must be read."""
@@ -109,7 +109,7 @@ class RemoteSource:
                 server = self._idle.pop()
             except IndexError:
                 server = self.connect()
-            server.read_into(self.held[file], offset, out)
+            server.read_into(self.replicas[file], offset, out)
         except OSError as error:
             if server is not None:
                 server.close()
@@ -124,10 +124,10 @@ class RemoteSource:
 
 @contextmanager
 def open_remote(
-    node: str, held: Mapping[str, Held], address: tuple[str, int], secret: str
+    node: str, replicas: Mapping[str, ReplicaInfo], address: tuple[str, int], secret: str
 ) -> "Generator[RemoteSource]":
     """Yield the shards of one node as a source."""
-    source = RemoteSource(node, held, lambda: RemoteReplicaServer(address, secret, timeout_s=_READ_TIMEOUT_S))
+    source = RemoteSource(node, replicas, lambda: RemoteReplicaServer(address, secret, timeout_s=_READ_TIMEOUT_S))
     try:
         yield source
     finally:

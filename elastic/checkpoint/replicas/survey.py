@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from elastic.checkpoint.replicas.discovery import assemble
-from elastic.checkpoint.replicas.inventory import Held
+from elastic.checkpoint.replicas.inventory import ReplicaInfo
 from elastic.checkpoint.replicas.remote import RemoteReplicaServer
 from elastic.ports import Address
 
@@ -17,11 +17,11 @@ _LIST_TIMEOUT_S = 10.0
 """Else it is, for so long: what it holds is newer than what is in the storage."""
 
 
-def fetch_all(replica_servers: Mapping[str, Address], secret: str) -> list[Held]:
+def fetch_all(replica_servers: Mapping[str, Address], secret: str) -> list[ReplicaInfo]:
     """Return what the replica servers of all nodes hold; one that does not answer, however long it is needed, holds
     nothing."""
 
-    def fetch(node: str) -> list[Held]:
+    def fetch(node: str) -> list[ReplicaInfo]:
         try:
             server = RemoteReplicaServer(replica_servers[node], secret, timeout_s=_LIST_TIMEOUT_S)
             try:
@@ -32,8 +32,8 @@ def fetch_all(replica_servers: Mapping[str, Address], secret: str) -> list[Held]
             logger.warning("the memory of node %s cannot be asked: %s", node[:8], error)
             return []
 
-    def gather(done: Iterable[Future[list[Held]]]) -> list[Held]:
-        return [held for of_node in done for held in of_node.result()]
+    def gather(done: Iterable[Future[list[ReplicaInfo]]]) -> list[ReplicaInfo]:
+        return [replica for of_node in done for replica in of_node.result()]
 
     pool = ThreadPoolExecutor(max(1, len(replica_servers)), "list")
     asked = {pool.submit(fetch, node): node for node in replica_servers}

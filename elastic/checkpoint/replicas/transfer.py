@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from zlib_ng.zlib_ng import crc32
 
-from elastic.checkpoint.replicas.inventory import Holding, Part, SupersededError, check_current
+from elastic.checkpoint.replicas.inventory import Part, Replica, SupersededError, check_current
 from elastic.checkpoint.replicas.messages import (
     COPY_ANSWERS,
     CopyAnswer,
@@ -79,7 +79,7 @@ class CopySender:
             self._is_halted = is_halted = threading.Event()
         return is_halted.is_set
 
-    def send(self, holding: Holding, generation: int, address: tuple[str, int], is_halted: Callable[[], bool]) -> None:
+    def send(self, replica: Replica, generation: int, address: tuple[str, int], is_halted: Callable[[], bool]) -> None:
         """Send a filling to the replica server at an address; return when it counts there.
 
         Raises:
@@ -90,14 +90,14 @@ class CopySender:
         def check() -> None:
             if is_halted():
                 raise SupersededError
-            check_current(holding, generation)
+            check_current(replica, generation)
 
         with self._lock:
             self._is_sending = True
         try:
             check()
             self._connect(address)
-            self._send(holding, check)
+            self._send(replica, check)
         except (OSError, SupersededError) as error:
             self.forget()
             if is_halted():
@@ -107,34 +107,34 @@ class CopySender:
             with self._lock:
                 self._is_sending = False
 
-    def _send(self, holding: Holding, check: Callable[[], None]) -> None:
+    def _send(self, replica: Replica, check: Callable[[], None]) -> None:
         lead, place = self._channels[0], (self._place + 1) % _NUM_PLACES
         check()
-        shard = replace(holding.describe(self._node), index=place, checksums=None)
-        ticket = _ask(lead, Push(shard=shard, capacity=holding.buffer.num_bytes), Opened).ticket
+        shard = replace(replica.describe(self._node), index=place, checksums=None)
+        ticket = _ask(lead, Push(shard=shard, capacity=replica.buffer.num_bytes), Opened).ticket
         stripes = [
-            Stripe(origin=holding.origin, index=place, ticket=ticket, first=first, stop=stop)
-            for first, stop in cut_stripes(holding.chunks, len(self._channels))
+            Stripe(origin=replica.origin, index=place, ticket=ticket, first=first, stop=stop)
+            for first, stop in cut_stripes(replica.chunks, len(self._channels))
         ]
         with ThreadPoolExecutor(len(stripes), "stripe", initializer=be_nice) as pool:
             sent = [
-                pool.submit(self._send_stripe, channel, stripe, holding, check)
+                pool.submit(self._send_stripe, channel, stripe, replica, check)
                 for channel, stripe in zip(self._channels, stripes, strict=False)
             ]
         for one in sent:
             one.result()
-        holding.checked.wait()
+        replica.checked.wait()
         check()
-        assert holding.checksums is not None, "it is current"
-        _ask(lead, Seal(origin=holding.origin, index=place, ticket=ticket, checksums=holding.checksums), Pushed)
+        assert replica.checksums is not None, "it is current"
+        _ask(lead, Seal(origin=replica.origin, index=place, ticket=ticket, checksums=replica.checksums), Pushed)
         self._place = place
 
     def _send_stripe(
-        self, channel: Channel[CopyAnswer], stripe: Stripe, holding: Holding, check: Callable[[], None]
+        self, channel: Channel[CopyAnswer], stripe: Stripe, replica: Replica, check: Callable[[], None]
     ) -> None:
         try:
-            parts = holding.chunks[stripe.first : stripe.stop]
-            channel.send_file(stripe, holding.buffer.descriptor, join(parts), check=check)
+            parts = replica.chunks[stripe.first : stripe.stop]
+            channel.send_file(stripe, replica.buffer.descriptor, join(parts), check=check)
             _take(channel, Taken)
         except BaseException:
             for each in self._channels:  # the other stripes are of no use any more

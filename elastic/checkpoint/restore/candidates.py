@@ -7,7 +7,7 @@ from elastic.checkpoint.durable.storage_errors import explain_unreadable
 from elastic.checkpoint.format.compat import check_resume, check_tensors
 from elastic.checkpoint.format.manifest import CommittedCheckpoint, Manifest, find_damage, list_committed, read_manifest
 from elastic.checkpoint.replicas.discovery import WholeSnapshot, assemble, outline
-from elastic.checkpoint.replicas.inventory import Held
+from elastic.checkpoint.replicas.inventory import ReplicaInfo
 from elastic.config import RunConfig
 from elastic.errors import SolventError
 from elastic.ports import DataIdentity, Source
@@ -18,13 +18,13 @@ logger = logging.getLogger(__name__)
 Candidate = CommittedCheckpoint | WholeSnapshot
 
 
-def find_candidates(storage: Storage, held: Sequence[Held]) -> list[Candidate] | SolventError:
+def find_candidates(storage: Storage, replicas: Sequence[ReplicaInfo]) -> list[Candidate] | SolventError:
     """Return the states to try, the best first: of two of one step that in memory, which is faster to read."""
     try:
         committed = list_committed(storage)
     except OSError as error:
         return explain_unreadable(error, storage.url)
-    found: list[Candidate] = [*assemble(held), *reversed(committed)]
+    found: list[Candidate] = [*assemble(replicas), *reversed(committed)]
     return sorted(found, key=lambda candidate: -candidate.step)
 
 

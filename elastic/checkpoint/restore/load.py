@@ -101,8 +101,8 @@ def restore(
         StorageError: the storage cannot be read.
     """
     rank, laps = dist.get_rank(group), Laps()
-    held = memory.fetch_all(replica_servers or {}) if memory and rank == 0 else []
-    seen = find_candidates(storage, held) if rank == 0 else None
+    replicas = memory.fetch_all(replica_servers or {}) if memory and rank == 0 else []
+    seen = find_candidates(storage, replicas) if rank == 0 else None
     candidates = _CANDIDATES.broadcast(list(map(outline_candidate, seen)) if isinstance(seen, list) else seen, group)
     if isinstance(candidates, Exception):
         raise candidates

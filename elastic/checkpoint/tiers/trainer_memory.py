@@ -23,7 +23,7 @@ from elastic.checkpoint.format.manifest import Manifest
 from elastic.checkpoint.format.sources import ShardSource
 from elastic.checkpoint.replicas.client import ReplicaClient
 from elastic.checkpoint.replicas.discovery import WholeSnapshot, build_record, list_blocks
-from elastic.checkpoint.replicas.inventory import Held, Snapshot
+from elastic.checkpoint.replicas.inventory import ReplicaInfo, Snapshot
 from elastic.checkpoint.replicas.remote import open_remote
 from elastic.checkpoint.replicas.survey import fetch_all
 from elastic.checkpoint.staging.device_cache import Rows
@@ -147,7 +147,7 @@ class Memory:
         with contextlib.suppress(WireError):
             self._client.retire(before_epoch=before_epoch, keep_step=keep_step)
 
-    def fetch_all(self, replica_servers: Mapping[str, Address]) -> list[Held]:
+    def fetch_all(self, replica_servers: Mapping[str, Address]) -> list[ReplicaInfo]:
         """Return what all replica servers hold; one that does not answer, however long it is needed, holds nothing."""
         return fetch_all(replica_servers, self._secret)
 
@@ -155,8 +155,8 @@ class Memory:
         """Return what of a snapshot still lies on this process' device, where it was made."""
         way = self._buffers.exit if self._buffers else None
         for file, places in snapshot.places.items():
-            for held in places:
-                if way and self._is_own(held) and (rows := way.find_resident(held.index, file)):
+            for replica in places:
+                if way and self._is_own(replica) and (rows := way.find_resident(replica.index, file)):
                     return rows
         return None
 
@@ -165,29 +165,31 @@ class Memory:
         self, snapshot: WholeSnapshot, replica_servers: Mapping[str, Address]
     ) -> Generator[Sequence[ShardSource]]:
         """Yield where the shards can be read: this node's memory first, which is not copied, then the other nodes'."""
-        by_node: dict[str, dict[str, Held]] = {}
+        by_node: dict[str, dict[str, ReplicaInfo]] = {}
         for file, places in snapshot.places.items():
-            for held in places:
-                by_node.setdefault(held.node, {}).setdefault(file, held)
+            for replica in places:
+                by_node.setdefault(replica.node, {}).setdefault(file, replica)
         with ExitStack() as stack:
             sources: list[ShardSource] = []
             if self.node in by_node:
                 sources.append(stack.enter_context(self._share(by_node.pop(self.node))))
-            for node, held in by_node.items():
+            for node, replicas in by_node.items():
                 if node in replica_servers:
-                    sources.append(stack.enter_context(open_remote(node, held, replica_servers[node], self._secret)))
+                    sources.append(
+                        stack.enter_context(open_remote(node, replicas, replica_servers[node], self._secret))
+                    )
             yield sources
 
     @contextmanager
-    def _share(self, shards: Mapping[str, Held]) -> "Generator[_SharedSource]":
+    def _share(self, shards: Mapping[str, ReplicaInfo]) -> "Generator[_SharedSource]":
         own: dict[str, memoryview] = {}
         others: dict[str, SharedBuffer] = {}
-        for file, held in shards.items():
-            if self._buffers and self._is_own(held):
-                own[file] = self._buffers.get(held.index).numpy().data
+        for file, replica in shards.items():
+            if self._buffers and self._is_own(replica):
+                own[file] = self._buffers.get(replica.index).numpy().data
                 continue
             with contextlib.suppress(WireError):
-                if buffer := self._client.fetch_memory(held):
+                if buffer := self._client.fetch_memory(replica):
                     others[file] = buffer
         try:
             yield _SharedSource(self.node, own, others)
@@ -195,9 +197,9 @@ class Memory:
             for buffer in others.values():
                 buffer.close()
 
-    def _is_own(self, held: Held) -> bool:
+    def _is_own(self, replica: ReplicaInfo) -> bool:
         """Tell whether this process itself has filled a shard: its pages are mapped."""
-        return held.origin == self._client.origin and self._filled.get(held.index) == held.snapshot
+        return replica.origin == self._client.origin and self._filled.get(replica.index) == replica.snapshot
 
     def _hold(self, index: int, buffer: SharedBuffer) -> None:
         with contextlib.suppress(WireError):

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from elastic.checkpoint.replicas.inventory import Holding
+from elastic.checkpoint.replicas.inventory import Replica
 from elastic.checkpoint.replicas.messages import FROM_ANYONE, FROM_OWNER, FROM_TRAINER, FromOwner, Ready, Start
 from elastic.checkpoint.replicas.server.node_disk import NodeDisk, from_about
 from elastic.checkpoint.replicas.server.store import Store
@@ -61,20 +61,20 @@ class ReplicaServer:
         """Offer what an earlier replica server has written."""
         try:
             for stored in disk.open_all():
-                held = from_about(stored.about)
-                epoch = held.snapshot.epoch
-                holding = Holding(
+                info = from_about(stored.about)
+                epoch = info.snapshot.epoch
+                replica = Replica(
                     origin=stored.name,
                     index=0,
                     buffer=stored.buffer,
-                    is_copy=held.is_copy,
+                    is_copy=info.is_copy,
                     is_on_disk=True,
                     epoch=epoch,
                 )
-                holding.fill(held.snapshot, num_bytes=held.num_bytes, chunks=held.chunks, record=held.record)
-                holding.checksums = held.checksums
-                holding.checked.set()
-                self._store.add(holding)
+                replica.fill(info.snapshot, num_bytes=info.num_bytes, chunks=info.chunks, record=info.record)
+                replica.checksums = info.checksums
+                replica.checked.set()
+                self._store.add(replica)
         except (OSError, KeyError, TypeError, ValueError) as error:
             _log(f"the snapshots in {self._start.disk} cannot be read: {error!r}")
 

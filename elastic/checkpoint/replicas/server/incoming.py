@@ -4,7 +4,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any
 
-from elastic.checkpoint.replicas.inventory import Held, Holding, SupersededError, check_current
+from elastic.checkpoint.replicas.inventory import Replica, ReplicaInfo, SupersededError, check_current
 from elastic.checkpoint.replicas.messages import Opened, Push, Pushed, Refused, Seal, Stripe, Taken
 from elastic.checkpoint.replicas.server.store import Store
 from elastic.checkpoint.replicas.transfer import receive_parts
@@ -20,11 +20,11 @@ _LEFT_S = 2.0
 class Incoming:
     """A copy that comes, at its receiver."""
 
-    holding: Holding
-    shard: Held
+    replica: Replica
+    shard: ReplicaInfo
     """As it was announced."""
     ticket: int
-    """The generation of the holding that it will be; what comes with another one is of a copy that was given up."""
+    """The generation of the replica that it will be; what comes with another one is of a copy that was given up."""
     checksums: list[int | None] = field(default_factory=list[int | None])
     """Of what has come."""
     num_writers: int = 0
@@ -42,11 +42,11 @@ class Incoming:
         if not 0 <= first < stop <= len(self.checksums) or channel.payload_bytes != sum(size for _, size in parts):
             raise WireError(f"chunks {first} to {stop} are no stripe of this copy")
         with self._changed:
-            check_current(self.holding, self.ticket)
+            check_current(self.replica, self.ticket)
             self.num_writers += 1
         try:
             taken = receive_parts(
-                channel, self.holding.buffer, parts, check=lambda: check_current(self.holding, self.ticket)
+                channel, self.replica.buffer, parts, check=lambda: check_current(self.replica, self.ticket)
             )
             self.checksums[first:stop] = taken
         finally:
@@ -73,23 +73,23 @@ class CopyReceiver:
         key, epoch = (shard.origin, shard.index), shard.snapshot.epoch
         _check_shape(shard, capacity)
         with self._store.lock:
-            holding, before = self._store.get(key), self._incoming.pop(key, None)
-            if holding is not None and not holding.is_copy:
+            replica, before = self._store.get(key), self._incoming.pop(key, None)
+            if replica is not None and not replica.is_copy:
                 raise WireError(f"{key} is no copy")
-            if holding is not None:
-                holding.begin(epoch)
+            if replica is not None:
+                replica.begin(epoch)
         is_left = before is None or before.wait_until_left(_LEFT_S)
-        if holding is not None and not (is_left and holding.buffer.num_bytes >= shard.num_bytes):
+        if replica is not None and not (is_left and replica.buffer.num_bytes >= shard.num_bytes):
             with self._store.lock:
-                self._store.drop(holding)
-            holding = None
+                self._store.drop(replica)
+            replica = None
         try:
-            holding = holding or self._store.allocate_copy(key, capacity, epoch)
+            replica = replica or self._store.allocate_copy(key, capacity, epoch)
         except CheckpointError as error:
             channel.send(Refused(problem=str(error)))
             return
         with self._store.lock:
-            incoming = Incoming(holding=holding, shard=shard, ticket=holding.generation)
+            incoming = Incoming(replica=replica, shard=shard, ticket=replica.generation)
             incoming.checksums = [None] * len(shard.chunks)
             self._incoming[key] = incoming
         channel.send(Opened(ticket=incoming.ticket))
@@ -103,15 +103,15 @@ class CopyReceiver:
     def seal(self, channel: Channel[Any], message: Seal) -> None:
         """Let a copy count if it has come whole."""
         incoming = self._find(message)
-        shard, holding = incoming.shard, incoming.holding
+        shard, replica = incoming.shard, incoming.replica
         with self._store.lock:
             self._incoming.pop((message.origin, message.index), None)
-            check_current(holding, incoming.ticket)
+            check_current(replica, incoming.ticket)
             is_same = tuple(incoming.checksums) == message.checksums
             if is_same:
-                holding.fill(shard.snapshot, num_bytes=shard.num_bytes, chunks=shard.chunks, record=shard.record)
-                holding.checksums = message.checksums
-                holding.checked.set()
+                replica.fill(shard.snapshot, num_bytes=shard.num_bytes, chunks=shard.chunks, record=shard.record)
+                replica.checksums = message.checksums
+                replica.checked.set()
         channel.send(Pushed() if is_same else Refused(problem="the copy has other bytes than the original"))
 
     def _find(self, message: Stripe | Seal) -> Incoming:
@@ -122,7 +122,7 @@ class CopyReceiver:
         return incoming
 
 
-def _check_shape(shard: Held, capacity: int) -> None:
+def _check_shape(shard: ReplicaInfo, capacity: int) -> None:
     """Refuse a copy that cannot be where it says.
 
     Raises:

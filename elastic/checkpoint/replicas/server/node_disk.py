@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from zlib_ng.zlib_ng import crc32
 
-from elastic.checkpoint.replicas.inventory import Held, Snapshot
+from elastic.checkpoint.replicas.inventory import ReplicaInfo, Snapshot
 from elastic.checkpoint.staging.shared_memory import SharedBuffer
 from elastic.direct import write_all
 from elastic.storage.local import sync
@@ -51,21 +51,23 @@ class Stored:
     buffer: SharedBuffer
 
 
-def to_about(held: Held) -> dict[str, object]:
+def to_about(info: ReplicaInfo) -> dict[str, object]:
     """Return what the file of a shard says of it; its keys are those of all files that were ever written."""
-    return asdict(held)
+    return asdict(info)
 
 
-def from_about(about: Mapping[str, Any]) -> Held:
+def from_about(about: Mapping[str, Any]) -> ReplicaInfo:
     """Return what `to_about` was given.
 
     Raises:
         KeyError, TypeError, ValueError: the file is of another format.
     """
-    return _parse_held({"kind": Held.__name__, **about, "snapshot": {"kind": Snapshot.__name__, **about["snapshot"]}})
+    return _parse_info(
+        {"kind": ReplicaInfo.__name__, **about, "snapshot": {"kind": Snapshot.__name__, **about["snapshot"]}}
+    )
 
 
-_parse_held = build_parser(Held)
+_parse_info = build_parser(ReplicaInfo)
 
 
 class NodeDisk:

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from elastic.checkpoint.replicas.inventory import Held, Holding, Snapshot
+from elastic.checkpoint.replicas.inventory import Replica, ReplicaInfo, Snapshot
 from elastic.checkpoint.replicas.messages import Measured
 from elastic.checkpoint.staging.host_memory import get_available_bytes
 from elastic.checkpoint.staging.shared_memory import GIB, SharedBuffer, allocate_buffer
@@ -29,82 +29,82 @@ class Store:
         self.lock = threading.Lock()
         """Held while a shard is looked at or changed."""
         self._say = say
-        self._holdings: dict[Key, Holding] = {}
+        self._replicas: dict[Key, Replica] = {}
         self._origins: set[str] = set()
         """The trainers of this node that are connected: their buffers are theirs to fill again."""
         self._freer = ThreadPoolExecutor(1, "free")
 
     # ---- with the lock
 
-    def get(self, key: Key) -> Holding | None:
+    def get(self, key: Key) -> Replica | None:
         """Return a shard; the caller has the lock."""
-        return self._holdings.get(key)
+        return self._replicas.get(key)
 
-    def drop(self, holding: Holding) -> None:
+    def drop(self, replica: Replica) -> None:
         """Let go of a shard; the caller has the lock."""
-        holding.generation += 1
-        holding.snapshot = None
-        holding.checked.set()
-        del self._holdings[holding.origin, holding.index]
+        replica.generation += 1
+        replica.snapshot = None
+        replica.checked.set()
+        del self._replicas[replica.origin, replica.index]
         # takes seconds, and the caller has the lock
-        self._freer.submit(holding.buffer.close).add_done_callback(self._tell_failure)
+        self._freer.submit(replica.buffer.close).add_done_callback(self._tell_failure)
 
-    def require(self, origin: str, index: int) -> Holding:
+    def require(self, origin: str, index: int) -> Replica:
         """Return a trainer's own buffer; the caller has the lock.
 
         Raises:
             WireError: it was never handed over.
         """
-        holding = self._holdings.get((origin, index))
-        if holding is None or holding.is_copy or holding.is_on_disk:
+        replica = self._replicas.get((origin, index))
+        if replica is None or replica.is_copy or replica.is_on_disk:
             raise WireError(f"buffer {index} was never handed over")
-        return holding
+        return replica
 
     # ---- without
 
-    def add(self, holding: Holding) -> None:
+    def add(self, replica: Replica) -> None:
         """Take a shard of an earlier replica server, or a buffer of a trainer that is connected.
 
         Raises:
             WireError: another trainer's buffer, or a copy, has its name.
         """
         with self.lock:
-            before = self._holdings.get((holding.origin, holding.index))
+            before = self._replicas.get((replica.origin, replica.index))
             if before is not None and before.is_copy:
-                raise WireError(f"buffer {holding.index} of {holding.origin} is a copy")
-            if not holding.is_on_disk:
-                self._origins.add(holding.origin)
-            self._holdings[holding.origin, holding.index] = holding
+                raise WireError(f"buffer {replica.index} of {replica.origin} is a copy")
+            if not replica.is_on_disk:
+                self._origins.add(replica.origin)
+            self._replicas[replica.origin, replica.index] = replica
 
     def leave(self, origin: str) -> None:
         """Take that a trainer is gone: what it was filling is worth nothing."""
         with self.lock:
             self._origins.discard(origin)
-            own = [holding for holding in self._holdings.values() if holding.origin == origin and not holding.is_copy]
-            for holding in own:
-                if holding.snapshot is None:
-                    self.drop(holding)
+            own = [replica for replica in self._replicas.values() if replica.origin == origin and not replica.is_copy]
+            for replica in own:
+                if replica.snapshot is None:
+                    self.drop(replica)
 
-    def list_held(self) -> tuple[Held, ...]:
+    def list_replicas(self) -> tuple[ReplicaInfo, ...]:
         """Return what is here, at once; of what was filled just now the checksums are not known yet."""
         with self.lock:
-            held = [holding for holding in self._holdings.values() if holding.snapshot is not None]
-            return tuple(holding.describe(self.node) for holding in held)
+            filled = [replica for replica in self._replicas.values() if replica.snapshot is not None]
+            return tuple(replica.describe(self.node) for replica in filled)
 
-    def list_state(self, *, epoch: int, step: int) -> list[tuple[Holding, int]]:
+    def list_state(self, *, epoch: int, step: int) -> list[tuple[Replica, int]]:
         """Return the shards of a state that are in memory, own ones and copies, with their generations."""
         with self.lock:
             return [
-                (holding, holding.generation)
-                for holding in self._holdings.values()
-                if (own := holding.snapshot) and (own.epoch, own.step) == (epoch, step) and not holding.is_on_disk
+                (replica, replica.generation)
+                for replica in self._replicas.values()
+                if (own := replica.snapshot) and (own.epoch, own.step) == (epoch, step) and not replica.is_on_disk
             ]
 
-    def find(self, origin: str, index: int, snapshot: Snapshot) -> tuple[Holding, int] | None:
+    def find(self, origin: str, index: int, snapshot: Snapshot) -> tuple[Replica, int] | None:
         """Return a shard and its generation if it is still of this snapshot."""
         with self.lock:
-            holding = self._holdings.get((origin, index))
-            return (holding, holding.generation) if holding is not None and holding.snapshot == snapshot else None
+            replica = self._replicas.get((origin, index))
+            return (replica, replica.generation) if replica is not None and replica.snapshot == snapshot else None
 
     def retire(self, *, before_epoch: int, keep_step: int | None) -> None:
         """Free what a newer attempt has made worthless; `keep_step`, what it started from, stays.
@@ -112,11 +112,11 @@ class Store:
         Buffers of a connected trainer stay: it fills them again.
         """
         with self.lock:
-            for holding in list(self._holdings.values()):
-                step = holding.snapshot.step if holding.snapshot else None
-                is_in_use = not holding.is_copy and not self._is_left(holding)
-                if holding.epoch < before_epoch and not is_in_use and (step is None or step != keep_step):
-                    self.drop(holding)
+            for replica in list(self._replicas.values()):
+                step = replica.snapshot.step if replica.snapshot else None
+                is_in_use = not replica.is_copy and not self._is_left(replica)
+                if replica.epoch < before_epoch and not is_in_use and (step is None or step != keep_step):
+                    self.drop(replica)
 
     def measure(self, number: int, *, waits: bool) -> Measured:
         """Return how much memory is held.
@@ -128,15 +128,15 @@ class Store:
         if waits:
             self._wait_until_free()
         with self.lock:
-            in_memory = [holding for holding in self._holdings.values() if not holding.is_on_disk]
+            in_memory = [replica for replica in self._replicas.values() if not replica.is_on_disk]
             return Measured(
                 id=number,
-                held_bytes=sum(holding.buffer.num_bytes for holding in in_memory),
-                left_bytes=sum(holding.buffer.num_bytes for holding in in_memory if self._is_left(holding)),
-                copy_bytes=sum(holding.buffer.num_bytes for holding in in_memory if holding.is_copy),
+                held_bytes=sum(replica.buffer.num_bytes for replica in in_memory),
+                left_bytes=sum(replica.buffer.num_bytes for replica in in_memory if self._is_left(replica)),
+                copy_bytes=sum(replica.buffer.num_bytes for replica in in_memory if replica.is_copy),
             )
 
-    def allocate_copy(self, key: Key, num_bytes: int, epoch: int) -> Holding:
+    def allocate_copy(self, key: Key, num_bytes: int, epoch: int) -> Replica:
         """Return memory for a copy, if this node can spare it.
 
         Raises:
@@ -144,20 +144,20 @@ class Store:
         """
         self._wait_until_free()
         with self.lock:
-            copies = [holding for holding in self._holdings.values() if holding.is_copy]
+            copies = [replica for replica in self._replicas.values() if replica.is_copy]
             _check_memory(num_bytes, sum(copy.buffer.num_bytes for copy in copies if not copy.num_bytes))
             buffer: SharedBuffer = allocate_buffer(num_bytes, name="copy")
             buffer.populate()  # while the first bytes come
-            holding = Holding(origin=key[0], index=key[1], buffer=buffer, is_copy=True, epoch=epoch)
-            self._holdings[key] = holding
-            return holding
+            replica = Replica(origin=key[0], index=key[1], buffer=buffer, is_copy=True, epoch=epoch)
+            self._replicas[key] = replica
+            return replica
 
     def _wait_until_free(self) -> None:
         self._freer.submit(lambda: None).result()  # what was let go of before is free then
 
-    def _is_left(self, holding: Holding) -> bool:
+    def _is_left(self, replica: Replica) -> bool:
         """Tell whether its trainer has gone."""
-        return not holding.is_copy and holding.origin not in self._origins
+        return not replica.is_copy and replica.origin not in self._origins
 
     def _tell_failure(self, job: "Future[None]") -> None:
         """Say what a job failed of that nobody waits for."""

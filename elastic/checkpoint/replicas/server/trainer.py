@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from elastic.checkpoint.replicas.inventory import Holding, SupersededError, check_current, cut
+from elastic.checkpoint.replicas.inventory import Replica, SupersededError, check_current, cut
 from elastic.checkpoint.replicas.messages import (
     Begin,
     Copy,
@@ -111,17 +111,17 @@ class TrainerSession:
         if self._origin not in ("", message.origin):
             raise WireError(f"{self._origin} is {message.origin} now")
         buffer = SharedBuffer(self._channel.take_descriptor(), message.num_bytes)
-        self._store.add(Holding(origin=message.origin, index=message.index, buffer=buffer, is_copy=False))
+        self._store.add(Replica(origin=message.origin, index=message.index, buffer=buffer, is_copy=False))
         self._origin = message.origin
 
     def _fill(self, message: Fill) -> None:
         with self._store.lock:
-            holding = self._store.require(self._origin, message.index)
-            if not 0 <= message.num_bytes <= holding.buffer.num_bytes:
-                raise WireError(f"{message.num_bytes} bytes are not in a buffer of {holding.buffer.num_bytes}")
-            holding.fill(message.snapshot, num_bytes=message.num_bytes, chunks=message.chunks, record=message.record)
-            generation = holding.generation
-        self._checks.submit(self._check, message, holding, generation)
+            replica = self._store.require(self._origin, message.index)
+            if not 0 <= message.num_bytes <= replica.buffer.num_bytes:
+                raise WireError(f"{message.num_bytes} bytes are not in a buffer of {replica.buffer.num_bytes}")
+            replica.fill(message.snapshot, num_bytes=message.num_bytes, chunks=message.chunks, record=message.record)
+            generation = replica.generation
+        self._checks.submit(self._check, message, replica, generation)
 
     def _map(self, message: Map) -> None:
         """Answer with the descriptor of a buffer, which its new trainer maps instead of copying it."""
@@ -129,9 +129,9 @@ class TrainerSession:
         if found is None:
             self._channel.send(Missing(id=message.id))
         else:
-            holding, _ = found
-            answer = Mapped(id=message.id, num_bytes=holding.num_bytes)
-            self._channel.send(answer, descriptor=holding.buffer.descriptor)
+            replica, _ = found
+            answer = Mapped(id=message.id, num_bytes=replica.num_bytes)
+            self._channel.send(answer, descriptor=replica.buffer.descriptor)
 
     # ---- in the background
 
@@ -151,23 +151,23 @@ class TrainerSession:
         with contextlib.suppress(WireError):  # it is gone; nobody is left to tell
             self._channel.send(Settled(id=number, problem=next(iter(problems), "")))
 
-    def _check(self, message: Fill, holding: Holding, generation: int) -> None:
+    def _check(self, message: Fill, replica: Replica, generation: int) -> None:
         """Checksum a filled buffer."""
         with self._settling(message.id):
             with self._store.lock:
-                check_current(holding, generation)
-                done, chunks = holding.checked, holding.chunks
+                check_current(replica, generation)
+                done, chunks = replica.checked, replica.chunks
 
             def checksum(first: int) -> list[int]:
-                check_current(holding, generation)
-                return checksum_parts(holding.buffer, chunks[first : first + _BATCH])
+                check_current(replica, generation)
+                return checksum_parts(replica.buffer, chunks[first : first + _BATCH])
 
             try:
                 batches = self._workers.checksummers.map(checksum, range(0, len(chunks), _BATCH))
                 checksums = tuple(one for batch in batches for one in batch)
                 with self._store.lock:
-                    check_current(holding, generation)
-                    holding.checksums = checksums
+                    check_current(replica, generation)
+                    replica.checksums = checksums
             finally:
                 done.set()
 
@@ -186,19 +186,19 @@ class TrainerSession:
             if disk is None:
                 problems.append("the replica server of this node was given no disk")
                 return
-            for holding, generation in self._store.list_state(epoch=state.epoch, step=state.step):
+            for replica, generation in self._store.list_state(epoch=state.epoch, step=state.step):
                 try:
-                    self._store_shard(disk, state, holding, generation)
+                    self._store_shard(disk, state, replica, generation)
                 except (OSError, SupersededError) as error:
-                    if holding.origin == self._origin:  # a copy is better than none, but its origin has its own disk
+                    if replica.origin == self._origin:  # a copy is better than none, but its origin has its own disk
                         problems.insert(0, str(error) or "superseded")
             with contextlib.suppress(OSError):  # what cannot be removed does no harm
                 disk.retain(state, complete=StateName(*message.complete) if message.complete else None)
 
-    def _store_shard(self, disk: NodeDisk, state: StateName, holding: Holding, generation: int) -> None:
-        holding.checked.wait()
+    def _store_shard(self, disk: NodeDisk, state: StateName, replica: Replica, generation: int) -> None:
+        replica.checked.wait()
         with self._store.lock:
-            check_current(holding, generation)
-            held = holding.describe(self._store.node)
-        shard = f"{held.snapshot.rank}-of-{held.snapshot.world_size}{'-copy' if holding.is_copy else ''}"
-        disk.write(state, shard, to_about(held), cut(holding, generation))
+            check_current(replica, generation)
+            info = replica.describe(self._store.node)
+        shard = f"{info.snapshot.rank}-of-{info.snapshot.world_size}{'-copy' if replica.is_copy else ''}"
+        disk.write(state, shard, to_about(info), cut(replica, generation))

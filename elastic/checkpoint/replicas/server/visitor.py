@@ -10,7 +10,7 @@ from elastic.checkpoint.replicas.messages import (
     Data,
     FromAnyone,
     Listed,
-    ListHeld,
+    ListReplicas,
     Measure,
     Missing,
     Push,
@@ -46,8 +46,8 @@ class Desk:
                 self._copies.take(channel, message)
             case Seal():
                 self._copies.seal(channel, message)
-            case ListHeld():
-                channel.send(Listed(id=message.id, held=self._store.list_held()))
+            case ListReplicas():
+                channel.send(Listed(id=message.id, replicas=self._store.list_replicas()))
             case Read():
                 self._read(channel, message)
             case Retire():
@@ -61,17 +61,17 @@ class Desk:
         if found is None:
             channel.send(Missing())
             return
-        holding, generation = found
+        replica, generation = found
         start, size = message.start, message.size
-        if not 0 <= start <= start + size <= holding.num_bytes:
-            raise WireError(f"bytes {start} to {start + size} are outside of {holding.num_bytes}")
-        check = partial(check_current, holding, generation)
+        if not 0 <= start <= start + size <= replica.num_bytes:
+            raise WireError(f"bytes {start} to {start + size} are outside of {replica.num_bytes}")
+        check = partial(check_current, replica, generation)
         if message.sums:
-            summed = SummedPieces(holding.buffer, start, size, check=check)
+            summed = SummedPieces(replica.buffer, start, size, check=check)
             channel.send(Data(), summed, num_bytes=size)
             channel.send(Sum(crc32=summed.crc32))
         else:
-            channel.send_file(Data(), holding.buffer.descriptor, [(start, size)], check=check)
+            channel.send_file(Data(), replica.buffer.descriptor, [(start, size)], check=check)
 
 
 def serve(channel: Channel[FromAnyone], desk: Desk, say: Callable[[str], None]) -> None:
