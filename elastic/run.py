@@ -43,7 +43,7 @@ from elastic.records.spool import OpenRun, open_run
 from elastic.spikes import Recent
 from elastic.step import build_trainable
 from elastic.storage import Storage
-from elastic.timeline import Laps, Timeline
+from elastic.timeline import Stopwatch, Timeline
 from elastic.watchdog import Watchdog
 from elastic.world import World, close_world, get_device, open_world
 
@@ -77,7 +77,7 @@ def train(
         UserError: configuration, data or storage cannot work; all ranks raise it or are ended by the one that does.
         StepError, CheckpointError: training cannot go on; all ranks raise it.
     """
-    timeline, laps = Timeline(observer, phase="load", start_s=time()), Laps()
+    timeline, stopwatch = Timeline(observer, phase="load", start_s=time()), Stopwatch()
     progress, is_led, breaker = Progress(), breaker is not None, breaker or Breaker()
     with (
         nullcontext(run) if run else open_run(config.storage, config.run) as opened,
@@ -88,20 +88,20 @@ def train(
             presence = breaker.arm(get_device(config.device, local_rank=spec.local_rank))
             timeout_s = config.fault.collective_timeout_s
             world = open_world(spec, device=config.device, timeout_s=timeout_s, store=store, presence=presence)
-            laps.end("the world")
+            stopwatch.lap("the world")
             sinks_of_rank = open_sinks if world.rank == 0 else list[MetricSink]
             watchers = _Watchers(notices=notices, observer=observer, open_sinks=sinks_of_rank)
             _check_storage(opened.storage, config, world)
             agree_on_attention(config, world.device, opened.storage)
-            laps.end("storage")
-            built = _build_parts(config, opened, world, watchers, memory=memory, spec=spec, laps=laps)
+            stopwatch.lap("storage")
+            built = _build_parts(config, opened, world, watchers, memory=memory, spec=spec, stopwatch=stopwatch)
             with built as (parts, progress, recent):
                 if world.rank == 0:
-                    log.info("world of %d ready: %s", world.world_size, laps)
+                    log.info("world of %d ready: %s", world.world_size, stopwatch)
                 try:
                     outcome = run_loop(parts, progress, recent, timeline)
                 finally:
-                    laps.start()
+                    stopwatch.start()
         except StaleGenerationError as error:
             if not is_led:
                 raise
@@ -111,13 +111,13 @@ def train(
                 raise
             outcome = Lost(progress=progress, reason=explain_peer_loss(error))
         finally:
-            laps.end("model")
+            stopwatch.lap("model")
             breaker.disarm()
-            laps.end("breaker")
+            stopwatch.lap("breaker")
         if world is not None:
             close_world(world, peers="lost" if isinstance(outcome, Lost) else "alive")
-            laps.end("the world")
-            log.info("world of %d left: %s", world.world_size, laps)
+            stopwatch.lap("the world")
+            log.info("world of %d left: %s", world.world_size, stopwatch)
     return outcome
 
 
@@ -145,7 +145,7 @@ def _build_parts(
     *,
     memory: Memory | None,
     spec: WorldSpec,
-    laps: Laps,
+    stopwatch: Stopwatch,
 ) -> Generator[tuple[Parts, Progress, Recent]]:
     """Build data, model and checkpointer, restore the newest state, and take it all down again."""
     dataset = open_dataset(config.data.path)
@@ -153,7 +153,7 @@ def _build_parts(
     data = dataset.info.identity
     _check_same_data(data, config, world)
     trainable = build_trainable(config, world, first_weights="undefined")
-    laps.end("model")
+    stopwatch.lap("model")
     restored = restore(
         run.storage,
         trainable.model,
@@ -185,7 +185,7 @@ def _build_parts(
         memory.retire(before_epoch=world.attempt, keep_step=progress.step)
         restored_index = memory.find_index(epoch=restored.epoch, step=progress.step)
     watchers.observer.restored(progress, source)
-    laps.end(f"state ({source})")
+    stopwatch.lap(f"state ({source})")
 
     place = _Place(rank=world.rank, world_size=world.world_size, device=world.device)
     guard = GenerationGuard(partial(check_generation, run.storage, world.attempt))
@@ -208,7 +208,7 @@ def _build_parts(
     if restored:
         checkpointer.plan_ahead(restored.live, trainable.optimizer)
     with ExitStack() as stack:
-        stack.callback(laps.end, "saves")
+        stack.callback(stopwatch.lap, "saves")
         stack.callback(checkpointer.close)
         profiler = Profiler(
             at_step=config.profile_at_step,
@@ -217,9 +217,9 @@ def _build_parts(
             path=run.dir.profile(attempt=world.attempt, rank=world.rank),
         )
         stack.callback(profiler.close)
-        stack.callback(laps.end, "data")
+        stack.callback(stopwatch.lap, "data")
         loader = stack.enter_context(Loader(dataset, config=config, start_step=progress.step, **place))
-        laps.end("saves and data")
+        stopwatch.lap("saves and data")
         yield (
             Parts(
                 config=config,

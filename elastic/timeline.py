@@ -57,7 +57,7 @@ class Timeline:
         return statistics.median(recent_s) if recent_s else None
 
 
-class Laps:
+class Stopwatch:
     """What the parts of a phase took, for a line of the log."""
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class Laps:
         self._ended_s = time.monotonic()
         self._laps: list[str] = []
 
-    def end(self, what: str) -> None:
+    def lap(self, what: str) -> None:
         """End a part and begin the next."""
         now_s = time.monotonic()
         self._laps.append(f"{what} {now_s - self._ended_s:.2f} s")

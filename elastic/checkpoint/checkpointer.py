@@ -40,7 +40,7 @@ from elastic.checkpoint.train_state import get_rng_name, get_rng_state
 from elastic.config import RunConfig
 from elastic.ports import Address, DataIdentity, Progress
 from elastic.storage import Storage
-from elastic.timeline import Laps
+from elastic.timeline import Stopwatch
 
 logger = logging.getLogger(__name__)
 
@@ -264,23 +264,23 @@ class Checkpointer:
                 falls back on what is older: in this world's memories until all have loaded, then in the storage.
         """
         if self._tier:
-            laps = Laps()
+            stopwatch = Stopwatch()
             self._protocol.give_way_to(progress)
             if not self._protocol.is_in_memory(progress):
                 self._protocol.wait_left_device()
                 self.start_save(
                     model, optimizer, progress=progress, extra=extra, tier="memory", urgency="leaving", follows=copies
                 )
-                laps.end("room")
+                stopwatch.lap("room")
                 self._protocol.finish_memory()
-                laps.end("to the host")
+                stopwatch.lap("to the host")
             if self._protocol.is_in_memory(progress):
                 if copies:
                     self._tier.start_copies()
                     self._protocol.finish_copies()
-                    laps.end("copies")
+                    stopwatch.lap("copies")
                 if self._rank == 0:
-                    logger.info("step %d is handed over: %s", progress.step, laps)
+                    logger.info("step %d is handed over: %s", progress.step, stopwatch)
                 return True
         return self.save_now(model, optimizer, progress=progress, extra=extra)
 

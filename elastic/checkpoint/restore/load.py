@@ -48,7 +48,7 @@ from elastic.config import RunConfig
 from elastic.errors import CheckpointError
 from elastic.ports import Address, DataIdentity, Progress, Source
 from elastic.storage import Storage
-from elastic.timeline import Laps
+from elastic.timeline import Stopwatch
 
 logger = logging.getLogger(__name__)
 
@@ -100,23 +100,23 @@ def restore(
         CheckpointError: the state is of another shape, of another format, or no checkpoint is whole.
         StorageError: the storage cannot be read.
     """
-    rank, laps = dist.get_rank(group), Laps()
+    rank, stopwatch = dist.get_rank(group), Stopwatch()
     replicas = memory.fetch_all(replica_servers or {}) if memory and rank == 0 else []
     seen = find_candidates(storage, replicas) if rank == 0 else None
     candidates = _CANDIDATES.broadcast(list(map(outline_candidate, seen)) if isinstance(seen, list) else seen, group)
     if isinstance(candidates, Exception):
         raise candidates
-    laps.end("looked")
+    stopwatch.lap("looked")
     live = get_live_state(model, optimizer) if candidates else {}
     shapes = {name: tuple(tensor.shape) for name, tensor in live.items()}
-    laps.end("live state")
+    stopwatch.lap("live state")
     for number, candidate in enumerate(candidates):
         whole = seen[number] if isinstance(seen, list) else None
         found = _FOUND.broadcast(inspect_candidate(storage, whole, config, data, shapes) if whole else None, group)
         if isinstance(found, Exception):
             raise found
         if isinstance(found, Manifest):
-            laps.end("manifest")
+            stopwatch.lap("manifest")
             with _open_sources(storage, candidate, memory, replica_servers or {}) as sources:
                 damage = load_state(
                     *(live, found, sources),
@@ -126,10 +126,10 @@ def restore(
                     num_readers=NUM_COPIERS if isinstance(candidate, WholeSnapshot) else NUM_READERS,
                 )
                 found = damage or found
-            laps.end("read")
+            stopwatch.lap("read")
         if isinstance(found, Manifest):
             source = get_source(candidate, storage)
-            logger.info("step %d restored: %s", found.progress.step, laps)
+            logger.info("step %d restored: %s", found.progress.step, stopwatch)
             return Restored(progress=found.progress, extra=found.extra, epoch=found.epoch, source=source, live=live)
         if rank == 0:
             logger.warning(
