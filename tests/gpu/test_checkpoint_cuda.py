@@ -103,7 +103,7 @@ def check_snapshots(device, storage, memory, replica_servers):
         ]
         in_buffer[7] ^= 1  # nobody reads what the device still has
         restore_twin()
-        take_memory(memory.get_buffers(device).exit)
+        take_memory(memory.get_buffers(device).engine)
         with pytest.raises(AssertionError):
             restore_twin()
         in_buffer[7] ^= 1
@@ -165,7 +165,7 @@ def test_the_snapshot_before_stays_on_a_device_with_room(device, tmp_path, monke
         checkpointer.finish("memory")
     buffers = memory.get_buffers(device)
     with ThreadPoolExecutor(1) as pool:
-        with buffers.exit.lock:  # it stays on the device
+        with buffers.engine.lock:  # it stays on the device
             assert checkpointer.start_save(model, optimizer, progress=Progress(step=4), extra={}, tier="memory")
             closed = pool.submit(checkpointer.close)
             wait([closed], timeout=0.5)

@@ -25,7 +25,7 @@ NUM_READERS = 4
 NUM_COPIERS = max(NUM_READERS, min(12, os.cpu_count() or 1))
 """The same from memory, where checksums and copies take cores and nobody waits for a network. To bring 16.75 GiB to an
 H200 eight took 0.90 s, twelve 0.77 s, sixteen on as many cores 0.68 s."""
-_NUM_LEAVING = 4
+_NUM_IN_TRANSIT = 4
 """Buffers more than readers, if they go to a GPU."""
 
 
@@ -56,35 +56,35 @@ def fill(
         reads = [read for read in reads if not rows.copy(read, flat)]
         torch.cuda.current_stream(device).synchronize()
     num_bytes = max((read.num_bytes for read in reads), default=0)
-    lanes = (
-        [_DeviceLane(num_bytes, device) for _ in range(num_readers + _NUM_LEAVING)]
+    buffers = (
+        [_PinnedBuffer(num_bytes, device) for _ in range(num_readers + _NUM_IN_TRANSIT)]
         if is_cuda
-        else [_Lane(num_bytes) for _ in range(num_readers)]
+        else [_ReadBuffer(num_bytes) for _ in range(num_readers)]
     )
-    free: SimpleQueue[_Lane] = SimpleQueue()
-    for lane in lanes:
-        free.put(lane)
+    free: SimpleQueue[_ReadBuffer] = SimpleQueue()
+    for buffer in buffers:
+        free.put(buffer)
 
     def bring(read: Read) -> str | None:
-        lane = free.get()  # the one that was put there first
+        buffer = free.get()  # the one that was put there first
         try:
-            data = read_verified(read, sources, lane.get_buffer, in_buffer=is_cuda)
-            lane.copy(data, read, flat)
+            data = read_verified(read, sources, buffer.get_buffer, in_buffer=is_cuda)
+            buffer.copy(data, read, flat)
         except DamageError as error:
             return str(error)
         finally:
-            free.put(lane)
+            free.put(buffer)
         return None
 
     try:
         with ThreadPoolExecutor(num_readers, thread_name_prefix="restore") as pool:
             return next((damage for damage in pool.map(bring, reads) if damage), None)
     finally:
-        for lane in lanes:
-            lane.wait()
+        for buffer in buffers:
+            buffer.wait()
 
 
-class _Lane:
+class _ReadBuffer:
     """A buffer, if one is needed."""
 
     def __init__(self, num_bytes: int) -> None:
@@ -110,7 +110,7 @@ class _Lane:
         """Return when they are there."""
 
 
-class _DeviceLane(_Lane):
+class _PinnedBuffer(_ReadBuffer):
     """A page-locked buffer, and a stream on which it goes to a GPU."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:

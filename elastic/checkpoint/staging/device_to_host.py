@@ -34,8 +34,8 @@ class AbandonedError(Exception):
     """The save was given up; nothing more of it may become visible."""
 
 
-class DeviceExit:
-    """The way off one device, for all worlds of a process: a stream, page-locked buffers, and threads to empty them."""
+class DeviceToHostEngine:
+    """Copies states off one device, for all worlds of a process: a stream, page-locked buffers, and threads."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -54,7 +54,7 @@ class DeviceExit:
         self._busy: list[tuple[Tensor, Future[None]]] = []
         self._copiers = ThreadPoolExecutor(_NUM_COPIERS, "leave")
         self.lock = threading.Lock()
-        """Held by whoever sends."""
+        """Held by the thread that sends."""
 
     def clone_some(self, sources: Mapping[str, Tensor], *, index: int) -> tuple[Tensor, dict[str, int]]:
         """Copy on the device what fits there, on the current stream, which must be this one; `release` takes it back.
@@ -167,18 +167,18 @@ def _empty(pinned: Tensor, has_left: torch.cuda.Event, target: Tensor) -> None:
     np.copyto(target.numpy(), pinned[: target.numel()].numpy())  # torch would copy with as many threads as train
 
 
-class Leaving:
+class DeviceToHostCopy:
     """A state on its way from the device to a buffer: `bring` does it, on a thread that has time for it."""
 
     def __init__(
-        self, sources: dict[str, Tensor], layout: ShardLayout, buffer: Tensor, way: DeviceExit, *, index: int
+        self, sources: dict[str, Tensor], layout: ShardLayout, buffer: Tensor, engine: DeviceToHostEngine, *, index: int
     ) -> None:
-        self._layout, self._buffer, self._exit = layout, buffer, way
-        way.stream.wait_stream(torch.cuda.current_stream(way.device))
-        with torch.cuda.stream(way.stream):
-            memory, places = way.clone_some(sources, index=index)
-            self._is_free = way.stream.record_event()
-            way.remember(index, layout, memory, places)
+        self._layout, self._buffer, self._engine = layout, buffer, engine
+        engine.stream.wait_stream(torch.cuda.current_stream(engine.device))
+        with torch.cuda.stream(engine.stream):
+            memory, places = engine.clone_some(sources, index=index)
+            self._is_free = engine.stream.record_event()
+            engine.remember(index, layout, memory, places)
         self._clones = {name: memory[place : place + sources[name].numel()] for name, place in places.items()}
         self._late = {name: source for name, source in sources.items() if name not in self._clones}
         """What found no room on the device."""
@@ -192,20 +192,20 @@ class Leaving:
     def bring(self) -> None:
         """Copy it all, then give the memory on the device back."""
         try:
-            with self._exit.lock:
-                torch.cuda.set_device(self._exit.device)
+            with self._engine.lock:
+                torch.cuda.set_device(self._engine.device)
                 try:
-                    with torch.cuda.stream(self._exit.stream):
+                    with torch.cuda.stream(self._engine.stream):
                         if self._late:
                             self._send(self._late)
-                            self._is_free = self._exit.stream.record_event()
+                            self._is_free = self._engine.stream.record_event()
                             self._is_asked_for.set()
                         self._send(self._clones)
                 finally:
-                    self._exit.wait()
+                    self._engine.wait()
         finally:
             self._clones.clear()
-            self._exit.release()
+            self._engine.release()
             self._is_asked_for.set()
             self._is_over.set()
 
@@ -216,7 +216,7 @@ class Leaving:
                 if self._is_given_up:
                     raise AbandonedError
                 part = source[start : start + _PIECE_BYTES]
-                self._exit.send(part, self._buffer[offset + start : offset + start + part.numel()])
+                self._engine.send(part, self._buffer[offset + start : offset + start + part.numel()])
 
     def wait_on_device(self) -> None:
         """Let the current stream wait until the live state may change."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from elastic.checkpoint.staging.device_to_host import DeviceExit
+from elastic.checkpoint.staging.device_to_host import DeviceToHostEngine
 from elastic.checkpoint.staging.shared_memory import SharedBuffer, allocate_buffer
 
 
@@ -52,7 +52,7 @@ class HostBuffers:
         """This world has a state that is safe, and earlier ones hold nothing any more."""
         self.is_roomy = False
         """The node has memory for all of this world's without what earlier ones hold."""
-        self.exit = DeviceExit(device) if device.type == "cuda" else None
+        self.engine = DeviceToHostEngine(device) if device.type == "cuda" else None
 
     @property
     def indices(self) -> list[int]:

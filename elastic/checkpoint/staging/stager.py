@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from elastic.checkpoint.format.sharding import Box, ShardLayout
-from elastic.checkpoint.staging.device_to_host import Leaving
+from elastic.checkpoint.staging.device_to_host import DeviceToHostCopy
 from elastic.checkpoint.staging.host_buffers import HostBuffers
 from elastic.checkpoint.train_state import get_local
 
@@ -21,21 +21,21 @@ class Staged:
     index: int
     """Of the buffer."""
     buffer: memoryview
-    leaving: Leaving | None
+    copy: DeviceToHostCopy | None
     """What is still on the device."""
 
     @property
     def has_left(self) -> bool:
         """The device is free for the next copy."""
-        return self.leaving is None or self.leaving.is_over
+        return self.copy is None or self.copy.is_over
 
     def wait_on_device(self) -> None:
         """Let the device change the live state only after the copy.
 
         The calling thread waits only if the device had no room to copy the state within it.
         """
-        if self.leaving is not None:
-            self.leaving.wait_on_device()
+        if self.copy is not None:
+            self.copy.wait_on_device()
 
     def wait_on_host(self) -> None:
         """Bring what is still on the device to the buffer, and return when that may be read; on one thread only.
@@ -43,18 +43,18 @@ class Staged:
         Raises:
             AbandonedError: `give_up` was called.
         """
-        if self.leaving is not None:
-            self.leaving.bring()
+        if self.copy is not None:
+            self.copy.bring()
 
     def wait_left(self) -> None:
         """Return once the device is free for the next copy."""
-        if self.leaving is not None:
-            self.leaving.wait()
+        if self.copy is not None:
+            self.copy.wait()
 
     def give_up(self) -> None:
         """Return once nothing is written to the buffer any more."""
-        if self.leaving is not None:
-            self.leaving.give_up()
+        if self.copy is not None:
+            self.copy.give_up()
 
 
 class Stager:
@@ -76,15 +76,15 @@ class Stager:
         buffer = self._buffers.get(index)[: layout.num_bytes]
         buffer[: len(layout.header)] = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
         sources = {name: _find_bytes(live[name], layout, held, name) for name in layout.entries}
-        leaving: Leaving | None = None
+        copy: DeviceToHostCopy | None = None
         for name, source in sources.items():
             if not source.is_cuda:
                 offset = layout.entries[name].offset
                 buffer[offset : offset + source.numel()].copy_(source)
-        if self._buffers.exit is not None:
+        if self._buffers.engine is not None:
             on_device = {name: source for name, source in sources.items() if source.is_cuda}
-            leaving = Leaving(on_device, layout, buffer, self._buffers.exit, index=index)
-        return Staged(live=live, layout=layout, index=index, buffer=buffer.numpy().data, leaving=leaving)
+            copy = DeviceToHostCopy(on_device, layout, buffer, self._buffers.engine, index=index)
+        return Staged(live=live, layout=layout, index=index, buffer=buffer.numpy().data, copy=copy)
 
 
 def _find_bytes(tensor: Tensor, layout: ShardLayout, held: Mapping[str, Box], name: str) -> Tensor:

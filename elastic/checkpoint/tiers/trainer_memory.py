@@ -153,10 +153,10 @@ class Memory:
 
     def find_resident(self, snapshot: WholeSnapshot) -> Rows | None:
         """Return what of a snapshot still lies on this process' device, where it was made."""
-        way = self._buffers.exit if self._buffers else None
+        engine = self._buffers.engine if self._buffers else None
         for file, places in snapshot.places.items():
             for replica in places:
-                if way and self._is_own(replica) and (rows := way.find_resident(replica.index, file)):
+                if engine and self._is_own(replica) and (rows := engine.find_resident(replica.index, file)):
                     return rows
         return None
 
