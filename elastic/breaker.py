@@ -22,7 +22,7 @@ from torch import Tensor
 _STILL_S = 0.02
 """So long without a byte means that no message is under way: a thread on a busy machine goes on sooner."""
 _STILL_PATIENCE_S = 0.5
-_SO_ATTACH_FILTER = 26
+_SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27
 _BPF_RETURN = 0x06
 """Source: Linux, include/uapi/asm-generic/socket.h and include/uapi/linux/filter.h (BPF_RET | BPF_K)."""
 _TCP_INFO_BYTES = 136
@@ -119,7 +119,7 @@ class _GroupSockets:
 
         def close_doors() -> None:
             for descriptor, inode in set(_list_sockets()) - before:
-                _let_nobody_in(descriptor, inode)
+                _close_door(descriptor, inode)
 
         try:
             yield close_doors
@@ -246,19 +246,31 @@ def _shut_down(descriptor: int, inode: int) -> None:
             connection.shutdown(socket.SHUT_RDWR)
 
 
-def _let_nobody_in(descriptor: int, inode: int) -> None:
-    """Have the kernel drop what comes to a listening socket; those it has accepted have filters of their own.
+def _close_door(descriptor: int, inode: int) -> None:
+    """Let nobody in where a group of gloo's listens.
 
-    gloo goes on listening once all ranks are there, and keeps whoever else connects until its group ends: two thousand
+    gloo goes on listening once all ranks are there, and keeps whatever else connects until its group ends: two thousand
     that say nothing took two thousand descriptors of each group. Closed or shut down, it would abort the process.
     """
-    with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as listener:  # a sandbox may know no filters
+    with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as listener:
         is_same = os.fstat(listener.fileno()).st_ino == inode
         is_internet = listener.family in (socket.AF_INET, socket.AF_INET6)
         if is_same and is_internet and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            rule = ctypes.create_string_buffer(struct.pack("=HBBI", _BPF_RETURN, 0, 0, 0))  # take no byte of anything
-            program = struct.pack("@HP", 1, ctypes.addressof(rule))
-            listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
+            let_nobody_in(listener)
+
+
+def let_nobody_in(listener: socket.socket) -> None:
+    """Have the kernel drop what comes to a listening socket; the connections that it has accepted are left alone."""
+    rule = ctypes.create_string_buffer(struct.pack("=HBBI", _BPF_RETURN, 0, 0, 0))  # take no byte of anything
+    program = struct.pack("@HP", 1, ctypes.addressof(rule))
+    with suppress(OSError):  # a sandbox may know no filters
+        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
+
+
+def let_in(listener: socket.socket) -> None:
+    """Undo `let_nobody_in`."""
+    with suppress(OSError):  # it has no filter
+        listener.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
 
 
 def _count_moved_bytes(descriptor: int, inode: int) -> int:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from elastic.breaker import Presence, abort_all, connecting_group
+from elastic.breaker import Presence, abort_all, connecting_group, let_in, let_nobody_in
 from elastic.errors import ConfigError
 from elastic.ports import WorldSpec
 
@@ -56,17 +56,32 @@ class World:
         return tensor
 
 
-def open_store(ip: str, *, timeout_s: float) -> dist.TCPStore:
-    """Serve a store on a free port of this address, and of no other, for a world that may choose it."""
-    listener = socket.create_server((ip, 0))
-    return dist.TCPStore(
-        ip,
-        listener.getsockname()[1],
-        is_master=True,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=timeout_s),
-        master_listen_fd=listener.detach(),  # the store owns the socket from here on
-    )
+class OwnStore:
+    """A store that this process serves on a free port of one address, for a world that may choose it.
+
+    It is served by threads of torch's, which stop to accept anybody once enough strangers have called: two thousand
+    silent ones were enough, and the next world waited for it in vain. So its door is open only while a world forms.
+    """
+
+    def __init__(self, ip: str, *, timeout_s: float) -> None:
+        listener = socket.create_server((ip, 0))
+        self._door = listener.dup()
+        self.store = dist.TCPStore(
+            ip,
+            listener.getsockname()[1],
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=timeout_s),
+            master_listen_fd=listener.detach(),  # the store owns the socket from here on
+        )
+
+    def open_door(self) -> None:
+        """Let the ranks of the next world in."""
+        let_in(self._door)
+
+    def close_door(self) -> None:
+        """Let nobody in who is not there; the connections that stand are left alone."""
+        let_nobody_in(self._door)
 
 
 def get_device(choice: Literal["auto", "cpu", "cuda"], *, local_rank: int) -> torch.device:

@@ -20,7 +20,7 @@ def train(rank, local_rank):
     link = Link(Peer(theirs, None), FROM_TRAINER, sends="waiting")
     heard = Link(Peer(ours, None), FROM_TRAINER, sends="at once")
     now_s = [100.0]
-    observer = LinkObserver(link, rank=rank, local_rank=local_rank, now_s=lambda: now_s[0])
+    observer = LinkObserver(link, rank=rank, local_rank=local_rank, on_restored=lambda: None, now_s=lambda: now_s[0])
     for step in STEPS:
         now_s[0] += STEP_S
         observer.phase("train", now_s[0] - STEP_S, now_s[0])

@@ -28,14 +28,22 @@ class LinkObserver:
     All ranks do the same steps, and one coordinator hears them all.
 
     Args:
+        on_restored: called once the world has formed and has its state.
         now_s: a monotonic time.
     """
 
     def __init__(
-        self, link: OrderLink, *, rank: int, local_rank: int, now_s: Callable[[], float] = time.monotonic
+        self,
+        link: OrderLink,
+        *,
+        rank: int,
+        local_rank: int,
+        on_restored: Callable[[], object],
+        now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._link = link
         self._rank, self._speaks_for_node = rank, local_rank == 0
+        self._on_restored = on_restored
         self._now_s = now_s
         self._step = self._num_steps = 0
         self._phases: list[tuple[Phase, float, float]] = []
@@ -54,6 +62,7 @@ class LinkObserver:
     def restored(self, progress: Progress, source: Source) -> None:
         """Tell where this attempt starts from."""
         self._step = progress.step
+        self._on_restored()
         self._link.send(Restored(progress=progress, source=source))
 
     def stepped(self, progress: Progress, row: Mapping[str, object]) -> None:

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Store
 
 from cluster.runtime.coordinator.relayed import RelayedRun, RelayedSink, Streams
 from cluster.runtime.messages import (
@@ -44,7 +43,7 @@ from elastic.ports import Finished, Interrupted, Lost, MetricSink, Notice, World
 from elastic.records.rundir import RunDir
 from elastic.sinks import jsonl
 from elastic.storage import is_url, join_url, open_storage
-from elastic.world import open_store
+from elastic.world import OwnStore
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +130,7 @@ def run(
     torch.set_num_threads(config.cluster.threads_per_worker)
     _choose_interface(node_ip)
     _open_device(config)
-    store = open_store(node_ip, timeout_s=config.fault.collective_timeout_s)
+    own_store = OwnStore(node_ip, timeout_s=config.fault.collective_timeout_s)
     memory: Memory | None = None
     if config.checkpoint.memory != "off":
         memory = Memory(keeper, node=node, secret=secret, folder=get_keeper_folder(folder))
@@ -144,8 +143,12 @@ def run(
     stays = True
     while stays:
         world = orders.worlds.get()
+        own_store.open_door()
+        store = own_store.store
         link.send(Ready(store_host=store.host, store_port=store.port, pid=os.getpid()))
-        stays = _train_in(world, link, config, node=node, store=store, memory=memory, folder=folder, streams=streams)
+        stays = _train_in(
+            world, link, config, node=node, own_store=own_store, memory=memory, folder=folder, streams=streams
+        )
 
 
 def _choose_interface(node_ip: str) -> None:
@@ -183,7 +186,7 @@ def _train_in(
     config: RunConfig,
     *,
     node: str,
-    store: Store,
+    own_store: OwnStore,
     memory: Memory | None,
     folder: Path,
     streams: Streams,
@@ -206,7 +209,13 @@ def _train_in(
     if told := world.keepers:
         mean_s = told.mean_s_between_losses
         spec = replace(spec, replica_servers=told.keepers, peer=told.peer, mean_s_between_losses=mean_s)
-    observer = LinkObserver(link, rank=spec.rank, local_rank=spec.local_rank)
+
+    def close_door() -> None:
+        # NCCL's own threads connect to the store that the world has chosen whenever they like
+        if spec.rank or dist.get_backend() == "gloo":
+            own_store.close_door()
+
+    observer = LinkObserver(link, rank=spec.rank, local_rank=spec.local_rank, on_restored=close_door)
     run: RelayedRun | None = None
     sinks: list[MetricSink] = []
 
@@ -228,7 +237,7 @@ def _train_in(
                 notices=world,
                 observer=observer,
                 open_sinks=open_sinks,
-                store=store if spec.rank == 0 else None,
+                store=own_store.store if spec.rank == 0 else None,
                 run=run,
                 memory=memory,
                 breaker=world.breaker,
