@@ -17,8 +17,10 @@ from elastic.config import (
 )
 from elastic.data.prepare import prepare
 from elastic.models.llama import Config as ModelConfig
-from elastic.ports import Outcome
+from elastic.ports import Outcome, WorldSpec
+from elastic.records.fencing import take_generation
 from elastic.run import train
+from elastic.storage import open_storage
 from tests.distributed._ranks import spec
 
 SEQ_LEN, BATCH = 16, 7
@@ -77,6 +79,13 @@ class NoNotices:
         return None
 
 
+def lead_and_train(config: RunConfig, place: WorldSpec, **how: Any) -> Outcome:
+    """Train one rank of a run that is led: rank 0 takes the generation first, as every command does."""
+    if place.rank == 0:
+        take_generation(open_storage(f"{config.storage}/{config.run}"), place.attempt, who="a test")
+    return train(config, place, **how)
+
+
 def train_rank(
     config: RunConfig, rank: int, port: int, *, world_size: int, attempt: int, watcher=None, notices=None
 ) -> tuple[Outcome, list[dict[str, Any]]] | None:
@@ -85,5 +94,5 @@ def train_rank(
         return None
     watcher = watcher or Watcher()
     place = spec(rank, port, world_size=world_size, attempt=attempt)
-    outcome = train(config, place, notices=notices or NoNotices(), observer=watcher, open_sinks=list)
+    outcome = lead_and_train(config, place, notices=notices or NoNotices(), observer=watcher, open_sinks=list)
     return outcome, watcher.rows

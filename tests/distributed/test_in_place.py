@@ -17,8 +17,7 @@ from elastic.checkpoint.replicas.process import start_replica_server
 from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.config import CheckpointConfig
 from elastic.ports import Finished, Lost
-from elastic.run import train
-from tests.distributed._loops import NoNotices, Watcher, make_config, train_rank, write_data
+from tests.distributed._loops import NoNotices, Watcher, lead_and_train, make_config, train_rank, write_data
 from tests.distributed._ranks import run_ranks, spec
 
 SECRET = "s3cret"
@@ -73,7 +72,7 @@ def live_through(rank, port, folder, connections, addresses):
         # a rank on its own waits for nobody, and would not notice
         watcher = Giver(breaker, step, is_silent=rank == world_size - 1)
         notices = NoNotices() if world_size > 1 else StopAt(watcher)
-        outcome = train(
+        outcome = lead_and_train(
             config, place, notices=notices, observer=watcher, open_sinks=list, memory=memory, breaker=breaker
         )
         took_s = time.monotonic() - watcher.given_up_s

@@ -13,11 +13,11 @@ from elastic.checkpoint.replicas.client import ReplicaClient
 from elastic.checkpoint.replicas.process import start_replica_server
 from elastic.checkpoint.replicas.remote import RemoteReplicaServer
 from elastic.checkpoint.restore.load import restore
+from elastic.checkpoint.staging.host_memory import MOST_BUFFERS
 from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.ports import Finished, Interrupted, Notice
-from elastic.run import train as train_run
 from elastic.storage import open_storage
-from tests.distributed._loops import NoNotices, Watcher, make_config, write_data
+from tests.distributed._loops import NoNotices, Watcher, lead_and_train, make_config, write_data
 from tests.distributed._ranks import run_ranks as run_trainers
 from tests.distributed._ranks import spec
 from tests.distributed._spawn_ckpt import (
@@ -263,11 +263,12 @@ def keep_on(run_dir, connections, addresses):
         checkpointer.close()
 
 
-def test_a_process_that_outlives_its_world_keeps_two_snapshots_and_no_more(tmp_path, nodes):
+def test_a_process_that_outlives_its_world_keeps_as_many_snapshots_as_it_has_buffers_and_no_more(tmp_path, nodes):
     nodes.run(keep_on, 3, tmp_path)
+    assert MOST_BUFFERS == 3
     for node in nodes.replica_servers:
         held = [(shard.snapshot.epoch, shard.snapshot.step) for shard in nodes.list(node)]
-        assert sorted(held) == [(2, 5), (2, 6)]
+        assert sorted(held) == [(2, 4), (2, 5), (2, 6)]
 
 
 class Planned:
@@ -295,7 +296,7 @@ def train_until_planned(folder, rank, port, connections, nodes):
     )
     config = make_config(folder, "planned", steps=100_000, every_steps=100_000)
     config = replace(config, checkpoint=replace(config.checkpoint, memory_every_steps=1))
-    outcome = train_run(config, place, notices=notices, observer=Watcher(tell), open_sinks=list, memory=memory)
+    outcome = lead_and_train(config, place, notices=notices, observer=Watcher(tell), open_sinks=list, memory=memory)
     return outcome, time.monotonic() - told_s[0]
 
 
@@ -328,7 +329,7 @@ def train_in_containers(folder, rank, port, connections, nodes):
     memory = Memory(connections[f"n{rank}"], node=f"n{rank}", secret=SECRET)
     place = replace(spec(rank, port, world_size=3, attempt=1), node=f"n{rank}", replica_servers=addresses)
     config = make_config(folder, "no-room", steps=6, every_steps=3)
-    return train_run(config, place, notices=NoNotices(), observer=Watcher(), open_sinks=list, memory=memory)
+    return lead_and_train(config, place, notices=NoNotices(), observer=Watcher(), open_sinks=list, memory=memory)
 
 
 @pytest.mark.parametrize(("limit_mib", "num_held"), [(1000, 0), (4096, 1)])
