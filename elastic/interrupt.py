@@ -71,7 +71,7 @@ def needs_copies(*, seconds_left: float, save_s: float, copy_s: float) -> bool:
     """Tell whether a state that is handed over must be copied to other nodes before its own leave.
 
     The next world fetches what it needs from the nodes that leave, if they live until it has formed and fetched: a copy
-    takes as long as that, and nobody trains meanwhile. One is made only where there is time for it and not for the
+    takes as long as that, and no rank trains meanwhile. One is made only where there is time for it and not for the
     other; where there is time for neither, the next world fetches what it can, and else has what is older.
 
     Args:

@@ -132,7 +132,7 @@ def is_due(step: int, every_steps: int) -> bool:
 def report(
     parts: Parts, progress: Progress, result: StepResult, *, lr: float, step_s: float, val_loss: float | None
 ) -> None:
-    """Tell a finished step to whoever watches."""
+    """Tell a finished step to sinks and observer."""
     row = metrics.build_row(
         progress,
         loss=result.loss,
@@ -256,8 +256,8 @@ def is_only_in_memory(source: Source, decision: interrupt.Decision) -> bool:
 def leave(parts: Parts, progress: Progress, how: str = "") -> Interrupted:
     """Say why this rank leaves with all others."""
     notice = parts.notices.get_notice()
-    who = notice.source if notice else "a peer leaves"
-    return Interrupted(progress=progress, reason=f"{who}: {how}" if how else who)
+    cause = notice.source if notice else "a peer leaves"
+    return Interrupted(progress=progress, reason=f"{cause}: {how}" if how else cause)
 
 
 def save(

@@ -71,7 +71,7 @@ def train(
         run: the run's storage and directory, if the caller has opened them.
         memory: where snapshots are kept beyond the life of this process.
         breaker: with it another thread may end the world; that is `Lost`, like the loss of a peer. So is the end of
-            the generation, then: whoever holds the breaker decides what comes next.
+            the generation, then: the caller that holds the breaker decides what comes next.
 
     Raises:
         UserError: configuration, data or storage cannot work; all ranks raise it or are ended by the one that does.

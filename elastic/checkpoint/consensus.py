@@ -14,7 +14,7 @@ from elastic.checkpoint.exchange import new_group
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """How a job stands of which every rank does its part; a rank without a part holds up nobody."""
+    """How a job stands of which every rank does its part; a rank without a part holds up no other."""
 
     is_over: bool = True
     """It is done, or it failed."""

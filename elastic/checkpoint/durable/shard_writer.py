@@ -1,7 +1,7 @@
 """From the bytes of one rank's shard to a file in a storage, and its lines in the manifest. No torch here.
 
-The buffer is the shard file, byte for byte, in host memory: whoever maps it can write it, the process that trains or
-another one.
+The buffer is the shard file, byte for byte, in host memory: any process that maps it can write it, the one that trains
+or another one.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +14,7 @@ from elastic.checkpoint.format.sharding import ShardLayout, Spread
 from elastic.storage import Storage
 
 _WRITE_BYTES = 16 * 2**20
-"""So much at once; whoever gives a save up waits for no more."""
+"""So much at once: a save that is given up is waited for no longer than this takes."""
 
 
 @dataclass(frozen=True, kw_only=True)

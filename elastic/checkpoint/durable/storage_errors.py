@@ -14,7 +14,8 @@ log = logging.getLogger(__name__)
 GIB = 2**30
 
 PATIENCE_S = 30.0
-"""How long a run that has trained waits for its storage; who cleans a full disk up needs about as long to notice."""
+"""How long a run that has trained waits for its storage; a person who cleans a full disk up needs about as long to
+notice."""
 _RETRY_S = 0.5
 _PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EAGAIN, errno.ETIMEDOUT, errno.EIO}
 """What may pass without anybody who mends the command, the mount or the permissions."""
@@ -51,7 +52,7 @@ def explain(error: OSError, where: str) -> StorageError:
 
 
 def explain_unreadable(error: OSError, where: str) -> StorageError:
-    """Return what an error means for who only looks."""
+    """Return what an error means for a command that only looks."""
     hint = "Check that it is mounted or reachable, and that this user may read it."
     if is_url(where):
         hint = _URL_HINTS.get(error.errno or 0, "Check the URL, and that it can be reached from here.")

@@ -1,1 +1,1 @@
-"""What a checkpoint is as bytes: its manifest, its shards, and who writes and reads which of them."""
+"""What a checkpoint is as bytes: its manifest, its shards, and which rank writes and reads which of them."""

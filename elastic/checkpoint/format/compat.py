@@ -53,7 +53,7 @@ def check_resume(config: RunConfig, manifest: Manifest, *, data: DataIdentity | 
     """Compare what a run would go on with, configuration and data, with what its checkpoint was made under.
 
     Args:
-        data: what `config.data.path` holds; None: nobody can say.
+        data: what `config.data.path` holds; None: it is not known.
 
     Returns:
         What the user should know, a line each.
@@ -82,7 +82,7 @@ def _check_data(config: RunConfig, manifest: Manifest, now: DataIdentity) -> str
     """Return what there is to tell.
 
     Raises:
-        DataError: another data or tokenizer, and nobody said that it is meant.
+        DataError: another data or tokenizer, and the configuration does not say that it is meant.
     """
     then, step = get_data(manifest), manifest.progress.step
     if then is None:

@@ -49,7 +49,7 @@ class Chunk:
     """Its first element in the whole tensor, per dim."""
     shape: tuple[int, ...]
     crc32: tuple[int, ...]
-    """Of each `BLOCK_BYTES`, the last block shorter; empty in memory alone: nobody has taken them yet."""
+    """Of each `BLOCK_BYTES`, the last block shorter; empty in memory alone: they are not taken yet."""
 
     @property
     def box(self) -> Box:
@@ -74,7 +74,7 @@ class FileRecord:
     size_bytes: Annotated[int, NOT_NEGATIVE]
     header_bytes: Annotated[int, NOT_NEGATIVE]
     header_crc32: int | None
-    """None in memory alone: nobody has taken it yet."""
+    """None in memory alone: it is not taken yet."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,7 @@ class Block:
     """In the file."""
     num_bytes: int
     crc32: int | None
-    """None: nobody has taken it yet, and what is read is what there is."""
+    """None: it is not taken yet, and what is read is what there is."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Which rank writes which part of the state, and how a rank's shard file is laid out. Pure; no torch here.
 
 Every byte of the state is in one shard once. What several ranks hold alike (DDP, replicas of HSDP) is cut into rows, so
-that each of them writes its share; what is too small to cut goes to whoever has the least to write.
+that each of them writes its share; what is too small to cut goes to the rank with the least to write.
 
 A shard is a safetensors file, with the place of each chunk in its whole tensor where `torch.distributed.checkpoint`'s
 own HuggingFaceStorageReader looks for it. Source: https://huggingface.co/docs/safetensors (format; no holes between

@@ -1,7 +1,7 @@
 """A model becomes a folder that `transformers` loads: sharded safetensors, `config.json` and tokenizer.
 
-Nothing larger than a piece of a tensor is ever in memory, and `config.json`, without which nobody takes the folder for
-a model, comes last.
+Nothing larger than a piece of a tensor is ever in memory, and `config.json`, without which no program takes the folder
+for a model, comes last.
 """
 
 import json

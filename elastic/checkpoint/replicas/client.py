@@ -160,7 +160,7 @@ class ReplicaClient:
         return self._measure().held_bytes
 
     def fetch_left_bytes(self) -> int:
-        """Return how much of that trainers have left who are gone: what a world frees once it has a snapshot."""
+        """Return how much of that belongs to trainers that are gone: what a world frees once it has a snapshot."""
         return self._measure().left_bytes
 
     def fetch_copy_bytes(self) -> int:
@@ -233,7 +233,7 @@ class ReplicaClient:
         return result
 
     def _listen(self, channel: Channel[Answer]) -> None:
-        with contextlib.suppress(OSError):  # said below, to all who wait
+        with contextlib.suppress(OSError):  # told below to all calls that wait
             while (answer := channel.receive()) is not None:
                 with self._lock:
                     take = self._answers.pop(answer.id, None)

@@ -3,7 +3,7 @@ here.
 
 A snapshot in memory is the same bytes as a checkpoint in a storage, rank by rank, so it is described by the same
 manifest and loaded by the same code. Nothing commits it: it counts once the shards of all ranks of its world are there.
-The checksums of a shard that was filled just now may not be known yet; nobody waits for them.
+The checksums of a shard that was filled just now may not be known yet, and are not waited for.
 """
 
 from collections import defaultdict
@@ -19,11 +19,11 @@ from elastic.ports import Progress
 
 @dataclass(frozen=True, kw_only=True)
 class WholeSnapshot:
-    """A state of which every shard is in somebody's memory."""
+    """A state of which every shard is in the memory or on the disk of a node."""
 
     manifest: Manifest
     places: Mapping[str, Sequence[ReplicaInfo]]
-    """Of each file, who holds it: originals in memory, copies there, then what is on disks."""
+    """Of each file, its replicas: originals in memory, copies there, then what is on disks."""
 
     @property
     def step(self) -> int:
@@ -106,7 +106,7 @@ def _assemble(shards: Sequence[Sequence[ReplicaInfo]]) -> WholeSnapshot:
     """Put the manifest together from the records that came with the shards.
 
     Args:
-        shards: of each rank, who holds its shard.
+        shards: of each rank, the replicas of its shard.
     """
     manifest = _parse_manifest(shards[0][0].record["manifest"])
     chunks: defaultdict[str, list[Chunk]] = defaultdict(list)

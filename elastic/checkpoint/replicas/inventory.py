@@ -99,7 +99,7 @@ class Replica:
 
 
 class SupersededError(Exception):
-    """The buffer is being filled again, or nobody waits for the result any more."""
+    """The buffer is being filled again, or the result is not wanted any more."""
 
 
 def cut(replica: Replica, generation: int) -> Iterator[memoryview]:

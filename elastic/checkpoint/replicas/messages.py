@@ -117,7 +117,7 @@ class Map:
     snapshot: Snapshot
 
 
-# ---- from anyone who knows the secret
+# ---- from any process that knows the secret
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,7 +70,7 @@ class CopySender:
         with self._lock:
             self._is_halted.set()
             channels = list(self._channels) if self._is_sending else []
-        for channel in channels:  # which wakes who waits for the peer
+        for channel in channels:  # which wakes the threads that wait for the peer
             channel.close()
 
     def begin(self) -> Callable[[], bool]:

@@ -23,8 +23,8 @@ READ_BYTES = 16 * 2**20
 NUM_READERS = 4
 """Reads side by side on each rank: one stream of an object store gives 50 to 100 MB/s."""
 NUM_COPIERS = max(NUM_READERS, min(12, os.cpu_count() or 1))
-"""The same from memory, where checksums and copies take cores and nobody waits for a network. To bring 16.75 GiB to an
-H200 eight took 0.90 s, twelve 0.77 s, sixteen on as many cores 0.68 s."""
+"""The same from memory, where checksums and copies take cores and there is no network to wait for. To bring 16.75 GiB
+to an H200 eight took 0.90 s, twelve 0.77 s, sixteen on as many cores 0.68 s."""
 _NUM_IN_TRANSIT = 4
 """Buffers more than readers, if they go to a GPU."""
 

@@ -150,7 +150,7 @@ def _open_sources(
     if isinstance(candidate, CommittedCheckpoint):
         yield [StorageSource(storage, candidate.directory)]
     else:
-        assert memory is not None, "whoever lists snapshots can read them"
+        assert memory is not None, "a process that lists snapshots can read them"
         with memory.open_sources(candidate, replica_servers) as sources:
             yield sources
 
@@ -191,7 +191,7 @@ def load_state(
         wanted[own_rng] = record.chunks[0].box
         others = {}  # every rank reads its own
     reads, gaps = plan_reads(records, wanted, max_bytes=READ_BYTES)
-    # what nobody needs is verified as well, so that damage is found now and not when it is needed
+    # what no rank needs is verified as well, so that damage is found now and not when it is needed
     files = {name: record for i, (name, record) in enumerate(manifest.files.items()) if i % world_size == rank}
     reads += plan_checks(others if rank == 0 else {}, files, max_bytes=READ_BYTES)
     try:

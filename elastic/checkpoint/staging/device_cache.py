@@ -1,8 +1,9 @@
 """What the last snapshots have left on the device: rows that the next world need not fetch from anywhere.
 
-A snapshot is copied within the device before it leaves. Once it has left, the memory of that copy belongs to nobody, so
-that whoever needs it gets it; mostly nobody does. Whether it still holds the snapshot, sums of its words tell. Of two
-snapshots the older one is the state to fall back on until the other one is safe, so both stay where there is room.
+A snapshot is copied within the device before it leaves. Once it has left, the memory of that copy is free, so
+that the next allocation may get it; mostly there is none. Whether it still holds the snapshot, sums of its words tell.
+Of two snapshots the older one is the state to fall back on until the other one is safe, so both stay where there is
+room.
 """
 
 from collections.abc import Mapping
@@ -61,8 +62,8 @@ class Resident:
     def find(self, file: str, *, is_alone: bool) -> Rows | None:
         """Return what is still there; None if the memory was put to another use.
 
-        Call it on the stream on which the copy was made: memory that is free is found again by whoever had it. Whoever
-        reads the rows waits for that before letting go of them.
+        Call it on the stream on which the copy was made: memory that is free is found again by the stream that had it.
+        The caller that reads the rows waits for that before letting go of them.
 
         Args:
             file: name of the shard file that the buffer is.

@@ -64,8 +64,9 @@ def _has_room(ranks: Sequence[Room], spare_bytes: int) -> bool:
 def get_available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Return how much memory this process can still take; None where the kernel does not say.
 
-    In a container that is not what the machine has left: whoever takes more than the limit is killed. As the machine
-    does in MemAvailable, pages of files count as free, since the kernel drops them first; shared memory does not.
+    In a container that is not what the machine has left: a process that takes more than the limit is killed. As the
+    machine does in MemAvailable, pages of files count as free, since the kernel drops them first; shared memory does
+    not.
 
     Sources: proc_meminfo(5); the kernel's documentation of cgroup v2 ("Memory Interface Files") and v1 ("memory").
     """

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 GIB = 2**30
 _POPULATE_BYTES = 8 * 2**20
-"""So much at a time: who maps other memory meanwhile waits for no more (milliseconds)."""
+"""So much at a time: a thread that maps other memory meanwhile waits for no more (milliseconds)."""
 _POPULATE_THREADS = max(1, min(8, (os.cpu_count() or 1) // 2))
 _MADV_POPULATE_WRITE = 23
 """Since Linux 5.14. Source: madvise(2)."""
@@ -28,7 +28,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class SharedBuffer:
-    """Shared memory of a fixed size; free as long as nobody has written to it.
+    """Shared memory of a fixed size; it takes up no memory until it is written to.
 
     Args:
         descriptor: a memfd of at least `num_bytes`, which belongs to the buffer from here on.
@@ -98,7 +98,7 @@ class SharedBuffer:
             done += num_bytes
 
     def close(self) -> None:
-        """Let go of the memory; the kernel frees it once nobody else holds it, which takes a second for 10 GiB."""
+        """Let go of the memory; the kernel frees it with its last holder, which takes a second for 10 GiB."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
@@ -110,7 +110,7 @@ def allocate_buffer(num_bytes: int, *, name: str) -> SharedBuffer:
     """Return a new buffer; it takes up memory only as it is written to.
 
     Args:
-        name: shown in /proc/<pid>/maps, for whoever wonders.
+        name: shown in /proc/<pid>/maps, for people who look there.
 
     Raises:
         CheckpointError: the kernel refuses.

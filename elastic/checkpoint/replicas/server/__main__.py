@@ -45,7 +45,7 @@ class ReplicaServer:
         self._workers = Workers(NodeDisk(Path(start.disk)) if start.disk else None)
 
     def serve(self, listener: socket.socket | None) -> None:
-        """Adopt trainers and serve strangers who know the secret, until the owner ends."""
+        """Adopt trainers and serve visitors that know the secret, until the owner ends."""
         if self._workers.disk is not None:
             self._find_stored(self._workers.disk)
         if listener is not None:
@@ -86,7 +86,7 @@ class ReplicaServer:
                 self._begin_trainer(peer)
 
     def _accept(self, listener: socket.socket) -> None:
-        """Take who knows the secret; one thread greets them all, and nothing that a stranger does ends it."""
+        """Take visitors that know the secret; one thread greets them all, and nothing that a stranger does ends it."""
         acceptor = Acceptor(listener, say=_log, secret=self._start.secret, purpose="replicas")
         while True:
             for peer in acceptor.turn(_LOOK_EVERY_S):
@@ -153,7 +153,7 @@ def main() -> NoReturn:
         _log(f"the process that started it is gone: {error}")
     except BaseException:
         traceback.print_exc()
-    os._exit(0)  # threads may be in the middle of a write that nobody waits for
+    os._exit(0)  # threads may be in the middle of a write that is not waited for
 
 
 if __name__ == "__main__":

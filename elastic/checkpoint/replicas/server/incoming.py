@@ -55,7 +55,7 @@ class Incoming:
                 self._changed.notify_all()
 
     def wait_until_left(self, timeout_s: float) -> bool:
-        """Return whether nobody writes to its memory any more, once it was superseded."""
+        """Return whether no thread writes to its memory any more, once it was superseded."""
         with self._changed:
             return self._changed.wait_for(lambda: self.num_writers == 0, timeout_s)
 

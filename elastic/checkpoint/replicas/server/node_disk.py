@@ -3,7 +3,7 @@
 The replica server writes them from the buffers that it holds, whole files only: the bytes of the shard, then what the
 replica server knows of it as JSON, then the length and the checksum of that. A file is visible once it is complete
 (fsync, rename). The replica server of the next cluster on this machine maps the files that it finds and offers them as
-it does its memory; whoever loads them verifies every block. The folder belongs to one life of one run: a run of the
+it does its memory; a restore verifies every block. The folder belongs to one life of one run: a run of the
 same name that starts from scratch has another one.
 """
 
@@ -25,7 +25,7 @@ from elastic.strict_json import dump_json
 from elastic.transport import build_parser
 
 _MOST_STATES = 4
-"""Of so many states files are kept as long as nobody says which one is complete: short worlds leave one each."""
+"""Of so many states files are kept as long as it is not known which one is complete: short worlds leave one each."""
 _SUFFIX, _UNFINISHED = ".snapshot", ".tmp"
 _TAIL_BYTES = 16
 """Length and CRC-32 of the JSON, each in 8 bytes, big-endian."""
@@ -118,7 +118,7 @@ class NodeDisk:
         sync(self._folder)
 
     def retain(self, newest: StateName, *, complete: StateName | None) -> None:
-        """Remove the files of the states that nobody needs any more.
+        """Remove the files of the states that are not needed any more.
 
         Args:
             newest: the one that is being written.
@@ -142,7 +142,7 @@ class NodeDisk:
 
 def _open(path: Path) -> Stored | None:
     """Map a file; None if its end is not what `write` writes."""
-    descriptor = os.open(path, os.O_RDWR)  # as memory is mapped; nobody writes to it
+    descriptor = os.open(path, os.O_RDWR)  # as memory is mapped; nothing writes to it
     try:
         size = os.fstat(descriptor).st_size
         tail = os.pread(descriptor, _TAIL_BYTES, max(0, size - _TAIL_BYTES))

@@ -160,7 +160,7 @@ class Store:
         return not replica.is_copy and replica.origin not in self._origins
 
     def _tell_failure(self, job: "Future[None]") -> None:
-        """Say what a job failed of that nobody waits for."""
+        """Say what a job failed of whose result is not waited for."""
         if (error := job.exception()) is not None:
             self._say(f"a job in the background failed: {error!r}")
 

@@ -74,7 +74,7 @@ class TrainerSession:
             while (message := self._channel.receive()) is not None:
                 check_payload(self._channel, message)
                 self._obey(message)
-        except Exception as error:  # whatever it is, the trainer must learn that nobody answers it any more
+        except Exception as error:  # whatever it is, the trainer must learn that it gets no answers any more
             self._say(f"a trainer's connection broke: {error!r}")
             self._channel.close()
         finally:
@@ -148,7 +148,7 @@ class TrainerSession:
         except BaseException as error:  # a snapshot that is never settled stops all that come after it
             self._say(traceback.format_exc())
             problems.append(f"{type(error).__name__}: {error}")
-        with contextlib.suppress(WireError):  # it is gone; nobody is left to tell
+        with contextlib.suppress(WireError):  # the trainer is gone
             self._channel.send(Settled(id=number, problem=next(iter(problems), "")))
 
     def _check(self, message: Fill, replica: Replica, generation: int) -> None:

@@ -1,4 +1,4 @@
-"""What anyone may ask a replica server for who knows the run's secret: trainers and replica servers of other nodes. No
+"""What any process with the run's secret may ask a replica server for: trainers and replica servers of other nodes. No
 torch here."""
 
 from collections.abc import Callable
@@ -80,7 +80,7 @@ def serve(channel: Channel[FromAnyone], desk: Desk, say: Callable[[str], None]) 
         while (message := channel.receive()) is not None:
             check_payload(channel, message)
             desk.obey(channel, message)
-    except Exception as error:  # whatever it is, the other end must learn that nobody answers it any more
+    except Exception as error:  # whatever it is, the other end must learn that it gets no answers any more
         say(f"a connection ended: {error!r}")
     finally:
         channel.close()
