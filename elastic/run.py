@@ -26,7 +26,7 @@ from elastic.checkpoint.durable.storage_errors import (
 )
 from elastic.checkpoint.restore.first_weights import check_first_weights
 from elastic.checkpoint.restore.load import restore
-from elastic.checkpoint.tiers.memory_budget import agree_on_room
+from elastic.checkpoint.tiers.memory_budget import agree_on_memory_budget
 from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.config import RunConfig
 from elastic.data.kept import keep_data
@@ -199,7 +199,7 @@ def _build_parts(
         before_commit=run.push,
         on_committed=watchers.observer.committed,
         on_kept=watchers.observer.kept,
-        memory=agree_on_room(memory, config, world, begins=restored is None),
+        memory=agree_on_memory_budget(memory, config, world, begins=restored is None),
         peer=spec.peer,
         restored_index=restored_index,
         mean_s_between_losses=spec.mean_s_between_losses,

@@ -113,7 +113,7 @@ class Rank:
     def __init__(self, run_dir, connections, addresses, peers, *, is_disk_slow=False, seed=0):
         self.node = sorted(connections)[dist.get_rank()]
         self.memory = Memory(connections[self.node], node=self.node, secret=SECRET)
-        self.memory.get_buffers(CPU).is_roomy = True
+        self.memory.get_buffers(CPU).has_room_at_once = True
         self.run_dir, self.addresses, self.peer = run_dir, addresses, peers[self.node]
         self.model, self.optimizer = build("fsdp2", model_seed=seed, make_model=Wide)
         self.is_disk_slow = is_disk_slow

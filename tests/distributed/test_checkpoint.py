@@ -429,7 +429,7 @@ def save_without_memory(run_dir):
     def refuse(num_bytes):
         raise CheckpointError(f"{num_bytes} bytes were refused")
 
-    checkpointer._buffers.make_room = refuse
+    checkpointer._buffers.reserve = refuse
     said = []
     for _ in range(2):
         with pytest.raises(CheckpointError, match="were refused") as error:

@@ -88,7 +88,7 @@ def nodes(tmp_path_factory):
 def open_memory(connections):
     node = sorted(connections)[dist.get_rank()]
     memory = Memory(connections[node], node=node, secret=SECRET)
-    memory.get_buffers(CPU).is_roomy = True
+    memory.get_buffers(CPU).has_room_at_once = True
     return memory
 
 

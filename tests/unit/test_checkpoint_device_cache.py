@@ -18,7 +18,7 @@ NUM_COLUMNS = 3
 def leave(tensors, layout, names):
     """Copy chunks to one stretch of memory, as a snapshot does on a device."""
     sizes = {name: layout.entries[name].num_bytes for name in names}
-    places, num_bytes = plan_clones(sizes, room_bytes=1 << 40)
+    places, num_bytes = plan_clones(sizes, budget_bytes=1 << 40)
     memory = torch.empty(max(1, -(-num_bytes // BLOCK_BYTES)) * BLOCK_BYTES, dtype=torch.uint8)
     for name, place in places.items():
         memory[place : place + sizes[name]] = cut(tensors[name], layout.entries[name].box).reshape(-1).view(torch.uint8)

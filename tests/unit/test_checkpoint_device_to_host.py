@@ -9,9 +9,9 @@ SIZES = st.lists(st.integers(0, 5000), max_size=20).map(lambda sizes: {f"t{i}": 
 
 
 @given(SIZES, st.integers(-1000, 60_000))
-def test_copies_lie_side_by_side_in_the_room_there_is(sizes, room_bytes):
-    places, num_bytes = plan_clones(sizes, room_bytes=room_bytes)
-    assert num_bytes <= max(room_bytes, 0)
+def test_copies_lie_side_by_side_in_the_room_there_is(sizes, budget_bytes):
+    places, num_bytes = plan_clones(sizes, budget_bytes=budget_bytes)
+    assert num_bytes <= max(budget_bytes, 0)
     stops = [0]
     for name, place in places.items():
         assert place % 512 == 0
@@ -22,7 +22,7 @@ def test_copies_lie_side_by_side_in_the_room_there_is(sizes, room_bytes):
 
 @given(SIZES)
 def test_all_of_it_is_copied_where_there_is_room(sizes):
-    assert plan_clones(sizes, room_bytes=512 * 20 + sum(sizes.values()))[0].keys() == sizes.keys()
+    assert plan_clones(sizes, budget_bytes=512 * 20 + sum(sizes.values()))[0].keys() == sizes.keys()
 
 
 @given(st.integers(1, 10**12), st.integers(0, 10**13))

@@ -60,7 +60,7 @@ def watched():
 
 
 def test_one_snapshot_has_memory_before_the_first_and_all_once_what_is_released_is_free(watched):
-    watched.buffers.make_room(NUM_BYTES)
+    watched.buffers.reserve(NUM_BYTES)
     watched.join()
     assert [watched.count(index) for index in (0, 1)] == [NUM_BYTES, 0]
 
@@ -74,12 +74,12 @@ def test_one_snapshot_has_memory_before_the_first_and_all_once_what_is_released_
 
 def test_smaller_ones_are_kept_until_the_first_of_the_larger_ones_is_filled(watched):
     watched.is_freed.set()
-    watched.buffers.make_room(NUM_BYTES)
+    watched.buffers.reserve(NUM_BYTES)
     watched.buffers.release_outgrown()
-    watched.buffers.make_room(NUM_BYTES // 2)
+    watched.buffers.reserve(NUM_BYTES // 2)
     assert (watched.buffers.indices, watched.buffers.held_bytes) == ([0, 1], 2 * NUM_BYTES)
 
-    watched.buffers.make_room(2 * NUM_BYTES)
+    watched.buffers.reserve(2 * NUM_BYTES)
     assert (watched.buffers.indices, watched.buffers.held_bytes) == ([2], 6 * NUM_BYTES)
     assert watched.released == []
     assert len(watched.buffers.get(0)) == NUM_BYTES
@@ -92,8 +92,8 @@ def test_smaller_ones_are_kept_until_the_first_of_the_larger_ones_is_filled(watc
 
 
 def test_where_there_is_room_all_are_there_from_the_first_step(watched):
-    watched.buffers.is_roomy = True
-    watched.buffers.make_room(NUM_BYTES)
+    watched.buffers.has_room_at_once = True
+    watched.buffers.reserve(NUM_BYTES)
     watched.join()
     assert watched.buffers.indices == [0, 1]
     assert [watched.count(index) for index in (0, 1)] == [NUM_BYTES, NUM_BYTES]
@@ -102,7 +102,7 @@ def test_where_there_is_room_all_are_there_from_the_first_step(watched):
 
 def test_those_that_are_large_enough_are_left_alone(watched):
     watched.is_freed.set()
-    watched.buffers.make_room(NUM_BYTES)
+    watched.buffers.reserve(NUM_BYTES)
     watched.buffers.release_outgrown()
     watched.join()
     watched.is_asked.clear()

@@ -4,7 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.checkpoint.staging.host_memory import WAYS, Room, get_available_bytes, has_room, is_roomy
+from elastic.checkpoint.staging.host_memory import (
+    WAYS,
+    MemoryBudget,
+    fits_budgets,
+    get_available_bytes,
+    has_room_at_once,
+)
 
 GIB = 2**30
 UNLIMITED_V1 = 9223372036854771712
@@ -99,47 +105,47 @@ def test_this_machine_has_something():
     assert 2**20 < available < 2**50
 
 
-def room(available, *, node=1, first=2, more=4, left=0):
-    return Room(
+def budget(available, *, node=1, first=2, more=4, left=0):
+    return MemoryBudget(
         node=node, first_bytes=first, more_bytes=more, all_bytes=more, left_bytes=left, available_bytes=available
     )
 
 
 @pytest.mark.parametrize(
-    ("rooms", "is_enough"),
+    ("budgets", "is_enough"),
     [
-        pytest.param([room(15)], True, id="one rank"),
-        pytest.param([room(14)], False, id="nothing to spare"),
-        pytest.param([room(19)] * 2, True, id="two"),
-        pytest.param([room(19)] * 3, False, id="each alone, but not all"),
-        pytest.param([room(15, node=n) for n in range(8)], True, id="on nodes of their own"),
-        pytest.param([room(99), room(3, node=2)], False, id="another node"),
-        pytest.param([room(1, first=0, more=0)], True, id="taken already"),
-        pytest.param([room(14, first=0, more=0), room(14)], False, id="a new rank beside one that has taken its part"),
-        pytest.param([room(99), room(18)], False, id="seen at two moments"),
-        pytest.param([room(13, left=2)], True, id="a dead one leaves as much"),
-        pytest.param([room(12, left=99)], False, id="but only after the first"),
-        pytest.param([room(15, left=2)] * 2, False, id="what was left on a node counts once"),
-        pytest.param([room(13, first=3, more=2)], False, id="smaller buffers go, but only after the first"),
-        pytest.param([room(14, first=3, more=2)], True, id="smaller buffers go"),
+        pytest.param([budget(15)], True, id="one rank"),
+        pytest.param([budget(14)], False, id="nothing to spare"),
+        pytest.param([budget(19)] * 2, True, id="two"),
+        pytest.param([budget(19)] * 3, False, id="each alone, but not all"),
+        pytest.param([budget(15, node=n) for n in range(8)], True, id="on nodes of their own"),
+        pytest.param([budget(99), budget(3, node=2)], False, id="another node"),
+        pytest.param([budget(1, first=0, more=0)], True, id="taken already"),
+        pytest.param([budget(14, first=0, more=0), budget(14)], False, id="a new rank beside one that has its part"),
+        pytest.param([budget(99), budget(18)], False, id="seen at two moments"),
+        pytest.param([budget(13, left=2)], True, id="a dead one leaves as much"),
+        pytest.param([budget(12, left=99)], False, id="but only after the first"),
+        pytest.param([budget(15, left=2)] * 2, False, id="what was left on a node counts once"),
+        pytest.param([budget(13, first=3, more=2)], False, id="smaller buffers go, but only after the first"),
+        pytest.param([budget(14, first=3, more=2)], True, id="smaller buffers go"),
     ],
 )
-def test_all_ranks_of_a_node_share_its_memory(rooms, is_enough):
-    assert has_room(rooms, spare_bytes=10) is is_enough
+def test_all_ranks_of_a_node_share_its_memory(budgets, is_enough):
+    assert fits_budgets(budgets, spare_bytes=10) is is_enough
 
 
 @pytest.mark.parametrize(
-    ("rooms", "is_enough"),
+    ("budgets", "is_enough"),
     [
-        pytest.param([room(15, left=99)], True, id="all of them, and something to spare"),
-        pytest.param([room(14, left=99)], False, id="nothing of the dead counts yet"),
-        pytest.param([room(19), room(19)], True, id="two ranks"),
-        pytest.param([room(18), room(18)], False, id="two ranks, and nothing to spare"),
-        pytest.param([room(99), room(14, node=2)], False, id="another node"),
+        pytest.param([budget(15, left=99)], True, id="all of them, and something to spare"),
+        pytest.param([budget(14, left=99)], False, id="nothing of the dead counts yet"),
+        pytest.param([budget(19), budget(19)], True, id="two ranks"),
+        pytest.param([budget(18), budget(18)], False, id="two ranks, and nothing to spare"),
+        pytest.param([budget(99), budget(14, node=2)], False, id="another node"),
     ],
 )
-def test_a_node_is_roomy_if_it_need_not_give_anything_back_first(rooms, is_enough):
-    assert is_roomy(rooms, spare_bytes=10) is is_enough
+def test_a_node_has_room_at_once_if_it_need_not_give_anything_back_first(budgets, is_enough):
+    assert has_room_at_once(budgets, spare_bytes=10) is is_enough
 
 
 def test_fewer_snapshots_are_kept_before_none_and_two_of_ones_own_before_copies():
@@ -152,10 +158,12 @@ numbers = st.integers(0, 9)
 
 
 @given(
-    st.lists(st.builds(Room, st.integers(0, 3), numbers, numbers, numbers, numbers, st.integers(0, 60)), max_size=8),
+    st.lists(
+        st.builds(MemoryBudget, st.integers(0, 3), numbers, numbers, numbers, numbers, st.integers(0, 60)), max_size=8
+    ),
     numbers,
 )
-def test_no_order_and_no_other_node_matters(rooms, spare_bytes):
-    nodes = {room.node for room in rooms}
-    each = [has_room([r for r in rooms if r.node == node], spare_bytes=spare_bytes) for node in nodes]
-    assert has_room(reversed(rooms), spare_bytes=spare_bytes) is all(each)
+def test_no_order_and_no_other_node_matters(budgets, spare_bytes):
+    nodes = {budget.node for budget in budgets}
+    each = [fits_budgets([r for r in budgets if r.node == node], spare_bytes=spare_bytes) for node in nodes]
+    assert fits_budgets(reversed(budgets), spare_bytes=spare_bytes) is all(each)

@@ -70,7 +70,7 @@ class DeviceToHostEngine:
         free_bytes = torch.cuda.mem_get_info(self.device)[0] - _SPARE_DEVICE_BYTES
         places, num_bytes = plan_clones(
             {name: source.numel() for name, source in sources.items()},
-            room_bytes=max(free_bytes - BLOCK_BYTES, 0 if self._in_use else self._cached_bytes),
+            budget_bytes=max(free_bytes - BLOCK_BYTES, 0 if self._in_use else self._cached_bytes),
         )
         num_bytes = -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
         self._in_use.append(num_bytes)
@@ -150,13 +150,13 @@ def has_room_for_two(num_bytes: int, *, free_bytes: int) -> bool:
     return free_bytes >= 2 * num_bytes
 
 
-def plan_clones(num_bytes: Mapping[str, int], *, room_bytes: int) -> tuple[dict[str, int], int]:
+def plan_clones(num_bytes: Mapping[str, int], *, budget_bytes: int) -> tuple[dict[str, int], int]:
     """Return where in one stretch of memory each tensor is copied to, as far as there is room, and how long that is."""
     places: dict[str, int] = {}
     stop = 0
     for name, size in num_bytes.items():
         aligned = -(-size // _ALIGNED_BYTES) * _ALIGNED_BYTES
-        if stop + aligned <= room_bytes:
+        if stop + aligned <= budget_bytes:
             places[name] = stop
             stop += aligned
     return places, stop

@@ -21,7 +21,7 @@ class HostBuffers:
     through a few buffers that are.
 
     Args:
-        count: how many buffers there will be; may be changed before `make_room`.
+        count: how many buffers there will be; may be changed before `reserve`.
         on_allocated: takes each new buffer with its number, before it is used.
         on_released: takes the number of one that will not be used again.
         wait_for_freed: returns once the memory of those is free, as far as others hold it.
@@ -50,7 +50,7 @@ class HostBuffers:
         """What each of them has room for."""
         self._is_released = False
         """This world has a state that is safe, and earlier ones hold nothing any more."""
-        self.is_roomy = False
+        self.has_room_at_once = False
         """The node has memory for all of this world's without what earlier ones hold."""
         self.engine = DeviceToHostEngine(device) if device.type == "cuda" else None
 
@@ -62,11 +62,11 @@ class HostBuffers:
     @property
     def limit(self) -> int:
         """Return how many may be filled, at least, on every rank of the world."""
-        return self.count if self.is_roomy or self._is_released else min(1, self.count)
+        return self.count if self.has_room_at_once or self._is_released else min(1, self.count)
 
-    def begin_world(self, count: int, *, is_roomy: bool) -> None:
+    def begin_world(self, count: int, *, has_room_at_once: bool) -> None:
         """Take what all ranks of a world have agreed on."""
-        self.count, self.is_roomy, self._is_released = count, is_roomy, False
+        self.count, self.has_room_at_once, self._is_released = count, has_room_at_once, False
 
     @property
     def num_held(self) -> int:
@@ -78,11 +78,11 @@ class HostBuffers:
         """Return what all of them have room for, those too that are about to be released."""
         return sum(buffer.num_bytes for buffer in (*self._buffers.values(), *self._outgrown.values()))
 
-    def make_room(self, num_bytes: int) -> None:
+    def reserve(self, num_bytes: int) -> None:
         """Make sure that each buffer has room for so much; the memory of the first is found before it is written to.
 
         That of the others waits for `release_outgrown`, and so do they: until this world has a snapshot that is safe,
-        the node still holds those of the one before. Where it has room for all (`is_roomy`), none waits.
+        the node still holds those of the one before. Where it has room for all (`has_room_at_once`), none waits.
 
         Raises:
             CheckpointError: the memory is refused.
@@ -94,7 +94,7 @@ class HostBuffers:
         added = [self._allocate() for _ in range(self.count - len(self._buffers))]
         if not added:
             return
-        at_once = added if self.is_roomy else added[:1] if is_new else []
+        at_once = added if self.has_room_at_once else added[:1] if is_new else []
         self._unfound += added[len(at_once) :]
         self._find_one_after_another(at_once)
 

@@ -13,7 +13,7 @@ WAYS = ((MOST_BUFFERS, NUM_COPIES), (2, NUM_COPIES), (2, 0), (1, 0))
 state is gone as soon as the next begins to take its place: two of one's own count for more than copies."""
 
 
-class Room(NamedTuple):
+class MemoryBudget(NamedTuple):
     """What one rank sees of its node; plain numbers, so that all ranks can see those of all."""
 
     node: int
@@ -30,31 +30,31 @@ class Room(NamedTuple):
     available_bytes: int
 
 
-def has_room(rooms: Iterable[Room], *, spare_bytes: int) -> bool:
+def fits_budgets(budgets: Iterable[MemoryBudget], *, spare_bytes: int) -> bool:
     """Tell whether every node has room for what all of its ranks need, now and later, and as much to spare.
 
     A node whose ranks need nothing any more has it.
     """
-    return all(_has_room(ranks, spare_bytes) for ranks in _group(rooms))
+    return all(_fits_budget(ranks, spare_bytes) for ranks in _group(budgets))
 
 
-def is_roomy(rooms: Iterable[Room], *, spare_bytes: int) -> bool:
+def has_room_at_once(budgets: Iterable[MemoryBudget], *, spare_bytes: int) -> bool:
     """Tell whether every node has room for all snapshots before it gives any of earlier worlds back."""
-    return all(_is_roomy(ranks, spare_bytes) for ranks in _group(rooms))
+    return all(_has_room_at_once(ranks, spare_bytes) for ranks in _group(budgets))
 
 
-def _is_roomy(ranks: Sequence[Room], spare_bytes: int) -> bool:
+def _has_room_at_once(ranks: Sequence[MemoryBudget], spare_bytes: int) -> bool:
     return min(rank.available_bytes for rank in ranks) > sum(rank.all_bytes for rank in ranks) + spare_bytes
 
 
-def _group(rooms: Iterable[Room]) -> list[list[Room]]:
-    nodes: dict[int, list[Room]] = {}
-    for room in rooms:
-        nodes.setdefault(room.node, []).append(room)
+def _group(budgets: Iterable[MemoryBudget]) -> list[list[MemoryBudget]]:
+    nodes: dict[int, list[MemoryBudget]] = {}
+    for budget in budgets:
+        nodes.setdefault(budget.node, []).append(budget)
     return list(nodes.values())
 
 
-def _has_room(ranks: Sequence[Room], spare_bytes: int) -> bool:
+def _fits_budget(ranks: Sequence[MemoryBudget], spare_bytes: int) -> bool:
     first_bytes = sum(rank.first_bytes for rank in ranks)
     later_bytes = sum(rank.more_bytes for rank in ranks) - min(rank.left_bytes for rank in ranks)
     available_bytes = min(rank.available_bytes for rank in ranks)

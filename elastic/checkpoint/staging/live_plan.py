@@ -77,7 +77,7 @@ class LivePlan:
         plan = build_plan(
             self._live, device=self._device, epoch=self._epoch, rank=self._rank, world_size=self._world_size
         )
-        self._buffers.make_room(plan.own.num_bytes)
+        self._buffers.reserve(plan.own.num_bytes)
         return plan
 
 

@@ -5,7 +5,7 @@ import logging
 import torch
 
 from elastic.checkpoint.durable.storage_errors import estimate_checkpoint_bytes
-from elastic.checkpoint.staging.host_memory import NUM_COPIES, WAYS, Room, has_room, is_roomy
+from elastic.checkpoint.staging.host_memory import NUM_COPIES, WAYS, MemoryBudget, fits_budgets, has_room_at_once
 from elastic.checkpoint.staging.shared_memory import GIB
 from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.config import RunConfig
@@ -17,7 +17,7 @@ _UNEVEN, _UNEVEN_BYTES = 1.01, 2**24
 """How much more than its share a rank may have of a state that is not there yet, and a header."""
 
 
-def agree_on_room(memory: Memory | None, config: RunConfig, world: World, *, begins: bool) -> Memory | None:
+def agree_on_memory_budget(memory: Memory | None, config: RunConfig, world: World, *, begins: bool) -> Memory | None:
     """Plan, on all ranks, how many snapshots there is room for; do without them where a node has none for its own.
 
     Args:
@@ -30,19 +30,19 @@ def agree_on_room(memory: Memory | None, config: RunConfig, world: World, *, beg
     for num_buffers, most_copies in WAYS:
         num_copies = most_copies if has_peers else 0
         for waits in (False, True):  # to wait costs seconds, which are rarely needed
-            own = memory.look_for_room(
+            own = memory.measure_budget(
                 *(shard_bytes, world.local_rank), num_buffers=num_buffers, num_copies=num_copies, waits=waits
             )
-            rooms = _gather_rooms(own, world)
-            if has_room(rooms, spare_bytes=GIB):
+            budgets = _gather_budgets(own, world)
+            if fits_budgets(budgets, spare_bytes=GIB):
                 buffers = memory.get_buffers(world.device)
-                buffers.begin_world(num_buffers, is_roomy=is_roomy(rooms, spare_bytes=GIB))
+                buffers.begin_world(num_buffers, has_room_at_once=has_room_at_once(budgets, spare_bytes=GIB))
                 if begins:
-                    buffers.make_room(int(shard_bytes * _UNEVEN) + _UNEVEN_BYTES)
+                    buffers.reserve(int(shard_bytes * _UNEVEN) + _UNEVEN_BYTES)
                 if world.rank == 0:
-                    _tell_room(shard_bytes, num_buffers, num_copies, has_peers=has_peers)
+                    _tell_budget(shard_bytes, num_buffers, num_copies, has_peers=has_peers)
                 return memory
-            is_full = not has_room([room for room in rooms if room.node == own.node], spare_bytes=GIB)
+            is_full = not fits_budgets([budget for budget in budgets if budget.node == own.node], spare_bytes=GIB)
             if is_full and waits and (num_buffers, most_copies) == WAYS[-1]:
                 logger.warning(
                     "this node has %.1f GiB of host memory left, too little for snapshots of %.1f GiB a rank, so this "
@@ -53,14 +53,14 @@ def agree_on_room(memory: Memory | None, config: RunConfig, world: World, *, beg
     return None
 
 
-def _gather_rooms(own: Room, world: World) -> list[Room]:
+def _gather_budgets(own: MemoryBudget, world: World) -> list[MemoryBudget]:
     """Return what all ranks see."""
     table = torch.zeros(world.world_size, len(own), dtype=torch.int64, device=world.device)
     table[world.rank] = torch.tensor(own)
-    return [Room(*row) for row in world.sum_(table).tolist()]
+    return [MemoryBudget(*row) for row in world.sum_(table).tolist()]
 
 
-def _tell_room(shard_bytes: int, num_buffers: int, num_copies: int, *, has_peers: bool) -> None:
+def _tell_budget(shard_bytes: int, num_buffers: int, num_copies: int, *, has_peers: bool) -> None:
     """Say what snapshots take on each node, and what fewer of them mean."""
     logger.info(
         "snapshots take %.1f GiB of host memory a rank (%d of %.2f GiB) and %.1f GiB for copies of other nodes'",

@@ -28,7 +28,7 @@ from elastic.checkpoint.replicas.remote import open_remote
 from elastic.checkpoint.replicas.survey import fetch_all
 from elastic.checkpoint.staging.device_cache import Rows
 from elastic.checkpoint.staging.host_buffers import HostBuffers
-from elastic.checkpoint.staging.host_memory import MOST_BUFFERS, Room, get_available_bytes
+from elastic.checkpoint.staging.host_memory import MOST_BUFFERS, MemoryBudget, get_available_bytes
 from elastic.checkpoint.staging.shared_memory import SharedBuffer
 from elastic.checkpoint.staging.write_plan import SavePlan
 from elastic.ports import Address
@@ -70,9 +70,9 @@ class Memory:
             )
         return self._buffers
 
-    def look_for_room(
+    def measure_budget(
         self, shard_bytes: int, local_rank: int, *, num_buffers: int, num_copies: int, waits: bool
-    ) -> Room:
+    ) -> MemoryBudget:
         """Return what this rank needs for snapshots of shards of this size, and what its node has.
 
         Args:
@@ -89,7 +89,7 @@ class Memory:
         own_bytes = max(0, num_buffers - num_held) * size if fits else num_buffers * size
         copy_bytes = num_copies * size - (self._fetch_copy_bytes() if local_rank == 0 and num_copies else 0)
         available = get_available_bytes()
-        return Room(
+        return MemoryBudget(
             node=crc32(self.node.encode()),
             first_bytes=0 if fits else shard_bytes,
             more_bytes=copy_bytes + own_bytes - (0 if fits else held_bytes),
