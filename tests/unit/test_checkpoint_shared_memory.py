@@ -48,3 +48,12 @@ def test_what_another_process_filled_is_read_without_a_map():
     with pytest.raises(OSError, match="ends before the shard"):
         new.read_into(NUM_BYTES - 3, memoryview(out))
     new.close()
+
+
+@pytest.mark.parametrize("num_bytes", [0, -1, 2**62])
+def test_a_descriptor_that_cannot_be_mapped_is_closed(num_bytes):
+    descriptor = os.memfd_create("test")
+    with pytest.raises((OSError, ValueError, OverflowError)):
+        shared_memory.SharedBuffer(descriptor, num_bytes)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
