@@ -36,7 +36,7 @@ def decide(
     margin: float,
     copy_s: float = 0.0,
     keep_in: Literal["memory", "storage"] = "storage",
-    is_keeping: bool = False,
+    is_snapshotting: bool = False,
 ) -> Decision:
     """Return what a rank that has a notice wants all ranks to do.
 
@@ -50,10 +50,10 @@ def decide(
         margin: a save is begun only if `margin` times its estimate is left.
         copy_s: estimated seconds in which this rank's part goes from one node to another.
         keep_in: where the state must be safe.
-        is_keeping: a snapshot is on its way to memory.
+        is_snapshotting: a snapshot is on its way to memory.
     """
     finish: Decision = "finish_and_hand_over" if keep_in == "memory" else "finish_and_save"
-    would_wait = is_keeping and keep_in == "memory"
+    would_wait = is_snapshotting and keep_in == "memory"
     if math.isinf(seconds_left):
         return "settle" if would_wait else finish
     need_s = margin * (save_s or 0.0)

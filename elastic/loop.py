@@ -207,7 +207,7 @@ def get_wish(parts: Parts, timeline: Timeline, when: Literal["start", "end"]) ->
         margin=parts.config.fault.save_margin,
         copy_s=forecast.estimate_copy_s(),
         keep_in=notice.keep_in,
-        is_keeping=forecast.is_keeping,
+        is_snapshotting=forecast.is_snapshotting,
     )
 
 

@@ -41,7 +41,7 @@ class Forecast:
         return statistics.median(took_s) if took_s else None
 
     @property
-    def is_keeping(self) -> bool:
+    def is_snapshotting(self) -> bool:
         """Tell whether a state is on its way to memory, copies aside; the same on all ranks."""
         saves = self._protocol.saves
         return saves.on_device is not None or "memory" in saves

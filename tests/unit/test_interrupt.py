@@ -41,7 +41,7 @@ def test_a_deadline_that_has_passed_leaves_at_once_even_if_no_save_was_ever_meas
     assert decide(seconds_left=-0.1, rest_of_step_s=0.0, save_s=0.0, margin=2.0) == "leave_now"
 
 
-@given(SECONDS, SECONDS, SECONDS, SECONDS, st.fixed_dictionaries({"keep_in": TIERS, "is_keeping": st.booleans()}))
+@given(SECONDS, SECONDS, SECONDS, SECONDS, st.fixed_dictionaries({"keep_in": TIERS, "is_snapshotting": st.booleans()}))
 def test_more_time_never_makes_it_more_urgent(seconds_left, more_s, rest_of_step_s, save_s, how):
     def at(left_s):
         return decide(
@@ -63,15 +63,15 @@ def test_what_is_begun_fits_into_what_is_left_if_it_takes_its_usual_time(seconds
 
 
 def test_all_train_on_until_the_snapshot_under_way_has_left_if_there_is_time():
-    def at(left_s, *, is_keeping=True, keep_in="memory"):
+    def at(left_s, *, is_snapshotting=True, keep_in="memory"):
         known = {"rest_of_step_s": 1.0, "save_s": 10.0, "copy_s": 20.0, "margin": 2.0}
-        return decide(seconds_left=left_s, **known, keep_in=keep_in, is_keeping=is_keeping)
+        return decide(seconds_left=left_s, **known, keep_in=keep_in, is_snapshotting=is_snapshotting)
 
     # after the step twice 2 x 10 s, 1.5 s to form, and 2 x 20 s to fetch
     assert [at(s) for s in (math.inf, 82.6, 82.4, 20.5)] == [
         *("settle", "settle", "finish_and_hand_over", "hand_over_now"),
     ]
-    assert at(math.inf, is_keeping=False) == "finish_and_hand_over"
+    assert at(math.inf, is_snapshotting=False) == "finish_and_hand_over"
     assert at(math.inf, keep_in="storage") == "finish_and_save"
 
 
@@ -96,7 +96,7 @@ def test_five_seconds_are_enough_for_a_shard_of_eight_gigabytes():
 
 
 KNOWN = st.fixed_dictionaries(
-    {"seconds_left": SECONDS, "rest_of_step_s": SECONDS, "save_s": SECONDS, "is_keeping": st.booleans()}
+    {"seconds_left": SECONDS, "rest_of_step_s": SECONDS, "save_s": SECONDS, "is_snapshotting": st.booleans()}
 )
 
 
