@@ -429,7 +429,7 @@ def test_the_next_coordinator_is_told_who_is_there_once_the_trainers_have_left_t
     assert host.meet() == host.hello  # its process, its keeper and so the snapshots in it are the same
 
     claimed = host.coordinator.expect(Claimed, slot="cpu0", group=3)
-    assert (claimed.group_size, claimed.pid) == (1, 1)
+    assert (claimed.group_size, claimed.agent_pid) == (1, 1)
     # said before the claim, or it would not have been there to be found
     assert [m.outcome for m in host.coordinator.messages if isinstance(m, TrainerEnded)] == ["lost"]
     assert host.join(8) == host.pid
