@@ -6,7 +6,7 @@ import pytest
 
 from cluster.cli import main
 from elastic.records.rundir import RunDir, append_row
-from elastic.storage import open_storage
+from elastic.storage import objects, open_storage
 
 CONFIG = """
 run: a
@@ -60,6 +60,7 @@ def test_train_finds_a_store_that_does_not_work_before_it_starts_anything(
     mistake, place, s3_environment, monkeypatch, capsys
 ):
     storage, parts = mistake(monkeypatch)
+    monkeypatch.setitem(objects._PATIENT, "max_retries", 3)  # of ten, within a minute
     arguments = [str(place / "config.yaml"), f"data.path={place / 'data'}", f"storage={storage}"]
     assert main(["train", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
