@@ -43,7 +43,7 @@ from elastic.records.spool import OpenRun, open_run
 from elastic.run import train
 from elastic.sinks import console, jsonl
 from elastic.sinks._wandb_choice import is_disabled
-from elastic.world import OwnStore
+from elastic.world import open_store
 
 INTERRUPTED_EXIT_CODE = 3
 
@@ -257,7 +257,7 @@ def _find_world(run: OpenRun, *, timeout_s: float) -> tuple[WorldSpec, Store, Le
     """
     leader: Leadership | None = None
     if "RANK" not in os.environ:
-        store: Store = OwnStore("127.0.0.1", timeout_s=timeout_s).store
+        store: Store = open_store("127.0.0.1", timeout_s=timeout_s)
         rank, world_size = 0, 1
     else:
         store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))

@@ -56,8 +56,24 @@ class World:
         return tensor
 
 
+def open_store(ip: str, *, timeout_s: float) -> dist.TCPStore:
+    """Serve a store on a free port of this address, and of no other, for a world that may choose it."""
+    return _serve_store(ip, socket.create_server((ip, 0)), timeout_s=timeout_s)
+
+
+def _serve_store(ip: str, listener: socket.socket, *, timeout_s: float) -> dist.TCPStore:
+    return dist.TCPStore(
+        ip,
+        listener.getsockname()[1],
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_s),
+        master_listen_fd=listener.detach(),  # the store owns the socket from here on
+    )
+
+
 class OwnStore:
-    """A store that this process serves on a free port of one address, for a world that may choose it.
+    """As `open_store`, for a process that is in one world after the other, with a door that it opens and closes.
 
     It is served by threads of torch's, which stop to accept anybody once enough strangers have called: two thousand
     silent ones were enough, and the next world waited for it in vain. So its door is open only while a world forms.
@@ -66,14 +82,12 @@ class OwnStore:
     def __init__(self, ip: str, *, timeout_s: float) -> None:
         listener = socket.create_server((ip, 0))
         self._door = listener.dup()
-        self.store = dist.TCPStore(
-            ip,
-            listener.getsockname()[1],
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=timeout_s),
-            master_listen_fd=listener.detach(),  # the store owns the socket from here on
-        )
+        self.store = _serve_store(ip, listener, timeout_s=timeout_s)
+        self.close_door()
+
+    def close(self) -> None:
+        """Let go of the door; the store ends with its last user."""
+        self._door.close()
 
     def open_door(self) -> None:
         """Let the ranks of the next world in."""

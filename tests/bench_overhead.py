@@ -24,7 +24,7 @@ from elastic.optim import AdamW
 from elastic.plugins import load
 from elastic.ports import WorldSpec
 from elastic.step import build_trainable, train_step
-from elastic.world import OwnStore, close_world, open_world
+from elastic.world import close_world, open_store, open_world
 
 CONFIG = RunConfig(
     device="cpu",
@@ -57,7 +57,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=30)
     args = parser.parse_args()
-    store = OwnStore("127.0.0.1", timeout_s=10).store
+    store = open_store("127.0.0.1", timeout_s=10)
     place = WorldSpec(
         rank=0, world_size=1, local_rank=0, local_world_size=1, attempt=1, store_host=store.host, store_port=store.port
     )

@@ -17,7 +17,7 @@ from elastic.model_config import ModelConfig, build_model_config, get_config_cla
 from elastic.nn import init_weights
 from elastic.ports import WorldSpec
 from elastic.step import build_trainable, eval_loss, train_step
-from elastic.world import OwnStore, close_world, open_world
+from elastic.world import close_world, open_store, open_world
 
 FAMILIES = plugins.get_names("elastic.models")
 KNOBS = [
@@ -147,7 +147,7 @@ def test_a_model_keeps_to_the_options_of_the_configuration(kind, knob):
 def test_a_strategy_lowers_the_loss_of_what_it_trains_on(kind, family):
     data, training = DataConfig(seq_len=8), TrainConfig(global_batch=4)
     config = RunConfig(strategy=kind, device="cpu", model=small(family), data=data, train=training)
-    store = OwnStore("127.0.0.1", timeout_s=10).store
+    store = open_store("127.0.0.1", timeout_s=10)
     spec = WorldSpec(
         rank=0, world_size=1, local_rank=0, local_world_size=1, attempt=1, store_host=store.host, store_port=store.port
     )

@@ -280,9 +280,9 @@ from elastic.model_config import build_model_config
 from elastic.ports import WorldSpec
 from elastic.step import build_trainable, eval_loss, train_step
 from elastic.strategies.signs import calls
-from elastic.world import OwnStore, close_world, open_world
+from elastic.world import close_world, open_store, open_world
 
-store = OwnStore("127.0.0.1", timeout_s=10).store
+store = open_store("127.0.0.1", timeout_s=10)
 at = {"store_host": store.host, "store_port": store.port}
 spec = WorldSpec(rank=0, world_size=1, local_rank=0, local_world_size=1, attempt=1, **at)
 world = open_world(spec, device="cpu", timeout_s=10, store=store)

@@ -51,6 +51,7 @@ def be_rank(rank, ports, ready, asked):
         breaker.disarm()
         del group
         close_world(world)
+    own_store.close()
 
 
 def is_let_in(address):

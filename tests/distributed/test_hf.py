@@ -22,7 +22,7 @@ from elastic.records.attempts import final_rows
 from elastic.records.rundir import RunDir, read_rows
 from elastic.step import build_trainable
 from elastic.storage import open_storage
-from elastic.world import OwnStore, close_world, open_world
+from elastic.world import close_world, open_store, open_world
 from tests.distributed._launch import ROOT, Ranks, read_samples
 
 SHAPE = {
@@ -147,7 +147,7 @@ def continue_text(model, tokens_BS):
 def check_states(run, *, last, first):
     """Load what a run wrote as it would itself, on a world of another size: logits of both models of transformers."""
     config = load(run.config, ["strategy=single"])
-    store = OwnStore("127.0.0.1", timeout_s=10).store
+    store = open_store("127.0.0.1", timeout_s=10)
     place = {"rank": 0, "world_size": 1, "local_rank": 0, "local_world_size": 1, "attempt": 9}
     spec = WorldSpec(**place, store_host=store.host, store_port=store.port)
     world = open_world(spec, device="cpu", timeout_s=10, store=store)

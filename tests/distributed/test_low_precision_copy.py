@@ -12,7 +12,7 @@ from elastic.models.llama import Config as ModelConfig
 from elastic.optim_copies import CopyingAdamW
 from elastic.ports import WorldSpec
 from elastic.step import build_trainable, eval_loss, train_step
-from elastic.world import OwnStore, close_world, open_world
+from elastic.world import close_world, open_store, open_world
 
 CONFIG = RunConfig(
     device="cpu",
@@ -28,7 +28,7 @@ FULL = StateDictOptions(full_state_dict=True)
 
 @pytest.fixture(scope="module")
 def world():
-    store = OwnStore("127.0.0.1", timeout_s=10).store
+    store = open_store("127.0.0.1", timeout_s=10)
     place = WorldSpec(
         rank=0, world_size=1, local_rank=0, local_world_size=1, attempt=1, store_host=store.host, store_port=store.port
     )

@@ -149,6 +149,7 @@ def run(
         stays = _train_in(
             world, link, config, node=node, own_store=own_store, memory=memory, folder=folder, streams=streams
         )
+    own_store.close()
 
 
 def _choose_interface(node_ip: str) -> None:
