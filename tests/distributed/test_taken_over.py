@@ -31,9 +31,12 @@ class Usurper(Watcher):
 def work(rank, port, folder, is_led):
     """Train in a world that is taken over and, if there is somebody to lead on, in the one after it."""
     config = make_config(folder, f"led-{is_led}", steps=STEPS, every_steps=EVERY_STEPS)
+    storage = open_storage(f"{config.storage}/{config.run}")
+    if rank == 0:
+        take_generation(storage, 1, who="this one")
     lives = []
     for attempt in (1, 2) if is_led else (1,):
-        watcher = Usurper(open_storage(f"{config.storage}/{config.run}"))
+        watcher = Usurper(storage)
         place = spec(rank, port, world_size=2, attempt=attempt)
         breaker = Breaker() if is_led else None
         try:
