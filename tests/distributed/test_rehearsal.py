@@ -72,6 +72,7 @@ def test_what_was_rehearsed_is_not_compiled_again_and_a_node_that_comes_later_fi
     assert kept.stat().st_mtime_ns == written_ns
 
 
+@pytest.mark.long
 def test_what_was_rehearsed_sparingly_is_not_compiled_again(tmp_path):
     assert run_node(tmp_path, "first", vocab_size=1000, how="sparingly")["compiled_later"] == 0
 
