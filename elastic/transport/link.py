@@ -1,6 +1,8 @@
 """Typed messages over one connection, for threads that must not wait, and for those that may."""
 
 import contextlib
+import errno
+import os
 import select
 import socket
 import threading
@@ -155,6 +157,8 @@ class Link(Generic[_M]):
 
 
 def _is_readable(connection: socket.socket, timeout_s: float) -> bool:
+    if connection.fileno() < 0:  # another thread of ours has closed it
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     poll = select.poll()  # select(2) knows no descriptor above 1023
     poll.register(connection, select.POLLIN)
     return bool(poll.poll(1000 * timeout_s))

@@ -180,3 +180,12 @@ def test_files_that_are_not_rows_go_to_the_store_from_the_trainer(s3_url, tmp_pa
     trainer.run.close()
     assert open_storage(f"{s3_url}/a").read("profile-3-0.json.gz") == b"trace"
     assert not (tmp_path / "files").exists()
+
+
+@pytest.mark.parametrize("timeout_s", [None, 0, 60])
+def test_a_link_that_another_thread_has_closed_is_over_for_who_receives(timeout_s):
+    ours, theirs = connect()
+    ours.close()
+    theirs.close()
+    assert ours.receive(timeout_s) is None
+    assert theirs.receive(timeout_s) is None
