@@ -44,13 +44,12 @@ class SecondTries:
 
     def pytest_sessionfinish(self) -> None:
         """Keep the failures of a first try; of a second one, report what has passed."""
+        self._failures.parent.mkdir(parents=True, exist_ok=True)
         if not self._is_second:
             if self._failed:
-                self._failures.parent.mkdir(parents=True, exist_ok=True)
                 self._failures.write_text(json.dumps(self._failed))
             return
         first = json.loads(self._failures.read_text()) if self._failures.exists() else {}
-        self._report.parent.mkdir(parents=True, exist_ok=True)
         with self._report.open("a") as file:
             for nodeid in self._passed:
                 if nodeid in first and nodeid not in self._failed:

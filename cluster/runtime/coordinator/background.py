@@ -27,10 +27,6 @@ class Background:
             self._num_given += 1
             self._jobs.put(job)
 
-    def get_num_waiting(self) -> int:
-        """Return how many jobs are not over."""
-        return self._num_given - self._num_done
-
     def wait(self, timeout_s: float) -> bool:
         """Wait until all jobs so far are over; False if they are not in time."""
         until_s = time.monotonic() + timeout_s

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
-from cluster.runtime.coordinator.nodes import Node
+from cluster.runtime.coordinator.nodes import Nodes
 from elastic.checkpoint.replicas.placement import plan_peers
 from elastic.ports import Address
 
@@ -23,8 +23,8 @@ class MemoryTier:
         return self.keepers[peer] if peer else None
 
 
-def plan_memory_tier(nodes: Mapping[str, Node], members: Set[str], *, has_copies: bool) -> MemoryTier:
+def plan_memory_tier(nodes: Nodes, members: Set[str], *, has_copies: bool) -> MemoryTier:
     """Find it out for an attempt on these member nodes."""
-    keepers = {node.id: node.host.keeper for node in nodes.values() if node.host and node.host.keeper}
-    labels = {name: nodes[name].labels for name in members & keepers.keys()}
+    keepers = nodes.get_keepers()
+    labels = {name: nodes.get(name).labels for name in members & keepers.keys()}
     return MemoryTier(keepers=keepers, peers=plan_peers(labels) if has_copies else {})

@@ -252,7 +252,7 @@ class Serving:
             return
         self._told_memory_of = attempt
         members = self._state.member_nodes
-        tier = plan_memory_tier(self.nodes.by_id, members, has_copies=self._config.checkpoint.memory == "peer")
+        tier = plan_memory_tier(self.nodes, members, has_copies=self._config.checkpoint.memory == "peer")
         mean_s = self._books.estimate_mean_s_between_losses(3600 * self._config.fault.mean_hours_between_losses)
         for node in members:
             told = said.KeepersTold(
