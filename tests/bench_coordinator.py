@@ -71,7 +71,7 @@ class StandIn:
         self._num_slots, self._step = num_slots, 0
         self.is_silent = False
         self.link = Link(connect(("127.0.0.1", port), SECRET, purpose="coordinator"), TO_HOST, sends="at once")
-        self.link.send(HostHello(node=self.node, pid=1, keeper=("127.0.0.1", 40_000 + number)))
+        self.link.send(HostHello(node=self.node, pid=1, replica_server=("127.0.0.1", 40_000 + number)))
         loop.watch(self.link, lambda: self.hear(loop))
 
     def hear(self, loop: EventLoop) -> None:

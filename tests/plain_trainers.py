@@ -2,7 +2,7 @@
 
 import os
 
-from cluster.runtime.messages import Alive, KeepersTold, Ready, Stepped, Warm, WorldLeft
+from cluster.runtime.messages import Alive, Ready, ReplicaServersTold, Stepped, Warm, WorldLeft
 from cluster.types import Go, Join, Leave, Slot
 from elastic.ports import Progress
 
@@ -23,19 +23,19 @@ def is_said(message, kind, fields):
 
 
 def live(link, config, **_):
-    """Wait for worlds, and leave each when told to; in one that goes, tell of a step with the names of all keepers."""
+    """Wait for worlds, and leave each when told to; in one that goes, tell of a step and of replica servers."""
     link.send(Warm())
-    keepers = {}
+    replica_servers = {}
     while (orders := link.receive()) is not None:
         for order in orders:
             match order:
                 case Join():
                     link.send(Ready(store_host="h", store_port=1, pid=os.getpid()))
                     link.send(Alive())
-                case KeepersTold():
-                    keepers = order.keepers
+                case ReplicaServersTold():
+                    replica_servers = order.replica_servers
                 case Go():
-                    row = {"keepers": sorted(keepers)}
+                    row = {"replica_servers": sorted(replica_servers)}
                     link.send(Stepped(progress=Progress(step=1, tokens=1), row=row, phases=()))
                 case Leave():
                     link.send(WorldLeft(outcome="lost", reason="told", exit_code=3, stays=True))

@@ -239,12 +239,12 @@ class HostHello:
 
     node: str
     pid: int
-    keeper: Address | None
+    replica_server: Address | None
     """Where the memory of the node is served."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeeperMoved:
+class ReplicaServerMoved:
     """The memory of the node is served by another process."""
 
     address: Address | None
@@ -266,10 +266,10 @@ class TrainerSaid:
     message: TrainerMessage
 
 
-HostMessage = KeeperMoved | Beat | Claimed | Expired | TrainerEnded | Unkillable | TrainerSaid
+HostMessage = ReplicaServerMoved | Beat | Claimed | Expired | TrainerEnded | Unkillable | TrainerSaid
 """Of what it says itself most are events of the controller."""
 FROM_HOST = Vocabulary[HostHello | HostMessage](
-    HostHello, KeeperMoved, Beat, Claimed, Expired, TrainerEnded, Unkillable, TrainerSaid
+    HostHello, ReplicaServerMoved, Beat, Claimed, Expired, TrainerEnded, Unkillable, TrainerSaid
 )
 
 
@@ -298,11 +298,11 @@ class End:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeepersTold:
+class ReplicaServersTold:
     """The trainers of the node find the memories of all nodes there; told before they go, once for all of them."""
 
     attempt: int
-    keepers: Mapping[str, Address]
+    replica_servers: Mapping[str, Address]
     """Where the memories of the nodes are served."""
     peer: Address | None
     """The one that gets copies of this node's."""
@@ -322,8 +322,8 @@ class RowsKept:
     """Why they are not; empty if they are."""
 
 
-Order = Join | KeepersTold | Go | Park | Leave | RowsKept
+Order = Join | ReplicaServersTold | Go | Park | Leave | RowsKept
 """What a trainer hears; most are actions of the controller."""
-TO_TRAINER = Vocabulary[Order](Join, KeepersTold, Go, Park, Leave, RowsKept)
+TO_TRAINER = Vocabulary[Order](Join, ReplicaServersTold, Go, Park, Leave, RowsKept)
 CoordinatorMessage = Welcome | Renew | End | Kill | Order
-TO_HOST = Vocabulary[CoordinatorMessage](Welcome, Renew, End, KeepersTold, Kill, Join, Go, Park, Leave, RowsKept)
+TO_HOST = Vocabulary[CoordinatorMessage](Welcome, Renew, End, ReplicaServersTold, Kill, Join, Go, Park, Leave, RowsKept)

@@ -1,4 +1,4 @@
-"""A whole host in a process of its own, with a real keeper and real trainers that know nothing of torch."""
+"""A whole host in a process of its own, with a real replica server and real trainers that know nothing of torch."""
 
 import ctypes
 import os
@@ -17,8 +17,8 @@ from cluster.runtime.messages import (
     Beat,
     ClaimGranted,
     End,
-    KeeperMoved,
-    KeepersTold,
+    ReplicaServerMoved,
+    ReplicaServersTold,
     TrainerSaid,
 )
 from cluster.runtime.node.daemon import take_folder, write_to
@@ -26,7 +26,7 @@ from cluster.runtime.node.host import Host
 from cluster.runtime.node.host_spec import HostSpec
 from cluster.types import Claimed, Expired, Join, Kill, TrainerEnded, Unkillable
 from tests.plain_trainers import at, live
-from tests.ray._traces import find_keepers, is_alive, wait_until
+from tests.ray._traces import find_replica_servers, is_alive, wait_until
 from tests.ray.test_host import HostUnderTest
 from tests.stuck import grip
 
@@ -45,7 +45,7 @@ class LightHost(HostUnderTest):
             assert os.getppid() == parent
             fields = {**self.spec, **changes}
             spec = HostSpec(coordinator_address=CoordinatorAddress(**fields.pop("coordinator_address")), **fields)
-            os.environ["TMPDIR"] = str(self.folder)  # by which its keeper is found
+            os.environ["TMPDIR"] = str(self.folder)  # by which its replica server is found
             assert take_folder(Path(spec.folder))
             write_to(Path(spec.folder) / "host.log")
             sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)  # pytest has others
@@ -88,40 +88,42 @@ def test_a_host_is_told_once_where_the_memories_are_and_each_trainer_that_goes_k
         for slot in "ab":
             host.join(1, slot)
         host.coordinator.link.send(
-            KeepersTold(attempt=1, keepers={"n1": ("h", 1), "n2": ("h", 2)}, peer=None, mean_s_between_losses=60.0)
+            ReplicaServersTold(
+                attempt=1, replica_servers={"n1": ("h", 1), "n2": ("h", 2)}, peer=None, mean_s_between_losses=60.0
+            )
         )
         for slot in "ab":
             host.go(1, slot)
             said = host.coordinator.expect(TrainerSaid, slot=slot).message
-            assert said.row == {"keepers": ["n1", "n2"]}
+            assert said.row == {"replica_servers": ["n1", "n2"]}
         held = Holder(group=1, group_size=1)
         host.coordinator.expect(Beat, holders={"a": held, "b": held})
 
 
-def test_a_killed_keeper_is_back_at_its_place_within_10_s_and_neither_a_beat_nor_a_trainer_is_lost():
+def test_a_killed_replica_server_is_back_at_its_place_within_10_s_and_neither_a_beat_nor_a_trainer_is_lost():
     with run_host() as host:
         host.claim(1).expect(ClaimGranted)
         pid = host.join(1)
-        assert host.hello.keeper is not None
-        (keeper,) = find_keepers(host.folder)
+        assert host.hello.replica_server is not None
+        (replica_server,) = find_replica_servers(host.folder)
         killed_s = time.monotonic()
-        os.kill(keeper, signal.SIGKILL)
-        assert host.coordinator.expect(KeeperMoved).address is None
-        assert host.coordinator.expect(KeeperMoved).address == host.hello.keeper
+        os.kill(replica_server, signal.SIGKILL)
+        assert host.coordinator.expect(ReplicaServerMoved).address is None
+        assert host.coordinator.expect(ReplicaServerMoved).address == host.hello.replica_server
         assert time.monotonic() - killed_s < 10
         assert_beats(host, for_s=2)
         assert is_alive(pid)
-        assert "the keeper is gone (signal 9); its snapshots with it" in host.log.read_text()
+        assert "the replica server is gone (signal 9); its snapshots with it" in host.log.read_text()
 
 
-def test_a_host_whose_keeper_cannot_start_serves_all_the_same_and_says_why():
+def test_a_host_whose_replica_server_cannot_start_serves_all_the_same_and_says_why():
     with run_host(node_ip="203.0.113.1") as host:  # TEST-NET-3: no address of this machine to listen at
-        assert host.hello.keeper is None
+        assert host.hello.replica_server is None
         host.claim(1).expect(ClaimGranted)
         pid = host.join(1)
         assert_beats(host, for_s=3)
         assert is_alive(pid)
-        assert "the keeper did not start: the replica server ended while it started" in host.log.read_text()
+        assert "the replica server did not start: the replica server ended while it started" in host.log.read_text()
 
 
 def test_a_process_that_does_not_end_keeps_its_host_neither_from_its_beat_nor_from_its_end():

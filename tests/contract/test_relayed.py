@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from cluster.runtime.coordinator.relayed import RelayedRun, RelayedSink, RowKeeper
+from cluster.runtime.coordinator.relayed import RelayedRun, RelayedSink, RowReceiver
 from cluster.runtime.messages import FROM_TRAINER, TO_TRAINER
 from cluster.types import Slot
 from elastic.errors import StorageError
@@ -35,7 +35,9 @@ class Coordinator:
         self.is_deaf = False
         self.failures: list[BaseException] = []
         self._link = link
-        self._keeper = RowKeeper(run, check_lead=lambda: None, answer=self._answer, on_failure=self.failures.append)
+        self._replica_server = RowReceiver(
+            run, check_lead=lambda: None, answer=self._answer, on_failure=self.failures.append
+        )
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _answer(self, node, message):
@@ -46,7 +48,7 @@ class Coordinator:
         while (messages := self._link.receive(60)) is not None:
             for message in messages:
                 if not self.is_deaf:
-                    self._keeper.take(SLOT, ATTEMPT, message)
+                    self._replica_server.take(SLOT, ATTEMPT, message)
 
 
 class Trainer:

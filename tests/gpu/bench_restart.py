@@ -34,9 +34,9 @@ from cluster.runtime.messages import (
     Claim,
     End,
     HostHello,
-    KeepersTold,
     Kept,
     Ready,
+    ReplicaServersTold,
     Restored,
     Stepped,
     TrainerSaid,
@@ -117,7 +117,7 @@ class Coordinator:
         while not (peers := acceptor.turn(0.1)):
             assert time.monotonic() < deadline_s, "no host came"
         self.link = Link(peers[0], FROM_HOST, sends="waiting")
-        self.keeper = self.expect(HostHello).keeper
+        self.replica_server = self.expect(HostHello).replica_server
         self.link.send(Welcome())
         self.agents = []
         for slot in slots:
@@ -202,8 +202,12 @@ class Coordinator:
         self.pids |= {slot: message.pid for slot, message in ready.items()}
         ready_s = time.monotonic()
         store = {"store_host": ready[slots[0]].store_host, "store_port": ready[slots[0]].store_port}
-        keepers = {NODE: self.keeper} if self.keeper else {}
-        self.link.send(KeepersTold(attempt=self.attempt, keepers=keepers, peer=None, mean_s_between_losses=600.0))
+        replica_servers = {NODE: self.replica_server} if self.replica_server else {}
+        self.link.send(
+            ReplicaServersTold(
+                attempt=self.attempt, replica_servers=replica_servers, peer=None, mean_s_between_losses=600.0
+            )
+        )
         for rank, slot in enumerate(slots):
             place = {"rank": rank, "world_size": len(slots), "local_rank": rank, "local_world_size": len(slots)}
             self.tell(Go, [slot], **place, **store)

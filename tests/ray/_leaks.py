@@ -81,7 +81,7 @@ def _count(sample: Sample, kind: str) -> int:
 
 
 class LeakWatch:
-    """Looks at hosts, keepers, trainers and coordinator of a folder once a second, in a thread; a context manager.
+    """Looks at a folder's hosts, replica servers, trainers and coordinator once a second; a context manager.
 
     Args:
         folder: that of the processes (`find_processes`).
@@ -169,7 +169,7 @@ def _name_kind(target: str) -> str:
 
 def _find_role(pid: int, command: str) -> str:
     if "elastic.checkpoint.replicas.server" in command:
-        return "keeper"
+        return "replica server"
     if command.startswith("ray::Coordinator"):
         return "coordinator"
     if "cluster.runtime.node.host" not in command:

@@ -49,14 +49,14 @@ def find_agents(folder: Path) -> list[int]:
     return [pid for pid, command in find_processes(folder).items() if "ray::RayTrainWorker" in command]
 
 
-def find_keepers(folder: Path) -> list[int]:
-    """Return the keepers of snapshots among a folder's processes."""
+def find_replica_servers(folder: Path) -> list[int]:
+    """Return the replica servers of snapshots among a folder's processes."""
     return [pid for pid, command in find_processes(folder).items() if "elastic.checkpoint.replicas.server" in command]
 
 
 def find_at_work(folder: Path) -> tuple[list[int], list[int], list[int]]:
-    """Return the hosts, keepers and trainers among a folder's processes: those who must outlive what else dies."""
-    return find_hosts(folder), find_keepers(folder), find_trainers(folder)
+    """Return a folder's hosts, replica servers and trainers: those who must outlive what else dies."""
+    return find_hosts(folder), find_replica_servers(folder), find_trainers(folder)
 
 
 def get_node(trainer: int) -> str:

@@ -30,9 +30,9 @@ from cluster.runtime.messages import (
     Exited,
     Fenced,
     HostHello,
-    KeeperMoved,
     Ready,
     Renew,
+    ReplicaServerMoved,
     TrainerSaid,
     Welcome,
 )
@@ -46,7 +46,7 @@ from tests.plain_trainers import NODE, at, is_said
 from tests.ray._traces import (
     assert_nothing_left,
     find_hosts,
-    find_keepers,
+    find_replica_servers,
     find_trainers,
     get_parent,
     is_alive,
@@ -314,18 +314,20 @@ def test_a_trainer_that_is_asked_to_leave_waits_for_the_next_world(shared_host):
     assert shared_host.join(2, "leave") == pid
 
 
-def test_a_keeper_that_dies_is_replaced_and_its_trainers_stay(host):
+def test_a_replica_server_that_dies_is_replaced_and_its_trainers_stay(host):
     pid = host.join(1)
     host.coordinator.link.send(Leave(slot=at("cpu0"), attempt=1))
     host.coordinator.expect(TrainerEnded, slot="cpu0", attempt=1)
-    (keeper,) = find_keepers(host.folder)
-    os.kill(keeper, signal.SIGKILL)
-    wait_until(lambda: not is_alive(keeper), timeout_s=5, what="the keeper ends")  # its memory is gone before it is
+    (replica_server,) = find_replica_servers(host.folder)
+    os.kill(replica_server, signal.SIGKILL)
+    wait_until(
+        lambda: not is_alive(replica_server), timeout_s=5, what="the replica server ends"
+    )  # its memory is gone before it is
     assert host.join(2) == pid
-    assert host.coordinator.expect(KeeperMoved).address is None
-    moved = host.coordinator.expect(KeeperMoved)
-    assert moved.address == host.hello.keeper, "the trainers of other nodes would look for it in vain"
-    assert keeper not in find_keepers(host.folder)
+    assert host.coordinator.expect(ReplicaServerMoved).address is None
+    moved = host.coordinator.expect(ReplicaServerMoved)
+    assert moved.address == host.hello.replica_server, "the trainers of other nodes would look for it in vain"
+    assert replica_server not in find_replica_servers(host.folder)
 
 
 def test_without_an_agent_and_a_word_of_its_coordinator_the_trainer_ends_after_the_lease_and_then_the_host(host):
@@ -426,7 +428,7 @@ def test_the_next_coordinator_is_told_who_is_there_once_the_trainers_have_left_t
     assert is_alive(host.pid)
 
     host.take_address(generation=8)
-    assert host.meet() == host.hello  # its process, its keeper and so the snapshots in it are the same
+    assert host.meet() == host.hello  # its process, its replica server and so the snapshots in it are the same
 
     claimed = host.coordinator.expect(Claimed, slot="cpu0", group=3)
     assert (claimed.group_size, claimed.agent_pid) == (1, 1)

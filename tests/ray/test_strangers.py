@@ -13,7 +13,7 @@ from elastic.records.rundir import read_rows
 from elastic.transport.handshake import Handshake
 from tests.ray._runs import Run
 from tests.ray._strangers import find_ports, get_rss_mib, harass, say
-from tests.ray._traces import find_hosts, find_keepers, find_processes, find_trainers, wait_until
+from tests.ray._traces import find_hosts, find_processes, find_replica_servers, find_trainers, wait_until
 
 pytestmark = pytest.mark.long
 
@@ -34,13 +34,13 @@ def find_targets(folder):
     """Return all doors by what is behind them, those that Ray itself has opened last, and whose memory counts."""
     coordinator = find_coordinator(folder)
     own = find_own_port(coordinator)
-    keepers = find_keepers(folder)
+    replica_servers = find_replica_servers(folder)
     doors = [("coordinator", own)]
-    doors += [("keeper", address) for pid in keepers for address in find_ports(pid)]
+    doors += [("replica server", address) for pid in replica_servers for address in find_ports(pid)]
     doors += [("trainer", address) for pid in find_trainers(folder) for address in find_ports(pid)]
     doors += [("host", str(path)) for path in folder.glob("solvent-*/socket")]
     doors += [("Ray", address) for address in find_ports(coordinator) if address != own]
-    return doors, [coordinator, *keepers, *find_hosts(folder)]
+    return doors, [coordinator, *replica_servers, *find_hosts(folder)]
 
 
 def find_coordinator(folder):
@@ -66,7 +66,7 @@ def get_step_times(run, first, last):
 
 def test_strangers_at_every_port_neither_end_an_attempt_nor_slow_a_step_nor_fill_the_memory(running):
     doors, ours = find_targets(running.nodes.folder)
-    assert {what for what, _ in doors} == {"coordinator", "keeper", "trainer", "host", "Ray"}
+    assert {what for what, _ in doors} == {"coordinator", "replica server", "trainer", "host", "Ray"}
     start = running.wait_for_step(running.last_row()["step"] + 40)
     usual_s = statistics.median(get_step_times(running, start - 40, start))
     before = {pid: get_rss_mib(pid) for pid in ours}

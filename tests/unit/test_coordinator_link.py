@@ -17,7 +17,7 @@ from elastic.transport import Acceptor, Link
 
 PATIENCE_S = 60
 SECRET = "s3cret"
-HELLO = HostHello(node="n1", pid=1, keeper=None)
+HELLO = HostHello(node="n1", pid=1, replica_server=None)
 
 
 class Chair:

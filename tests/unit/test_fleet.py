@@ -126,7 +126,7 @@ class Served:
 
     def have_host(self, name: str) -> None:
         node = self.nodes.get(name)
-        host = Host(pid=1, connection=HostLink(link=SimpleNamespace(), heard_s=0.0), keeper=None)
+        host = Host(pid=1, connection=HostLink(link=SimpleNamespace(), heard_s=0.0), replica_server=None)
         self.nodes.put(Node(id=name, ray=node.ray, host=host, start=node.start, watch=node.watch, notice=node.notice))
 
 
@@ -333,7 +333,7 @@ def records(draw: st.DrawFn) -> dict[str, Node]:
     for name in draw(st.sets(st.sampled_from(NAMES))):
         drain = draw(st.none() | st.builds(Drain, deadline_s=st.none() | st.sampled_from([1.0, 2.0])))
         facts = WorkerNode(id=name, num_workers=1, offer="")
-        host = Host(pid=1, connection=HostLink(link=SimpleNamespace(), heard_s=0.0), keeper=None)
+        host = Host(pid=1, connection=HostLink(link=SimpleNamespace(), heard_s=0.0), replica_server=None)
         nodes[name] = Node(
             id=name,
             ray=draw(st.none() | st.just(RayNode(facts=facts, usd_per_gpu_hour=0.0, drain=drain))),

@@ -12,7 +12,7 @@ from cluster.controller import Holder
 from cluster.runtime.coordinator import hosts as module
 from cluster.runtime.coordinator.hosts import Hosts
 from cluster.runtime.coordinator.nodes import Nodes
-from cluster.runtime.messages import TO_HOST, Beat, End, HostHello, KeeperMoved, Renew, Welcome
+from cluster.runtime.messages import TO_HOST, Beat, End, HostHello, Renew, ReplicaServerMoved, Welcome
 from cluster.types import Expired, Join, Slot
 from elastic.transport import Dial, Link, WireError
 from elastic.transport.frames import encode
@@ -55,7 +55,7 @@ class Served:
     def join(self, node: str, *, pid: int = 1) -> Link:
         """Connect as the host of a node would."""
         link = self.connect()
-        link.send(HostHello(node=node, pid=pid, keeper=("127.0.0.1", 7)))
+        link.send(HostHello(node=node, pid=pid, replica_server=("127.0.0.1", 7)))
         return link
 
     def serve_until(self, is_so: Callable[[], object]) -> None:
@@ -96,7 +96,7 @@ def test_a_host_that_knows_the_secret_is_there_until_its_connection_ends(served)
     link = served.join("n1", pid=12)
     served.serve_until(lambda: served.ready)
     assert (served.ready, served.nodes.get_pids()) == (["n1"], {"n1": 12})
-    assert served.nodes.get_keepers() == {"n1": ("127.0.0.1", 7)}
+    assert served.nodes.get_replica_servers() == {"n1": ("127.0.0.1", 7)}
     assert served.get_lost() == frozenset()
 
     link.close()
@@ -113,7 +113,7 @@ def test_a_host_that_ends_as_another_takes_its_place_is_gone_once(served):
     served.serve_until(lambda: served.ready)
     after = served.connect()
     served.hosts.serve(timeout_s=0.05)  # both are heard in one go, the new one first
-    after.send(HostHello(node="n1", pid=2, keeper=None))
+    after.send(HostHello(node="n1", pid=2, replica_server=None))
     before.close()
     served.serve_until(lambda: len(served.ready) == 2)
     served.hosts.serve(timeout_s=0.05)
@@ -168,7 +168,7 @@ def test_a_recorded_greeting_with_all_that_followed_is_worth_nothing_when_it_is_
             with suppress(TimeoutError):
                 answer += (data := host.recv(caller.num_wanted))
                 proof = caller.feed(data)
-        first = to_header(HostHello(node="n1", pid=1, keeper=None))
+        first = to_header(HostHello(node="n1", pid=1, replica_server=None))
         recorded = [hello, proof + encode(first, seal=caller.seals.sent, limit_bytes=1000)]
         host.sendall(recorded[1])
         served.serve_until(lambda: served.ready)
@@ -237,12 +237,12 @@ def test_a_host_that_takes_nothing_is_let_go_and_no_other_waits_for_it(served, m
 
 def test_what_it_says_of_itself_is_kept_and_the_rest_is_passed_on(served):
     link = served.join("n1")
-    link.send(KeeperMoved(address=("127.0.0.1", 8)))
+    link.send(ReplicaServerMoved(address=("127.0.0.1", 8)))
     link.send(Beat(holders={"cpu0": Holder(group=2, group_size=1), "cpu1": None}))
     link.send(Expired(slot=Slot("n1", "cpu1")))
     served.serve_until(lambda: served.messages)
     assert served.messages == [Expired(slot=Slot("n1", "cpu1"))]
-    assert served.nodes.get_keepers() == {"n1": ("127.0.0.1", 8)}
+    assert served.nodes.get_replica_servers() == {"n1": ("127.0.0.1", 8)}
 
     served.hosts.renew_leases()
     served.hosts.tell("n1", Join(slot=Slot("n1", "cpu0"), attempt=3))

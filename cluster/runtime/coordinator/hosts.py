@@ -17,8 +17,8 @@ from cluster.runtime.messages import (
     End,
     HostHello,
     HostMessage,
-    KeeperMoved,
     Renew,
+    ReplicaServerMoved,
     TrainerSaid,
     Welcome,
 )
@@ -132,7 +132,7 @@ class Hosts:
         if previous := self._nodes.get(hello.node).host:
             self._drop(hello.node, previous.connection, "a new host took its place")
         connection = HostLink(link=link, heard_s=time.monotonic())
-        host = Host(pid=hello.pid, connection=connection, keeper=hello.keeper)
+        host = Host(pid=hello.pid, connection=connection, replica_server=hello.replica_server)
         self._nodes.put(replace(self._nodes.get(hello.node), host=host, lost_s=None))
         self._loop.watch(link, lambda: self._hear(hello.node, connection))
         link.send(Welcome())
@@ -151,10 +151,10 @@ class Hosts:
     def _hear_all(self, node: str, connection: HostLink, messages: Sequence[HostHello | HostMessage]) -> None:
         for message in messages:
             match message:
-                case KeeperMoved(address=address):
+                case ReplicaServerMoved(address=address):
                     how = "is gone: no snapshots in memory until another one serves" if address is None else "serves"
-                    self._say(f"node {node[:8]}: the keeper of its snapshots {how}")
-                    self._change_host(node, lambda host, address=address: replace(host, keeper=address))
+                    self._say(f"node {node[:8]}: its replica server {how}")
+                    self._change_host(node, lambda host, address=address: replace(host, replica_server=address))
                 case Beat(holders=holders):
                     self._change_host(node, lambda host, holders=holders: replace(host, holders=holders))
                 case HostHello():  # it has said so

@@ -12,7 +12,7 @@ from elastic.ports import Address
 class MemoryTier:
     """The memories of the nodes in one attempt."""
 
-    keepers: Mapping[str, Address]
+    replica_servers: Mapping[str, Address]
     """Who serves what."""
     peers: Mapping[str, str]
     """Which node gets the copies of which."""
@@ -20,11 +20,11 @@ class MemoryTier:
     def get_peer(self, node: str) -> Address | None:
         """Return where the copies of a node's memory go, if anywhere."""
         peer = self.peers.get(node)
-        return self.keepers[peer] if peer else None
+        return self.replica_servers[peer] if peer else None
 
 
 def plan_memory_tier(nodes: Nodes, members: Set[str], *, has_copies: bool) -> MemoryTier:
     """Find it out for an attempt on these member nodes."""
-    keepers = nodes.get_keepers()
-    labels = {name: nodes.get(name).labels for name in members & keepers.keys()}
-    return MemoryTier(keepers=keepers, peers=plan_peers(labels) if has_copies else {})
+    replica_servers = nodes.get_replica_servers()
+    labels = {name: nodes.get(name).labels for name in members & replica_servers.keys()}
+    return MemoryTier(replica_servers=replica_servers, peers=plan_peers(labels) if has_copies else {})

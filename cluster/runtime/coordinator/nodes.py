@@ -75,7 +75,7 @@ class Host:
 
     pid: int
     connection: HostLink
-    keeper: Address | None
+    replica_server: Address | None
     """Where the memory of the node is served."""
     holders: Mapping[str, Holder | None] = field(default_factory=dict[str, Holder | None])
     """Whose agents hold its slots, as it said last."""
@@ -162,9 +162,11 @@ class Nodes:
         """Return the processes of the hosts, by node."""
         return {node.id: node.host.pid for node in self._by_id.values() if node.host}
 
-    def get_keepers(self) -> dict[str, Address]:
+    def get_replica_servers(self) -> dict[str, Address]:
         """Return where the memories of the nodes are served."""
-        return {node.id: node.host.keeper for node in self._by_id.values() if node.host and node.host.keeper}
+        return {
+            node.id: node.host.replica_server for node in self._by_id.values() if node.host and node.host.replica_server
+        }
 
     def get_lost(self, *, now_s: float) -> frozenset[str]:
         """Return the nodes whose host has just gone."""

@@ -211,7 +211,7 @@ class _Ask:
     """Attempt, file, and its rows that were here when the trainer asked."""
 
 
-class RowKeeper:
+class RowReceiver:
     """Appends the rows of trainers to a run's files, and tells when they are in the storage, on a thread of its own.
 
     Args:

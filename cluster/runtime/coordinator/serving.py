@@ -20,7 +20,7 @@ from cluster.runtime.coordinator.hosts import News as HostNews
 from cluster.runtime.coordinator.memory_tier import plan_memory_tier
 from cluster.runtime.coordinator.nodes import Nodes
 from cluster.runtime.coordinator.published import Published
-from cluster.runtime.coordinator.relayed import RowKeeper
+from cluster.runtime.coordinator.relayed import RowReceiver
 from cluster.runtime.coordinator.world import World
 from cluster.types import (
     Action,
@@ -106,7 +106,7 @@ class Serving:
         def tell(node: str, message: said.CoordinatorMessage) -> None:
             self.post(Tell(node=node, message=message))
 
-        rows = RowKeeper(run, check_lead=check_lead, answer=tell, on_failure=on_failure)
+        rows = RowReceiver(run, check_lead=check_lead, answer=tell, on_failure=on_failure)
         self.rows = rows
         disks = "own" if disk else "shared"
         self._world = World(self._state, books=books, out=out, rows=rows, disks=disks, decide=self.decide)
@@ -255,9 +255,9 @@ class Serving:
         tier = plan_memory_tier(self.nodes, members, has_copies=self._config.checkpoint.memory == "peer")
         mean_s = self._books.estimate_mean_s_between_losses(3600 * self._config.fault.mean_hours_between_losses)
         for node in members:
-            told = said.KeepersTold(
+            told = said.ReplicaServersTold(
                 attempt=attempt,
-                keepers=tier.keepers,
+                replica_servers=tier.replica_servers,
                 peer=tier.get_peer(node),
                 mean_s_between_losses=mean_s,
             )

@@ -8,7 +8,7 @@ from cluster.controller import State
 from cluster.runtime import messages as said
 from cluster.runtime.coordinator.books import Books
 from cluster.runtime.coordinator.published import Published
-from cluster.runtime.coordinator.relayed import RowKeeper
+from cluster.runtime.coordinator.relayed import RowReceiver
 from cluster.types import Event, Slot, Stalled, Stepped, TrainerReady, Worker
 from elastic.records.rundir import parse_utc
 
@@ -27,7 +27,7 @@ class World:
         *,
         books: Books,
         out: Published,
-        rows: RowKeeper,
+        rows: RowReceiver,
         disks: Literal["shared", "own"],
         decide: Callable[[Event], None],
     ) -> None:

@@ -5,8 +5,8 @@ node. It leaves that process behind, tells it once it listens, and is
 
 - single-threaded, because only such a process may fork safely: one selector loop, no torch call that starts a thread;
 - warm: torch, the model code and FSDP have been imported and used once, with a fake process group;
-- a parent: its trainers die with it (PR_SET_PDEATHSIG), and their end is known at once (pidfd); the keeper of its
-  snapshots, which outlives them, dies with it too;
+- a parent: its trainers die with it (PR_SET_PDEATHSIG), and their end is known at once (pidfd); the replica server,
+  which holds their snapshots and outlives them, dies with it too;
 - a tenant: it ends with its raylet, with its last lease, or without a coordinator for half as long.
 
 Agents claim slots, and each claimed slot has a trainer that is warm and waits; the coordinator, over TCP, decides which
@@ -45,8 +45,8 @@ from cluster.runtime.messages import (
     Fenced,
     HostHello,
     HostMessage,
-    KeepersTold,
     Renew,
+    ReplicaServersTold,
     RowsKept,
     Welcome,
 )
@@ -77,14 +77,14 @@ class Host:
     def __init__(self, spec: HostSpec, raylet_pidfd: int, live: Callable[..., None]) -> None:
         self.spec = spec
         self.places: dict[str, Place] = {}
-        self.keepers: KeepersTold | None = None
+        self.replica_servers: ReplicaServersTold | None = None
         """For the trainers of the newest world."""
         self.retired: dict[str, Place] = {}
         """Those whose lease has run out. What runs there may take its time to end, and is in the way of another."""
         self.loop = EventLoop()
         self.renewed_s = 0.0
         """When the coordinator last renewed leases (`EventLoop.awake_s`); one without slots has it renew its own."""
-        # its keeper takes its time
+        # its replica server takes its time
         self.trainers = Trainers(spec, self.loop, tell=self._tell, live=live)
         self.coordinator = CoordinatorLink(
             spec.coordinator_address,
@@ -120,7 +120,7 @@ class Host:
                 next_beat_s = now_s + BEAT_S
                 self._beat()
             self._expire_leases()
-            self.trainers.check_keeper()
+            self.trainers.check_replica_server()
             for place in self.places.values():
                 self.trainers.check(place)
 
@@ -220,7 +220,7 @@ class Host:
     # ---- coordinator
 
     def _get_hello(self) -> HostHello:
-        return HostHello(node=self.spec.node, pid=os.getpid(), keeper=self.trainers.get_keeper_address())
+        return HostHello(node=self.spec.node, pid=os.getpid(), replica_server=self.trainers.get_replica_address())
 
     def _enter_service(self) -> None:
         """Have the trainers leave a world that this coordinator does not know, and tell it who is here."""
@@ -251,8 +251,8 @@ class Host:
                     self.trainers.join(place, attempt)
                 else:  # its lease ran out while the message was on its way
                     self.trainers.tell_ended(slot.name, attempt, "crashed", "its slot is gone")
-            case KeepersTold():
-                self.keepers = message
+            case ReplicaServersTold():
+                self.replica_servers = message
             case Go() | Park() | Leave() | Kill() | RowsKept():
                 self._pass_on(message)
             case _:
@@ -271,8 +271,8 @@ class Host:
         if isinstance(message, Kill):
             trainer.kill()
             return
-        if isinstance(message, Go) and self.keepers and self.keepers.attempt == message.attempt:
-            trainer.link.send(self.keepers)
+        if isinstance(message, Go) and self.replica_servers and self.replica_servers.attempt == message.attempt:
+            trainer.link.send(self.replica_servers)
         trainer.link.send(message)
 
 

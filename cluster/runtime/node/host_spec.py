@@ -27,6 +27,6 @@ class HostSpec:
     """Folder of this run on a disk of the node's own, for snapshots; empty: there is none."""
 
 
-def get_keeper_folder(folder: Path) -> Path:
-    """Return where trainers find the keeper of a host's node, from the host's own folder."""
-    return folder / "keeper"
+def get_replica_folder(folder: Path) -> Path:
+    """Return where trainers find the replica server of a host's node, from the host's own folder."""
+    return folder / "replicas"

@@ -79,7 +79,7 @@ class Trainer:
 def fork_trainer(
     run: Callable[[OrderLink, socket.socket | None], None],
     *,
-    keeper: ReplicaServerProcess | None,
+    replica_server: ReplicaServerProcess | None,
     env: Mapping[str, str],
     log: Path,
     inherited: Iterable[int],
@@ -87,7 +87,7 @@ def fork_trainer(
     """Fork a trainer from this process, which is warm and has one thread.
 
     Args:
-        run: its life, with its end of the link to its parent and its connection to the keeper.
+        run: its life, with its end of the link to its parent and its connection to the replica server.
         env: what its agent was given, such as the devices.
         inherited: descriptors that are none of the child's business.
 
@@ -97,7 +97,7 @@ def fork_trainer(
     ours, theirs = socket.socketpair()
     memory: socket.socket | None = None
     with contextlib.suppress(WireError):  # it has just ended; another one may be there for the next trainer
-        memory = keeper.open_connection() if keeper else None
+        memory = replica_server.open_connection() if replica_server else None
     parent_pid = os.getpid()
     try:
         pid = os.fork()
@@ -110,8 +110,8 @@ def fork_trainer(
         for descriptor in inherited:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
-        if keeper:
-            keeper.channel.forget()
+        if replica_server:
+            replica_server.channel.forget()
         orders = Link(Peer(theirs, None), TO_TRAINER, sends="waiting", limit_bytes=MAX_TRAINER_BYTES)
         _live(lambda: run(orders, memory), env=env, log=log, parent_pid=parent_pid)
     theirs.close()

@@ -18,8 +18,8 @@ from cluster.runtime.messages import (
     CoordinatorMoved,
     Exited,
     HostMessage,
-    KeeperMoved,
     Progressed,
+    ReplicaServerMoved,
     Restored,
     Stalled,
     Stepped,
@@ -29,8 +29,8 @@ from cluster.runtime.messages import (
     WorldLeft,
 )
 from cluster.runtime.node.daemon import log
-from cluster.runtime.node.host_keeper import HostKeeper
-from cluster.runtime.node.host_spec import HostSpec, get_keeper_folder
+from cluster.runtime.node.host_spec import HostSpec, get_replica_folder
+from cluster.runtime.node.replica_server import NodeReplicaServer
 from cluster.runtime.trainers.forked import OrderLink, Trainer, fork_trainer
 from cluster.types import Claimed, Join, Leave, Slot, TrainerEnded, TrainerOutcome, Unkillable, get_leave_limit_s
 from elastic.checkpoint.replicas.process import ReplicaServerProcess, launch_replica_server
@@ -94,9 +94,9 @@ class Trainers:
         self._spec, self._loop, self._tell, self._live = spec, loop, tell, live
         self._dying: list[Trainer] = []
         """Spares that nobody waits for, and that have not ended."""
-        self._keeper: HostKeeper | None = None
+        self._replica_server: NodeReplicaServer | None = None
         if spec.config["checkpoint"]["memory"] != "off":
-            folder = str(get_keeper_folder(Path(spec.folder)))
+            folder = str(get_replica_folder(Path(spec.folder)))
             launch = partial(
                 launch_replica_server,
                 node=spec.node,
@@ -105,26 +105,28 @@ class Trainers:
                 disk=spec.disk,
                 folder=folder,
             )
-            self._keeper = HostKeeper(lambda port: launch(port=port), on_changed=self._tell_keeper)
-            self._keeper.start()
+            self._replica_server = NodeReplicaServer(
+                lambda port: launch(port=port), on_changed=self._tell_replica_server
+            )
+            self._replica_server.start()
 
-    # ---- their keeper
+    # ---- their replica server
 
-    def get_keeper_address(self) -> tuple[str, int] | None:
+    def get_replica_address(self) -> tuple[str, int] | None:
         """Return where other nodes reach the snapshots of this one; None: none are kept in memory now."""
-        port = self._keeper.get_port() if self._keeper else None
+        port = self._replica_server.get_port() if self._replica_server else None
         return None if port is None else (self._spec.node_ip, port)
 
-    def check_keeper(self) -> None:
-        """Look after the keeper; call it often."""
-        if self._keeper:
-            self._keeper.check()
+    def check_replica_server(self) -> None:
+        """Look after the replica server; call it often."""
+        if self._replica_server:
+            self._replica_server.check()
 
-    def _get_keeper(self) -> ReplicaServerProcess | None:
-        return self._keeper.current if self._keeper else None
+    def _get_replica_server(self) -> ReplicaServerProcess | None:
+        return self._replica_server.current if self._replica_server else None
 
-    def _tell_keeper(self) -> None:
-        self._tell(KeeperMoved(address=self.get_keeper_address()))
+    def _tell_replica_server(self) -> None:
+        self._tell(ReplicaServerMoved(address=self.get_replica_address()))
 
     # ---- worlds
 
@@ -239,13 +241,13 @@ class Trainers:
         """Fork a trainer; None if the kernel has no process, memory or descriptor for one now."""
         spec = self._spec
 
-        def run(link: OrderLink, keeper: socket.socket | None) -> None:
+        def run(link: OrderLink, replica_server: socket.socket | None) -> None:
             self._live(
                 link,
                 spec.config,
                 node=spec.node,
                 node_ip=spec.node_ip,
-                keeper=keeper,
+                replica_server=replica_server,
                 secret=spec.secret,
                 folder=Path(spec.folder),
                 rehearses=rehearses,
@@ -253,7 +255,9 @@ class Trainers:
 
         inherited = self._loop.get_descriptors()
         try:
-            trainer = fork_trainer(run, keeper=self._get_keeper(), env=place.env, log=place.log, inherited=inherited)
+            trainer = fork_trainer(
+                run, replica_server=self._get_replica_server(), env=place.env, log=place.log, inherited=inherited
+            )
         except OSError as error:  # the others of this host train on
             log(f"no trainer can be forked for {place.name}: {error}")
             return None

@@ -20,14 +20,14 @@ import torch.distributed as dist
 
 from cluster.runtime.coordinator.relayed import RelayedRun, RelayedSink, Streams
 from cluster.runtime.messages import (
-    KeepersTold,
     Order,
     Ready,
+    ReplicaServersTold,
     RowsKept,
     Warm,
     WorldLeft,
 )
-from cluster.runtime.node.host_spec import get_keeper_folder
+from cluster.runtime.node.host_spec import get_replica_folder
 from cluster.runtime.trainers.forked import OrderLink
 from cluster.runtime.trainers.interface import find_interface
 from cluster.runtime.trainers.link_observer import LinkObserver
@@ -56,7 +56,7 @@ class WorldOrders:
         self.breaker = Breaker()
         self.go: queue.SimpleQueue[Go | None] = queue.SimpleQueue()
         """The rank's place; None if the world was given up."""
-        self.keepers: KeepersTold | None = None
+        self.replica_servers: ReplicaServersTold | None = None
         """The memories of the nodes, told before the place; None where nothing is kept there."""
         self.rows_kept: queue.SimpleQueue[RowsKept] = queue.SimpleQueue()
         """What is in the storage of the rows that were sent."""
@@ -75,8 +75,8 @@ class WorldOrders:
     def take(self, order: Order) -> None:
         """Take one order."""
         match order:
-            case KeepersTold():
-                self.keepers = order
+            case ReplicaServersTold():
+                self.replica_servers = order
             case Go():
                 self.go.put(order)
             case Park():
@@ -112,7 +112,7 @@ def run(
     *,
     node: str,
     node_ip: str,
-    keeper: socket.socket | None,
+    replica_server: socket.socket | None,
     secret: str,
     folder: Path,
     rehearses: Literal["fully", "sparingly", "not"],
@@ -120,8 +120,8 @@ def run(
     """Open device and store, then train in one world after the other until one ends for good.
 
     Args:
-        keeper: connection to the node's keeper; None: it has none now.
-        secret: opens the keepers of the other nodes.
+        replica_server: connection to the node's replica server; None: it has none now.
+        secret: opens the replica servers of the other nodes.
         folder: goes with the host.
         rehearses: sparingly beside a trainer that must not run out of memory, not at all where somebody waits.
     """
@@ -133,7 +133,7 @@ def run(
     own_store = OwnStore(node_ip, timeout_s=config.fault.collective_timeout_s)
     memory: Memory | None = None
     if config.checkpoint.memory != "off":
-        memory = Memory(keeper, node=node, secret=secret, folder=get_keeper_folder(folder))
+        memory = Memory(replica_server, node=node, secret=secret, folder=get_replica_folder(folder))
     orders, streams = Orders(link), Streams()
     if rehearses != "not":
         _rehearse(config, is_beside_others=rehearses == "sparingly")
@@ -207,9 +207,9 @@ def _train_in(
         store_port=go.store_port,
         node=node,
     )
-    if told := world.keepers:
+    if told := world.replica_servers:
         mean_s = told.mean_s_between_losses
-        spec = replace(spec, replica_servers=told.keepers, peer=told.peer, mean_s_between_losses=mean_s)
+        spec = replace(spec, replica_servers=told.replica_servers, peer=told.peer, mean_s_between_losses=mean_s)
 
     def close_door() -> None:
         # NCCL's own threads connect to the store that the world has chosen whenever they like

@@ -1,4 +1,4 @@
-"""The keeper of a host's node: started without waiting for it, and again when it has ended.
+"""The replica server of a host's node: started without waiting for it, and again when it has ended.
 
 What keeps it down is likely to last (no memory, no processes), so each start waits longer than the one before. What it
 held is lost with it; trainers train on without snapshots, and the host answers all the while.
@@ -20,8 +20,8 @@ _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 60.0
 
 
-class HostKeeper:
-    """Has a keeper run; all of it on the thread of the host's loop.
+class NodeReplicaServer:
+    """Has a replica server run; all of it on the thread of the host's loop.
 
     Args:
         launch: starts one that shall serve at a port (0: any) without waiting for it; may raise an OSError.
@@ -45,8 +45,10 @@ class HostKeeper:
         """Start the first one and wait for it, but not for long."""
         until_s = time.monotonic() + FIRST_WAIT_S
         self.check()
-        while (keeper := self.current) is not None and not keeper.is_ready and time.monotonic() < until_s:
-            self._look(keeper, timeout_s=0.05)
+        while (
+            (replica_server := self.current) is not None and not replica_server.is_ready and time.monotonic() < until_s
+        ):
+            self._look(replica_server, timeout_s=0.05)
         self._is_served = True
 
     def get_port(self) -> int | None:
@@ -54,7 +56,7 @@ class HostKeeper:
         return self.current.port if self.current is not None and self.current.is_ready else None
 
     def check(self) -> None:
-        """Look after it; call this often. Never waits, never raises for what a keeper does."""
+        """Look after it; call this often. Never waits, never raises for what a replica server does."""
         now_s = time.monotonic()
         self._ending = [process for process in self._ending if process.poll() is None]
         if self.current is not None:
@@ -67,38 +69,38 @@ class HostKeeper:
         try:
             self.current = self._launch(self._port)
         except OSError as error:
-            self._pause(f"no keeper can be started: {error.strerror or error}")
+            self._pause(f"no replica server can be started: {error.strerror or error}")
 
-    def _look(self, keeper: ReplicaServerProcess, *, timeout_s: float) -> None:
+    def _look(self, replica_server: ReplicaServerProcess, *, timeout_s: float) -> None:
         """Note that it has become ready, or has ended."""
-        code = keeper.process.poll()
+        code = replica_server.process.poll()
         try:
-            if code is None and not keeper.is_ready:
-                if keeper.wait_ready(timeout_s):
-                    self._take_ready(keeper)
+            if code is None and not replica_server.is_ready:
+                if replica_server.wait_ready(timeout_s):
+                    self._take_ready(replica_server)
                 elif time.monotonic() > self._started_s + START_LIMIT_S:
                     raise WireError(f"it was not ready within {START_LIMIT_S:g} s")
         except OSError as error:
-            self._drop(keeper, f"the keeper did not start: {error}")
+            self._drop(replica_server, f"the replica server did not start: {error}")
             return
         if code is not None:
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            self._drop(keeper, f"the keeper is gone ({how}); its snapshots with it")
+            self._drop(replica_server, f"the replica server is gone ({how}); its snapshots with it")
 
-    def _take_ready(self, keeper: ReplicaServerProcess) -> None:
+    def _take_ready(self, replica_server: ReplicaServerProcess) -> None:
         took_s = time.monotonic() - self._started_s
         if self._num_failures:
-            log(f"another keeper serves after {took_s:.1f} s")
-        self._port = keeper.port
+            log(f"another replica server serves after {took_s:.1f} s")
+        self._port = replica_server.port
         if self._is_served:
             self._on_changed()
 
-    def _drop(self, keeper: ReplicaServerProcess, reason: str) -> None:
+    def _drop(self, replica_server: ReplicaServerProcess, reason: str) -> None:
         self.current = None
-        keeper.process.kill()
-        self._ending.append(keeper.process)
-        keeper.channel.close()
-        if keeper.is_ready and time.monotonic() > self._started_s + _LONGEST_PAUSE_S:
+        replica_server.process.kill()
+        self._ending.append(replica_server.process)
+        replica_server.channel.close()
+        if replica_server.is_ready and time.monotonic() > self._started_s + _LONGEST_PAUSE_S:
             self._num_failures = 0  # it was good for a while
         self._pause(reason)
         if self._is_served:

@@ -1,4 +1,4 @@
-"""The keeper of a host: real ones that are killed, do not start or hang, and a host that never waits for them."""
+"""The replica server of a node: real ones that are killed, do not start or hang, and a host that never waits."""
 
 import errno
 import os
@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import pytest
 
-from cluster.runtime.node import host_keeper as module
-from cluster.runtime.node.host_keeper import HostKeeper
+from cluster.runtime.node import replica_server as module
+from cluster.runtime.node.replica_server import NodeReplicaServer
 from elastic.checkpoint.replicas.client import ReplicaClient
 from elastic.checkpoint.replicas.process import launch_replica_server
 from elastic.checkpoint.replicas.remote import RemoteReplicaServer
@@ -26,7 +26,9 @@ class Loop:
 
     def __init__(self, start=launch):
         self.changes: list[int | None] = []
-        self.keeper = HostKeeper(start, on_changed=lambda: self.changes.append(self.keeper.get_port()))
+        self.replica_server = NodeReplicaServer(
+            start, on_changed=lambda: self.changes.append(self.replica_server.get_port())
+        )
         self.longest_s = 0.0
 
     def turn_until(self, condition, *, timeout_s=10.0):
@@ -37,15 +39,15 @@ class Loop:
 
     def turn(self):
         start_s = time.monotonic()
-        self.keeper.check()
+        self.replica_server.check()
         self.longest_s = max(self.longest_s, time.monotonic() - start_s)
         time.sleep(0.05)
 
     def close(self):
-        if self.keeper.current is not None:
-            self.keeper.current.process.kill()
-            self.keeper.current.close()
-        for process in self.keeper._ending:
+        if self.replica_server.current is not None:
+            self.replica_server.current.process.kill()
+            self.replica_server.current.close()
+        for process in self.replica_server._ending:
             process.wait()
 
 
@@ -56,22 +58,22 @@ def loop():
     loop.close()
 
 
-def test_a_killed_keeper_is_back_where_it_was_within_10_s_while_its_host_goes_on(loop):
-    loop.keeper.start()
-    first = loop.keeper.current
+def test_a_killed_replica_server_is_back_where_it_was_within_10_s_while_its_host_goes_on(loop):
+    loop.replica_server.start()
+    first = loop.replica_server.current
     assert first is not None
-    port = loop.keeper.get_port()
+    port = loop.replica_server.get_port()
     client = ReplicaClient(first.open_connection(), origin="1-0")
     assert client.fetch_list() == []
     os.kill(first.process.pid, signal.SIGKILL)
-    loop.turn_until(lambda: loop.keeper.get_port() is None)
-    loop.turn_until(lambda: loop.keeper.get_port() is not None)
-    assert loop.keeper.get_port() == port, "other nodes look for it there"
+    loop.turn_until(lambda: loop.replica_server.get_port() is None)
+    loop.turn_until(lambda: loop.replica_server.get_port() is not None)
+    assert loop.replica_server.get_port() == port, "other nodes look for it there"
     assert loop.changes == [None, port]
     stranger = RemoteReplicaServer(("127.0.0.1", port), SECRET, timeout_s=10)
     assert stranger.fetch_list() == []
     stranger.close()
-    assert ReplicaClient(loop.keeper.current.open_connection(), origin="2-0").fetch_list() == []
+    assert ReplicaClient(loop.replica_server.current.open_connection(), origin="2-0").fetch_list() == []
     assert loop.longest_s < 0.5
 
 
@@ -86,26 +88,29 @@ def test_one_that_the_kernel_has_no_memory_for_is_tried_again_ever_less_often(mo
         return launch(port)
 
     loop = Loop(refuse)
-    loop.keeper.start()
-    assert loop.keeper.current is None
-    loop.turn_until(lambda: loop.keeper.get_port() is not None)
+    loop.replica_server.start()
+    assert loop.replica_server.current is None
+    loop.turn_until(lambda: loop.replica_server.get_port() is not None)
     pauses_s = [later - earlier for earlier, later in pairwise(tries_s)]
     assert [pause_s >= wanted_s for pause_s, wanted_s in zip(pauses_s, (0.1, 0.2, 0.4), strict=True)] == [True] * 3
     said = capsys.readouterr().out
-    assert "no keeper can be started: Cannot allocate memory; trainers train on without snapshots in memory" in said
-    assert "another keeper serves after" in said
+    assert (
+        "no replica server can be started: Cannot allocate memory; trainers train on without snapshots in memory"
+        in said
+    )
+    assert "another replica server serves after" in said
     loop.close()
 
 
 def test_one_that_ends_while_it_starts_is_tried_again_and_its_host_goes_on(monkeypatch, capsys):
     loop = Loop(lambda port: launch(port, ip="203.0.113.1"))  # TEST-NET-3: no address of this machine
     start_s = time.monotonic()
-    loop.keeper.start()
+    loop.replica_server.start()
     assert time.monotonic() - start_s < module.FIRST_WAIT_S
-    assert loop.keeper.get_port() is None
-    assert "the keeper did not start: the replica server ended while it started" in capsys.readouterr().out
-    loop.turn_until(lambda: loop.keeper.current is not None)
-    loop.turn_until(lambda: loop.keeper.current is None)
+    assert loop.replica_server.get_port() is None
+    assert "the replica server did not start: the replica server ended while it started" in capsys.readouterr().out
+    loop.turn_until(lambda: loop.replica_server.current is not None)
+    loop.turn_until(lambda: loop.replica_server.current is None)
     assert loop.longest_s < 0.5
     loop.close()
 
@@ -115,13 +120,13 @@ def test_one_that_hangs_while_it_starts_holds_its_host_up_for_nothing_but_the_fi
     monkeypatch.setattr(module, "START_LIMIT_S", 1.0)
 
     def freeze(port):
-        keeper = launch(port)
-        os.kill(keeper.process.pid, signal.SIGSTOP)
-        return keeper
+        replica_server = launch(port)
+        os.kill(replica_server.process.pid, signal.SIGSTOP)
+        return replica_server
 
     loop = Loop(freeze)
-    loop.keeper.start()
-    hanging = loop.keeper.current
-    loop.turn_until(lambda: loop.keeper.current is not hanging)
+    loop.replica_server.start()
+    hanging = loop.replica_server.current
+    loop.turn_until(lambda: loop.replica_server.current is not hanging)
     assert loop.longest_s < 0.5
     loop.close()
