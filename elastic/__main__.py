@@ -41,8 +41,7 @@ from elastic.records.leader import Leadership, lead
 from elastic.records.rundir import RunDir, append_row
 from elastic.records.spool import OpenRun, open_run
 from elastic.run import train
-from elastic.sinks import console, jsonl
-from elastic.sinks._wandb_choice import is_disabled
+from elastic.sinks import open_sinks
 from elastic.world import open_store
 
 INTERRUPTED_EXIT_CODE = 3
@@ -221,11 +220,7 @@ def _train(
 
 
 def _open_sinks(config: RunConfig, run_dir: RunDir, opened: ExitStack) -> list[MetricSink]:
-    sinks: list[MetricSink] = [jsonl.build(config, run_dir), console.build(config, run_dir)]
-    if not is_disabled(config, os.environ):
-        from elastic.sinks import wandb  # noqa: PLC0415 (a second of imports, and an optional package here)
-
-        sinks.append(wandb.build(config, run_dir))
+    sinks = open_sinks(config, run_dir, opener="rank0")
     for sink in sinks:
         opened.callback(sink.close)
     return sinks

@@ -5,7 +5,6 @@ CONFIG is a YAML file; key=value overrides its keys. Training again under the sa
 
 import argparse
 import logging
-import os
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,6 @@ from cluster.cli._runs import add_json, print_json, text_on_stderr
 from cluster.cost import load_prices
 from elastic.config import RunConfig
 from elastic.errors import ConfigError
-from elastic.ports import MetricSink
 from elastic.records.rundir import RunDir
 from elastic.storage import is_url, join_url
 
@@ -64,12 +62,13 @@ def _train(args: argparse.Namespace, driver: "RetriedDriver | None") -> int:
     from cluster.runtime.driver import find_address, train
     from cluster.runtime.view import View
     from elastic.records.spool import open_folder
+    from elastic.sinks import open_sinks
 
     address = find_address()
     with (
         text_on_stderr() if args.json else nullcontext(),
         open_folder(config.storage, config.run) as run_dir,
-        View(config, partial(open_sinks, config, run_dir)) as view,
+        View(config, partial(open_sinks, config, run_dir, opener="driver")) as view,
     ):
         ending = train(config, address=address, on_update=view.update)
         view.end(ending)
@@ -95,17 +94,6 @@ def check_is_path(storage: str, *, key: str = "storage", why: str) -> None:
     """
     if is_url(storage):
         raise ConfigError(f"{key}={storage}: {why}. Set {key} to a path; train and submit take URLs, too.")
-
-
-def open_sinks(config: RunConfig, run_dir: RunDir) -> list[MetricSink]:
-    """Open W&B, if the configuration wants it; its files lie in `run_dir`."""
-    from elastic.sinks._wandb_choice import is_disabled
-
-    if is_disabled(config, os.environ):
-        return []
-    from elastic.sinks import wandb
-
-    return [wandb.build(config, run_dir)]
 
 
 def check_before_paying(config: RunConfig, past: "Past | None" = None) -> None:

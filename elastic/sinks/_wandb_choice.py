@@ -83,12 +83,6 @@ def _find_contradictions(config: RunConfig, env: Mapping[str, str]) -> list[str]
     ]
 
 
-def is_disabled(config: RunConfig, env: Mapping[str, str]) -> bool:
-    """Tell whether there is nothing to do for W&B and nothing to say, so that it need not be imported."""
-    choice = choose(config, env, folder="")
-    return choice.mode == "disabled" and not choice.overruled
-
-
 def _read_mode(env: Mapping[str, str]) -> tuple[Mode | None, str]:
     """Return the mode that the environment asks for, if any, and what is wrong with it."""
     if env.get("WANDB_DISABLED", "").lower() not in _NO:

@@ -7,6 +7,8 @@ from typing import Any, TextIO
 from elastic.config import RunConfig
 from elastic.records.rundir import RunDir
 
+OPENED_BY = ("rank0",)  # a driver has a table of its own
+
 _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("loss", "loss", lambda v: f"{v:.4f}"),
     ("bad_step", "NOT APPLIED:", lambda v: str(v).replace("_", " ")),

@@ -6,6 +6,8 @@ from elastic.config import RunConfig
 from elastic.errors import StorageError
 from elastic.records.rundir import RunDir, append_row, end_torn_line
 
+OPENED_BY = ("rank0",)  # on a cluster, the trainers have it opened or relayed
+
 
 def build(config: RunConfig, run_dir: RunDir) -> "JsonlSink":  # noqa: ARG001 - the signature of all sinks
     """Return a sink that appends to the run's `metrics.jsonl`.

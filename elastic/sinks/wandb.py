@@ -12,8 +12,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
-
-import wandb
+from typing import TYPE_CHECKING
 
 from elastic.config import RunConfig
 from elastic.paths import resolve_path
@@ -22,7 +21,12 @@ from elastic.records.rundir import RunDir
 from elastic.redact import redact
 from elastic.sinks._wandb_choice import Choice, Mode, choose
 
+if TYPE_CHECKING:
+    import wandb
+
 log = logging.getLogger(__name__)
+
+OPENED_BY = ("rank0", "driver")
 
 KEYS = {
     "step": "train/step",
@@ -60,6 +64,8 @@ def build(config: RunConfig, run_dir: RunDir) -> MetricSink:
         log.warning("W&B's environment is not followed in: %s", ", ".join(choice.overruled))
     if choice.mode == "disabled":
         return WandbSink(None)
+    import wandb  # noqa: PLC0415 (a second of imports, and an optional package where there is no Ray)
+
     mode = choice.mode
     try:
         if mode == "online" and not wandb.login(prompt=False):
@@ -76,6 +82,8 @@ def build(config: RunConfig, run_dir: RunDir) -> MetricSink:
 
 
 def _open(config: RunConfig, choice: Choice, mode: Mode) -> "wandb.Run":
+    import wandb  # noqa: PLC0415 (as above)
+
     run = wandb.init(
         project=choice.project,
         entity=choice.entity,

@@ -1,4 +1,4 @@
-"""A family of models and a strategy, each one new file in a copy of the project: without another edit, all works."""
+"""A family of models, a strategy and a sink, each one new file in a copy of the project, without another edit."""
 
 import json
 import os
@@ -138,6 +138,28 @@ def spread(model, *, world, config):
     )
 '''
 
+SINK = '''
+"""The losses alone."""
+
+OPENED_BY = ("rank0", "driver")
+
+
+class Losses:
+    def __init__(self, path):
+        self.path = path
+
+    def write(self, row):
+        with self.path.open("a") as file:
+            print(row["loss"], file=file)
+
+    def close(self):
+        pass
+
+
+def build(config, run_dir):
+    return Losses(run_dir.root / "losses.txt")
+'''
+
 CONFIG = """
 run: mine
 device: cpu
@@ -153,7 +175,7 @@ wandb: {mode: disabled}
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """The whole project with two more files, and data."""
+    """The whole project with three more files, and data."""
     folder = tmp_path_factory.mktemp("project")
     for name in ("elastic", "cluster"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -162,6 +184,7 @@ def project(tmp_path_factory):
     shutil.copy(ROOT / "pyproject.toml", folder)
     (folder / "elastic" / "models" / "squared.py").write_text(FAMILY.lstrip())
     (folder / "elastic" / "strategies" / "signs.py").write_text(STRATEGY.lstrip())
+    (folder / "elastic" / "sinks" / "losses.py").write_text(SINK.lstrip())
     (folder / "config.yaml").write_text(CONFIG)
     lines = [json.dumps({"text": f"In the beginning was the word {n}. " * 4}) for n in range(200)]
     (folder / "a.jsonl").write_text("\n".join(lines))
@@ -218,6 +241,11 @@ def test_a_run_of_a_new_family_resumes_on_another_number_of_ranks(project, train
     assert resumed == pytest.approx(unbroken, rel=1e-4)
     config = (project / "runs" / "mine" / "config.yaml").read_text()
     assert "kind: squared" in config and "ffn_ratio: 2" in config
+
+
+def test_a_new_sink_is_opened_and_gets_every_row(project, trained):
+    losses = (project / "runs" / "mine" / "losses.txt").read_text().split()
+    assert list(map(float, losses[:4])) == list(trained.values())
 
 
 REFUSALS = [

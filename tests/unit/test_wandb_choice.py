@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.config import RunConfig, WandbConfig
-from elastic.sinks._wandb_choice import choose, is_disabled
+from elastic.sinks._wandb_choice import choose
 
 
 def make(env, **wanted):
@@ -68,9 +68,10 @@ def test_what_agrees_is_not_told():
 
 def test_a_run_that_is_disabled_against_the_environment_is_told_so():
     config = RunConfig(wandb=WandbConfig(mode="disabled"))
-    assert is_disabled(config, {"WANDB_RUN_ID": "x"})
-    assert not is_disabled(config, {"WANDB_MODE": "online"})  # the sink says it, and does nothing
-    assert choose(config, {"WANDB_MODE": "online"}, folder="").mode == "disabled"
+    assert not choose(config, {"WANDB_RUN_ID": "x"}, folder="").overruled
+    choice = choose(config, {"WANDB_MODE": "online"}, folder="")
+    assert choice.mode == "disabled"
+    assert choice.overruled == ("WANDB_MODE=online (wandb.mode=disabled)",)
 
 
 names = st.sampled_from(["WANDB_MODE", "WANDB_DISABLED", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_NAME", "WANDB_DIR"])
