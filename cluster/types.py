@@ -296,7 +296,7 @@ class GiveUp:
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptStarted:
-    """A world is formed; for the books."""
+    """A world is formed; for the run records."""
 
     attempt: int
     members: tuple[Slot, ...]
@@ -304,7 +304,7 @@ class AttemptStarted:
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptEnded:
-    """A world is over; for the books. `cause` is the node that left, was lost or lost a trainer, if that is certain."""
+    """A world is over; for the run records. `cause`: the node that left, was lost or lost a trainer, if certain."""
 
     attempt: int
     members: tuple[Slot, ...]

@@ -161,7 +161,7 @@ def _train(
     notices: SignalNotices,
     leader: Leadership | None,
 ) -> Outcome:
-    """Train one rank; rank 0, which leads, keeps the books."""
+    """Train one rank; rank 0, which leads, keeps the run records."""
     run_dir = run.dir
     history, sinks, start_s = read_history(run_dir), ExitStack(), time()
 
@@ -181,7 +181,7 @@ def _train(
             first_step_s=observer.first_step_s,
         )
         if leader:
-            with suppress(StaleGenerationError):  # then the books are another one's, which is told already
+            with suppress(StaleGenerationError):  # then the run records are another one's, which is told already
                 leader.check()
                 append_row(run_dir.attempts, asdict(row))
 

@@ -23,7 +23,7 @@ class OpenPhase:
 
 
 class Timeline:
-    """Books phases as they end.
+    """Records phases as they end.
 
     Args:
         observer: takes each phase that has ended.

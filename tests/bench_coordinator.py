@@ -2,7 +2,7 @@
 
     python -m tests.bench_coordinator [--nodes 3 10 100 1000] [--seconds 15]
 
-The coordinator is the real one, with its controller, books and storage; only what it asks of Ray is answered by a
+The coordinator is the real one, with its controller, records and storage; only what it asks of Ray is answered by a
 stand-in. Each host is a real connection that has proved itself, over which a process of many stand-ins says what a host
 with 8 trainers says: a beat each second, the times of a node's steps each second, and the row of each of 4 steps a
 second from rank 0. Then one host closes its connection, and another one falls silent as a lost machine does.

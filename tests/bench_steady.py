@@ -3,7 +3,7 @@
     python -m tests.bench_steady [--nodes N] [--repeat N] [--steps N] [--json FILE]
 
 Without: `torchrun -m elastic`, a rank per node. With: `solvent train` on a local Ray cluster of so many nodes with one
-rank each: snapshots in memory, copies for peers, heartbeats, books and watches are on, and the raylets of the nodes
+rank each: snapshots in memory, copies for peers, heartbeats, records and watches are on, and the raylets of the nodes
 run. Beside: `torchrun` again, while such a cluster is there and has nothing to do. All train the model of
 `bench_recovery` on the same batches and save to the disk at the same steps. A step lasts from its row to the next row,
 so that what saves and snapshots hold up counts; the rows' own `step_s`, which leaves that out, is shown beside it. The

@@ -76,7 +76,7 @@ def _train(args: argparse.Namespace, driver: "RetriedDriver | None") -> int:
         driver.take(kind=ending.kind, reason=ending.reason, exit_code=ending.exit_code)
     if args.json:
         print_json(
-            {"run": join_url(config.storage, config.run), "end": ending.kind, "reason": ending.reason, **ending.books}
+            {"run": join_url(config.storage, config.run), "end": ending.kind, "reason": ending.reason, **ending.summary}
         )
     return ending.exit_code
 

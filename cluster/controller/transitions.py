@@ -70,7 +70,7 @@ def decide(state: State, event: Event, *, now_s: float) -> list[Action]:
 
 
 def _take(state: State, event: Event, now_s: float) -> list[Action]:  # noqa: PLR0911, PLR0912 (a branch per event)
-    """Book what the event says; the loss of a member ends the attempt."""
+    """Record what the event says; the loss of a member ends the attempt."""
     match event:
         case HostGone():
             for slot in [slot for slot in state.claims if slot.node == event.node]:
@@ -126,7 +126,7 @@ def _forget_claim(state: State, slot: Slot) -> None:
 
 
 def _take_notice(state: State, event: Draining, now_s: float) -> list[Action]:
-    """Book a notice, or its new deadline; trainers that park already learn of a nearer one."""
+    """Record a notice, or its new deadline; trainers that park already learn of a nearer one."""
     heard_s = state.draining[event.node].heard_s if event.node in state.draining else now_s
     state.draining[event.node] = Notice(heard_s=heard_s, deadline_s=event.deadline_s, reason=event.reason)
     state.usable = None
@@ -217,7 +217,7 @@ def _lose(state: State, slots: Sequence[Slot], blame: Blame, reason: str, now_s:
 def _suspect(
     state: State, node: str | None, blame: Blame, reason: str, now_s: float, *, change: Change | None = None
 ) -> None:
-    """Book why the current world falls, unless something better founded is known already.
+    """Record why the current world falls, unless something better founded is known already.
 
     Args:
         node: where the cause lies; None if that is not certain.
@@ -257,7 +257,7 @@ def _kill(state: State, slots: Collection[Slot], now_s: float) -> list[Action]:
 
 
 def _advance(state: State, now_s: float) -> list[Action]:
-    """Move on as far as the booked facts allow."""
+    """Move on as far as the recorded facts allow."""
     actions: list[Action] = []
     if state.stage == "forming":
         actions += _form(state, now_s)
@@ -283,7 +283,7 @@ def _form(state: State, now_s: float) -> list[Action]:
         node, notice = next(iter(notices.items()))
         state.ending = _ended(state, "node_drained", notice.reason, node, notice.heard_s)
         return _clear(state, now_s)
-    if len(state.ready) < len(state.members):  # nobody else is booked as ready
+    if len(state.ready) < len(state.members):  # nobody else is recorded as ready
         return []
     state.stage = "running"
     store = state.ready[state.members[0]]
@@ -362,9 +362,9 @@ def _park(state: State) -> list[Action]:
 
 
 def _close(state: State, now_s: float) -> list[Action]:
-    """Book the end of an attempt whose trainers are all gone."""
+    """Record the end of an attempt whose trainers are all gone."""
     ending = state.ending
-    assert ending is not None  # no trainer ends without a reason being booked
+    assert ending is not None  # no trainer ends without a reason being recorded
     since_s = ending.noticed_s if state.parking_since_s is None else state.parking_since_s
     state.leaving_s = now_s - since_s
     if state.stage == "parking":

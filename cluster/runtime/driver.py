@@ -48,8 +48,8 @@ class Ending:
     """finished | interrupted | failed"""
     reason: str
     exit_code: int
-    books: dict[str, Any]
-    """The final `Books.summary`."""
+    summary: dict[str, Any]
+    """The final `RunRecords.summary`."""
 
 
 def train(
@@ -120,7 +120,7 @@ def _lead(config: RunConfig, on_update: Callable[[Update], None]) -> Ending:
                 raise
             is_stopping = True
     done = update.done
-    kind, reason, exit_code, books = done["kind"], done["reason"], done["exit_code"], update.books
+    kind, reason, exit_code, summary = done["kind"], done["reason"], done["exit_code"], update.summary
 
     def show() -> None:
         if (news := adapter.call(coordinator.poll, seat.driver)) is not None:
@@ -128,14 +128,14 @@ def _lead(config: RunConfig, on_update: Callable[[Update], None]) -> Ending:
 
     try:
         closing = _close(coordinator, show)
-        books, missing = closing.books, closing.missing
+        summary, missing = closing.summary, closing.missing
     except SolventError as error:
         missing = str(error)
     if missing:
         reason, exit_code = f"{reason}; {missing}", exit_code or StorageError.exit_code
     agents.wait(_AGENTS_END_S)
     adapter.kill(coordinator)
-    return Ending(kind=kind, reason=reason, exit_code=exit_code, books=books)
+    return Ending(kind=kind, reason=reason, exit_code=exit_code, summary=summary)
 
 
 def _close(coordinator: Any, show: Callable[[], None] = lambda: None) -> Closing:

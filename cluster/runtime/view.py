@@ -58,7 +58,7 @@ class View:
         for line in update.lines:
             self.say(line)
         for row in update.rows:
-            self._write(row, update.books)
+            self._write(row, update.summary)
         if self._live:
             self._live.update(self._build_table(update))
         elif update.rows and time.monotonic() - self._last_plain_s >= PLAIN_EVERY_S:
@@ -74,13 +74,13 @@ class View:
     def end(self, ending: Ending) -> None:
         """Show how it ended, and let the sinks have the final bill: nodes are paid for a little longer than trained."""
         if self._row:
-            self._write({name: self._row[name] for name in ("step", "tokens")}, ending.books)
+            self._write({name: self._row[name] for name in ("step", "tokens")}, ending.summary)
         self._stop_live()
-        per_mtoken = _show(ending.books["usd_per_mtoken"], "{:.4f} USD per million tokens")
-        self.say(f"{ending.kind}: {ending.reason}; spent {ending.books['usd']:.4f} USD, {per_mtoken}")
+        per_mtoken = _show(ending.summary["usd_per_mtoken"], "{:.4f} USD per million tokens")
+        self.say(f"{ending.kind}: {ending.reason}; spent {ending.summary['usd']:.4f} USD, {per_mtoken}")
 
-    def _write(self, row: Mapping[str, object], books: Mapping[str, Any]) -> None:
-        self._row = {**row, **{name: books[name] for name in ("usd", "usd_per_mtoken", "goodput")}}
+    def _write(self, row: Mapping[str, object], summary: Mapping[str, Any]) -> None:
+        self._row = {**row, **{name: summary[name] for name in ("usd", "usd_per_mtoken", "goodput")}}
         for sink in self._sinks or ():
             sink.write(self._row)
 
@@ -101,9 +101,9 @@ class View:
             ("MFU", _show(self._row.get("mfu"), "{:.1%}")),
             ("world", f"{len(update.workers)} worker(s) on {', '.join(nodes) or 'no node'} (attempt {update.attempt})"),
             ("a loss redoes", _show_redo(self._row)),
-            ("spent", _show_money(update.books)),
-            ("goodput", _show(update.books["goodput"], "{:.1%}")),
-            ("incidents", str(len(update.books["incidents"]))),
+            ("spent", _show_money(update.summary)),
+            ("goodput", _show(update.summary["goodput"], "{:.1%}")),
+            ("incidents", str(len(update.summary["incidents"]))),
         ):
             table.add_row(name, text)
         return table
@@ -119,6 +119,6 @@ def _show_redo(row: Mapping[str, object]) -> str:
     return "-" if of_node is None else f"{of_trainer} step(s) if a trainer is lost now, {of_node} if a node is"
 
 
-def _show_money(books: Mapping[str, Any]) -> str:
-    per_mtoken = _show(books["usd_per_mtoken"], "{:.4f} USD per million tokens")
-    return f"{books['usd']:.4f} USD ({per_mtoken})"
+def _show_money(summary: Mapping[str, Any]) -> str:
+    per_mtoken = _show(summary["usd_per_mtoken"], "{:.4f} USD per million tokens")
+    return f"{summary['usd']:.4f} USD ({per_mtoken})"

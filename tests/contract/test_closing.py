@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster.runtime.coordinator.books import open_books
 from cluster.runtime.coordinator.closing import ClosingUp
 from cluster.runtime.coordinator.row_writer import RowWriter
+from cluster.runtime.coordinator.run_records import open_run_records
 from elastic.config import RunConfig
 from elastic.records.rundir import RunDir, append_row, read_rows
 from elastic.records.spool import fetch_rows, open_run
@@ -20,16 +20,16 @@ from elastic.storage.faulty import FAULTS_VARIABLE
 
 
 def open_closing(storage):
-    """A run with one node that is paid since 100 s ago, and what closes its books."""
+    """A run with one node that is paid since 100 s ago, and what closes its records."""
     opened = ExitStack()
     run = opened.enter_context(open_run(str(storage), "a"))
     run.dir.root.mkdir(parents=True, exist_ok=True)
     said: list[str] = []
     failures: list[BaseException] = []
     writer = RowWriter(check_lead=lambda: None, on_failure=failures.append, say=said.append)
-    books = open_books(str(run.dir.root), RunConfig(), append=writer.append)
-    books.join("n", time.time() - 100, gpus=1, usd_per_gpu_hour=0.0)
-    closing = ClosingUp(run, books=books, writer=writer, say=said.append)
+    records = open_run_records(str(run.dir.root), RunConfig(), append=writer.append)
+    records.join("n", time.time() - 100, gpus=1, usd_per_gpu_hour=0.0)
+    closing = ClosingUp(run, records=records, writer=writer, say=said.append)
     return SimpleNamespace(run=run, opened=opened, closing=closing, writer=writer, said=said)
 
 

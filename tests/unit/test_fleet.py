@@ -14,7 +14,6 @@ from cluster.cost import KnownPrices
 from cluster.node_watch import News
 from cluster.notices import Departure, Report
 from cluster.runtime.coordinator import node_decisions as decisions
-from cluster.runtime.coordinator.books import open_books
 from cluster.runtime.coordinator.descriptors import OTHERS
 from cluster.runtime.coordinator.events import InboxEvent, NodeEvent, WatchTold
 from cluster.runtime.coordinator.fleet import Fleet
@@ -33,6 +32,7 @@ from cluster.runtime.coordinator.nodes import (
     follow_ray,
 )
 from cluster.runtime.coordinator.ray_nodes import RayWatch
+from cluster.runtime.coordinator.run_records import open_run_records
 from cluster.runtime.ray.adapter import WorkerNode
 from cluster.types import Draining, Event, Undrained
 from elastic.config import CostConfig, RunConfig
@@ -74,11 +74,11 @@ class Ray:
 
 
 class Served:
-    """A fleet with real books, whose events are taken here as the serving thread does."""
+    """A fleet with real records, whose events are taken here as the serving thread does."""
 
     def __init__(self, folder: str, cost: CostConfig | None = None, *, watches: bool = False) -> None:
         config = RunConfig(cost=cost or CostConfig())
-        self.nodes, self.ray, self.books = Nodes(), Ray(), open_books(folder, config)
+        self.nodes, self.ray, self.records = Nodes(), Ray(), open_run_records(folder, config)
         self.said: list[str] = []
         self.decided: list[Event] = []
         self.failures: list[BaseException] = []
@@ -89,7 +89,7 @@ class Served:
         self.fleet = Fleet(
             self.nodes,
             self.ray,
-            self.books,
+            self.records,
             watches=watches,
             start_every_s=EVERY_S,
             start_from_s=0.0,
@@ -296,28 +296,28 @@ def test_a_node_that_joins_while_the_price_file_is_missing_is_booked_and_trains(
     served = Served(str(tmp_path / "run"), cost)
     served.join("n")
     served.look(0.0)
-    served.books.close(1000.0)
-    assert served.books.summary()["usd"] == pytest.approx(1.0)  # 1000 s at 3.6 USD an hour
+    served.records.close(1000.0)
+    assert served.records.summary()["usd"] == pytest.approx(1.0)  # 1000 s at 3.6 USD an hour
     assert "no.yaml' cannot be read" in served.said[0]
 
 
 def test_a_node_is_paid_from_when_ray_shows_it_until_ray_shows_it_no_more(served):
     served.join("n1")
     served.look(100.0)
-    assert served.books.ledger.get_open() == ["n1"]
+    assert served.records.ledger.get_open() == ["n1"]
     served.living.clear()
     served.look(160.0)
-    assert served.books.ledger.get_open() == []
-    served.books.close(1000.0)
-    assert served.books.summary()["paid_gpu_s"] == 60.0
+    assert served.records.ledger.get_open() == []
+    served.records.close(1000.0)
+    assert served.records.summary()["paid_gpu_s"] == 60.0
 
 
 def test_a_node_whose_host_came_back_before_ray_was_asked_waits_and_does_not_start(served):
     served.have_host("n1")
     served.join("n1")
     served.look(100.0)
-    served.books.close(160.0)
-    rows = list(read_rows(served.books.run_dir.ledger))
+    served.records.close(160.0)
+    rows = list(read_rows(served.records.run_dir.ledger))
     assert [(row["node"], row["state"]) for row in rows] == [("n1", "wait")]
 
 

@@ -20,7 +20,6 @@ from typing import Any
 
 from cluster.cost import KnownPrices
 from cluster.node_watch import News
-from cluster.runtime.coordinator.books import open_books
 from cluster.runtime.coordinator.closing import CLOSE_PATIENCE_S, FAILED_PATIENCE_S, Closing, ClosingUp
 from cluster.runtime.coordinator.coordinator_address import CoordinatorAddress
 from cluster.runtime.coordinator.events import WatchTold
@@ -28,6 +27,7 @@ from cluster.runtime.coordinator.hosts import HOST_SILENT_S
 from cluster.runtime.coordinator.published import Published, Update
 from cluster.runtime.coordinator.ray_nodes import WATCH_EVERY_S, RayNodeJobs, RayWatch
 from cluster.runtime.coordinator.row_writer import RowWriter
+from cluster.runtime.coordinator.run_records import open_run_records
 from cluster.runtime.coordinator.serving import Serving
 from cluster.runtime.node.priority import take_priority_of
 from cluster.runtime.ray import adapter
@@ -94,7 +94,7 @@ class Coordinator:
         # rows for an object store wait in a spool, and what leaves it is checked
         check_lead = self._leader.check_known if is_url(self._config.storage) else self._leader.check
         self._writer = RowWriter(check_lead=check_lead, on_failure=self._fail, say=self._out.say)
-        self._books = open_books(
+        self._records = open_run_records(
             str(run.dir.root),
             self._config,
             check_lead=check_lead,
@@ -109,7 +109,7 @@ class Coordinator:
         self._serving = Serving(
             self._config,
             self._leader,
-            self._books,
+            self._records,
             run,
             check_lead=check_lead,
             out=self._out,
@@ -159,7 +159,7 @@ class Coordinator:
         if driver != self._driver:
             return None
         self._driver_heard_s = self._clock.get_s()
-        return self._out.take(self._books.summary())
+        return self._out.take(self._records.summary())
 
     def look(self) -> Scene:
         """Return the run as it is now, without taking anything from what `poll` hands out."""
@@ -212,7 +212,7 @@ class Coordinator:
         with self._close_lock:
             if self._closing_up is not None:
                 return
-            self._closing_up = ClosingUp(self._run, books=self._books, writer=self._writer, say=self._out.say)
+            self._closing_up = ClosingUp(self._run, records=self._records, writer=self._writer, say=self._out.say)
         self._closing = True
         self._serving.hosts.wake()
         threading.Thread(target=self._close_up, args=(self._closing_up,), name="close", daemon=True).start()

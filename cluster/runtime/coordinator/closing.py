@@ -1,4 +1,4 @@
-"""The end of a run's books: the last rows are brought to the storage for as long as that has patience for.
+"""The end of a run's records: the last rows are brought to the storage for as long as that has patience for.
 
 Nobody trains any more by then, and a run that is over but for its last rows is nothing to start anew for. So a storage
 that is away is waited for, longer than anything else waits for it, and what is not there in the end is named. Where the
@@ -13,8 +13,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.runtime.coordinator.books import Books
 from cluster.runtime.coordinator.row_writer import RowWriter
+from cluster.runtime.coordinator.run_records import RunRecords
 from elastic.errors import SolventError, StaleGenerationError
 from elastic.records.spool import OpenRun
 from elastic.storage import is_url
@@ -34,24 +34,24 @@ class Closing:
     is_over: bool
     missing: str
     """What did not reach the storage, why, and what to do; empty if nothing is missing by now."""
-    books: dict[str, Any]
+    summary: dict[str, Any]
 
 
 class ClosingUp:
-    """Closes the books of a run. One thread calls `bring_rows` and then `end`, any may do the rest.
+    """Closes the records of a run. One thread calls `bring_rows` and then `end`, any may do the rest.
 
     Args:
         say: takes a line for people while rows wait.
     """
 
-    def __init__(self, run: OpenRun, *, books: Books, writer: RowWriter, say: Callable[[str], None]) -> None:
-        self._run, self._books, self._writer, self._say = run, books, writer, say
+    def __init__(self, run: OpenRun, *, records: RunRecords, writer: RowWriter, say: Callable[[str], None]) -> None:
+        self._run, self._records, self._writer, self._say = run, records, writer, say
         self._problem = ""
         self._is_over = threading.Event()
 
     def get_state(self) -> Closing:
         """Return how far it is."""
-        return Closing(is_over=self._is_over.is_set(), missing=self._describe(), books=self._books.summary())
+        return Closing(is_over=self._is_over.is_set(), missing=self._describe(), summary=self._records.summary())
 
     def wait(self, timeout_s: float) -> None:
         """Wait until it is over, but no longer than this."""
@@ -63,7 +63,7 @@ class ClosingUp:
         while True:
             try:
                 self._problem = ""
-                self._books.close(time.time())
+                self._records.close(time.time())
                 if self._writer.wait(_RETRY_S):
                     self._run.push()
                     return

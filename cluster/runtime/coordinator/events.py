@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.node_watch import News
-from cluster.runtime.coordinator.books import Inherited
 from cluster.runtime.coordinator.nodes import RayView, Start
+from cluster.runtime.coordinator.run_records import Inherited
 from cluster.runtime.messages import CoordinatorMessage
 from cluster.types import Event
 
@@ -50,7 +50,7 @@ class GenerationGiven:
 
     attempt: int
     inherited: Inherited | None
-    """What the coordinator before this one left, if that was not booked yet."""
+    """What the coordinator before this one left, if that was not recorded yet."""
 
 
 @dataclass(frozen=True, kw_only=True)

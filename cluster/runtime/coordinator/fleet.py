@@ -12,7 +12,6 @@ from typing import Any, Protocol
 from cluster.node_watch import News
 from cluster.runtime.coordinator import node_decisions as decisions
 from cluster.runtime.coordinator.background import Background
-from cluster.runtime.coordinator.books import Books
 from cluster.runtime.coordinator.descriptors import describe_shortage
 from cluster.runtime.coordinator.events import (
     DrainAsked,
@@ -23,6 +22,7 @@ from cluster.runtime.coordinator.events import (
     WatchTold,
 )
 from cluster.runtime.coordinator.nodes import HostStart, Nodes, Notice, RayView, Start, Watch
+from cluster.runtime.coordinator.run_records import RunRecords
 from cluster.types import Draining, Event, Undrained
 from elastic.errors import SolventError
 
@@ -74,7 +74,7 @@ class Fleet:
         self,
         nodes: Nodes,
         ray: RayJobs,
-        books: Books,
+        records: RunRecords,
         *,
         watches: bool,
         start_every_s: float,
@@ -85,7 +85,7 @@ class Fleet:
         decide: Callable[[Event], None],
         on_failure: Callable[[BaseException], None],
     ) -> None:
-        self._nodes, self._ray, self._books = nodes, ray, books
+        self._nodes, self._ray, self._records = nodes, ray, records
         self._watches, self._start_every_s, self._start_from_s = watches, start_every_s, start_from_s
         self._most_files, self._is_short = most_files, False
         self._say, self._post, self._decide = say, post, decide
@@ -136,11 +136,11 @@ class Fleet:
         before = {node.id for node in self._nodes.by_id.values() if node.ray}
         for name in view.nodes.keys() - before:
             seen = view.nodes[name]
-            self._books.join(name, view.at_s, gpus=seen.facts.num_workers, usd_per_gpu_hour=seen.usd_per_gpu_hour)
+            self._records.join(name, view.at_s, gpus=seen.facts.num_workers, usd_per_gpu_hour=seen.usd_per_gpu_hour)
             if self._nodes.get(name).host:  # of a coordinator before this one: it was here first
-                self._books.host_ready(name, view.at_s)
+                self._records.host_ready(name, view.at_s)
         for name in before - view.nodes.keys():
-            self._books.leave(name, view.at_s)
+            self._records.leave(name, view.at_s)
         self._nodes.follow_ray(view, now_s=time.monotonic())
         if not self._is_short and (shortage := describe_shortage(self._most_files, len(view.nodes))):
             self._is_short = True

@@ -23,7 +23,7 @@ class Update:
     attempt: int
     workers: list[Worker]
     """The trainers of the current world, by rank; empty while it forms."""
-    books: dict[str, Any]
+    summary: dict[str, Any]
     done: dict[str, Any] | None
 
 
@@ -64,11 +64,11 @@ class Published:
         with self._lock:
             self._stage, self._attempt, self._workers = stage, attempt, list(workers)
 
-    def take(self, books: Mapping[str, Any]) -> Update:
+    def take(self, summary: Mapping[str, Any]) -> Update:
         """Return what is new; the next call returns what came after this one.
 
         Args:
-            books: the summary of the run's books.
+            summary: of the run records.
         """
         with self._lock:
             rows, self._rows = self._rows, []
@@ -80,6 +80,6 @@ class Published:
                 stage=self._stage,
                 attempt=self._attempt,
                 workers=self._workers,
-                books=dict(books),
+                summary=dict(summary),
                 done=asdict(self._done) if self._done else None,
             )

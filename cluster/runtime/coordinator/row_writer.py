@@ -18,7 +18,7 @@ class RowWriter:
     """Appends rows in the order in which they come; one that cannot be written is tried again, and those after it wait.
 
     Args:
-        check_lead: called before each row; raises if another one keeps the books of this run by now.
+        check_lead: called before each row; raises if another process leads this run by now.
         on_failure: takes, once, why a row could not be written within `patience_s`, on this thread. It is tried on.
         say: takes a line for people when rows have to wait.
     """

@@ -11,7 +11,6 @@ from functools import partial
 from cluster import controller
 from cluster.runtime import messages as said
 from cluster.runtime.coordinator.background import Background
-from cluster.runtime.coordinator.books import Books
 from cluster.runtime.coordinator.descriptors import raise_limit
 from cluster.runtime.coordinator.events import GenerationGiven, InboxEvent, NodeEvent, Tell
 from cluster.runtime.coordinator.fleet import Fleet, RayJobs
@@ -21,6 +20,7 @@ from cluster.runtime.coordinator.memory_tier import plan_memory_tier
 from cluster.runtime.coordinator.nodes import Nodes
 from cluster.runtime.coordinator.published import Published
 from cluster.runtime.coordinator.relayed import RowReceiver
+from cluster.runtime.coordinator.run_records import RunRecords
 from cluster.runtime.coordinator.world import World
 from cluster.types import (
     Action,
@@ -75,7 +75,7 @@ class Serving:
         self,
         config: RunConfig,
         leader: Leadership,
-        books: Books,
+        records: RunRecords,
         run: OpenRun,
         *,
         check_lead: Callable[[], None],
@@ -88,9 +88,9 @@ class Serving:
         follows: bool,
         on_failure: Callable[[BaseException], None],
     ) -> None:
-        self._config, self._leader, self._books, self._out = config, leader, books, out
+        self._config, self._leader, self._records, self._out = config, leader, records, out
         self._inbox: queue.SimpleQueue[InboxEvent] = queue.SimpleQueue()
-        self._state = _begin(config, leader, books)
+        self._state = _begin(config, leader, records)
         self.nodes = Nodes()
         self.hosts = Hosts(
             ip,
@@ -109,11 +109,11 @@ class Serving:
         rows = RowReceiver(run, check_lead=check_lead, answer=tell, on_failure=on_failure)
         self.rows = rows
         disks = "own" if disk else "shared"
-        self._world = World(self._state, books=books, out=out, rows=rows, disks=disks, decide=self.decide)
+        self._world = World(self._state, records=records, out=out, rows=rows, disks=disks, decide=self.decide)
         self._fleet = Fleet(
             self.nodes,
             ray,
-            books,
+            records,
             watches=config.cluster.notices != "off",
             start_every_s=config.fault.lease_s / 6,  # one that has lost its coordinator looks for the next for a half
             start_from_s=time.time() + (_RETURN_S if follows else 0.0),
@@ -142,7 +142,7 @@ class Serving:
         return Scene(
             stage=state.stage,
             attempt=state.attempt,
-            step=self._books.history.step,
+            step=self._records.history.step,
             attempt_step=self._world.step,
             world_size=len(state.members),
             workers=tuple(self._world.get_workers()),
@@ -162,10 +162,10 @@ class Serving:
         if now_s >= self._renew_s:
             self._renew_s = now_s + _RENEW_EVERY_S
             self.hosts.renew_leases()  # only while this lives, and so its driver: nobody else would form a group
-        self._books.flush(time.time())
+        self._records.flush(time.time())
         if now_s >= self._publish_s:
             self._publish_s = now_s + _PUBLISH_EVERY_S
-            self._books.publish()
+            self._records.publish()
 
     def decide(self, event: Event) -> None:
         """Have the controller take an event, and do what it wants."""
@@ -174,8 +174,8 @@ class Serving:
         for action in controller.decide(self._state, event, now_s=now_s):
             self._carry_out(action, now_s)
         if self._state.stage != before:
-            self._books.staged(self._state, now_s)
-            self._books.publish()
+            self._records.staged(self._state, now_s)
+            self._records.publish()
             self._publish_stage()
 
     def _take(self, event: InboxEvent) -> None:
@@ -184,17 +184,17 @@ class Serving:
         elif isinstance(event, Tell):
             self.hosts.tell(event.node, event.message)
         elif isinstance(event, GenerationGiven):
-            self._books.book_inherited(event.inherited, time.time())
+            self._records.record_inherited(event.inherited, time.time())
             self.decide(GenerationTaken(attempt=event.attempt))
         else:
             self.decide(event)
 
     def _take_host(self, node: str) -> None:
-        self._books.host_ready(node, time.time())
+        self._records.host_ready(node, time.time())
         self._out.say(f"node {node[:8]} is warm")
 
     def _lose_host(self, node: str, reason: str) -> None:
-        self._books.host_gone(node, time.time())
+        self._records.host_gone(node, time.time())
         self.decide(HostGone(node=node, reason=reason))
 
     def _hear(self, message: HostNews) -> None:
@@ -227,11 +227,11 @@ class Serving:
                 self._generations.submit(partial(self._take_generation, action.attempt))
             case AttemptStarted():
                 self._world.begin()
-                self._books.attempt_started(action, now_s)
+                self._records.attempt_started(action, now_s)
                 nodes = ", ".join(sorted({slot.node[:8] for slot in action.members}))
                 self._out.say(f"attempt {action.attempt}: {len(action.members)} worker(s) on {nodes}")
             case AttemptEnded():
-                self._books.attempt_ended(action, now_s)
+                self._records.attempt_ended(action, now_s)
                 where = f" (node {action.cause[:8]})" if action.cause else ""
                 self._out.say(f"attempt {action.attempt} {action.kind}: {action.reason}{where}")
                 if action.denied:
@@ -253,7 +253,7 @@ class Serving:
         self._told_memory_of = attempt
         members = self._state.member_nodes
         tier = plan_memory_tier(self.nodes, members, has_copies=self._config.checkpoint.memory == "peer")
-        mean_s = self._books.estimate_mean_s_between_losses(3600 * self._config.fault.mean_hours_between_losses)
+        mean_s = self._records.estimate_mean_s_between_losses(3600 * self._config.fault.mean_hours_between_losses)
         for node in members:
             told = said.ReplicaServersTold(
                 attempt=attempt,
@@ -266,17 +266,17 @@ class Serving:
     def _take_generation(self, attempt: int) -> None:
         """Take the right to write from all worlds before; the trainers of the last one are out of it. A job."""
         self._leader.take(attempt)
-        self.post(GenerationGiven(attempt=attempt, inherited=self._books.fetch_inherited()))
+        self.post(GenerationGiven(attempt=attempt, inherited=self._records.fetch_inherited()))
 
 
-def _begin(config: RunConfig, leader: Leadership, books: Books) -> controller.State:
+def _begin(config: RunConfig, leader: Leadership, records: RunRecords) -> controller.State:
     policy = controller.Policy(
         world_sizes=config.get_world_sizes(),
         max_failures_without_progress=config.fault.max_failures_without_progress,
         max_node_failures=config.fault.max_node_failures,
         leave_s=get_leave_limit_s(uses_gpus=bool(config.cluster.gpus_per_worker)),
     )
-    return controller.State(policy=policy, attempt=leader.generation - 1, failures=books.failures)
+    return controller.State(policy=policy, attempt=leader.generation - 1, failures=records.failures)
 
 
 def _name(slot: Slot) -> str:

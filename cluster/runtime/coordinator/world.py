@@ -6,9 +6,9 @@ from typing import Literal, assert_never
 
 from cluster.controller import State
 from cluster.runtime import messages as said
-from cluster.runtime.coordinator.books import Books
 from cluster.runtime.coordinator.published import Published
 from cluster.runtime.coordinator.relayed import RowReceiver
+from cluster.runtime.coordinator.run_records import RunRecords
 from cluster.types import Event, Slot, Stalled, Stepped, TrainerReady, Worker
 from elastic.records.rundir import parse_utc
 
@@ -25,13 +25,13 @@ class World:
         self,
         state: State,
         *,
-        books: Books,
+        records: RunRecords,
         out: Published,
         rows: RowReceiver,
         disks: Literal["shared", "own"],
         decide: Callable[[Event], None],
     ) -> None:
-        self._state, self._books, self._out, self._rows = state, books, out, rows
+        self._state, self._records, self._out, self._rows = state, records, out, rows
         self._disks, self._decide = disks, decide
         self._resumed_step = self._safe_step = 0
         self._pids: dict[Slot, int] = {}
@@ -73,15 +73,15 @@ class World:
                 self._take_step(slot, attempt, message)
             case said.Progressed(times=times):
                 for each in times:
-                    self._books.step_times(slot, each.step, each.phases)
+                    self._records.step_times(slot, each.step, each.phases)
             case said.Restored(progress=progress, source=source):
                 self._resumed_step = progress.step
                 # from a disk of the nodes' own it is not safe: the next ones may not have it
                 if source == "remote" or (source == "disk" and self._disks == "shared"):
                     self._mark_safe(progress.step)
-                self._books.restored(slot, progress, source, now_s)
+                self._records.restored(slot, progress, source, now_s)
             case said.Phases(phases=phases):
-                self._books.phases(slot, phases)
+                self._records.phases(slot, phases)
             case said.Kept(progress=progress, copied=copied):
                 self._mark_safe(progress.step if copied else 0)
             case said.Stalled():
@@ -102,7 +102,7 @@ class World:
         if slot == self._state.members[0]:
             self.step = message.progress.step
             self._out.add_row(dict(message.row))
-        self._books.stepped(slot, message.progress, message.phases, finished_s)
+        self._records.stepped(slot, message.progress, message.phases, finished_s)
         self._decide(Stepped(attempt=attempt, progress=message.progress))
 
     def _take_stall(self, slot: Slot, attempt: int, message: said.Stalled) -> None:

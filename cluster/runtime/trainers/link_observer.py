@@ -19,7 +19,7 @@ from cluster.runtime.trainers.forked import OrderLink
 from elastic.ports import Phase, Progress, Source, Stall
 
 TELL_EVERY_S = 1.0
-"""Less than the books wait for what trainers tell (`books._FLUSH_BEHIND_S`)."""
+"""Less than the run records wait for what trainers tell (`run_records._FLUSH_BEHIND_S`)."""
 
 
 class LinkObserver:

@@ -34,7 +34,7 @@ def outline_candidate(candidate: Candidate) -> Candidate:
 
 
 def get_source(candidate: Candidate, storage: Storage) -> Source:
-    """Return what the books say a run went on from."""
+    """Return what the run records say a run went on from."""
     if isinstance(candidate, CommittedCheckpoint):
         return "remote" if is_url(storage.url) else "disk"
     if candidate.needs_disks:

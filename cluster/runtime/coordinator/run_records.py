@@ -61,8 +61,8 @@ class _Attempt:
 
 
 @dataclass(kw_only=True)
-class Books:
-    """Keeps the three files of one run; see `open_books`."""
+class RunRecords:
+    """Keeps the three files of one run; see `open_run_records`."""
 
     run_dir: RunDir
     config: RunConfig
@@ -76,10 +76,10 @@ class Books:
     """Has a row written."""
     incidents: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     check_lead: Callable[[], None] = lambda: None
-    """Raises if another one keeps the books of this run by now."""
+    """Raises if another process leads this run by now."""
     _attempt: _Attempt | None = None
     lost_s: float | None = None
-    """When the coordinator before this one was found dead; None once its world is booked, or if there was none."""
+    """When the coordinator before this one was found dead; None once its world is recorded, or if there was none."""
     _ended: AttemptEnded | None = None
     """The change that led to the current attempt, until its first step shows what it cost."""
     _ended_size: int = 0
@@ -104,17 +104,17 @@ class Books:
         self.ledger.leave(node, now_s)
 
     def host_ready(self, node: str, now_s: float) -> None:
-        """Book that a node could train from now on."""
+        """Record that a node could train from now on."""
         if self.ledger.is_open(node):
             self.ledger.switch(node, "wait", now_s)
 
     def host_gone(self, node: str, now_s: float) -> None:
-        """Book that a node cannot train any more, though it may still be paid for."""
+        """Record that a node cannot train any more, though it may still be paid for."""
         if self.ledger.is_open(node):
             self.ledger.switch(node, "idle", now_s)
 
     def staged(self, state: State, now_s: float) -> None:
-        """Book what a new stage means for every node with a living host: those of the world change, others wait."""
+        """Record what a new stage means for every node with a living host: those of the world change, others wait."""
         member_state: Phase = {
             "waiting": "wait",
             "forming": "reconfigure",
@@ -141,7 +141,7 @@ class Books:
         self._attempt = _Attempt(started=action, start_s=now_s, before=self.history, speakers=speakers)
 
     def restored(self, slot: Slot, progress: Progress, source: Source, now_s: float) -> None:
-        """Book where the attempt starts from."""
+        """Record where the attempt starts from."""
         attempt = self._attempt
         if attempt is None or slot != attempt.started.members[0]:
             return
@@ -151,7 +151,7 @@ class Books:
     def stepped(
         self, slot: Slot, progress: Progress, phases: Sequence[tuple[Phase, float, float]], finished_s: float
     ) -> None:
-        """Book a step that one trainer finished, at the time that its row names, and the time since its last one."""
+        """Record a step that one trainer finished, at the time that its row names, and the time since its last one."""
         attempt = self._attempt
         if attempt is None:
             return
@@ -167,7 +167,7 @@ class Books:
         self.tokens = max(self.tokens, progress.tokens)
 
     def step_times(self, slot: Slot, step: int, phases: Sequence[tuple[Phase, float, float]]) -> None:
-        """Book what time went into up to the end of a step, as the first trainer of a node tells it."""
+        """Record what time went into up to the end of a step, as the first trainer of a node tells it."""
         attempt = self._attempt
         if attempt is None:
             return
@@ -178,7 +178,7 @@ class Books:
             self.ledger.switch(slot.node, "redo" if step < before else "train", phases[-1][2])
 
     def phases(self, slot: Slot, phases: Sequence[tuple[Phase, float, float]]) -> None:
-        """Book stretches of time that the first trainer of a node tells."""
+        """Record stretches of time that the first trainer of a node tells."""
         if self._speaks_for_node(slot):
             for phase, start_s, end_s in phases:
                 self.ledger.report(slot.node, phase, start_s, end_s)
@@ -213,8 +213,8 @@ class Books:
             self.lost_s = lost_s  # to be fetched again
             raise
 
-    def book_inherited(self, inherited: Inherited | None, now_s: float) -> None:
-        """Book the world of the coordinator before this one."""
+    def record_inherited(self, inherited: Inherited | None, now_s: float) -> None:
+        """Record the world of the coordinator before this one."""
         if inherited is None:
             return
         self.history, last = inherited.history, inherited.last
@@ -232,7 +232,7 @@ class Books:
         )
 
     def inherit(self, last: Mapping[str, Any], now_s: float) -> None:
-        """Have the loss of the head or the driver that ended the last attempt booked, once the next one has a step."""
+        """Have the loss of head or driver that ended the last attempt recorded, once the next one has a step."""
         change: Change | None = "head_lost" if last.get("change") == "head_lost" else None
         if last["end"] == "interrupted" and last["reason"].startswith(DRIVER_GONE):
             change = "driver_lost"
@@ -304,7 +304,7 @@ class Books:
 
     def close(self, now_s: float) -> None:
         """Stop to pay and give away the rows that are left."""
-        self.book_inherited(self.fetch_inherited(), now_s)
+        self.record_inherited(self.fetch_inherited(), now_s)
         for node in self.ledger.get_open():
             self.ledger.leave(node, now_s)
         self._write_ledger(now_s)
@@ -353,21 +353,21 @@ def _build_row(attempt: _Attempt, ended: AttemptEnded, now_s: float) -> AttemptR
     )
 
 
-def open_books(
+def open_run_records(
     run_root: str,
     config: RunConfig,
     *,
     check_lead: Callable[[], None] = lambda: None,
     append: Callable[[Path, Mapping[str, object]], None] = append_row,
     lost_s: float | None = None,
-) -> Books:
-    """Open the books of a run, new or old; what a killed writer left unsaid is completed.
+) -> RunRecords:
+    """Open the run records of a run, new or old; what a killed writer left unsaid is completed.
 
     Args:
         check_lead: raises if another one leads the run by now.
         append: has a row written, by whoever may wait for the storage.
         lost_s: when the coordinator before this one was found dead (Unix seconds), if its world may still train: that
-            is booked when the next one starts.
+            is recorded when the next one starts.
     """
     run_dir = RunDir(Path(run_root))
     run_dir.root.mkdir(parents=True, exist_ok=True)
@@ -379,7 +379,7 @@ def open_books(
     history = read_history(run_dir)
     attempts = list(read_rows(run_dir.attempts))
     failures = read_failures(attempts)
-    books = Books(
+    records = RunRecords(
         run_dir=run_dir,
         config=config,
         ledger=Ledger(read_ledger(read_rows(run_dir.ledger))),
@@ -393,6 +393,6 @@ def open_books(
         tokens=max((row["tokens"] for row in read_rows(run_dir.metrics)), default=0),
     )
     if lost_s is None and attempts:
-        books.inherit(attempts[-1], time.time())
-    books.publish()
-    return books
+        records.inherit(attempts[-1], time.time())
+    records.publish()
+    return records
