@@ -82,11 +82,11 @@ def get_coordinator_name(config: RunConfig) -> str:
 
 
 def _lead(config: RunConfig, on_update: Callable[[Update], None]) -> Ending:
-    seat = _Seat(config)
-    coordinator = seat.take()
+    hold = _CoordinatorHold(config)
+    coordinator = hold.take()
     start_agents = partial(
-        *(adapter.AgentRun, run_agent, {"coordinator_name": seat.name}, config),
-        find_lost=partial(_find_lost_nodes, seat.name),
+        *(adapter.AgentRun, run_agent, {"coordinator_name": hold.name}, config),
+        find_lost=partial(_find_lost_nodes, hold.name),
     )
     agents = start_agents()
     retries = 0
@@ -97,16 +97,16 @@ def _lead(config: RunConfig, on_update: Callable[[Update], None]) -> Ending:
                 if is_stopping and told_to_stop is not coordinator:
                     told_to_stop = coordinator
                     adapter.call(coordinator.stop, "interrupted from the keyboard")
-                update: Update | None = adapter.call(coordinator.poll, seat.driver)
+                update: Update | None = adapter.call(coordinator.poll, hold.driver)
             except adapter.ActorGoneError as error:
-                coordinator = seat.take_again(error)
+                coordinator = hold.take_again(error)
                 continue
             if update is None:
                 raise StorageError(
                     f"run={config.run!r} is led by another driver now, so this one stops. Look at the other one's "
                     "output, or train under another run name."
                 )
-            on_update(seat.add_news(update))
+            on_update(hold.add_news(update))
             if update.done:
                 break
             if agents.is_over:  # Ray Train gave up; trainers go on, so only the agents are started again
@@ -123,7 +123,7 @@ def _lead(config: RunConfig, on_update: Callable[[Update], None]) -> Ending:
     kind, reason, exit_code, summary = done["kind"], done["reason"], done["exit_code"], update.summary
 
     def show() -> None:
-        if (news := adapter.call(coordinator.poll, seat.driver)) is not None:
+        if (news := adapter.call(coordinator.poll, hold.driver)) is not None:
             on_update(news)
 
     try:
@@ -157,7 +157,7 @@ def _close(coordinator: Any, show: Callable[[], None] = lambda: None) -> Closing
         time.sleep(_CLOSE_POLL_S)
 
 
-class _Seat:
+class _CoordinatorHold:
     """The driver's hold on its run's coordinator, whichever that is by now."""
 
     def __init__(self, config: RunConfig) -> None:
@@ -227,7 +227,7 @@ class _Seat:
             except adapter.ActorGoneError as another:  # the next one died before it led anything
                 error = another
         took_s = time.time() - lost_s
-        self._news.append(f"the coordinator was gone; its seat is taken again after {took_s:.1f} s")
+        self._news.append(f"the coordinator was gone; its hold is taken again after {took_s:.1f} s")
         return coordinator
 
     def _count_return(self, error: adapter.ActorGoneError) -> None:
