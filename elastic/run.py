@@ -182,8 +182,8 @@ def _build_parts(
         source = restored.source
     restored_index = None
     if memory and restored:
-        memory.retire(before_epoch=world.attempt, keep_step=progress.step)
-        restored_index = memory.find_index(epoch=restored.epoch, step=progress.step)
+        memory.retire(before_generation=world.attempt, keep_step=progress.step)
+        restored_index = memory.find_index(generation=restored.generation, step=progress.step)
     watchers.observer.restored(progress, source)
     stopwatch.lap(f"state ({source})")
 
@@ -193,9 +193,9 @@ def _build_parts(
         run.storage,
         config,
         device=world.device,
-        epoch=world.attempt,
+        generation=world.attempt,
         start=progress,
-        check_epoch=guard.check,
+        check_generation=guard.check,
         before_commit=run.push,
         on_committed=watchers.observer.committed,
         on_kept=watchers.observer.kept,
@@ -296,7 +296,7 @@ def _prepare_storage(storage: Storage, mark: str, config: RunConfig, world: Worl
     def look() -> None:
         check_space(storage, estimate_checkpoint_bytes(config.model.num_params))
         try:
-            remove_orphans(storage, epoch=world.attempt)
+            remove_orphans(storage, generation=world.attempt)
             storage.write(mark, [b""])
         except OSError as error:
             raise explain(error, storage.url) from error

@@ -161,7 +161,7 @@ def bench_ours(bench: Bench) -> float:
         storage,
         bench.config,
         device=bench.device,
-        epoch=1,
+        generation=1,
         memory=memory,
         on_committed=lambda progress: durable.append(progress.step),
         on_kept=on_kept,

@@ -99,9 +99,9 @@ def copy(num_bytes: int, num_rounds: int) -> tuple[float, float]:
     chunks = [(start, BLOCK_BYTES) for start in range(0, num_bytes, BLOCK_BYTES)]
     sums_s, copies_s = [], []
     for step in range(num_rounds + 2):  # both places of the copy are touched for the first time
-        client.begin(0, epoch=1)
+        client.begin(0, generation=1)
         buffer.view[: 1 << 20] = bytes([step]) * (1 << 20)
-        snapshot = Snapshot(epoch=1, step=step, world_size=1, rank=0)
+        snapshot = Snapshot(generation=1, step=step, world_size=1, rank=0)
         start_s = time.perf_counter()
         assert client.fill(0, snapshot, num_bytes=num_bytes, chunks=chunks, record=None).result() == ""
         summed_s = time.perf_counter()

@@ -73,7 +73,7 @@ def find(storage: "Storage", step: int | None = None) -> "list[Found]":
     from elastic.checkpoint.format.manifest import get_directory
     from elastic.records.fencing import get_newest_generation
 
-    found = find_checkpoints(storage, newest_epoch=get_newest_generation(storage))
+    found = find_checkpoints(storage, newest_generation=get_newest_generation(storage))
     if step is None:
         return found
     own = [one for one in found if get_directory(step).endswith(f"/{one.name}")]
@@ -95,7 +95,7 @@ def describe(found: "Found") -> dict[str, Any]:
         "bytes": found.num_bytes,
         "step": manifest.progress.step if manifest else None,
         "tokens": manifest.progress.tokens if manifest else None,
-        "attempt": manifest.epoch if manifest else None,
+        "attempt": manifest.generation if manifest else None,
         "world_size": manifest.world_size if manifest else None,
         "saved_utc": saved_utc or None,
         "age_s": round(time.time() - parse_utc(saved_utc), 1) if saved_utc else None,

@@ -57,9 +57,9 @@ class Checkpointer:
     Args:
         storage: the run's.
         device: where the state lies.
-        epoch: number of the attempt; names this world's files.
+        generation: number of the attempt; names this world's files.
         start: where this world begins.
-        check_epoch, before_commit: see `DurableWriter`.
+        check_generation, before_commit: see `DurableWriter`.
         on_committed: called by rank 0, on the training thread, for each checkpoint that became visible.
         on_kept: likewise for each state that is whole in memory, and again once it is copied (`copied`).
         memory: where snapshots are kept; None: states go to the storage only.
@@ -75,9 +75,9 @@ class Checkpointer:
         config: RunConfig,
         *,
         device: torch.device,
-        epoch: int,
+        generation: int,
         start: Progress = Progress(),  # noqa: B008 (frozen)
-        check_epoch: Callable[[], None] = lambda: None,
+        check_generation: Callable[[], None] = lambda: None,
         before_commit: Callable[[], None] = lambda: None,
         on_committed: Callable[[Progress], None] = lambda _: None,
         on_kept: OnKept = ignore_kept,
@@ -87,7 +87,7 @@ class Checkpointer:
         mean_s_between_losses: float = 3600.0,
         data: DataIdentity | None = None,
     ) -> None:
-        self._device, self._epoch = device, epoch
+        self._device, self._generation = device, generation
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         timeout, saves = timedelta(seconds=config.fault.collective_timeout_s), config.checkpoint
         self._schedule = Schedule(
@@ -95,10 +95,10 @@ class Checkpointer:
         )
         self._writer = DurableWriter(
             storage,
-            epoch=epoch,
+            generation=generation,
             keep_last=saves.keep_last,
             timeout=timeout,
-            check_epoch=check_epoch,
+            check_generation=check_generation,
             before_commit=before_commit,
         )
         self._memory, rates = memory, memory.rates if memory else Rates()
@@ -108,14 +108,16 @@ class Checkpointer:
             self._buffers,
             peer=peer,
             disk=DiskTier(memory, every_s=saves.node_disk_every_s) if saves.node_disk else None,
-            epoch=epoch,
+            generation=generation,
             restored_index=restored_index,
             on_kept=on_kept if self._rank == 0 else ignore_kept,
         )
         self._stager = Stager(self._buffers)
-        self._plan = LivePlan(self._buffers, device=device, epoch=epoch, rank=self._rank, world_size=self._world_size)
+        self._plan = LivePlan(
+            self._buffers, device=device, generation=generation, rank=self._rank, world_size=self._world_size
+        )
         self._world = WorldDescription(
-            config=config, data=data, device=device, epoch=epoch, world_size=self._world_size
+            config=config, data=data, device=device, generation=generation, world_size=self._world_size
         )
         self._protocol = SaveProtocol(
             Votes(timeout),
@@ -191,7 +193,9 @@ class Checkpointer:
         save = InFlightSave(
             tier=tier,
             progress=progress,
-            snapshot=Snapshot(epoch=self._epoch, step=progress.step, world_size=self._world_size, rank=self._rank),
+            snapshot=Snapshot(
+                generation=self._generation, step=progress.step, world_size=self._world_size, rank=self._rank
+            ),
             start_s=start_s,
             is_first_touch=not self._buffers.is_found(index),
             staged=self._stager.stage(live, plan.own, plan.held, index=index),

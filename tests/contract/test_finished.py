@@ -32,7 +32,7 @@ def finish(storage, *, steps=STEPS):
     for step in (steps // 2, steps):
         manifest = Manifest(
             progress=Progress(step=step, tokens=step),
-            epoch=1,
+            generation=1,
             world_size=1,
             device="cpu",
             mesh=(1,),

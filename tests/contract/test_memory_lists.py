@@ -34,7 +34,7 @@ def keep(server, *, step, rank, world_size):
     layout = build_layout({}, {})
     manifest = Manifest(
         progress=Progress(step=step),
-        epoch=1,
+        generation=1,
         world_size=world_size,
         device="cpu",
         mesh=(world_size,),
@@ -49,8 +49,8 @@ def keep(server, *, step, rank, world_size):
     buffer = allocate_buffer(layout.num_bytes, name="test")
     buffer.view[:] = layout.header
     client.hold(0, buffer)
-    client.begin(0, epoch=1)
-    snapshot = Snapshot(epoch=1, step=step, world_size=world_size, rank=rank)
+    client.begin(0, generation=1)
+    snapshot = Snapshot(generation=1, step=step, world_size=world_size, rank=rank)
     record = build_record(f"f{rank}", layout, manifest)
     chunks = list_blocks(layout)
     client.fill(0, snapshot, num_bytes=layout.num_bytes, chunks=chunks, record=record).result(10)

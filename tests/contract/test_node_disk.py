@@ -53,7 +53,7 @@ def names(tmp_path, node="a"):
 
 
 def store(trainer, step, complete=None):
-    return trainer.client.store(epoch=trainer.epoch, step=step, complete=complete).result(10)
+    return trainer.client.store(generation=trainer.generation, step=step, complete=complete).result(10)
 
 
 def test_own_shards_and_copies_are_there_for_the_next_replica_server_with_bytes_and_checksums(
@@ -111,7 +111,7 @@ def test_without_word_of_a_complete_one_a_handful_stays(tmp_path, replica_server
 def test_a_buffer_that_is_filled_again_meanwhile_leaves_no_file(tmp_path, replica_servers):
     trainer = Trainer(replica_servers("a"))
     trainer.fill(0, 1).result(10)
-    trainer.client.begin(0, epoch=1)
+    trainer.client.begin(0, generation=1)
     assert store(trainer, 1) == ""  # nothing of that state is here any more
     assert names(tmp_path) == []
 

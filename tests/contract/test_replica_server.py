@@ -66,25 +66,25 @@ def remote(process, secret=SECRET):
         client.close()
 
 
-def make_snapshot(step, *, epoch=1, rank=0):
-    return Snapshot(epoch=epoch, step=step, world_size=1, rank=rank)
+def make_snapshot(step, *, generation=1, rank=0):
+    return Snapshot(generation=generation, step=step, world_size=1, rank=rank)
 
 
 class Trainer:
     """What a trainer does to a replica server, with bytes instead of tensors."""
 
-    def __init__(self, process, *, epoch=1, rank=0, num_buffers=2):
-        self.epoch, self.rank = epoch, rank
-        self.client = ReplicaClient(process.open_connection(), origin=f"{epoch}-{rank}")
+    def __init__(self, process, *, generation=1, rank=0, num_buffers=2):
+        self.generation, self.rank = generation, rank
+        self.client = ReplicaClient(process.open_connection(), origin=f"{generation}-{rank}")
         self.buffers = [allocate_buffer(SIZE, name="test") for _ in range(num_buffers)]
         for index, buffer in enumerate(self.buffers):
             self.client.hold(index, buffer)
 
     def fill(self, index, step, *, peer=None):
         data = bytes([step % 256, index]) * (SIZE // 2)
-        self.client.begin(index, epoch=self.epoch)
+        self.client.begin(index, generation=self.generation)
         self.buffers[index].view[:] = data
-        snapshot = make_snapshot(step, epoch=self.epoch, rank=self.rank)
+        snapshot = make_snapshot(step, generation=self.generation, rank=self.rank)
         checked = self.client.fill(index, snapshot, num_bytes=SIZE, chunks=CHUNKS, record={"of": step})
         return self.client.copy(index, snapshot, peer=("127.0.0.1", peer.port)) if peer else checked
 
@@ -189,7 +189,7 @@ def test_what_the_gone_have_left_is_told_apart_from_what_is_filled_again():
         trainer, other = Trainer(process), Trainer(process, rank=1)
         assert trainer.fill(0, 1, peer=peer).result(10) == ""
         assert other.client.fetch_left_bytes() == 0
-        trainer.client.begin(1, epoch=1)
+        trainer.client.begin(1, generation=1)
         trainer.client.close()
         wait_until(lambda: other.client.fetch_left_bytes() == SIZE, "one was filled, the other one not")
         assert other.client.fetch_held_bytes() == 3 * SIZE
@@ -203,7 +203,7 @@ def test_a_trainer_that_dies_while_it_fills_leaves_only_what_was_whole():
         trainer = Trainer(process)
         trainer.fill(0, 1).result(10)
         trainer.fill(1, 2).result(10)
-        trainer.client.begin(0, epoch=1)
+        trainer.client.begin(0, generation=1)
         trainer.buffers[0].view[:10] = b"torn torn "
         trainer.client.close()
         wait_until(lambda: [held.snapshot.step for held in stranger.fetch_list()] == [2], "the torn one is gone")
@@ -238,20 +238,20 @@ def test_retired_attempts_give_their_memory_back_but_for_the_step_that_was_resum
         trainer = Trainer(process)
         trainer.fill(0, 1, peer=peer).result(10)
         trainer.fill(1, 2, peer=peer).result(10)
-        newer = Trainer(process, epoch=2)
+        newer = Trainer(process, generation=2)
         newer.fill(0, 3, peer=peer).result(10)
         assert newer.client.fetch_held_bytes() == 4 * SIZE
-        newer.client.retire(before_epoch=2, keep_step=2)
+        newer.client.retire(before_generation=2, keep_step=2)
         assert newer.client.fetch_held_bytes() == 4 * SIZE, "their trainer lives and fills them again"
         trainer.client.release(0)
         trainer.client.close()
         wait_until(lambda: newer.client.fetch_held_bytes() == 3 * SIZE, "one was released")
-        newer.client.retire(before_epoch=2, keep_step=2)
-        stranger.retire(before_epoch=2, keep_step=2)
+        newer.client.retire(before_generation=2, keep_step=2)
+        stranger.retire(before_generation=2, keep_step=2)
         assert newer.client.fetch_held_bytes() == 3 * SIZE
         assert sorted(held.snapshot.step for held in newer.client.fetch_list()) == [2, 3]
         assert sorted(held.snapshot.step for held in stranger.fetch_list()) == [2, 3]
-        newer.client.retire(before_epoch=2, keep_step=None)
+        newer.client.retire(before_generation=2, keep_step=None)
         assert [held.snapshot.step for held in newer.client.fetch_list()] == [3]
 
 
@@ -287,7 +287,7 @@ READ = {"kind": "Read", "origin": "1-0", "index": 0, "start": 0, "size": 1, "sum
         {**READ, "snapshot": {"step": 1}},
         {**READ, "snapshot": {"kind": "ReplicaInfo"}},
         {"kind": "Retire"},
-        {"kind": "Retire", "before_epoch": "2", "keep_step": None},
+        {"kind": "Retire", "before_generation": "2", "keep_step": None},
         {"kind": "Push", "origin": "x", "index": 0},
         {"kind": "Push", "shard": SHARD, "capacity": 1},  # not a copy
         {"kind": "Push", "shard": {**SHARD, "origin": "x"}, "capacity": 0},
@@ -434,9 +434,9 @@ server = start_replica_server(node="a", ip="127.0.0.1", secret="x")
 client = ReplicaClient(server.open_connection(), origin="1-0")
 buffer = allocate_buffer(2**20, name="test")
 client.hold(0, buffer)
-client.begin(0, epoch=1)
+client.begin(0, generation=1)
 buffer.view[:] = b"x" * 2**20
-step = Snapshot(epoch=1, step=1, world_size=1, rank=0)
+step = Snapshot(generation=1, step=1, world_size=1, rank=0)
 client.fill(0, step, num_bytes=2**20, chunks=[(0, 2**20)], record=None).result()
 print(server.process.pid, flush=True)
 time.sleep(60)
@@ -548,8 +548,8 @@ def test_a_replica_server_out_of_descriptors_serves_whom_it_knows_and_lets_other
 def test_a_snapshot_that_fails_in_an_unforeseen_way_is_settled_all_the_same():
     with server() as process:
         trainer = Trainer(process)
-        trainer.client.begin(0, epoch=1)
-        snapshot = Snapshot(epoch=1, step=1, world_size=1, rank=0)
+        trainer.client.begin(0, generation=1)
+        snapshot = Snapshot(generation=1, step=1, world_size=1, rank=0)
         settled = trainer.client.fill(0, snapshot, num_bytes=1, chunks=[(0, 2**62)], record=None)
         assert "MemoryError" in settled.result(10)
         assert trainer.fill(0, 2).result(10) == ""

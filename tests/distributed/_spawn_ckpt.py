@@ -118,7 +118,7 @@ def make_progress(step):
 
 
 def make_checkpointer(run_dir, config=CONFIG, **kwargs):
-    return Checkpointer(open_storage(run_dir), config, device=CPU, **{"epoch": 1, **kwargs})
+    return Checkpointer(open_storage(run_dir), config, device=CPU, **{"generation": 1, **kwargs})
 
 
 def do_restore(run_dir, model, optimizer, config=CONFIG):

@@ -118,12 +118,12 @@ class Rank:
         self.model, self.optimizer = build("fsdp2", model_seed=seed, make_model=Wide)
         self.is_disk_slow = is_disk_slow
 
-    def open(self, *, epoch=1, start_step=0):
+    def open(self, *, generation=1, start_step=0):
         self.checkpointer = Checkpointer(
             SlowDisk(str(self.run_dir)) if self.is_disk_slow else open_storage(self.run_dir),
             CONFIG,
             device=CPU,
-            epoch=epoch,
+            generation=generation,
             start=make_progress(start_step),
             memory=self.memory,
             peer=self.peer,
@@ -214,12 +214,12 @@ def keep_and_die(run_dir, connections, addresses, peers):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train_for_a_while(run_dir, connections, addresses, peers, epoch):
+def train_for_a_while(run_dir, connections, addresses, peers, generation):
     """Go on from what there is and train as the loop does for some seconds, then lose the trainers."""
     rank = Rank(run_dir, connections, addresses, peers)
-    first = rank.restore()[0] + 1 if epoch > 1 else 1
-    rank.memory.retire(before_epoch=epoch, keep_step=first - 1)
-    rank.open(epoch=epoch, start_step=first - 1)
+    first = rank.restore()[0] + 1 if generation > 1 else 1
+    rank.memory.retire(before_generation=generation, keep_step=first - 1)
+    rank.open(generation=generation, start_step=first - 1)
     made_s = []
     for step in range(first, first + NUM_STEPS):
         rank.train(step, step)
@@ -227,16 +227,16 @@ def train_for_a_while(run_dir, connections, addresses, peers, epoch):
         made_s.append(f"{step} {time.monotonic()}")
         if due := rank.checkpointer.get_due(step):
             rank.save(step, due)
-    (run_dir / f"made-{epoch}-{dist.get_rank()}").write_text("\n".join(made_s))
+    (run_dir / f"made-{generation}-{dist.get_rank()}").write_text("\n".join(made_s))
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_trainers_that_are_lost_soon_after_the_first_step_and_again_lose_five_seconds_each(tmp_path, make_nodes):
     """Nothing is ever copied: the wires take minutes."""
     nodes = make_nodes(wire_delay_s=0.2)
-    for epoch in (1, 2):
-        nodes.run(train_for_a_while, tmp_path, 2, epoch)
-        made = dict(line.split() for line in (tmp_path / f"made-{epoch}-0").read_text().splitlines())
+    for generation in (1, 2):
+        nodes.run(train_for_a_while, tmp_path, 2, generation)
+        made = dict(line.split() for line in (tmp_path / f"made-{generation}-0").read_text().splitlines())
         made_s = {int(step): float(at_s) for step, at_s in made.items()}
         (step, source, _, _), _ = nodes.run(find, tmp_path)
         assert source == "memory"

@@ -97,7 +97,7 @@ def test_a_resumed_run_is_bit_equal_to_an_unbroken_one(tmp_path, strategy):
 def restore_and_save_again(run_dir, strategy):
     model, optimizer = build(strategy, model_seed=1)
     restored = do_restore(run_dir, model, optimizer)
-    checkpointer = make_checkpointer(run_dir, epoch=2)
+    checkpointer = make_checkpointer(run_dir, generation=2)
     checkpointer.plan_ahead(restored.live, optimizer)
     train(model, optimizer, 4, 5, checkpointer)
     assert checkpointer.save_now(model, optimizer, progress=make_progress(5), extra={})
@@ -177,7 +177,7 @@ def test_the_manifest_describes_every_file_as_it_lies_there(tmp_path):
     manifest, directory = get_manifest(tmp_path)
     present = {path.name for path in directory.iterdir()} - {MANIFEST, COMMITTED}
     assert present == manifest.files.keys() == {"e00000001-00000.safetensors", "e00000001-00001.safetensors"}
-    assert (manifest.world_size, manifest.mesh, manifest.epoch) == (2, (2,), 1)
+    assert (manifest.world_size, manifest.mesh, manifest.generation) == (2, (2,), 1)
     assert manifest.tensors["optim.layers.0.weight.exp_avg"].shape == (128, 128)
     assert manifest.generators.keys() == {"rng.cpu.0", "rng.cpu.1"}
     for name, record in manifest.files.items():

@@ -34,7 +34,7 @@ def save_three(say, url, kind, fatal):
     count_operations(list_operations(kind), fatal, say)
     model, optimizer = build("single")
     config = replace(CONFIG, checkpoint=replace(CONFIG.checkpoint, keep_last=1))
-    checkpointer = Checkpointer(open_storage(url), config, device=CPU, epoch=1)
+    checkpointer = Checkpointer(open_storage(url), config, device=CPU, generation=1)
     for step in STEPS:
         train_steps(model, optimizer, step, step)
         checkpointer.save_now(model, optimizer, progress=make_progress(step), extra={})

@@ -67,7 +67,7 @@ def pass_on(run_dir, strategy, step):
         assert restored.progress.step == step - 1
         peak_bytes = read_status("VmHWM") - before_bytes
     digests = get_digests(live)
-    checkpointer = Checkpointer(storage, CONFIG, device=CPU, epoch=step)
+    checkpointer = Checkpointer(storage, CONFIG, device=CPU, generation=step)
     checkpointer.save_now(model, optimizer, progress=make_progress(step), extra={})
     checkpointer.close()
     return digests, peak_bytes

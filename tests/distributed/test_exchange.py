@@ -14,7 +14,7 @@ from tests.distributed._spawn_ckpt import run_ranks
 
 MANIFEST = Manifest(
     progress=Progress(step=3, tokens=10),
-    epoch=2,
+    generation=2,
     world_size=3,
     device="cpu",
     mesh=(3,),

@@ -1,8 +1,8 @@
 """Killed with -9 at any single operation of its snapshots, a trainer or a replica server costs no state that was
 acknowledged.
 
-Two nodes keep each other's copies. Epoch 1 has a trainer on each: step 1 goes to the storage, step 2 to the memories.
-In epoch 2 the first trainer goes on alone, with larger buffers: it restores step 2 and keeps three more. There its
+Two nodes keep each other's copies. Generation 1 has a trainer on each: step 1 goes to the storage, step 2 to memories.
+In generation 2 the first trainer goes on alone, with larger buffers: it restores step 2 and keeps three more. There its
 replica server (of n0) only has originals, and its peer's (of n1) only copies. One process dies at one operation; what
 is left is loaded, then again after each further loss of a node. The three tests take four minutes on 2 cores.
 """
@@ -54,10 +54,10 @@ WORKERS = 2
 
 def train_and_die(say, fatal, *args):
     count_operations(TRAINER_OPERATIONS, fatal, lambda name: say(f"operation {name}"))
-    train_both_epochs(say, *args)
+    train_both_generations(say, *args)
 
 
-def train_both_epochs(say, run_dir, rank, connections, addresses):
+def train_both_generations(say, run_dir, rank, connections, addresses):
     """Be one of two trainers, then, as the first, go on alone; say what is acknowledged, end if a snapshot is not."""
     connections[NODES[1 - rank]].close()
     memory = Memory(connections[NODES[rank]], node=NODES[rank], secret=SECRET)
@@ -74,10 +74,10 @@ def train_both_epochs(say, run_dir, rank, connections, addresses):
             kept.append(progress.step)
             say(f"kept {progress.step}")
 
-    def make(epoch, index=None):
+    def make(generation, index=None):
         return make_checkpointer(
             run_dir / "storage",
-            epoch=epoch,
+            generation=generation,
             memory=memory,
             peer=addresses[NODES[1 - rank]],
             restored_index=index,
@@ -101,7 +101,7 @@ def train_both_epochs(say, run_dir, rank, connections, addresses):
     model, optimizer = build("fsdp2", model_seed=1)
     restored = load(run_dir, model, optimizer, memory, addresses)
     assert restored.progress.step == HANDED_OVER
-    checkpointer = make(2, memory.find_index(epoch=1, step=HANDED_OVER))
+    checkpointer = make(2, memory.find_index(generation=1, step=HANDED_OVER))
     for step in range(HANDED_OVER + 1, LAST + 1):
         train(model, optimizer, step, step, checkpointer)
         if not keep(checkpointer, model, optimizer, step):
@@ -154,7 +154,7 @@ class Survivors:
     def start_trainers(self, victim, fatal):
         """Return process and pipe of each trainer."""
         connections = {node: server.open_connection() for node, server in self.replica_servers.items()}
-        work = [(train_and_die, fatal) if victim == "trainer" else (train_both_epochs,), (train_both_epochs,)]
+        work = [(train_and_die, fatal) if victim == "trainer" else (train_both_generations,), (train_both_generations,)]
         trainers = [fork(*work[rank], self.run_dir, rank, connections, self.addresses) for rank in range(2)]
         for connection in connections.values():
             connection.close()

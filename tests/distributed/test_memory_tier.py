@@ -243,8 +243,8 @@ def keep_on(run_dir, connections, addresses):
     """Two worlds of one process: the second starts from the first one's snapshot, and keeps its own."""
     memory = open_memory(connections)
     model, optimizer = build("fsdp2")
-    for epoch in (1, 2):
-        if epoch == 2:
+    for generation in (1, 2):
+        if generation == 2:
             restored = restore(
                 open_storage(run_dir),
                 model,
@@ -255,9 +255,9 @@ def keep_on(run_dir, connections, addresses):
                 replica_servers=addresses,
             )
             assert restored.progress.step == 3
-        index = memory.find_index(epoch=1, step=3)
-        checkpointer = make_checkpointer(run_dir, epoch=epoch, memory=memory, restored_index=index)
-        for step in range(3 * epoch - 2, 3 * epoch + 1):
+        index = memory.find_index(generation=1, step=3)
+        checkpointer = make_checkpointer(run_dir, generation=generation, memory=memory, restored_index=index)
+        for step in range(3 * generation - 2, 3 * generation + 1):
             train(model, optimizer, step, step, checkpointer)
             assert checkpointer.hand_over(model, optimizer, progress=make_progress(step), extra={}, copies=True)
         checkpointer.close()
@@ -267,7 +267,7 @@ def test_a_process_that_outlives_its_world_keeps_as_many_snapshots_as_it_has_buf
     nodes.run(keep_on, 3, tmp_path)
     assert MOST_BUFFERS == 3
     for node in nodes.replica_servers:
-        held = [(shard.snapshot.epoch, shard.snapshot.step) for shard in nodes.list(node)]
+        held = [(shard.snapshot.generation, shard.snapshot.step) for shard in nodes.list(node)]
         assert sorted(held) == [(2, 4), (2, 5), (2, 6)]
 
 

@@ -48,7 +48,7 @@ def copy_bits(model, optimizer):
 def check_saves(device, storage):
     config = RunConfig()
     model, optimizer = build(device, seed=0)
-    checkpointer = Checkpointer(storage, config, device=device, epoch=1)
+    checkpointer = Checkpointer(storage, config, device=device, generation=1)
     train(model, optimizer, device, checkpointer, 1)
     for step in range(1, 5):  # the buffers of the first save serve the others
         saved = copy_bits(model, optimizer)
@@ -71,7 +71,7 @@ def check_snapshots(device, storage, memory, replica_servers):
     """Save to memory and load from there."""
     config = RunConfig()
     model, optimizer = build(device, seed=0)
-    checkpointer = Checkpointer(storage, config, device=device, epoch=1, memory=memory)
+    checkpointer = Checkpointer(storage, config, device=device, generation=1, memory=memory)
     train(model, optimizer, device, checkpointer, 1)
     for step in range(1, 4):
         saved = copy_bits(model, optimizer)
@@ -97,7 +97,7 @@ def check_snapshots(device, storage, memory, replica_servers):
             loaded = copy_bits(*model_and_optimizer)
             assert [name for name in saved if not torch.equal(saved[name], loaded[name])] == []
 
-        index = memory.find_index(epoch=1, step=step)
+        index = memory.find_index(generation=1, step=step)
         in_buffer = memory.get_buffers(device).get(index)[
             checkpointer._plan.get().own.entries["model.3.weight"].offset :
         ]
@@ -156,7 +156,7 @@ def test_the_snapshot_before_stays_on_a_device_with_room(device, tmp_path, monke
     server = start_replica_server(node="a", ip="127.0.0.1", secret="s")
     memory = Memory(server.open_connection(), node="a", secret="s")
     model, optimizer = build(device, seed=0)
-    checkpointer = Checkpointer(storage, config, device=device, epoch=1, memory=memory)
+    checkpointer = Checkpointer(storage, config, device=device, generation=1, memory=memory)
     train(model, optimizer, device, checkpointer, 1)
     for step in (1, 2, 3):  # the third has its place on the device from the first
         saved = copy_bits(model, optimizer)
@@ -171,7 +171,7 @@ def test_the_snapshot_before_stays_on_a_device_with_room(device, tmp_path, monke
             wait([closed], timeout=0.5)
         closed.result()
     torch.cuda.synchronize()
-    index = memory.find_index(epoch=1, step=3)
+    index = memory.find_index(generation=1, step=3)
     buffers.get(index)[checkpointer._plan.get().own.entries["model.3.weight"].offset + 7] ^= 1
 
     twin, twin_optimizer = build(device, seed=1)

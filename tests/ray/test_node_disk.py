@@ -49,9 +49,9 @@ def list_states(disk: Path) -> dict[str, set[str]]:
     """Return the ranks whose own shards of a state are on the disk, by state."""
     states: dict[str, set[str]] = {}
     for path in disk.rglob("*.snapshot"):
-        epoch, step, rank, *_ = path.stem.split("-")
+        generation, step, rank, *_ = path.stem.split("-")
         if not path.stem.endswith("-copy"):
-            states.setdefault(f"{epoch}-{step}", set()).add(rank)
+            states.setdefault(f"{generation}-{step}", set()).add(rank)
     return states
 
 

@@ -290,5 +290,5 @@ def test_a_trainer_that_goes_on_alone_is_fenced_once_another_took_over(rented, d
     resumed_step = next(row["first_step"] for row in read_rows(run.dir.attempts) if row["attempt"] == 2) - 1
     newer = [checkpoint for checkpoint in list_committed(storage) if checkpoint.step > resumed_step]
     assert newer
-    assert all(read_manifest(storage, checkpoint).epoch >= 2 for checkpoint in newer)
+    assert all(read_manifest(storage, checkpoint).generation >= 2 for checkpoint in newer)
     check_exact(run, tmp_path)

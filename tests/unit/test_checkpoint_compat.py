@@ -16,7 +16,7 @@ def make_manifest():
     config = get_computing_config(BEFORE)
     return Manifest(
         progress=Progress(step=50, tokens=100),
-        epoch=1,
+        generation=1,
         world_size=1,
         device="cpu",
         mesh=(1,),

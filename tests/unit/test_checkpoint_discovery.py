@@ -17,7 +17,7 @@ from elastic.ports import Progress
 SHAPE = (1000, 700)  # 2.7 MiB: several blocks per rank
 
 
-def make_state(*, step, epoch, world_size):
+def make_state(*, step, generation, world_size):
     """Return the shards of one tensor and their records, as replica servers list them."""
     spread = Spread(
         shape=SHAPE, dtype="F32", mesh_shape=(world_size,), ranks=tuple(range(world_size)), sharded_dims=(0,)
@@ -25,7 +25,7 @@ def make_state(*, step, epoch, world_size):
     shapes = {"w": TensorRecord(dtype="F32", shape=SHAPE, chunks=())}
     manifest = Manifest(
         progress=Progress(step=step, tokens=7 * step),
-        epoch=epoch,
+        generation=generation,
         world_size=world_size,
         device="cpu",
         mesh=(world_size,),
@@ -43,9 +43,9 @@ def make_state(*, step, epoch, world_size):
         blocks = list_blocks(layout)
         held.append(
             ReplicaInfo(
-                origin=f"{epoch}-{rank}",
+                origin=f"{generation}-{rank}",
                 index=0,
-                snapshot=Snapshot(epoch=epoch, step=step, world_size=world_size, rank=rank),
+                snapshot=Snapshot(generation=generation, step=step, world_size=world_size, rank=rank),
                 num_bytes=layout.num_bytes,
                 chunks=tuple(blocks),
                 checksums=tuple(zlib.crc32(data[start : start + size]) for start, size in blocks),
@@ -71,10 +71,10 @@ def test_blocks_cover_a_shard_from_its_first_byte_to_its_last_and_none_is_longer
 
 
 def test_a_whole_state_has_the_manifest_that_a_checkpoint_would_have():
-    held = make_state(step=3, epoch=2, world_size=3)
+    held = make_state(step=3, generation=2, world_size=3)
     (found,) = assemble(held)
     manifest = found.manifest
-    assert (manifest.progress, manifest.epoch, manifest.world_size) == (Progress(step=3, tokens=21), 2, 3)
+    assert (manifest.progress, manifest.generation, manifest.world_size) == (Progress(step=3, tokens=21), 2, 3)
     assert manifest.extra == {"step": 3}
     reads, gaps = plan_reads(manifest.tensors, {"w": Box((0, 0), SHAPE)}, max_bytes=16 * BLOCK_BYTES)
     assert gaps == []
@@ -86,7 +86,7 @@ def test_a_whole_state_has_the_manifest_that_a_checkpoint_would_have():
 
 
 def test_a_copy_stands_in_for_what_is_lost_and_stands_behind_what_is_not():
-    held = make_state(step=3, epoch=1, world_size=2)
+    held = make_state(step=3, generation=1, world_size=2)
     (both,) = assemble([copy(held[0], "n1"), *held])
     assert [place.is_copy for place in both.places["f0"]] == [False, True]
     assert not both.needs_copies
@@ -95,7 +95,7 @@ def test_a_copy_stands_in_for_what_is_lost_and_stands_behind_what_is_not():
 
 
 def test_disks_stand_behind_memories_and_what_they_alone_have_is_said():
-    held = make_state(step=3, epoch=1, world_size=2)
+    held = make_state(step=3, generation=1, world_size=2)
     stored = [ReplicaInfo(**{**shard.__dict__, "is_on_disk": True}) for shard in held]
     (both,) = assemble([*stored, copy(held[0], "n1"), *held])
     assert [(place.is_on_disk, place.is_copy) for place in both.places["f0"]] == [
@@ -118,12 +118,12 @@ def test_disks_stand_behind_memories_and_what_they_alone_have_is_said():
 )
 def test_only_whole_states_count_and_the_highest_step_comes_first(states, random):
     held, whole = [], []
-    for step, epoch, world_size in states:
-        shards = make_state(step=step, epoch=epoch, world_size=world_size)
+    for step, generation, world_size in states:
+        shards = make_state(step=step, generation=generation, world_size=world_size)
         lost = random.choice([None, *range(world_size)])
         held += [shard for rank, shard in enumerate(shards) if rank != lost]
         if lost is None:
-            whole.append((step, epoch))
+            whole.append((step, generation))
     random.shuffle(held)
-    found = [(snapshot.step, snapshot.manifest.epoch) for snapshot in assemble(held)]
+    found = [(snapshot.step, snapshot.manifest.generation) for snapshot in assemble(held)]
     assert found == sorted(whole, reverse=True)

@@ -26,14 +26,14 @@ from elastic.errors import CheckpointError, StorageError
 from elastic.ports import Progress
 from elastic.storage import LocalStorage, open_storage
 
-SHARD = get_shard_name(epoch=2, rank=0)
+SHARD = get_shard_name(generation=2, rank=0)
 
 
-def make_manifest(step=50, epoch=2):
+def make_manifest(step=50, generation=2):
     chunk = Chunk(file=SHARD, offset=2, num_bytes=3, start=(0,), shape=(3,), crc32=(7,))
     return Manifest(
         progress=Progress(step=step, tokens=1000 * step),
-        epoch=epoch,
+        generation=generation,
         world_size=3,
         device="cpu",
         mesh=(3,),
@@ -171,17 +171,17 @@ def test_a_renamed_checkpoint_is_refused(tmp_path):
 def test_a_second_writer_of_a_step_is_refused_and_changes_nothing(tmp_path):
     directory = make_checkpoint(tmp_path, 5)
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
-    for epoch in (1, 2, 3):
+    for generation in (1, 2, 3):
         with pytest.raises(StorageError, match=r"step-00000005 was committed by another writer"):
-            commit(open_storage(tmp_path), get_directory(5), make_manifest(5, epoch=epoch))
+            commit(open_storage(tmp_path), get_directory(5), make_manifest(5, generation=generation))
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
 
 
 def test_a_newer_writer_replaces_the_manifest_of_one_that_never_committed(tmp_path):
     (make_checkpoint(tmp_path, 5) / COMMITTED).unlink()
     with pytest.raises(StorageError, match=r"another writer \(attempt 2\)"):
-        commit(open_storage(tmp_path), get_directory(5), make_manifest(5, epoch=1))
-    commit(open_storage(tmp_path), get_directory(5), make_manifest(5, epoch=3))
+        commit(open_storage(tmp_path), get_directory(5), make_manifest(5, generation=1))
+    commit(open_storage(tmp_path), get_directory(5), make_manifest(5, generation=3))
     assert get_steps(tmp_path) == [5]
 
 
@@ -212,10 +212,10 @@ def test_orphans_go_and_what_is_committed_damaged_foreign_or_newer_stays(tmp_pat
     (tmp_path / get_directory(4) / f".{SHARD}.1-0.tmp").write_bytes(b"half")
     (tmp_path / "checkpoints" / "notes").mkdir()
     (tmp_path / "checkpoints" / "notes" / "a").write_text("mine")
-    newer = tmp_path / get_directory(5) / get_shard_name(epoch=4, rank=0)
+    newer = tmp_path / get_directory(5) / get_shard_name(generation=4, rank=0)
     newer.parent.mkdir()
     newer.write_bytes(b"")
-    remove_orphans(open_storage(tmp_path), epoch=3)
+    remove_orphans(open_storage(tmp_path), generation=3)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["notes", "step-00000001", "step-00000002", "step-00000005"]
 

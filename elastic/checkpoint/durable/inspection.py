@@ -12,7 +12,7 @@ from elastic.checkpoint.format.manifest import (
     Manifest,
     find_damage,
     get_directory,
-    get_shard_epoch,
+    get_shard_generation,
     is_committed,
     list_steps,
     read_manifest,
@@ -43,11 +43,11 @@ class Found:
     """What is damaged, by file and tensor, or left over."""
 
 
-def find_checkpoints(storage: Storage, *, newest_epoch: int) -> list[Found]:
+def find_checkpoints(storage: Storage, *, newest_generation: int) -> list[Found]:
     """Return what is below `checkpoints/`, ours from oldest to newest and then what is foreign; contents are not read.
 
     Args:
-        newest_epoch: of the run's attempts; what an older one left unfinished is stale.
+        newest_generation: of the run's attempts; what an older one left unfinished is stale.
 
     Raises:
         OSError: the storage cannot be read.
@@ -60,7 +60,7 @@ def find_checkpoints(storage: Storage, *, newest_epoch: int) -> list[Found]:
         if name not in own:
             strange[name] = strange.get(name, 0) + (storage.get_size(key) or 0)
     return [
-        *(_inspect(storage, step, names, newest_epoch) for step, names in steps.items()),
+        *(_inspect(storage, step, names, newest_generation) for step, names in steps.items()),
         *(Found(name=name, state="foreign", num_bytes=size, manifest=None) for name, size in sorted(strange.items())),
     ]
 
@@ -83,14 +83,18 @@ def find_all_damage(storage: Storage, found: Found) -> Iterator[str]:
             yield str(error)
 
 
-def _inspect(storage: Storage, step: int, names: list[str], newest_epoch: int) -> Found:
+def _inspect(storage: Storage, step: int, names: list[str], newest_generation: int) -> Found:
     directory = get_directory(step)
     name = directory.removeprefix(CHECKPOINTS)
     num_bytes = sum(storage.get_size(f"{directory}/{file}") or 0 for file in names)
     if COMMITTED not in names:
-        epoch = max((get_shard_epoch(file) or 0 for file in names), default=0)
-        note = f"attempt {epoch} left it" if epoch < newest_epoch else f"attempt {epoch} has not finished it"
-        state: State = "stale" if epoch < newest_epoch else "unfinished"
+        generation = max((get_shard_generation(file) or 0 for file in names), default=0)
+        note = (
+            f"attempt {generation} left it"
+            if generation < newest_generation
+            else f"attempt {generation} has not finished it"
+        )
+        state: State = "stale" if generation < newest_generation else "unfinished"
         return Found(name=name, state=state, num_bytes=num_bytes, manifest=None, notes=(note,))
     if not is_committed(storage, directory):
         note = "COMMITTED does not fit manifest.json: one of them was changed"
@@ -101,6 +105,6 @@ def _inspect(storage: Storage, step: int, names: list[str], newest_epoch: int) -
     except (CheckpointError, json.JSONDecodeError) as error:
         return Found(name=name, state="damaged", num_bytes=num_bytes, manifest=None, notes=(str(error),))
     damage = find_damage(storage, checkpoint, manifest)
-    left = sorted(file for file in names if get_shard_epoch(file) is not None and file not in manifest.files)
+    left = sorted(file for file in names if get_shard_generation(file) is not None and file not in manifest.files)
     notes = (*([damage] if damage else []), *(f"{file} is left over from another attempt" for file in left))
     return Found(name=name, state="damaged" if damage else "whole", num_bytes=num_bytes, manifest=manifest, notes=notes)

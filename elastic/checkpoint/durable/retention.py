@@ -5,7 +5,7 @@ from elastic.checkpoint.format.manifest import (
     COMMITTED,
     find_damage,
     get_directory,
-    get_shard_epoch,
+    get_shard_generation,
     list_committed,
     list_steps,
     read_manifest,
@@ -31,16 +31,16 @@ def prune(storage: Storage, keep_last: int) -> None:
             discard(storage, checkpoint.step)
 
 
-def remove_orphans(storage: Storage, *, epoch: int) -> None:
-    """Remove what saves of this and older epochs that were cut short have left; none of them may be in flight.
+def remove_orphans(storage: Storage, *, generation: int) -> None:
+    """Remove what saves of this and older generations that were cut short have left; none of them may be in flight.
 
     A directory whose `COMMITTED` is there but does not fit its manifest is damaged, not unfinished: it stays for the
-    user to look at. One with a shard of a newer epoch is another writer's.
+    user to look at. One with a shard of a newer generation is another writer's.
     """
     storage.sweep(CHECKPOINTS)
     for step, names in list_steps(storage).items():
-        newest = max((get_shard_epoch(name) or 0 for name in names), default=0)
-        if COMMITTED not in names and newest <= epoch:
+        newest = max((get_shard_generation(name) or 0 for name in names), default=0)
+        if COMMITTED not in names and newest <= generation:
             storage.delete(f"{get_directory(step)}/{name}" for name in names)
 
 

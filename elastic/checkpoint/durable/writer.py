@@ -65,10 +65,10 @@ class DurableWriter:
     """Writes and commits one save at a time, over a gloo group of its own (on the training group it hung).
 
     Args:
-        epoch: number of the attempt.
+        generation: number of the attempt.
         keep_last: committed checkpoints that are kept.
-        check_epoch: called by rank 0 before it changes anything that other epochs see; raises a SolventError if a newer
-            epoch exists.
+        check_generation: called by rank 0 before it changes anything that other generations see; raises a SolventError
+            if there is a newer one.
         before_commit: called by each rank once its shard is durable: what must not be older than the checkpoint (rows,
             samples) becomes durable here.
     """
@@ -77,16 +77,16 @@ class DurableWriter:
         self,
         storage: Storage,
         *,
-        epoch: int,
+        generation: int,
         keep_last: int,
         timeout: timedelta,
-        check_epoch: Callable[[], None],
+        check_generation: Callable[[], None],
         before_commit: Callable[[], None],
     ) -> None:
         self._storage = storage
-        self._epoch = epoch
+        self._generation = generation
         self._keep_last = keep_last
-        self._check_epoch = check_epoch
+        self._check_generation = check_generation
         self._before_commit = before_commit
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._group = new_group(_SLOWEST_WRITE * timeout)
@@ -124,8 +124,8 @@ class DurableWriter:
 
     def _prepare(self, step: int) -> float:
         """Make room for a save; return when that was done."""
-        self._check_epoch()
-        retention.remove_orphans(self._storage, epoch=self._epoch)
+        self._check_generation()
+        retention.remove_orphans(self._storage, generation=self._generation)
         retention.discard(
             self._storage, step
         )  # committed, but damaged: training went back before it and came here again
@@ -139,7 +139,7 @@ class DurableWriter:
         written: Sequence[Written | Exception],
         start_s: float,
     ) -> float:
-        self._check_epoch()  # before anything is removed, too: a newer world may have saved the same step
+        self._check_generation()  # before anything is removed, too: a newer world may have saved the same step
         failure = next((outcome for outcome in written if isinstance(outcome, Exception)), None)
         if failure is not None:
             self._clear(step)  # all ranks have stopped writing, and what they wrote may fill the disk

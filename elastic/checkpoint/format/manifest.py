@@ -1,7 +1,7 @@
 """Checkpoints in a storage, and which of them count. No torch here.
 
     checkpoints/step-00000050/
-        e00000002-00000.safetensors ...   shards: epoch (number of the attempt) and rank that wrote it
+        e00000002-00000.safetensors ...   shards: generation (number of the attempt) and rank that wrote it
         manifest.json                     what was saved, and where each part lies, with checksums
         COMMITTED                         checksum of manifest.json; created last, after all else is durable
 
@@ -29,6 +29,7 @@ FORMAT_VERSION = 2
 CHECKPOINTS = "checkpoints/"
 MANIFEST = "manifest.json"
 COMMITTED = "COMMITTED"
+_GENERATION_KEY = "epoch"  # as the files of older versions say
 
 BLOCK_BYTES = 2**20
 """Each so many bytes of a chunk have a checksum of their own; a part of format 2."""
@@ -82,7 +83,7 @@ class Manifest:
     """What a checkpoint holds, readable without torch."""
 
     progress: Progress
-    epoch: Annotated[int, NOT_NEGATIVE]
+    generation: Annotated[int, NOT_NEGATIVE]
     """Number of the attempt that wrote it."""
     world_size: Annotated[int, POSITIVE]
     device: str
@@ -127,13 +128,13 @@ def get_directory_step(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def get_shard_name(*, epoch: int, rank: int) -> str:
-    """Return the name of a rank's file; the epoch keeps a writer of an older world from touching a newer one's."""
-    return f"e{epoch:08d}-{rank:05d}.safetensors"
+def get_shard_name(*, generation: int, rank: int) -> str:
+    """Return the name of a rank's file; the generation keeps a writer of an older world from touching a newer one's."""
+    return f"e{generation:08d}-{rank:05d}.safetensors"
 
 
-def get_shard_epoch(name: str) -> int | None:
-    """Return the epoch that a shard's name carries; None if it is no shard's name."""
+def get_shard_generation(name: str) -> int | None:
+    """Return the generation that a shard's name carries; None if it is no shard's name."""
     match = _SHARD_NAME.fullmatch(name)
     return int(match[1]) if match else None
 
@@ -173,22 +174,24 @@ def commit(storage: Storage, directory: str, manifest: Manifest) -> None:
     Raises:
         StorageError: another writer was faster.
     """
-    data = dump_json({"format_version": FORMAT_VERSION, **asdict(manifest)}, separators=(",", ":")).encode()
+    content = {"format_version": FORMAT_VERSION, **asdict(manifest)}
+    content[_GENERATION_KEY] = content.pop("generation")
+    data = dump_json(content, separators=(",", ":")).encode()
     key = f"{directory}/{MANIFEST}"
     if not storage.put_new(key, data):
-        epoch = json.loads(storage.read(key)).get("epoch", 0)
-        if epoch > manifest.epoch or storage.get_size(f"{directory}/{COMMITTED}") is not None:
-            raise _refuse(storage, directory, epoch)
+        generation = json.loads(storage.read(key)).get(_GENERATION_KEY, 0)
+        if generation > manifest.generation or storage.get_size(f"{directory}/{COMMITTED}") is not None:
+            raise _refuse(storage, directory, generation)
         storage.write(key, [data])
     if not storage.put_new(f"{directory}/{COMMITTED}", checksum(data)):
         raise _refuse(storage, directory, None)
 
 
-def _refuse(storage: Storage, directory: str, epoch: int | None) -> StorageError:
+def _refuse(storage: Storage, directory: str, generation: int | None) -> StorageError:
+    writer = f"another writer{f' (attempt {generation})' if generation else ''}"
     return StorageError(
-        f"{storage.url}/{directory} was committed by another writer{f' (attempt {epoch})' if epoch else ''} while this "
-        "one saved the same step, so this one's state is not needed. Two runs write to one directory: let only one go "
-        "on, or give this one another name (run=...)."
+        f"{storage.url}/{directory} was committed by {writer} while this one saved the same step, so this one's state "
+        "is not needed. Two runs write to one directory: let only one go on, or give this one another name (run=...)."
     )
 
 
@@ -214,6 +217,7 @@ def read_manifest(storage: Storage, checkpoint: CommittedCheckpoint) -> Manifest
         )
     return Manifest(
         progress=progress,
+        generation=content.pop(_GENERATION_KEY),
         mesh=tuple(content.pop("mesh")),
         tensors={name: parse_tensor(record) for name, record in content.pop("tensors").items()},
         generators={name: parse_tensor(record) for name, record in content.pop("generators").items()},

@@ -70,7 +70,7 @@ def import_folder(folder: ModelFolder, run: Storage, config: RunConfig, *, file_
         OSError: the run's directory cannot be written.
     """
     assert config.model == folder.model, "a run's weights have the shape that its configuration says"
-    remove_orphans(run, epoch=0)  # of an import that was cut short
+    remove_orphans(run, generation=0)  # of an import that was cut short
     steps = list_steps(run)
     if steps:
         raise StorageError(
@@ -84,7 +84,7 @@ def import_folder(folder: ModelFolder, run: Storage, config: RunConfig, *, file_
     tensors: dict[str, TensorRecord] = {}
     files: dict[str, FileRecord] = {}
     for number, pairs in enumerate(_cut(folder.pairs, file_bytes)):
-        shard = _Shard(folder, pairs, file=get_shard_name(epoch=0, rank=number))
+        shard = _Shard(folder, pairs, file=get_shard_name(generation=0, rank=number))
         run.write(f"{directory}/{shard.file}", shard)
         files[shard.file] = shard.record
         tensors |= shard.get_index()
@@ -93,7 +93,7 @@ def import_folder(folder: ModelFolder, run: Storage, config: RunConfig, *, file_
     computing = get_computing_config(config, data)
     manifest = Manifest(
         progress=Progress(),
-        epoch=0,
+        generation=0,
         world_size=len(files),
         device="cpu",
         mesh=(len(files),),

@@ -88,10 +88,10 @@ class ReplicaClient:
         self._held.pop(index, None)
         self._channel.send(Release(index=index))
 
-    def begin(self, index: int, *, epoch: int) -> None:
+    def begin(self, index: int, *, generation: int) -> None:
         """Say that a buffer is about to be filled; what it held is void from now on."""
         self._find_server()
-        self._channel.send(Begin(index=index, epoch=epoch))
+        self._channel.send(Begin(index=index, generation=generation))
 
     def fill(
         self, index: int, snapshot: Snapshot, *, num_bytes: int, chunks: Sequence[Part], record: object
@@ -135,18 +135,20 @@ class ReplicaClient:
         """Give up the copy under way."""
         self._channel.send(HaltCopies())
 
-    def store(self, *, epoch: int, step: int, complete: tuple[int, int] | None) -> Future[str]:
+    def store(self, *, generation: int, step: int, complete: tuple[int, int] | None) -> Future[str]:
         """Have the shards of a state, with the copies that lie here, written to the disk of the node.
 
         The buffer must not be filled again meanwhile.
 
         Args:
-            complete: epoch and step of a state that is on the disks of all nodes; older ones are removed.
+            complete: generation and step of a state that is on the disks of all nodes; older ones are removed.
 
         Returns:
             Once it is there: an empty string, or what went wrong.
         """
-        return self._ask(lambda number: Store(id=number, epoch=epoch, step=step, complete=complete), _get_problem)
+        return self._ask(
+            lambda number: Store(id=number, generation=generation, step=step, complete=complete), _get_problem
+        )
 
     def fetch_list(self) -> list[ReplicaInfo]:
         """Return what the replica server has in memory."""
@@ -178,9 +180,9 @@ class ReplicaClient:
 
         return self._ask(build, self._map).result()
 
-    def retire(self, *, before_epoch: int, keep_step: int | None) -> None:
+    def retire(self, *, before_generation: int, keep_step: int | None) -> None:
         """Have the snapshots of earlier attempts freed, all but those of one step."""
-        self._channel.send(Retire(before_epoch=before_epoch, keep_step=keep_step))
+        self._channel.send(Retire(before_generation=before_generation, keep_step=keep_step))
 
     def close(self) -> None:
         """Leave; the replica server keeps what is filled."""

@@ -89,7 +89,7 @@ def assemble(replicas: Iterable[ReplicaInfo]) -> list[WholeSnapshot]:
         lambda: defaultdict(list)
     )
     for shard in replicas:
-        key = (shard.snapshot.step, shard.snapshot.epoch, shard.snapshot.world_size)
+        key = (shard.snapshot.step, shard.snapshot.generation, shard.snapshot.world_size)
         sets[key][shard.snapshot.rank].append(shard)
     return [
         _assemble([sorted(by_rank[rank], key=_get_distance) for rank in range(key[2])])

@@ -17,7 +17,7 @@ Part = tuple[int, int]
 class Snapshot:
     """What a buffer holds: the shard of one rank after one step of one attempt."""
 
-    epoch: int
+    generation: int
     step: int
     world_size: int
     rank: int
@@ -53,7 +53,7 @@ class Replica:
     is_copy: bool
     is_on_disk: bool = False
     """Its buffer is a file that an earlier replica server wrote."""
-    epoch: int = 0
+    generation: int = 0
     """Of the attempt that filled it last, or began to."""
     snapshot: Snapshot | None = None
     """None while it is being filled."""
@@ -64,15 +64,15 @@ class Replica:
     """Of each chunk; None until all have been taken."""
     record: object = None
     """The trainer's own JSON value."""
-    generation: int = 0
+    version: int = 0
     """Counts the fillings, so that work for an earlier one gives up."""
     checked: threading.Event = field(default_factory=threading.Event)
     """`checksums` are those of this filling, or it was given up."""
 
-    def begin(self, epoch: int) -> None:
+    def begin(self, generation: int) -> None:
         """Make what it holds void: it is about to be filled. The caller has the lock."""
-        self.snapshot, self.checksums, self.epoch = None, None, epoch
-        self.generation += 1
+        self.snapshot, self.checksums, self.generation = None, None, generation
+        self.version += 1
         self.checked.set()
         self.checked = threading.Event()
 
@@ -102,7 +102,7 @@ class SupersededError(Exception):
     """The buffer is being filled again, or the result is not wanted any more."""
 
 
-def cut(replica: Replica, generation: int) -> Iterator[memoryview]:
+def cut(replica: Replica, version: int) -> Iterator[memoryview]:
     """Yield the bytes of a filling piece by piece.
 
     Raises:
@@ -110,16 +110,16 @@ def cut(replica: Replica, generation: int) -> Iterator[memoryview]:
     """
     view = replica.buffer.view[: replica.num_bytes]
     for start in range(0, replica.num_bytes, PIECE_BYTES):
-        check_current(replica, generation)
+        check_current(replica, version)
         yield view[start : start + PIECE_BYTES]
-    check_current(replica, generation)
+    check_current(replica, version)
 
 
-def check_current(replica: Replica, generation: int) -> None:
+def check_current(replica: Replica, version: int) -> None:
     """Make sure that a buffer has not been filled again meanwhile.
 
     Raises:
         SupersededError: it has.
     """
-    if replica.generation != generation:
+    if replica.version != version:
         raise SupersededError

@@ -66,7 +66,7 @@ class Begin:
     """A buffer is about to be filled: what it held is void."""
 
     index: int
-    epoch: int
+    generation: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +101,10 @@ class Store:
     """Write the shards of a state that are here to the disk; `Settled` says when they are there."""
 
     id: int
-    epoch: int
+    generation: int
     step: int
     complete: tuple[int, int] | None
-    """Epoch and step of a state that is on the disks of all nodes."""
+    """Generation and step of a state that is on the disks of all nodes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ class Measure:
 class Retire:
     """Free the snapshots of earlier attempts, all but those of one step."""
 
-    before_epoch: int
+    before_generation: int
     keep_step: int | None
 
 

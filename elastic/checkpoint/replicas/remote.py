@@ -59,9 +59,9 @@ class RemoteReplicaServer:
         if sums and crc32(out) != self._take(Sum).crc32:
             raise WireError("other bytes came than were sent")
 
-    def retire(self, *, before_epoch: int, keep_step: int | None) -> None:
+    def retire(self, *, before_generation: int, keep_step: int | None) -> None:
         """Have the snapshots of earlier attempts freed, all but those of one step."""
-        self._channel.send(Retire(before_epoch=before_epoch, keep_step=keep_step))
+        self._channel.send(Retire(before_generation=before_generation, keep_step=keep_step))
 
     def close(self) -> None:
         """Leave."""

@@ -79,7 +79,7 @@ class CopySender:
             self._is_halted = is_halted = threading.Event()
         return is_halted.is_set
 
-    def send(self, replica: Replica, generation: int, address: tuple[str, int], is_halted: Callable[[], bool]) -> None:
+    def send(self, replica: Replica, version: int, address: tuple[str, int], is_halted: Callable[[], bool]) -> None:
         """Send a filling to the replica server at an address; return when it counts there.
 
         Raises:
@@ -90,7 +90,7 @@ class CopySender:
         def check() -> None:
             if is_halted():
                 raise SupersededError
-            check_current(replica, generation)
+            check_current(replica, version)
 
         with self._lock:
             self._is_sending = True

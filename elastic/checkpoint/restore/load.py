@@ -63,7 +63,7 @@ class Restored:
 
     progress: Progress
     extra: Mapping[str, Any]
-    epoch: int
+    generation: int
     """Number of the attempt that saved it."""
     source: Source
     live: Mapping[str, Tensor] = field(repr=False)
@@ -130,7 +130,9 @@ def restore(
         if isinstance(found, Manifest):
             source = get_source(candidate, storage)
             logger.info("step %d restored: %s", found.progress.step, stopwatch)
-            return Restored(progress=found.progress, extra=found.extra, epoch=found.epoch, source=source, live=live)
+            return Restored(
+                progress=found.progress, extra=found.extra, generation=found.generation, source=source, live=live
+            )
         if rank == 0:
             logger.warning(
                 "%s is damaged (%s); falling back to the one before", describe_candidate(candidate, storage), found

@@ -22,14 +22,14 @@ class WorldDescription:
     config: RunConfig
     data: DataIdentity | None
     device: torch.device
-    epoch: int
+    generation: int
     world_size: int
 
     def describe(self, state: Mapping[str, Tensor], progress: Progress, extra: Mapping[str, object]) -> BuildManifest:
         """Return what builds the manifest of a state once it is known where its parts lie."""
         manifest = Manifest(
             progress=progress,
-            epoch=self.epoch,
+            generation=self.generation,
             world_size=self.world_size,
             device=self.device.type,
             mesh=get_mesh_shape(state, self.world_size),

@@ -18,12 +18,14 @@ class LivePlan:
 
     Args:
         buffers: which must have room for this rank's shard.
-        epoch: number of the attempt.
+        generation: number of the attempt.
     """
 
-    def __init__(self, buffers: HostBuffers, *, device: torch.device, epoch: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, buffers: HostBuffers, *, device: torch.device, generation: int, rank: int, world_size: int
+    ) -> None:
         self._buffers, self._device = buffers, device
-        self._epoch, self._rank, self._world_size = epoch, rank, world_size
+        self._generation, self._rank, self._world_size = generation, rank, world_size
         self._live: dict[str, Tensor] = {}
         self._moments: list[Any] = []
         self._plan: Future[SavePlan] | None = None
@@ -75,7 +77,7 @@ class LivePlan:
     def _make(self) -> SavePlan:
         """Cut the live state into shards, and make room for this rank's."""
         plan = build_plan(
-            self._live, device=self._device, epoch=self._epoch, rank=self._rank, world_size=self._world_size
+            self._live, device=self._device, generation=self._generation, rank=self._rank, world_size=self._world_size
         )
         self._buffers.reserve(plan.own.num_bytes)
         return plan

@@ -37,7 +37,7 @@ class SavePlan:
 
 
 def build_plan(
-    state: Mapping[str, Tensor], *, device: torch.device, epoch: int, rank: int, world_size: int
+    state: Mapping[str, Tensor], *, device: torch.device, generation: int, rank: int, world_size: int
 ) -> SavePlan:
     """Cut a state into one shard per rank."""
     spreads = {name: get_spread(tensor, world_size=world_size) for name, tensor in state.items()}
@@ -47,7 +47,7 @@ def build_plan(
     dtypes = {name: spread.dtype for name, spread in spreads.items()}
     chunks = plan_chunks(spreads, world_size=world_size)
     boxes = {name: get_box(spread, rank) for name, spread in spreads.items() if rank in spread.ranks}
-    files = [get_shard_name(epoch=epoch, rank=other) for other in range(world_size)]
+    files = [get_shard_name(generation=generation, rank=other) for other in range(world_size)]
     return SavePlan(
         spreads=spreads,
         layouts={file: build_layout(of_rank, dtypes) for file, of_rank in zip(files, chunks, strict=True)},

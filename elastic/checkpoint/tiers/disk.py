@@ -55,7 +55,7 @@ class DiskTier:
     def start(self, index: int, snapshot: Snapshot) -> None:
         """Begin to write the snapshot in a buffer."""
         self._started_s, self.is_due, self.index = time.monotonic(), False, index
-        self._state = (snapshot.epoch, snapshot.step)
+        self._state = (snapshot.generation, snapshot.step)
         self._stored = self._memory.store(snapshot, complete=self._complete)
 
 

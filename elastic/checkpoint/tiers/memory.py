@@ -40,7 +40,7 @@ class MemoryTier:
     Args:
         peer: the replica server that gets copies; None: there are none.
         disk: where safe states go on to, if anywhere.
-        epoch: number of the attempt.
+        generation: number of the attempt.
         restored_index: of the buffer that holds the state that was restored: what this world falls back on at first.
         on_kept: called for each state, on the training thread.
     """
@@ -52,12 +52,12 @@ class MemoryTier:
         *,
         peer: Address | None,
         disk: DiskTier | None,
-        epoch: int,
+        generation: int,
         restored_index: int | None,
         on_kept: OnKept,
     ) -> None:
         self._memory, self._buffers = memory, buffers
-        self._disk, self._epoch, self._on_kept = disk, epoch, on_kept
+        self._disk, self._generation, self._on_kept = disk, generation, on_kept
         self._peers = PeerTier(memory, peer, memory.rates.to_peer)
         self._restored_index = restored_index
         self._filled: list[int] = []
@@ -113,7 +113,7 @@ class MemoryTier:
         if index == self._restored_index:
             self._restored_index = None
         self._filled = [*(other for other in self._filled if other != index), index]
-        self._memory.begin(index, epoch=self._epoch)
+        self._memory.begin(index, generation=self._generation)
 
     def settle(self, kept: Kept, *, is_kept: bool, problem: str, follows: bool) -> None:
         """Take that a state is in the memory of all nodes, or failed to get there.
@@ -175,7 +175,7 @@ class MemoryTier:
         """Take that no node alone has any part of a state any more."""
         is_first, self.safe, self._safe_index = self.safe is None, kept, kept.index
         if is_first:  # from now on nothing falls back on what earlier attempts have left
-            self._memory.retire(before_epoch=self._epoch, keep_step=None)
+            self._memory.retire(before_generation=self._generation, keep_step=None)
             self._buffers.release_outgrown()
         self.safe_s.append(time.monotonic() - kept.start_s)
         if self._disk and self._disk.is_due:

@@ -98,11 +98,11 @@ class Memory:
             available_bytes=sys.maxsize if available is None else available,
         )
 
-    def begin(self, index: int, *, epoch: int) -> None:
+    def begin(self, index: int, *, generation: int) -> None:
         """Say that a buffer is about to be filled."""
         self._filled.pop(index, None)
         with contextlib.suppress(WireError):  # `fill` tells
-            self._client.begin(index, epoch=epoch)
+            self._client.begin(index, generation=generation)
 
     def fill(self, index: int, snapshot: Snapshot, plan: SavePlan, manifest: Manifest) -> str:
         """Say that a buffer is filled: it outlives this process from now on; return what is wrong with that."""
@@ -134,18 +134,18 @@ class Memory:
     def store(self, snapshot: Snapshot, *, complete: tuple[int, int] | None) -> "Future[str]":
         """Have what this node holds of a snapshot's state written to its disk; see `ReplicaClient.store`."""
         try:
-            return self._client.store(epoch=snapshot.epoch, step=snapshot.step, complete=complete)
+            return self._client.store(generation=snapshot.generation, step=snapshot.step, complete=complete)
         except WireError as error:
             return _fail(error)
 
-    def find_index(self, *, epoch: int, step: int) -> int | None:
+    def find_index(self, *, generation: int, step: int) -> int | None:
         """Return the buffer of this process that holds its shard of a state, if one does."""
-        return next((index for index, s in self._filled.items() if (s.epoch, s.step) == (epoch, step)), None)
+        return next((index for index, s in self._filled.items() if (s.generation, s.step) == (generation, step)), None)
 
-    def retire(self, *, before_epoch: int, keep_step: int | None) -> None:
+    def retire(self, *, before_generation: int, keep_step: int | None) -> None:
         """Have this node's replica server free what earlier attempts have left, all but one step."""
         with contextlib.suppress(WireError):
-            self._client.retire(before_epoch=before_epoch, keep_step=keep_step)
+            self._client.retire(before_generation=before_generation, keep_step=keep_step)
 
     def fetch_all(self, replica_servers: Mapping[str, Address]) -> list[ReplicaInfo]:
         """Return what all replica servers hold; one that does not answer, however long it is needed, holds nothing."""

@@ -62,14 +62,14 @@ class ReplicaServer:
         try:
             for stored in disk.open_all():
                 info = from_about(stored.about)
-                epoch = info.snapshot.epoch
+                generation = info.snapshot.generation
                 replica = Replica(
                     origin=stored.name,
                     index=0,
                     buffer=stored.buffer,
                     is_copy=info.is_copy,
                     is_on_disk=True,
-                    epoch=epoch,
+                    generation=generation,
                 )
                 replica.fill(info.snapshot, num_bytes=info.num_bytes, chunks=info.chunks, record=info.record)
                 replica.checksums = info.checksums

@@ -24,7 +24,7 @@ class Incoming:
     shard: ReplicaInfo
     """As it was announced."""
     ticket: int
-    """The generation of the replica that it will be; what comes with another one is of a copy that was given up."""
+    """The version of the replica that it will be; what comes with another one is of a copy that was given up."""
     checksums: list[int | None] = field(default_factory=list[int | None])
     """Of what has come."""
     num_writers: int = 0
@@ -70,26 +70,26 @@ class CopyReceiver:
     def open(self, channel: Channel[Any], message: Push) -> None:
         """Make room for a copy of what another node's trainer has filled; the one that was there is void."""
         shard, capacity = message.shard, message.capacity
-        key, epoch = (shard.origin, shard.index), shard.snapshot.epoch
+        key, generation = (shard.origin, shard.index), shard.snapshot.generation
         _check_shape(shard, capacity)
         with self._store.lock:
             replica, before = self._store.get(key), self._incoming.pop(key, None)
             if replica is not None and not replica.is_copy:
                 raise WireError(f"{key} is no copy")
             if replica is not None:
-                replica.begin(epoch)
+                replica.begin(generation)
         is_left = before is None or before.wait_until_left(_LEFT_S)
         if replica is not None and not (is_left and replica.buffer.num_bytes >= shard.num_bytes):
             with self._store.lock:
                 self._store.drop(replica)
             replica = None
         try:
-            replica = replica or self._store.allocate_copy(key, capacity, epoch)
+            replica = replica or self._store.allocate_copy(key, capacity, generation)
         except CheckpointError as error:
             channel.send(Refused(problem=str(error)))
             return
         with self._store.lock:
-            incoming = Incoming(replica=replica, shard=shard, ticket=replica.generation)
+            incoming = Incoming(replica=replica, shard=shard, ticket=replica.version)
             incoming.checksums = [None] * len(shard.chunks)
             self._incoming[key] = incoming
         channel.send(Opened(ticket=incoming.ticket))

@@ -34,11 +34,11 @@ _TAIL_BYTES = 16
 class StateName(NamedTuple):
     """Which state a file is a shard of."""
 
-    epoch: int
+    generation: int
     step: int
 
     def __str__(self) -> str:
-        return f"{self.epoch:08d}-{self.step:08d}"
+        return f"{self.generation:08d}-{self.step:08d}"
 
 
 @dataclass(frozen=True, kw_only=True)

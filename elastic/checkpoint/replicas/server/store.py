@@ -42,7 +42,7 @@ class Store:
 
     def drop(self, replica: Replica) -> None:
         """Let go of a shard; the caller has the lock."""
-        replica.generation += 1
+        replica.version += 1
         replica.snapshot = None
         replica.checked.set()
         del self._replicas[replica.origin, replica.index]
@@ -91,22 +91,24 @@ class Store:
             filled = [replica for replica in self._replicas.values() if replica.snapshot is not None]
             return tuple(replica.describe(self.node) for replica in filled)
 
-    def list_state(self, *, epoch: int, step: int) -> list[tuple[Replica, int]]:
-        """Return the shards of a state that are in memory, own ones and copies, with their generations."""
+    def list_state(self, *, generation: int, step: int) -> list[tuple[Replica, int]]:
+        """Return the shards of a state that are in memory, own ones and copies, with their versions."""
         with self.lock:
             return [
-                (replica, replica.generation)
+                (replica, replica.version)
                 for replica in self._replicas.values()
-                if (own := replica.snapshot) and (own.epoch, own.step) == (epoch, step) and not replica.is_on_disk
+                if (own := replica.snapshot)
+                and (own.generation, own.step) == (generation, step)
+                and not replica.is_on_disk
             ]
 
     def find(self, origin: str, index: int, snapshot: Snapshot) -> tuple[Replica, int] | None:
-        """Return a shard and its generation if it is still of this snapshot."""
+        """Return a shard and its version if it is still of this snapshot."""
         with self.lock:
             replica = self._replicas.get((origin, index))
-            return (replica, replica.generation) if replica is not None and replica.snapshot == snapshot else None
+            return (replica, replica.version) if replica is not None and replica.snapshot == snapshot else None
 
-    def retire(self, *, before_epoch: int, keep_step: int | None) -> None:
+    def retire(self, *, before_generation: int, keep_step: int | None) -> None:
         """Free what a newer attempt has made worthless; `keep_step`, what it started from, stays.
 
         Buffers of a connected trainer stay: it fills them again.
@@ -115,7 +117,7 @@ class Store:
             for replica in list(self._replicas.values()):
                 step = replica.snapshot.step if replica.snapshot else None
                 is_in_use = not replica.is_copy and not self._is_left(replica)
-                if replica.epoch < before_epoch and not is_in_use and (step is None or step != keep_step):
+                if replica.generation < before_generation and not is_in_use and (step is None or step != keep_step):
                     self.drop(replica)
 
     def measure(self, number: int, *, waits: bool) -> Measured:
@@ -136,7 +138,7 @@ class Store:
                 copy_bytes=sum(replica.buffer.num_bytes for replica in in_memory if replica.is_copy),
             )
 
-    def allocate_copy(self, key: Key, num_bytes: int, epoch: int) -> Replica:
+    def allocate_copy(self, key: Key, num_bytes: int, generation: int) -> Replica:
         """Return memory for a copy, if this node can spare it.
 
         Raises:
@@ -148,7 +150,7 @@ class Store:
             _check_memory(num_bytes, sum(copy.buffer.num_bytes for copy in copies if not copy.num_bytes))
             buffer: SharedBuffer = allocate_buffer(num_bytes, name="copy")
             buffer.populate()  # while the first bytes come
-            replica = Replica(origin=key[0], index=key[1], buffer=buffer, is_copy=True, epoch=epoch)
+            replica = Replica(origin=key[0], index=key[1], buffer=buffer, is_copy=True, generation=generation)
             self._replicas[key] = replica
             return replica
 

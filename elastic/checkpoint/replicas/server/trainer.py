@@ -93,7 +93,7 @@ class TrainerSession:
                     self._store.drop(self._store.require(self._origin, message.index))
             case Begin():
                 with self._store.lock:
-                    self._store.require(self._origin, message.index).begin(message.epoch)
+                    self._store.require(self._origin, message.index).begin(message.generation)
             case Fill():
                 self._fill(message)
             case Copy():
@@ -120,8 +120,8 @@ class TrainerSession:
             if not 0 <= message.num_bytes <= replica.buffer.num_bytes:
                 raise WireError(f"{message.num_bytes} bytes are not in a buffer of {replica.buffer.num_bytes}")
             replica.fill(message.snapshot, num_bytes=message.num_bytes, chunks=message.chunks, record=message.record)
-            generation = replica.generation
-        self._checks.submit(self._check, message, replica, generation)
+            version = replica.version
+        self._checks.submit(self._check, message, replica, version)
 
     def _map(self, message: Map) -> None:
         """Answer with the descriptor of a buffer, which its new trainer maps instead of copying it."""
@@ -151,22 +151,22 @@ class TrainerSession:
         with contextlib.suppress(WireError):  # the trainer is gone
             self._channel.send(Settled(id=number, problem=next(iter(problems), "")))
 
-    def _check(self, message: Fill, replica: Replica, generation: int) -> None:
+    def _check(self, message: Fill, replica: Replica, version: int) -> None:
         """Checksum a filled buffer."""
         with self._settling(message.id):
             with self._store.lock:
-                check_current(replica, generation)
+                check_current(replica, version)
                 done, chunks = replica.checked, replica.chunks
 
             def checksum(first: int) -> list[int]:
-                check_current(replica, generation)
+                check_current(replica, version)
                 return checksum_parts(replica.buffer, chunks[first : first + _BATCH])
 
             try:
                 batches = self._workers.checksummers.map(checksum, range(0, len(chunks), _BATCH))
                 checksums = tuple(one for batch in batches for one in batch)
                 with self._store.lock:
-                    check_current(replica, generation)
+                    check_current(replica, version)
                     replica.checksums = checksums
             finally:
                 done.set()
@@ -182,23 +182,23 @@ class TrainerSession:
     def _store_state(self, message: StoreState) -> None:
         """Write the shards of one state that are here, own ones and copies, to the disk."""
         with self._settling(message.id) as problems:
-            disk, state = self._workers.disk, StateName(message.epoch, message.step)
+            disk, state = self._workers.disk, StateName(message.generation, message.step)
             if disk is None:
                 problems.append("the replica server of this node was given no disk")
                 return
-            for replica, generation in self._store.list_state(epoch=state.epoch, step=state.step):
+            for replica, version in self._store.list_state(generation=state.generation, step=state.step):
                 try:
-                    self._store_shard(disk, state, replica, generation)
+                    self._store_shard(disk, state, replica, version)
                 except (OSError, SupersededError) as error:
                     if replica.origin == self._origin:  # a copy is better than none, but its origin has its own disk
                         problems.insert(0, str(error) or "superseded")
             with contextlib.suppress(OSError):  # what cannot be removed does no harm
                 disk.retain(state, complete=StateName(*message.complete) if message.complete else None)
 
-    def _store_shard(self, disk: NodeDisk, state: StateName, replica: Replica, generation: int) -> None:
+    def _store_shard(self, disk: NodeDisk, state: StateName, replica: Replica, version: int) -> None:
         replica.checked.wait()
         with self._store.lock:
-            check_current(replica, generation)
+            check_current(replica, version)
             info = replica.describe(self._store.node)
         shard = f"{info.snapshot.rank}-of-{info.snapshot.world_size}{'-copy' if replica.is_copy else ''}"
-        disk.write(state, shard, to_about(info), cut(replica, generation))
+        disk.write(state, shard, to_about(info), cut(replica, version))

@@ -51,7 +51,7 @@ class Desk:
             case Read():
                 self._read(channel, message)
             case Retire():
-                self._store.retire(before_epoch=message.before_epoch, keep_step=message.keep_step)
+                self._store.retire(before_generation=message.before_generation, keep_step=message.keep_step)
             case Measure():
                 channel.send(self._store.measure(message.id, waits=message.waits))
 
@@ -61,11 +61,11 @@ class Desk:
         if found is None:
             channel.send(Missing())
             return
-        replica, generation = found
+        replica, version = found
         start, size = message.start, message.size
         if not 0 <= start <= start + size <= replica.num_bytes:
             raise WireError(f"bytes {start} to {start + size} are outside of {replica.num_bytes}")
-        check = partial(check_current, replica, generation)
+        check = partial(check_current, replica, version)
         if message.sums:
             summed = SummedPieces(replica.buffer, start, size, check=check)
             channel.send(Data(), summed, num_bytes=size)
