@@ -151,7 +151,7 @@ class ReplicaClient:
         )
 
     def fetch_list(self) -> list[ReplicaInfo]:
-        """Return what the replica server has in memory."""
+        """Return what the replica server has in memory, of the chunks the first alone."""
         return self._ask(lambda number: ListReplicas(id=number), _get_replicas).result()
 
     def fetch_held_bytes(self) -> int:
@@ -265,7 +265,7 @@ def _get_problem(answer: Answer) -> str:
 def _get_replicas(answer: Answer) -> list[ReplicaInfo]:
     if not isinstance(answer, Listed):
         raise _refuse(answer)
-    return list(answer.replicas)
+    return [listed.unpack() for listed in answer.replicas]
 
 
 def _get_measured(answer: Answer) -> Measured:

@@ -83,19 +83,33 @@ def build_record(file: str, layout: ShardLayout, manifest: Manifest) -> dict[str
     }
 
 
+def get_newest_whole_step(replicas: Iterable[ReplicaInfo]) -> int:
+    """Return the step of the best state that is whole; 0: there is none."""
+    return max((step for step, _, _ in _find_whole(replicas)), default=0)
+
+
 def assemble(replicas: Iterable[ReplicaInfo]) -> list[WholeSnapshot]:
     """Return the states that are whole, the best first: of the highest step, then of the newest attempt."""
+    whole = _find_whole(replicas)
+    return [
+        _assemble([sorted(whole[key][rank], key=_get_distance) for rank in range(key[2])])
+        for key in sorted(whole, reverse=True)
+    ]
+
+
+_Shards = Mapping[int, Sequence[ReplicaInfo]]
+"""The replicas of each rank's shard."""
+
+
+def _find_whole(replicas: Iterable[ReplicaInfo]) -> dict[tuple[int, int, int], _Shards]:
+    """Return the shards of the states that are whole, by step, generation and size of the world."""
     sets: defaultdict[tuple[int, int, int], defaultdict[int, list[ReplicaInfo]]] = defaultdict(
         lambda: defaultdict(list)
     )
     for shard in replicas:
         key = (shard.snapshot.step, shard.snapshot.generation, shard.snapshot.world_size)
         sets[key][shard.snapshot.rank].append(shard)
-    return [
-        _assemble([sorted(by_rank[rank], key=_get_distance) for rank in range(key[2])])
-        for key, by_rank in sorted(sets.items(), reverse=True)
-        if all(rank in by_rank for rank in range(key[2]))
-    ]
+    return {key: by_rank for key, by_rank in sets.items() if all(rank in by_rank for rank in range(key[2]))}
 
 
 def _get_distance(replica: ReplicaInfo) -> tuple[bool, bool]:

@@ -32,6 +32,7 @@ class ReplicaInfo:
     snapshot: Snapshot
     num_bytes: int
     chunks: tuple[Part, ...]
+    """In a list the first one alone: the header of the file."""
     checksums: tuple[int, ...] | None
     """CRC-32 of each chunk; None while they are not all known."""
     record: Any

@@ -4,10 +4,13 @@ The one that has started a replica server leads it; trainers of its node and, ov
 servers of other nodes ask it. An `id` comes back with the answer.
 """
 
-from dataclasses import dataclass
+from base64 import b64decode, b64encode
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from elastic.checkpoint.replicas.inventory import Part, ReplicaInfo, Snapshot
-from elastic.transport import Vocabulary
+from elastic.transport import Vocabulary, WireError
 
 # ---- from and to the process that has started it
 
@@ -199,11 +202,47 @@ class Settled:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ListedReplica:
+    """A shard in a list. A state of many GiB has tens of thousands of chunks, and every recovery waits for its list."""
+
+    info: ReplicaInfo
+    """Without chunks and checksums."""
+    header_bytes: int
+    """The first chunk; the others follow from `ReplicaInfo.record`."""
+    checksums: str | None
+    """Base64 of little-endian 32-bit numbers."""
+
+    @classmethod
+    def pack(cls, info: ReplicaInfo) -> "ListedReplica":
+        """Return what is sent of a shard."""
+        sums = info.checksums
+        return cls(
+            info=replace(info, chunks=(), checksums=None),
+            header_bytes=info.chunks[0][1] if info.chunks else 0,
+            checksums=None if sums is None else b64encode(np.array(sums, dtype="<u4").tobytes()).decode(),
+        )
+
+    def unpack(self) -> ReplicaInfo:
+        """Return the shard, with its first chunk alone.
+
+        Raises:
+            WireError: these are no checksums.
+        """
+        sums: tuple[int, ...] | None = None
+        if self.checksums is not None:
+            try:
+                sums = tuple(np.frombuffer(b64decode(self.checksums, validate=True), dtype="<u4").tolist())
+            except ValueError as error:
+                raise WireError(f"a list of shards is none of ours: {error}") from error
+        return replace(self.info, chunks=((0, self.header_bytes),), checksums=sums)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Listed:
     """The shards that are here; of those that were filled just now the checksums are not known yet."""
 
     id: int
-    replicas: tuple[ReplicaInfo, ...]
+    replicas: tuple[ListedReplica, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,8 +41,8 @@ class RemoteReplicaServer:
         self._channel.set_timeout(timeout_s)
 
     def fetch_list(self) -> list[ReplicaInfo]:
-        """Return what the replica server has in memory."""
-        return list(self._ask(ListReplicas(), Listed).replicas)
+        """Return what the replica server has in memory, of the chunks the first alone."""
+        return [listed.unpack() for listed in self._ask(ListReplicas(), Listed).replicas]
 
     def read_into(self, replica: ReplicaInfo, start: int, out: memoryview) -> None:
         """Fill `out` with the bytes of a replica from `start`.

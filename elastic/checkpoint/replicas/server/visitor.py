@@ -10,6 +10,7 @@ from elastic.checkpoint.replicas.messages import (
     Data,
     FromAnyone,
     Listed,
+    ListedReplica,
     ListReplicas,
     Measure,
     Missing,
@@ -47,7 +48,8 @@ class Desk:
             case Seal():
                 self._copies.seal(channel, message)
             case ListReplicas():
-                channel.send(Listed(id=message.id, replicas=self._store.list_replicas()))
+                packed = tuple(map(ListedReplica.pack, self._store.list_replicas()))
+                channel.send(Listed(id=message.id, replicas=packed))
             case Read():
                 self._read(channel, message)
             case Retire():
