@@ -252,6 +252,8 @@ class Park:
     deadline_s: float | None
     keep_in: Literal["memory", "storage"]
     """Where the state must be: in the memory of the nodes if others go on from there at once."""
+    leaves: bool
+    """It is not in the next world, as far as is known."""
 
 
 @dataclass(frozen=True, kw_only=True)

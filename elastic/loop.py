@@ -278,7 +278,10 @@ def save(
         case "memory" | "storage":
             begin = partial(checkpointer.start_save, tier=how)
         case "hand_over":
-            begin = partial(checkpointer.hand_over, copies=needs_copies(parts))
+            notice = parts.notices.get_notice()
+            begin = partial(
+                checkpointer.hand_over, copies=needs_copies(parts), leaves=notice is not None and notice.leaves
+            )
         case "now":
             begin = checkpointer.save_now
         case "last":

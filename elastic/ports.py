@@ -105,6 +105,8 @@ class Notice:
     """Unix time at which the node is gone."""
     keep_in: Literal["memory", "storage"] = "storage"
     """Where the state must be safe before the ranks leave: others go on at once from their memory, or nobody does."""
+    leaves: bool = False
+    """This rank is not in the next world, as far as is known."""
 
 
 class NoticeSource(Protocol):

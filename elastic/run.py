@@ -85,6 +85,9 @@ def train(
     ):
         world = None
         try:
+            if memory:
+                memory.finish_trailing()
+                stopwatch.lap("snapshot")
             presence = breaker.arm(get_device(config.device, local_rank=spec.local_rank))
             timeout_s = config.fault.collective_timeout_s
             world = open_world(spec, device=config.device, timeout_s=timeout_s, store=store, presence=presence)

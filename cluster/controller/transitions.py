@@ -14,6 +14,7 @@ slot, so that no stage but `running` and `waiting` lasts longer than its limit. 
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import partial
 
 from cluster.controller.failures import count_failure, deny_suspect
 from cluster.controller.stalls import Stalls, describe, find_culprits
@@ -353,12 +354,10 @@ def _park(state: State) -> list[Action]:
     deadline_s = get_deadline_s(get_member_notices(state).values())
     limits_s = [state.parking_since_s + state.policy.park_s, *([] if deadline_s is None else [deadline_s])]
     state.park_deadline_s, state.stage_until_s = deadline_s, min(limits_s)
-    keep_in = "memory" if state.stop is None and get_wanted(state) else "storage"
-    return [
-        Park(slot=slot, attempt=state.attempt, reason=state.ending.reason, deadline_s=deadline_s, keep_in=keep_in)
-        for slot in state.members
-        if slot in state.alive
-    ]
+    wanted = get_wanted(state)
+    keep_in = "memory" if state.stop is None and wanted else "storage"
+    park = partial(Park, attempt=state.attempt, reason=state.ending.reason, deadline_s=deadline_s, keep_in=keep_in)
+    return [park(slot=slot, leaves=slot not in wanted) for slot in state.members if slot in state.alive]
 
 
 def _close(state: State, now_s: float) -> list[Action]:

@@ -12,6 +12,7 @@ decided by one rank alone: what fails on one fails on all, at the same step.
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from elastic.checkpoint.bandwidth import Rates
 from elastic.checkpoint.consensus import Votes
 from elastic.checkpoint.durable.writer import DurableWriter
+from elastic.checkpoint.exchange import can_send
 from elastic.checkpoint.forecast import Forecast
 from elastic.checkpoint.in_flight import InFlightSave
 from elastic.checkpoint.protocol import SaveProtocol
@@ -32,6 +34,7 @@ from elastic.checkpoint.staging.description import WorldDescription
 from elastic.checkpoint.staging.host_buffers import HostBuffers
 from elastic.checkpoint.staging.live_plan import LivePlan
 from elastic.checkpoint.staging.stager import Stager
+from elastic.checkpoint.tiers.device import Offer, get_room_bytes, list_chunks, take_over
 from elastic.checkpoint.tiers.disk import DiskTier
 from elastic.checkpoint.tiers.memory import MemoryTier, OnKept, ignore_kept
 from elastic.checkpoint.tiers.storage import StorageTier
@@ -257,25 +260,33 @@ class Checkpointer:
         progress: Progress,
         extra: Mapping[str, object],
         copies: bool,
+        leaves: bool = False,
     ) -> bool:
         """Put the state as it is now where the next world finds it soonest, and return whether it is there.
 
-        That is the memory of the nodes; the storage, if that does not work on some rank. Whatever else is under way is
-        given up for it.
+        That is the devices of the ranks that stay, with the memory of the nodes behind them; the storage, if neither
+        works on some rank. Whatever else is under way is given up for it.
 
         Args:
             copies: whether it must outlive this node. Without, a loss before the next world has its own first snapshot
                 falls back on what is older: in this world's memories until all have loaded, then in the storage.
+            leaves: this rank is not in the next world.
         """
         if self._tier:
             stopwatch = Stopwatch()
             self._protocol.give_way_to(progress)
+            copies = not self._protocol.agree(not copies)
             if not self._protocol.is_in_memory(progress):
                 self._protocol.wait_left_device()
-                self.start_save(
+                is_begun = self.start_save(
                     model, optimizer, progress=progress, extra=extra, tier="memory", urgency="leaving", follows=copies
                 )
                 stopwatch.lap("room")
+                if is_begun and self._hand_over_devices(leaves=leaves):
+                    stopwatch.lap("to devices that stay")
+                    if self._rank == 0:
+                        logger.info("step %d is handed over: %s", progress.step, stopwatch)
+                    return True
                 self._protocol.finish_memory()
                 stopwatch.lap("to the host")
             if self._protocol.is_in_memory(progress):
@@ -287,6 +298,29 @@ class Checkpointer:
                     logger.info("step %d is handed over: %s", progress.step, stopwatch)
                 return True
         return self.save_now(model, optimizer, progress=progress, extra=extra)
+
+    def _hand_over_devices(self, *, leaves: bool) -> bool:
+        """Give the part of each rank that leaves to the devices of the others, and return whether all of it is there.
+
+        Then the snapshot that was begun goes on to host memory beside the end of this world.
+        """
+        save = self._saves["memory"]
+        copy = save.staged.copy
+        if self._memory is None or copy is None or not can_send(self._device, None):
+            return False
+        memory, own = copy.memory, save.plan.own
+        offer = Offer(leaves=leaves, room_bytes=get_room_bytes(self._device))
+        if memory is not None and copy.is_cloned:
+            copy.wait_on_device()
+            offsets = {name: entry.offset for name, entry in own.entries.items()}
+            sizes = {name: entry.num_bytes for name, entry in own.entries.items()}
+            chunks = list_chunks(offsets, copy.places, sizes)
+            offer = replace(offer, file=save.plan.own_file, num_bytes=memory.numel(), chunks=chunks)
+        taken = take_over(offer, memory, device=self._device, votes=self._protocol.group)
+        if taken.is_whole:
+            self._saves.remove("memory")
+            self._memory.trail(save.snapshot, save.kept, taken.rows)
+        return taken.is_whole
 
     def close(self) -> None:
         """Give up what is in flight; after this nothing of this world reaches the storage. Works with dead peers."""

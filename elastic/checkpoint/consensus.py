@@ -60,6 +60,11 @@ class Votes:
         self._group = new_group(timeout)
         self._open: tuple[Tensor, dist.Work] | None = None
 
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """All ranks; unused while no vote is open."""
+        return self._group
+
     def open(self, ballot: Ballot) -> None:
         """Ask."""
         self._start(pack(ballot))

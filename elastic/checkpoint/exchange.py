@@ -90,6 +90,25 @@ class Parcels(Generic[_T]):
         return _revive(plain["error"]) if "error" in plain else self._parse(plain["value"])
 
 
+def gather_values(parcels: Parcels[_T], value: _T, group: Group) -> list[_T]:
+    """Return the values of all ranks, on all of them.
+
+    Raises:
+        Exception: the first that a rank has sent instead.
+    """
+    values: list[_T] = []
+    for each in parcels.all_gather(value, group):
+        if isinstance(each, Exception):
+            raise each
+        values.append(each)
+    return values
+
+
+def can_send(device: torch.device, group: Group) -> bool:
+    """Tell whether tensors on devices like this one go straight from rank to rank."""
+    return dist.get_world_size(group) > 1 and (device.type == "cpu" or "cuda:nccl" in dist.get_backend_config(group))
+
+
 def _describe(error: Exception) -> dict[str, object]:
     if isinstance(error, OSError):
         return {"errno": error.errno, "text": error.strerror or str(error), "filename": str(error.filename or "")}

@@ -1,5 +1,7 @@
 """How all ranks bring each save to the same end at the same step: they vote on what is done, and count later."""
 
+import torch.distributed as dist
+
 from elastic.checkpoint.bandwidth import Rates
 from elastic.checkpoint.consensus import Ballot, TierBallot, Votes
 from elastic.checkpoint.in_flight import InFlightSave, InFlightSaves
@@ -38,7 +40,17 @@ class SaveProtocol:
         """Tell whether a state is the newest that is whole in the memory of the nodes."""
         return bool(self.memory and self.memory.newest and self.memory.newest.progress == progress)
 
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """All ranks, on the host; nobody else uses it meanwhile."""
+        return self._votes.group
+
     # ---- to wait for an end
+
+    def agree(self, is_well: bool) -> bool:
+        """Return whether all ranks say so, now."""
+        self._count_vote()
+        return self._votes.agree(is_well)
 
     def finish_memory(self) -> None:
         """Wait until no state is on its way to memory."""

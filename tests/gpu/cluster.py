@@ -40,7 +40,9 @@ MODELS = {
     "31m": {"dim": 512, "num_layers": 8, "num_heads": 8, "num_kv_heads": 8, "ffn_dim": 1536, "vocab_size": 8192},
     "tiny": {"dim": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "ffn_dim": 128, "vocab_size": 512},
 }
-SEEN = re.compile(r"restored:|handed over:|left:|ready:|memory of node|not safe|no copy|damaged|Traceback|Error|rehearsed|redone")
+SEEN = re.compile(
+    r"restored:|handed over:|left:|ready:|memory of node|not safe|no copy|damaged|Traceback|Error|rehearsed|redone"
+)
 """Lines of logs that are shown."""
 
 

@@ -175,6 +175,7 @@ def test_notice_parks_all_trainers_and_the_next_world_is_without_the_node():
     cluster = make(A, B, C)
     cluster.tell(Draining(node="a", deadline_s=15.0, reason="spot"))
     assert [(p.slot, p.deadline_s) for p in cluster.of(Park)] == [(A, 15.0), (B, 15.0), (C, 15.0)]
+    assert [p.leaves for p in cluster.of(Park)] == [True, False, False]
     assert cluster.worlds == [(A, B, C), (B, C)]
     assert [(e.kind, e.change, e.cause) for e in cluster.of(AttemptEnded)] == [("interrupted", "node_drained", "a")]
     cluster.lose_node("a")
@@ -190,6 +191,7 @@ def test_new_node_joins_when_ray_has_formed_a_larger_group():
     assert cluster.worlds == [(A, B)], "one agent of the new group is still to come"
     cluster.tell(Claimed(slot=B, group=2, group_size=3))
     assert cluster.worlds == [(A, B), (A, B, C)]
+    assert not any(park.leaves for park in cluster.of(Park))
     assert [(e.change, e.cause) for e in cluster.of(AttemptEnded)] == [("node_added", "c")]
 
 

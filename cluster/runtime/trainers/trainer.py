@@ -80,7 +80,9 @@ class WorldOrders:
             case Go():
                 self.go.put(order)
             case Park():
-                self._notice = Notice(source=order.reason, deadline_s=order.deadline_s, keep_in=order.keep_in)
+                self._notice = Notice(
+                    source=order.reason, deadline_s=order.deadline_s, keep_in=order.keep_in, leaves=order.leaves
+                )
             case RowsKept():
                 self.rows_kept.put(order)
             case _:  # leave

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from elastic.checkpoint.format.read_plan import Read
 from elastic.checkpoint.format.sources import DamageError, ShardSource, read_verified
-from elastic.checkpoint.staging.device_cache import Rows
 from elastic.checkpoint.train_state import DTYPES
 
 READ_BYTES = 16 * 2**20
@@ -29,32 +28,32 @@ _NUM_IN_TRANSIT = 4
 """Buffers more than readers, if they go to a GPU."""
 
 
+def flatten(targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors as rows of elements, in the same memory."""
+    flat: dict[str, Tensor] = {}
+    for name, tensor in targets.items():
+        assert tensor.is_contiguous(), f"{name} does not lie in a row"
+        flat[name] = tensor.detach().view(-1)
+    return flat
+
+
 def fill(
-    targets: Mapping[str, Tensor],
+    flat: Mapping[str, Tensor],
     reads: Sequence[Read],
     sources: Sequence[ShardSource],
     *,
     device: torch.device,
-    rows: Rows | None = None,
     num_readers: int = NUM_READERS,
 ) -> str | None:
     """Read, verify and copy; return what is damaged. All is there when this returns.
 
     Args:
-        targets: on `device` or on the host; each lies in a row.
-        rows: what need not be read.
+        flat: on `device` or on the host; each lies in a row (`flatten`).
 
     Raises:
         OSError: a source cannot be read for a reason that is not damage.
     """
-    flat: dict[str, Tensor] = {}
-    for name, tensor in targets.items():
-        assert tensor.is_contiguous(), f"{name} does not lie in a row"
-        flat[name] = tensor.detach().view(-1)
     is_cuda = device.type == "cuda"
-    if is_cuda and rows:
-        reads = [read for read in reads if not rows.copy(read, flat)]
-        torch.cuda.current_stream(device).synchronize()
     num_bytes = max((read.num_bytes for read in reads), default=0)
     buffers = (
         [_PinnedBuffer(num_bytes, device) for _ in range(num_readers + _NUM_IN_TRANSIT)]

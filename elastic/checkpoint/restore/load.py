@@ -33,7 +33,8 @@ from elastic.checkpoint.restore.candidates import (
     inspect_candidate,
     outline_candidate,
 )
-from elastic.checkpoint.restore.fill_tensors import NUM_COPIERS, NUM_READERS, READ_BYTES, fill
+from elastic.checkpoint.restore.device_exchange import fill_from_devices
+from elastic.checkpoint.restore.fill_tensors import NUM_COPIERS, NUM_READERS, READ_BYTES, fill, flatten
 from elastic.checkpoint.staging.device_cache import Rows
 from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.checkpoint.train_state import (
@@ -91,7 +92,7 @@ def restore(
         device: where the state lies.
         data: what training would go on with.
         memory: this process' part of the memory tier.
-        replica servers: where the memories of the living nodes are served.
+        replica_servers: where the memories of the living nodes are served.
         group: all ranks, unused by anyone else meanwhile; the default group if None.
 
     Raises:
@@ -101,7 +102,8 @@ def restore(
         StorageError: the storage cannot be read.
     """
     rank, stopwatch = dist.get_rank(group), Stopwatch()
-    replicas = memory.fetch_all(replica_servers or {}) if memory and rank == 0 else []
+    expected_step = _get_expected_step(memory, device, group) if memory else 0
+    replicas = memory.fetch_all(replica_servers or {}, expected_step=expected_step) if memory and rank == 0 else []
     seen = find_candidates(storage, replicas) if rank == 0 else None
     candidates = _CANDIDATES.broadcast(list(map(outline_candidate, seen)) if isinstance(seen, list) else seen, group)
     if isinstance(candidates, Exception):
@@ -122,7 +124,7 @@ def restore(
                     *(live, found, sources),
                     device=device,
                     group=group,
-                    rows=memory.find_resident(candidate) if memory and isinstance(candidate, WholeSnapshot) else None,
+                    rows=memory.find_resident(candidate) if memory and isinstance(candidate, WholeSnapshot) else (),
                     num_readers=NUM_COPIERS if isinstance(candidate, WholeSnapshot) else NUM_READERS,
                 )
                 found = damage or found
@@ -145,6 +147,15 @@ def restore(
     return None
 
 
+def _get_expected_step(memory: Memory, device: torch.device, group: dist.ProcessGroup | None) -> int:
+    """Return the newest step that any rank has seen handed over: rank 0 may be new, and must not miss it."""
+    expected = torch.tensor(memory.expected_step, device=device)
+    memory.expected_step = 0
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(expected, dist.ReduceOp.MAX, group)
+    return int(expected)
+
+
 @contextmanager
 def _open_sources(
     storage: Storage, candidate: Candidate, memory: Memory | None, replica_servers: Mapping[str, Address]
@@ -164,14 +175,14 @@ def load_state(
     *,
     device: torch.device,
     group: dist.ProcessGroup | None,
-    rows: Rows | None = None,
+    rows: Sequence[Rows] = (),
     num_readers: int = NUM_READERS,
 ) -> str | None:
     """Fill the live tensors; return what is damaged, the same on all ranks.
 
     Args:
         sources: where shards may be read, the best first.
-        rows: what lies on the device, and need not be read.
+        rows: what this rank has on its device.
 
     Raises:
         StorageError: the storage cannot be read; on all ranks.
@@ -198,7 +209,11 @@ def load_state(
     reads += plan_checks(others if rank == 0 else {}, files, max_bytes=READ_BYTES)
     try:
         damage = f"{', '.join(gaps)}: a part is in no file" if gaps else None
-        damage = damage or fill(targets, reads, sources, device=device, rows=rows, num_readers=num_readers)
+        flat = flatten(targets)
+        if device.type == "cuda":
+            reads = fill_from_devices(reads, flat, rows, device=device, group=group)
+            torch.cuda.current_stream(device).synchronize()
+        damage = damage or fill(flat, reads, sources, device=device, num_readers=num_readers)
     except OSError as error:
         damage = explain_unreadable(error, sources[-1].name)
     outcomes = _DAMAGE.all_gather(damage, group)

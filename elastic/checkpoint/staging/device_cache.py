@@ -12,9 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elastic.checkpoint.format.read_plan import Read
 from elastic.checkpoint.format.sharding import ShardLayout
-from elastic.checkpoint.train_state import DTYPES
 
 BLOCK_BYTES = 2**20
 """Has a sum of its own; the memory is a multiple of this long."""
@@ -28,20 +26,14 @@ class Rows:
     chunks: Mapping[str, tuple[int, Tensor]]
     """Of each tensor: where its chunk begins in the file, and the bytes of the chunk."""
 
-    def copy(self, read: Read, flat: Mapping[str, Tensor]) -> bool:
-        """Copy the pieces of a read to their places in flat tensors; return False, and copy none, if some are not here.
+    def get(self, name: str, offset: int, num_bytes: int) -> Tensor:
+        """Return bytes of a chunk that is here.
 
-        A read without pieces is there to verify a file, which this is not.
+        Args:
+            offset: where they begin in the file.
         """
-        if read.file != self.file or not read.pieces or any(piece.name not in self.chunks for piece in read.pieces):
-            return False
-        for piece in read.pieces:
-            first, chunk = self.chunks[piece.name]
-            dtype = DTYPES[piece.dtype]
-            start = read.offset + piece.start - first
-            found = chunk[start : start + piece.num_elements * dtype.itemsize].view(dtype)
-            flat[piece.name][piece.target : piece.target + piece.num_elements].copy_(found)
-        return True
+        first, chunk = self.chunks[name]
+        return chunk[offset - first : offset - first + num_bytes]
 
 
 class Resident:
@@ -57,7 +49,7 @@ class Resident:
         self.address = memory.data_ptr()
         self._layout, self._places = layout, places
         self._num_bytes, self._device = memory.numel(), memory.device
-        self._sums = _sum_blocks(memory)
+        self._sums = sum_blocks(memory)
 
     def find(self, file: str, *, is_alone: bool) -> Rows | None:
         """Return what is still there; None if the memory was put to another use.
@@ -75,7 +67,7 @@ class Resident:
                 memory = torch.empty(self._num_bytes, dtype=torch.uint8, device=self._device)
         except torch.OutOfMemoryError:
             return None
-        if not torch.equal(_sum_blocks(memory), self._sums):
+        if not torch.equal(sum_blocks(memory), self._sums):
             return None
         chunks: dict[str, tuple[int, Tensor]] = {}
         for name, place in self._places.items():
@@ -84,5 +76,9 @@ class Resident:
         return Rows(file, chunks)
 
 
-def _sum_blocks(memory: Tensor) -> Tensor:
-    return memory.view(torch.int64).view(-1, BLOCK_BYTES // 8).sum(dim=1)
+def sum_blocks(memory: Tensor) -> Tensor:
+    """Return the sum of the 64-bit words of each block; of the last one, which may be short, too."""
+    words, block = memory.view(torch.int64), BLOCK_BYTES // 8
+    num_whole = len(words) // block * block
+    sums = words[:num_whole].view(-1, block).sum(dim=1)
+    return sums if num_whole == len(words) else torch.cat([sums, words[num_whole:].sum(dim=0, keepdim=True)])

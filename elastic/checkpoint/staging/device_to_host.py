@@ -179,12 +179,18 @@ class DeviceToHostCopy:
             memory, places = engine.clone_some(sources, index=index)
             self._is_free = engine.stream.record_event()
             engine.remember(index, layout, memory, places)
+        self.memory: Tensor | None = memory
+        """The copy on the device, until it has left."""
+        self.places = places
+        """What begins where in it."""
         self._clones = {name: memory[place : place + sources[name].numel()] for name, place in places.items()}
         self._late = {name: source for name, source in sources.items() if name not in self._clones}
         """What found no room on the device."""
         self._is_asked_for = threading.Event()
         """The device knows all that it must copy before the live state may change."""
-        if not self._late:
+        self.is_cloned = not self._late
+        """The live state is not needed any more."""
+        if self.is_cloned:
             self._is_asked_for.set()
         self._is_given_up = False
         self._is_over = threading.Event()
@@ -205,6 +211,7 @@ class DeviceToHostCopy:
                     self._engine.wait()
         finally:
             self._clones.clear()
+            self.memory = None
             self._engine.release()
             self._is_asked_for.set()
             self._is_over.set()

@@ -10,6 +10,7 @@ import os
 import secrets
 import socket
 import sys
+import time
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
@@ -22,7 +23,12 @@ from elastic.checkpoint.bandwidth import Rates
 from elastic.checkpoint.format.manifest import Manifest
 from elastic.checkpoint.format.sources import ShardSource
 from elastic.checkpoint.replicas.client import ReplicaClient
-from elastic.checkpoint.replicas.discovery import WholeSnapshot, build_record, list_blocks
+from elastic.checkpoint.replicas.discovery import (
+    WholeSnapshot,
+    build_record,
+    get_newest_whole_step,
+    list_blocks,
+)
 from elastic.checkpoint.replicas.inventory import ReplicaInfo, Snapshot
 from elastic.checkpoint.replicas.remote import open_remote
 from elastic.checkpoint.replicas.survey import fetch_all
@@ -35,6 +41,10 @@ from elastic.ports import Address
 from elastic.transport import WireError, connect_unix
 
 logger = logging.getLogger(__name__)
+
+_TRAIL_S = 5.0
+"""What was handed over is in the memory of its nodes within half a second; but a node that leaves may be gone."""
+_TRAIL_PAUSE_S = 0.05
 
 
 class Memory:
@@ -56,6 +66,10 @@ class Memory:
         )
         self._buffers: HostBuffers | None = None
         self._filled: dict[int, Snapshot] = {}
+        self._trailing: tuple[Snapshot, Future[str]] | None = None
+        self._taken: tuple[Snapshot, Sequence[Rows]] | None = None
+        self.expected_step = 0
+        """The step that the world before has handed over on its devices; 0: none that this process knows of."""
         self.rates = Rates()
 
     def get_buffers(self, device: torch.device) -> HostBuffers:
@@ -147,18 +161,52 @@ class Memory:
         with contextlib.suppress(WireError):
             self._client.retire(before_generation=before_generation, keep_step=keep_step)
 
-    def fetch_all(self, replica_servers: Mapping[str, Address]) -> list[ReplicaInfo]:
-        """Return what all replica servers hold; one that does not answer, however long it is needed, holds nothing."""
-        return fetch_all(replica_servers, self._secret)
+    def fetch_all(self, replica_servers: Mapping[str, Address], *, expected_step: int = 0) -> list[ReplicaInfo]:
+        """Return what all replica servers hold; one that does not answer, however long it is needed, holds nothing.
 
-    def find_resident(self, snapshot: WholeSnapshot) -> Rows | None:
-        """Return what of a snapshot still lies on this process' device, where it was made."""
+        Args:
+            expected_step: a snapshot of which some shard is on its way to memory; it is waited for.
+        """
+        until_s = time.monotonic() + _TRAIL_S
+        while True:
+            found = fetch_all(replica_servers, self._secret)
+            if not expected_step or get_newest_whole_step(found) >= expected_step:
+                return found
+            if time.monotonic() > until_s:
+                logger.warning("step %d was handed over, and is not whole in memory", expected_step)
+                return found
+            time.sleep(_TRAIL_PAUSE_S)
+
+    def trail(self, snapshot: Snapshot, kept: "Future[str]", taken: Sequence[Rows]) -> None:
+        """Have a snapshot come to memory after its world has ended.
+
+        Args:
+            kept: once it is there.
+            taken: what this process has got of other ranks' shards of it, on its device.
+        """
+        self._trailing, self._taken = (snapshot, kept), (snapshot, taken)
+
+    def finish_trailing(self) -> None:
+        """Return when no snapshot of the world before is on its way any more."""
+        if self._trailing:
+            (snapshot, kept), self._trailing = self._trailing, None
+            self.expected_step = snapshot.step
+            if problem := kept.result():
+                logger.warning("step %d is not safe in memory: %s", snapshot.step, problem)
+
+    def find_resident(self, snapshot: WholeSnapshot) -> list[Rows]:
+        """Return what of a snapshot is on this process' device: made there, or taken over, which it then forgets."""
         engine = self._buffers.engine if self._buffers else None
+        found: list[Rows] = []
         for file, places in snapshot.places.items():
             for replica in places:
                 if engine and self._is_own(replica) and (rows := engine.find_resident(replica.index, file)):
-                    return rows
-        return None
+                    found.append(rows)
+                    break
+        taken, self._taken = self._taken, None
+        if taken and (taken[0].generation, taken[0].step) == (snapshot.manifest.generation, snapshot.step):
+            found += taken[1]
+        return found
 
     @contextmanager
     def open_sources(
