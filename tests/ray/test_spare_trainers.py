@@ -11,8 +11,8 @@ from cluster.types import Claimed, TrainerEnded
 from elastic.config import CheckpointConfig, ClusterConfig, DataConfig, TrainConfig
 from elastic.data.prepare import prepare
 from elastic.models.llama import Config as ModelConfig
+from tests.ray._hosts import run_host
 from tests.ray._traces import find_trainers, is_alive, wait_until
-from tests.ray.test_host import run_host
 
 READY = "the spare trainer of cpu0 is ready"
 
