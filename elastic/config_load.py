@@ -65,6 +65,15 @@ def load_here(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return resolve_paths(_build([*settings, *(_resolve_setting(setting, base=None) for setting in typed)]))
 
 
+def build(overrides: Sequence[str]) -> RunConfig:
+    """Return the defaults with overrides such as ``train.steps=20``, its paths absolute.
+
+    Raises:
+        ConfigError: unknown key, wrong type, or values that contradict each other.
+    """
+    return resolve_paths(_build(_resolve_setting(setting, base=None) for setting in _read_overrides(overrides)))
+
+
 def resolve_paths(config: RunConfig) -> RunConfig:
     """Return the configuration for processes with other working directories."""
     data = dataclasses.replace(config.data, path=resolve_path(config.data.path))

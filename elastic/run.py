@@ -29,9 +29,9 @@ from elastic.checkpoint.restore.load import restore
 from elastic.checkpoint.tiers.memory_budget import agree_on_memory_budget
 from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.config import RunConfig
+from elastic.data.corpus import Corpus, open_corpus
 from elastic.data.kept import keep_data
 from elastic.data.loader import Loader, eval_batches
-from elastic.data.shards import Dataset, check_fits, has_validation, open_dataset
 from elastic.errors import DataError, StaleGenerationError, StorageError
 from elastic.loop import Parts, SampleRecorder, run_loop
 from elastic.metrics import get_peak_flops
@@ -151,9 +151,9 @@ def _build_parts(
     stopwatch: Stopwatch,
 ) -> Generator[tuple[Parts, Progress, Recent]]:
     """Build data, model and checkpointer, restore the newest state, and take it all down again."""
-    dataset = open_dataset(config.data.path)
-    check_fits(dataset, config)
-    data = dataset.info.identity
+    corpus = open_corpus(config)
+    corpus.check_fits()
+    data = corpus.identity
     _check_same_data(data, config, world)
     trainable = build_trainable(config, world, first_weights="undefined")
     stopwatch.lap("model")
@@ -168,8 +168,8 @@ def _build_parts(
         replica_servers=spec.replica_servers,
     )
     if world.rank == 0:
-        _keep_data(run.storage, dataset)
-        if config.train.eval_every_steps and not has_validation(dataset):
+        _keep_data(run.storage, corpus)
+        if config.train.eval_every_steps and not corpus.has_validation:
             log.warning(
                 "train.eval_every_steps=%d has no effect: data.path=%s was prepared without validation",
                 *(config.train.eval_every_steps, config.data.path),
@@ -221,7 +221,7 @@ def _build_parts(
         )
         stack.callback(profiler.close)
         stack.callback(stopwatch.lap, "data")
-        loader = stack.enter_context(Loader(dataset, config=config, start_step=progress.step, **place))
+        loader = stack.enter_context(Loader(corpus, start_step=progress.step, **place))
         stopwatch.lap("saves and data")
         yield (
             Parts(
@@ -229,7 +229,7 @@ def _build_parts(
                 world=world,
                 trainable=trainable,
                 loader=loader,
-                eval_microbatches=[m for b in eval_batches(dataset, config=config, **place) for m in b.microbatches],
+                eval_microbatches=[m for b in eval_batches(corpus, **place) for m in b.microbatches],
                 checkpointer=checkpointer,
                 restored_from=source,
                 flops_per_token=config.model.flops_per_token(config.data.seq_len),
@@ -264,9 +264,9 @@ def _check_same_data(data: DataIdentity, config: RunConfig, world: World) -> Non
         )
 
 
-def _keep_data(storage: Storage, dataset: Dataset) -> None:
+def _keep_data(storage: Storage, corpus: Corpus) -> None:
     try:
-        keep_data(storage, dataset)
+        keep_data(storage, corpus.dataset)
     except OSError as error:
         raise explain(error, storage.url) from error
 

@@ -10,8 +10,7 @@ from cluster.chaos.injector import Struck
 from cluster.chaos.verdict import count_samples, measure_goodput
 from cluster.ledger import read_ledger
 from elastic.config import RunConfig
-from elastic.data.order import sample_ids
-from elastic.data.shards import open_dataset
+from elastic.data.corpus import open_corpus
 from elastic.records.attempts import final_rows
 from elastic.records.rundir import RunDir, read_rows
 
@@ -29,14 +28,8 @@ def build_result(
     metrics = list(read_rows(run_dir.metrics))
     rows = final_rows(metrics)
     attempts = list(read_rows(run_dir.attempts))
-    num_samples = open_dataset(config.data.path).num_samples("train", config.data.seq_len)
-
-    def expect(step: int) -> list[int]:
-        train = config.train
-        ids = sample_ids(seed=train.seed, step=step - 1, global_batch=train.global_batch, num_samples=num_samples)
-        return ids.tolist()
-
-    samples = count_samples(metrics, _read_samples(run_dir, attempts), expect)
+    corpus = open_corpus(config)
+    samples = count_samples(metrics, _read_samples(run_dir, attempts), lambda step: corpus.get_ids(step - 1).tolist())
     ledger = read_ledger(read_rows(run_dir.ledger))
     goodput = measure_goodput(metrics, attempts, ledger, save_every_steps=config.checkpoint.every_steps)
     return {

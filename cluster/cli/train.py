@@ -121,14 +121,14 @@ def check_before_paying(config: RunConfig, past: "Past | None" = None) -> None:
     from elastic.checkpoint.format.manifest import read_manifest
     from elastic.checkpoint.restore.first_weights import check_first_weights
     from elastic.checkpoint.restore.past import look_back
-    from elastic.data.shards import check_fits, open_dataset
+    from elastic.data.corpus import open_corpus
     from elastic.records.leader import was_led
 
     load_prices(config.cost)
     check_choice(config.cluster.notices)
     config.get_world_sizes()
-    dataset = open_dataset(config.data.path)
-    check_fits(dataset, config)
+    corpus = open_corpus(config)
+    corpus.check_fits()
     past = past or look_back(config)
     storage = past.storage
 
@@ -150,7 +150,7 @@ def check_before_paying(config: RunConfig, past: "Past | None" = None) -> None:
             raise past.error
         check_first_weights(storage, past.committed)
         for newest in past.committed[-1:]:
-            for remark in check_resume(config, read_manifest(storage, newest), data=dataset.info.identity):
+            for remark in check_resume(config, read_manifest(storage, newest), data=corpus.identity):
                 log.warning("%s", remark)
     except OSError as error:
         raise explain_unreadable(error, storage.url) from error

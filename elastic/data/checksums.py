@@ -14,8 +14,9 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -36,12 +37,7 @@ def verify_files(folder: Path, info: DatasetInfo, *, verify: Verify) -> None:
     Raises:
         DataError: a file is missing, torn, corrupt or not the one the shards were made with.
     """
-    tokenizer = folder / TOKENIZER_FILE
-    if not tokenizer.is_file() or hash_file(tokenizer) != info.tokenizer_sha256:
-        raise DataError(
-            f"{tokenizer} is not the file that the shards were made with: their tokens would mean other text. "
-            "Put the old file back, or prepare the data again."
-        )
+    _check_tokenizer(folder, info)
     shards = [shard for split in SPLITS for shard in info.get_split(split).shards]
     for shard in shards:
         _check_size(folder / shard.file, shard)
@@ -50,6 +46,32 @@ def verify_files(folder: Path, info: DatasetInfo, *, verify: Verify) -> None:
     if suspects:
         _check_hashes(folder, suspects)
         write_stamp(folder, info)
+
+
+def find_damaged_files(folder: Path, info: DatasetInfo) -> Iterator[tuple[str, str]]:
+    """Read every byte; yield (file, what is wrong with it)."""
+    checks = [(TOKENIZER_FILE, lambda: _check_tokenizer(folder, info))]
+    for shard in (shard for split in SPLITS for shard in info.get_split(split).shards):
+        checks.append((shard.file, partial(_check_shard, folder, shard)))
+    for file, check in checks:
+        try:
+            check()
+        except (DataError, OSError) as error:
+            yield file, str(error)
+
+
+def _check_shard(folder: Path, shard: Shard) -> None:
+    _check_size(folder / shard.file, shard)
+    _check_hashes(folder, [shard])
+
+
+def _check_tokenizer(folder: Path, info: DatasetInfo) -> None:
+    tokenizer = folder / TOKENIZER_FILE
+    if not tokenizer.is_file() or hash_file(tokenizer) != info.tokenizer_sha256:
+        raise DataError(
+            f"{tokenizer} is not the file that the shards were made with: their tokens would mean other text. "
+            "Put the old file back, or prepare the data again."
+        )
 
 
 def write_stamp(folder: Path, info: DatasetInfo) -> None:

@@ -1,9 +1,12 @@
 """What a prepared folder holds: `dataset.json`, `tokenizer.json` and token shards.
 
-A shard is an uncompressed Arrow IPC file with one record batch and one column, `tokens: list<uint16 | uint32>`, one row
+A shard is an uncompressed Arrow IPC file with one record batch. Its column `tokens: list<uint16 | uint32>` has one row
 per document. Its values are one contiguous buffer, so a memory map of the file is the token stream itself, and any
 Arrow reader (pandas, polars, duckdb) can look at the documents. Every document ends with the end-of-text token. A
 document that does not fit in the rest of a shard goes on as the first row of the next.
+
+A second column, `counted: list<bool>`, is there if not every token counts for the loss: one bit per token, false for
+what a model shall read and not learn to write (a prompt). Without it all tokens count.
 """
 
 import hashlib
@@ -67,6 +70,8 @@ class DatasetInfo:
     """The token that begins each document; None: none does (nor did it before this was written down)."""
     largest_id: int | None = None
     """Of the tokens in the shards; None: was not counted."""
+    has_counted: bool = False
+    """Shards say of each token whether it counts for the loss."""
 
     @property
     def needed_vocab_size(self) -> int:
@@ -149,25 +154,62 @@ def _parse_shard(raw: Mapping[str, Any]) -> Shard:
     return shard
 
 
-def write_shard(path: Path, tokens: Tokens, row_offsets: npt.NDArray[np.int32]) -> Shard:
+def write_shard(
+    path: Path, tokens: Tokens, row_offsets: npt.NDArray[np.int32], counted: npt.NDArray[np.bool_] | None = None
+) -> Shard:
     """Write one shard.
 
     Args:
         tokens: the whole stream of this shard.
         row_offsets: where each row begins, and the length of the stream at the end.
+        counted: which tokens count for the loss; None: all.
     """
-    column = pa.ListArray.from_arrays(pa.array(row_offsets), pa.array(tokens))
-    batch = pa.record_batch([column], names=["tokens"])
+    offsets = pa.array(row_offsets)
+    columns = {"tokens": pa.ListArray.from_arrays(offsets, pa.array(tokens))}
+    if counted is not None:
+        columns["counted"] = pa.ListArray.from_arrays(offsets, pa.array(counted))
+    batch = pa.record_batch(columns)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
         writer.write_batch(batch)
     return Shard(file=path.name, num_tokens=len(tokens), size_bytes=path.stat().st_size, sha256=hash_file(path))
 
 
-def map_shard(path: Path) -> Tokens:
-    """Return the tokens of a shard as a read-only view of the memory-mapped file."""
-    batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
-    # not `to_numpy`, which imports pandas: 300 modules in the way of every trainer's first step
-    return cast(Tokens, np.from_dlpack(batch.column("tokens").values))
+@dataclass(frozen=True, kw_only=True)
+class MappedShard:
+    """A shard's content as read-only views of the memory-mapped file."""
+
+    tokens: Tokens
+    row_offsets: npt.NDArray[np.int32]
+    """Where each row begins in `tokens`, and their number at the end."""
+    counted_bits: npt.NDArray[np.uint8] | None
+    """One bit per token, the lowest first; None: all count."""
+
+
+def map_shard(path: Path) -> MappedShard:
+    """Open a shard.
+
+    Raises:
+        DataError: it is none.
+    """
+    try:
+        batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        rows = batch.column("tokens")
+        counted = batch.column("counted").values if "counted" in batch.schema.names else None
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise DataError(f"{path} is no shard of `solvent prepare` ({error}). Copy the folder again.") from error
+    return MappedShard(
+        # not `to_numpy`, which imports pandas: 300 modules in the way of every trainer's first step
+        tokens=cast(Tokens, np.from_dlpack(rows.values)),
+        row_offsets=cast(npt.NDArray[np.int32], np.from_dlpack(rows.offsets)),
+        counted_bits=None if counted is None else np.frombuffer(counted.buffers()[1], np.uint8),
+    )
+
+
+def unpack_bits(bits: npt.NDArray[np.uint8], start: int, count: int) -> npt.NDArray[np.bool_]:
+    """Return `count` bits from the one at `start`, the lowest bit of a byte being its first."""
+    first = start // 8
+    some = np.unpackbits(bits[first : (start + count + 7) // 8], bitorder="little")
+    return some[start - 8 * first :][:count].astype(np.bool_)
 
 
 def hash_file(path: Path) -> str:

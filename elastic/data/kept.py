@@ -35,7 +35,7 @@ def keep_data(run: Storage, dataset: Dataset) -> None:
     where = f"{DATA}/{dataset.info.identity.name}"
     if run.get_size(f"{where}/{DATASET_FILE}") is None:
         for name in (TOKENIZER_FILE, DATASET_FILE):  # the description last: with it, both are there
-            run.write(f"{where}/{name}", [(dataset.folder / name).read_bytes()])
+            run.write(f"{where}/{name}", [dataset.folder.read_file(name)])
 
 
 def read_kept(run: Storage, identity: DataIdentity) -> KeptTokenizer | None:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from elastic.config import RunConfig
+from elastic.data.corpus import Corpus
 from elastic.data.format import Split
-from elastic.data.order import rank_slice, sample_ids
-from elastic.data.shards import Dataset, check_not_empty, has_validation
+from elastic.data.order import rank_slice
 from elastic.loss import IGNORE
 
 
@@ -42,21 +42,18 @@ class Loader:
     Use it in a `with` block: leaving it ends the thread. An error in the thread is raised at the step it belongs to.
     """
 
-    def __init__(
-        self, dataset: Dataset, *, config: RunConfig, rank: int, world_size: int, device: torch.device, start_step: int
-    ) -> None:
-        self._dataset = dataset
-        self._config = config
+    def __init__(self, corpus: Corpus, *, rank: int, world_size: int, device: torch.device, start_step: int) -> None:
+        self._corpus = corpus
+        self._config = corpus.config
         self._rank = rank
         self._world_size = world_size
         self._device = device
-        self._num_samples = dataset.num_samples("train", config.data.seq_len)
         self._next_step = start_step
         self._pending: deque[tuple[int, Future[_HostBatch]]] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader", initializer=_enter_device, initargs=(device,))
 
     def __enter__(self) -> Self:
-        check_not_empty(self._dataset, "train", self._config.data.seq_len)
+        self._corpus.check_not_empty("train")
         for _ in range(self._config.data.prefetch_steps):
             self._read_ahead()
         return self
@@ -82,18 +79,14 @@ class Loader:
 
     def get_sample_ids(self, step: int) -> list[int]:
         """Return the samples of one step, over all ranks."""
-        return self._order(step).tolist()
-
-    def _order(self, step: int) -> npt.NDArray[np.int64]:
-        train = self._config.train
-        return sample_ids(seed=train.seed, step=step, global_batch=train.global_batch, num_samples=self._num_samples)
+        return self._corpus.get_ids(step).tolist()
 
     def _build(self, step: int) -> "_HostBatch":
-        train, ids = self._config.train, self._order(step)
+        train, ids = self._config.train, self._corpus.get_ids(step)
         micro_batch = get_micro_batch(self._config, self._world_size)
         num_microbatches = math.ceil(math.ceil(train.global_batch / self._world_size) / micro_batch)
         return _build_batch(
-            self._dataset,
+            self._corpus,
             "train",
             rank_slice(ids, rank=self._rank, world_size=self._world_size),
             shape=(num_microbatches, micro_batch, self._config.data.seq_len),
@@ -112,9 +105,7 @@ def get_micro_batch(config: RunConfig, world_size: int) -> int:
     return min(config.train.micro_batch, math.ceil(config.train.global_batch / world_size))
 
 
-def eval_batches(
-    dataset: Dataset, *, config: RunConfig, rank: int, world_size: int, device: torch.device
-) -> Iterator[Batch]:
+def eval_batches(corpus: Corpus, *, rank: int, world_size: int, device: torch.device) -> Iterator[Batch]:
     """Return the first `train.eval_samples` validation samples (or all), one microbatch per batch.
 
     None if the data was prepared without validation.
@@ -122,17 +113,17 @@ def eval_batches(
     Raises:
         DataError: validation holds no full sample.
     """
-    if not has_validation(dataset):
+    if not corpus.has_validation:
         return iter(())
-    seq_len = config.data.seq_len
-    check_not_empty(dataset, "val", seq_len)
+    corpus.check_not_empty("val")
+    config = corpus.config
     micro_batch = get_micro_batch(config, world_size)
-    ids = np.arange(min(config.train.eval_samples, dataset.num_samples("val", seq_len)))
+    ids = corpus.get_eval_ids()
 
     def build(start: int) -> Batch:
         part = rank_slice(ids[start : start + micro_batch * world_size], rank=rank, world_size=world_size)
-        shape = (1, micro_batch, seq_len)
-        return _build_batch(dataset, "val", part, shape=shape, pin=device.type == "cuda").to(device)
+        shape = (1, micro_batch, config.data.seq_len)
+        return _build_batch(corpus, "val", part, shape=shape, pin=device.type == "cuda").to(device)
 
     return map(build, range(0, len(ids), micro_batch * world_size))
 
@@ -150,7 +141,7 @@ class _HostBatch:
 
 
 def _build_batch(
-    dataset: Dataset, split: Split, ids: npt.NDArray[np.int64], *, shape: tuple[int, int, int], pin: bool
+    corpus: Corpus, split: Split, ids: npt.NDArray[np.int64], *, shape: tuple[int, int, int], pin: bool
 ) -> _HostBatch:
     """Read samples into microbatches of `shape` (M, B, S) and pad the rest."""
     num_microbatches, micro_batch, seq_len = shape
@@ -159,7 +150,7 @@ def _build_batch(
     tokens_RS[len(ids) :] = 0
     labels_RS[len(ids) :] = IGNORE
     for row, sample_id in enumerate(ids.tolist()):
-        sample = dataset.read(split, sample_id, seq_len)
-        tokens_RS[row] = sample[:-1]
-        labels_RS[row] = sample[1:]
+        sample = corpus.read(split, sample_id)
+        tokens_RS[row] = sample.tokens
+        labels_RS[row] = sample.labels if sample.counted is None else np.where(sample.counted, sample.labels, IGNORE)
     return _HostBatch(data.view(2, *shape), tuple(ids.tolist()))

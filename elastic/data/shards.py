@@ -1,6 +1,7 @@
-"""Prepared data, opened: samples read from memory-mapped shards, and checks before anything is rented."""
+"""Prepared data, opened: samples read from its shards, and checks before anything is rented."""
 
 from bisect import bisect_right
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import numpy.typing as npt
 
 from elastic.config import RunConfig
 from elastic.data.checksums import Verify, verify_files
-from elastic.data.format import DATASET_FILE, SPLITS, DatasetInfo, Split, Tokens, map_shard, read_info
+from elastic.data.folder import Folder, LocalFolder
+from elastic.data.format import DATASET_FILE, SPLITS, DatasetInfo, Shard, Split, read_info
 from elastic.errors import DataError
 
 
@@ -17,17 +19,16 @@ class Dataset:
     """Token shards of a prepared folder; made by `open_dataset`.
 
     The shards of a split are one stream. Sample i with sequence length S is the S + 1 tokens from i * S on: S inputs,
-    and their S labels one to the right. A shard is mapped when it is first read.
+    and their S labels one to the right.
     """
 
-    def __init__(self, folder: Path, info: DatasetInfo) -> None:
+    def __init__(self, folder: Folder, info: DatasetInfo) -> None:
         self.folder = folder
         self.info = info
         self._starts = {
             split: list(accumulate((shard.num_tokens for shard in info.get_split(split).shards), initial=0))
             for split in SPLITS
         }
-        self._mapped: dict[str, Tokens] = {}
 
     def num_samples(self, split: Split, seq_len: int) -> int:
         """Return how many full samples the split holds."""
@@ -41,26 +42,50 @@ class Dataset:
         """
         if not 0 <= sample_id < self.num_samples(split, seq_len):
             raise IndexError(f"sample {sample_id} of {self.num_samples(split, seq_len)} in {split} of {self.folder}")
-        sample = np.empty(seq_len + 1, np.int64)
-        starts = self._starts[split]
-        position = sample_id * seq_len
-        index = bisect_right(starts, position) - 1
-        filled = 0
-        while filled < len(sample):
-            shard = self._get_tokens(split, index)
-            begin = position + filled - starts[index]
-            part = shard[begin : begin + len(sample) - filled]
-            sample[filled : filled + len(part)] = part
-            filled += len(part)
-            index += 1
-        return sample
+        return self.read_tokens(split, sample_id * seq_len, seq_len + 1)
 
-    def _get_tokens(self, split: Split, index: int) -> Tokens:
-        shard = self.info.get_split(split).shards[index]
-        tokens = self._mapped.get(shard.file)
-        if tokens is None:
-            tokens = self._mapped[shard.file] = map_shard(self.folder / shard.file)
+    def read_tokens(self, split: Split, position: int, count: int) -> npt.NDArray[np.int64]:
+        """Return tokens of the split's stream, which must have them."""
+        tokens = np.empty(count, np.int64)
+        for shard, start, filled, num in self._cut(split, position, count):
+            tokens[filled : filled + num] = self.folder.read_tokens(shard, start, num)
         return tokens
+
+    def read_counted(self, split: Split, position: int, count: int) -> npt.NDArray[np.bool_] | None:
+        """Tell which tokens of the split's stream count for the loss; None: all."""
+        if not self.info.has_counted:
+            return None
+        counted = np.ones(count, np.bool_)
+        for shard, start, filled, num in self._cut(split, position, count):
+            part = self.folder.read_counted(shard, start, num)
+            if part is not None:
+                counted[filled : filled + num] = part
+        return counted
+
+    def find_documents(self, split: Split, position: int, count: int) -> npt.NDArray[np.int64]:
+        """Return where documents begin among these positions of the split's stream."""
+        found: list[npt.NDArray[np.int64]] = []
+        for shard, start, filled, num in self._cut(split, position, count):
+            rows = self.folder.read_row_offsets(shard)[:-1]
+            inside = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + num)].astype(np.int64)
+            begin = position + filled - start
+            if len(inside) and inside[0] == 0 and begin and not self._ends_document(split, begin):
+                inside = inside[1:]  # it goes on from the shard before
+            found.append(inside + begin)
+        return np.concatenate(found) if found else np.empty(0, np.int64)
+
+    def _ends_document(self, split: Split, position: int) -> bool:
+        return int(self.read_tokens(split, position - 1, 1)[0]) == self.info.eot_id
+
+    def _cut(self, split: Split, position: int, count: int) -> Iterator[tuple[Shard, int, int, int]]:
+        """Yield (shard, position in it, tokens before, tokens) for each shard that a range touches."""
+        starts, shards = self._starts[split], self.info.get_split(split).shards
+        index, filled = bisect_right(starts, position) - 1, 0
+        while filled < count:
+            start = position + filled - starts[index]
+            num = min(count - filled, shards[index].num_tokens - start)
+            yield shards[index], start, filled, num
+            filled, index = filled + num, index + 1
 
 
 def open_dataset(path: str | Path, *, verify: Verify = "changed") -> Dataset:
@@ -85,7 +110,7 @@ def open_dataset(path: str | Path, *, verify: Verify = "changed") -> Dataset:
         )
     info = read_info(folder)
     verify_files(folder, info, verify=verify)
-    return Dataset(folder, info)
+    return Dataset(LocalFolder(folder), info)
 
 
 def check_fits(dataset: Dataset, config: RunConfig) -> None:

@@ -103,6 +103,15 @@ def test_the_same_data_in_another_place_is_the_same_data(place):
     assert "step 3/3" in result.stdout
 
 
+def test_the_samples_of_a_step_of_a_run_can_be_looked_at(place, capsys):
+    assert place.train("train.steps=3", "data.record_samples=true").returncode == 0
+    (row,) = map(json.loads, next(place.run.glob("samples-*.jsonl")).read_text().splitlines())
+    assert main(["data", "show", str(place.run), "--step", "3", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (row["step"], row["ids"]) == (3, [sample["id"] for sample in found["samples"]])
+    assert all("sheep" in "".join(part["text"] for part in sample["passages"]) for sample in found["samples"])
+
+
 def test_data_that_was_prepared_again_from_the_same_text_is_the_same_data(place):
     place.put("again")
     result = place.train("train.steps=3")

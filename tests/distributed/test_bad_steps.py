@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from elastic.__main__ import main
+from elastic.data.corpus import open_corpus
 from elastic.data.format import read_info, write_info, write_shard
 from elastic.data.loader import Loader, eval_batches
 from elastic.data.order import sample_ids
-from elastic.data.shards import open_dataset
 from elastic.errors import StepError
 from elastic.lr_schedule import learning_rate
 from elastic.ports import Finished, Interrupted, Notice
@@ -61,9 +61,9 @@ class LeaveAfter:
 
 def _train_without_the_poisoned_steps(config, world):
     """The same run as plain code that never computes these steps."""
-    trainable, dataset, tokens, rows = build_trainable(config, world), open_dataset(config.data.path), 0, []
+    trainable, corpus, tokens, rows = build_trainable(config, world), open_corpus(config), 0, []
     place = {"rank": world.rank, "world_size": world.world_size, "device": world.device}
-    with Loader(dataset, config=config, start_step=0, **place) as loader:
+    with Loader(corpus, start_step=0, **place) as loader:
         for step, batch in loader:
             if step + 1 in POISONED:
                 continue
@@ -71,7 +71,7 @@ def _train_without_the_poisoned_steps(config, world):
             result = train_step(trainable, batch.microbatches, lr=lr, max_grad_norm=1.0, world=world)
             tokens += result.target_tokens
             rows.append((step + 1, tokens, lr, result.loss, result.grad_norm))
-    batches = [m for b in eval_batches(dataset, config=config, **place) for m in b.microbatches]
+    batches = [m for b in eval_batches(corpus, **place) for m in b.microbatches]
     return rows, eval_loss(trainable, batches, world)
 
 

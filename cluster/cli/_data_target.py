@@ -1,0 +1,37 @@
+"""What `solvent data` is asked about: a prepared folder, or what a configuration or a run trains on."""
+
+import argparse
+from pathlib import Path
+
+from cluster.cli._runs import open_rows
+from elastic.config import RunConfig
+from elastic.errors import DataError, StorageError, UserError
+
+
+def add_target(parser: argparse.ArgumentParser) -> None:
+    """Declare TARGET, for `find_config`."""
+    parser.add_argument("target", metavar="TARGET", help="a prepared folder, a configuration, or a run")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="of the configuration")
+
+
+def find_config(args: argparse.Namespace) -> RunConfig:
+    """Return the configuration that TARGET is, has, or would be the data of.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    from elastic.config_load import build, load_here
+    from elastic.data.hf_tokenizer import is_prepared
+
+    if is_prepared(args.target):
+        return build([f"data.path={args.target}", *args.overrides])
+    if args.target.endswith((".yaml", ".yml")) or Path(args.target).is_file():
+        return load_here(args.target, args.overrides)
+    try:
+        with open_rows(args.target) as run_dir:
+            return load_here(run_dir.config, args.overrides)
+    except StorageError as error:
+        what = f"it has no dataset.json, and it is no run: {error}"
+        raise DataError(f"TARGET={args.target} is no prepared folder ({what})") from error
+    except UserError as error:
+        raise type(error)(f"TARGET={args.target}: {error}") from error
