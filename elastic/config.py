@@ -67,11 +67,37 @@ _NOT_EMPTY = Constraint(
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One of several prepared folders that a run takes its samples from."""
+
+    path: str = ""
+    """As `data.path`."""
+    weight: float = 1.0
+    """Its share of the samples, relative to those of the others. 0: none, until a phase gives it some."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    """Weights that replace those of the sources from a point of the run on, until the next phase."""
+
+    from_tokens: int = 0
+    """The target tokens of the run before it, those of bad steps and of padding included."""
+    from_step: int = 0
+    """The first step of it, instead of `from_tokens`."""
+    weights: dict[str, float] = field(default_factory=dict[str, float])
+    """By source; those left out get none."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Token shards made by `solvent prepare`."""
 
     path: str = ""
     """The folder that `solvent prepare --out` wrote."""
+    sources: dict[str, SourceConfig] = field(default_factory=dict[str, SourceConfig])
+    """Several of them by name, instead of `path`: `web: {path: ..., weight: 0.7}`."""
+    phases: dict[str, PhaseConfig] = field(default_factory=dict[str, PhaseConfig])
+    """Changes of the weights by name: `anneal: {from_tokens: 9_000_000_000, weights: {web: 0.2, code: 0.8}}`."""
     replace: str = ""
     """Lets a run go on with other data or another tokenizer than it began with: the 16 digits that its refusal names.
     Any further change is refused again."""
@@ -83,6 +109,40 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, prefix="data.", error=ConfigError)
+        check_sources(self)
+
+
+def check_sources(data: DataConfig) -> None:
+    """Refuse sources and phases that cannot be meant.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if data.sources and data.path:
+        raise ConfigError(
+            f"data.path={data.path!r} and data.sources ({', '.join(data.sources)}) both say what to train on. Give one "
+            "of them; the folder of data.path may be one of the sources."
+        )
+    if data.phases and not data.sources:
+        raise ConfigError("data.phases changes the weights of data.sources, and there are none. Name them, or drop it.")
+    weights = {"data.sources": {name: source.weight for name, source in data.sources.items()}}
+    for name, phase in data.phases.items():
+        weights[f"data.phases.{name}.weights"] = phase.weights
+        if (phase.from_tokens > 0) == (phase.from_step > 0) or min(phase.from_tokens, phase.from_step) < 0:
+            raise ConfigError(
+                f"data.phases.{name} begins at from_tokens={phase.from_tokens}, from_step={phase.from_step}: one of "
+                "them must be more than 0. What holds from the start is the weight of each source."
+            )
+        if unknown := phase.weights.keys() - data.sources.keys():
+            raise ConfigError(
+                f"data.phases.{name}.weights names {', '.join(sorted(unknown))}, which data.sources does not. Use "
+                f"{', '.join(data.sources)}."
+            )
+    for key, values in weights.items():
+        if values and not all(0 <= weight < math.inf for weight in values.values()):
+            raise ConfigError(f"{key}: a weight of {values} is negative or not finite. Use 0 or more.")
+        if (values or key != "data.sources") and not sum(values.values()):
+            raise ConfigError(f"{key}: no source has a weight ({values}), so there is nothing to train on. Give one.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,4 +444,8 @@ class RunConfig:
 def from_dict(fields: Mapping[str, Any]) -> RunConfig:
     """Build a configuration from what `dataclasses.asdict` made of one, on this or another machine."""
     parts = {f.name: f.default_factory for f in dataclasses.fields(RunConfig) if f.default_factory is not MISSING}
+    data = dict(fields.get("data", {}))
+    for name, kind in (("sources", SourceConfig), ("phases", PhaseConfig)):
+        data[name] = {key: kind(**value) for key, value in data.get(name, {}).items()}
+    fields = {**fields, "data": data}
     return RunConfig(**{name: parts[name](**value) if name in parts else value for name, value in fields.items()})

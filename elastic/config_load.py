@@ -12,11 +12,12 @@ omegaconf is imported where it is used: a machine without it can still train fro
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from elastic.config import RunConfig
+from elastic.config import PhaseConfig, RunConfig, SourceConfig
 from elastic.errors import ConfigError
 from elastic.model_config import DEFAULT_KIND, MODEL_KIND, build_model_config
 from elastic.paths import expand_home, resolve_path
@@ -24,6 +25,12 @@ from elastic.records.rundir import find_own_run
 
 PATHS = ("storage", "data.path", "cost.price_file")
 NODE_DISK = "checkpoint.node_disk"
+_NAME = r"[A-Za-z0-9_][A-Za-z0-9_-]*"
+_NAMED = {
+    "data.sources": (SourceConfig, re.compile(rf"data\.sources\.({_NAME})\.(path|weight)")),
+    "data.phases": (PhaseConfig, re.compile(rf"data\.phases\.({_NAME})\.(from_tokens|from_step|weights\.{_NAME})")),
+}
+"""Sections whose entries have names that the user gives."""
 
 
 class _Setting(NamedTuple):
@@ -76,7 +83,11 @@ def build(overrides: Sequence[str]) -> RunConfig:
 
 def resolve_paths(config: RunConfig) -> RunConfig:
     """Return the configuration for processes with other working directories."""
-    data = dataclasses.replace(config.data, path=resolve_path(config.data.path))
+    sources = {
+        name: dataclasses.replace(source, path=resolve_path(source.path))
+        for name, source in config.data.sources.items()
+    }
+    data = dataclasses.replace(config.data, path=resolve_path(config.data.path), sources=sources)
     cost = dataclasses.replace(config.cost, price_file=resolve_path(config.cost.price_file))
     return dataclasses.replace(config, storage=resolve_path(config.storage), data=data, cost=cost)
 
@@ -97,7 +108,7 @@ def _build(settings: Iterable[_Setting]) -> RunConfig:
     building = OmegaConf.structured(start)
     for node in (building, *filter(OmegaConf.is_config, building.values())):
         OmegaConf.set_readonly(node, False)  # a frozen dataclass is read-only to omegaconf, even before it exists
-    defaults = dict(_flatten(dataclasses.asdict(start)))
+    defaults = {**dict(_flatten(dataclasses.asdict(start))), **_add_named(building, settings)}
     for setting in settings:
         key, value, origin = setting
         _check_known(setting, defaults)
@@ -110,6 +121,25 @@ def _build(settings: Iterable[_Setting]) -> RunConfig:
                 f"{key}={value!r} ({origin}) cannot be used: {reason}. Write for example {key}={_text(defaults[key])}."
             ) from None
     return cast(RunConfig, OmegaConf.to_object(building))
+
+
+def _add_named(building: Any, settings: Iterable[_Setting]) -> dict[str, Any]:
+    """Make room for the sources and phases that settings name; return the defaults of their keys."""
+    from omegaconf import OmegaConf
+
+    defaults: dict[str, Any] = {}
+    for key, _, _ in settings:
+        for section, (kind, pattern) in _NAMED.items():
+            found = pattern.fullmatch(key)
+            if found is None:
+                continue
+            entries = OmegaConf.select(building, section)
+            OmegaConf.set_readonly(entries, False)
+            if found[1] not in entries:
+                entries[found[1]] = kind()
+                OmegaConf.set_readonly(entries[found[1]], False)
+            defaults[key] = getattr(kind(), found[2]) if hasattr(kind(), found[2]) else 1.0
+    return defaults
 
 
 def _find_kind(settings: Sequence[_Setting]) -> str:
@@ -132,7 +162,8 @@ def _resolve_setting(setting: _Setting, *, base: Path | None) -> _Setting:
         return setting
     if key == NODE_DISK:  # each node's own: a relative one is refused
         return setting._replace(value=expand_home(value))
-    return setting._replace(value=resolve_path(value, base=base)) if key in PATHS else setting
+    is_path = key in PATHS or (key.startswith("data.sources.") and key.endswith(".path"))
+    return setting._replace(value=resolve_path(value, base=base)) if is_path else setting
 
 
 def _read_file(path: Path) -> list[_Setting]:

@@ -69,11 +69,16 @@ class DataIdentity:
     val_sha256: str = ""
     train_tokens: int = 0
     val_tokens: int = 0
+    sources: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Of a mixture: the name, as below, of each source's own identity. All else is then over all of them."""
 
     @property
     def name(self) -> str:
         """Return 16 hexadecimal digits that change with any of it."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        fields = asdict(self)
+        if not self.sources:
+            del fields["sources"]  # older versions knew none
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,12 +29,13 @@ from elastic.checkpoint.restore.load import restore
 from elastic.checkpoint.tiers.memory_budget import agree_on_memory_budget
 from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.config import RunConfig
-from elastic.data.corpus import Corpus, open_corpus
+from elastic.data.corpus import Corpus, describe_epochs, open_corpus
 from elastic.data.kept import keep_data
 from elastic.data.loader import Loader, eval_batches
 from elastic.errors import DataError, StaleGenerationError, StorageError
 from elastic.loop import Parts, SampleRecorder, run_loop
 from elastic.metrics import get_peak_flops
+from elastic.mixture import describe_paths
 from elastic.nn import init_weights
 from elastic.ports import DataIdentity, Lost, MetricSink, NoticeSource, Observer, Outcome, Progress, Source, WorldSpec
 from elastic.profile import Profiler
@@ -169,10 +170,11 @@ def _build_parts(
     )
     if world.rank == 0:
         _keep_data(run.storage, corpus)
+        log.info("data: %s", describe_epochs(corpus.plan_epochs()))
         if config.train.eval_every_steps and not corpus.has_validation:
             log.warning(
-                "train.eval_every_steps=%d has no effect: data.path=%s was prepared without validation",
-                *(config.train.eval_every_steps, config.data.path),
+                "train.eval_every_steps=%d has no effect: %s was prepared without validation",
+                *(config.train.eval_every_steps, describe_paths(config.data)),
             )
     progress, recent, source = Progress(), Recent(), cast(Source, "scratch")
     if restored is None:
@@ -258,7 +260,7 @@ def _check_same_data(data: DataIdentity, config: RunConfig, world: World) -> Non
     other = next((rank for rank, name in enumerate(names) if name != names[0]), None)
     if other is not None:
         raise DataError(
-            f"data.path={config.data.path!r} holds other data on the node of rank {other} than on that of rank 0 (this "
+            f"{describe_paths(config.data)} holds other data on the node of rank {other} than on that of rank 0 (this "
             f"is rank {world.rank}, with {data.train_tokens:,} training tokens on node {world.node}). Copy the same "
             "prepared folder to all nodes, or put it where all see it."
         )
@@ -266,7 +268,7 @@ def _check_same_data(data: DataIdentity, config: RunConfig, world: World) -> Non
 
 def _keep_data(storage: Storage, corpus: Corpus) -> None:
     try:
-        keep_data(storage, corpus.dataset)
+        keep_data(storage, corpus)
     except OSError as error:
         raise explain(error, storage.url) from error
 

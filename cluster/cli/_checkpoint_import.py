@@ -30,15 +30,17 @@ def run(args: argparse.Namespace) -> int:
     from elastic.data.format import read_info
     from elastic.data.hf_tokenizer import check_tokenizer, is_prepared
     from elastic.data.shards import check_vocab
+    from elastic.mixture import get_paths
     from elastic.storage import is_url, join_url, open_storage
 
     start_s = time.monotonic()
     config = load_here(args.config, args.overrides)
     folder = open_folder(open_storage(args.folder))
     config = dataclasses.replace(config, model=folder.model)
-    check_tokenizer(config.data.path, folder.read_tokenizer(), origin=args.folder)
-    if is_prepared(config.data.path):
-        check_vocab(read_info(Path(config.data.path)), config)
+    for key, path in get_paths(config.data).items():
+        check_tokenizer(path, folder.read_tokenizer(), key=key, origin=args.folder)
+        if is_prepared(path):
+            check_vocab(read_info(Path(path)), config, key=key, path=path)
     run_url = join_url(config.storage, config.run)
     storage = open_storage(run_url)
     check_writable(storage)

@@ -22,14 +22,26 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DataError: it cannot be read.
     """
-    from elastic.data.corpus import open_corpus
+    from dataclasses import asdict
 
-    corpus = open_corpus(find_config(args))
-    found = {"path": str(corpus.dataset.folder), **describe(corpus.dataset)}
+    from elastic.data.corpus import describe_epochs, open_corpus
+    from elastic.data.hf_tokenizer import is_prepared
+
+    config = find_config(args)
+    corpus = open_corpus(config)
+    sources = [
+        {"name": name, "path": str(dataset.folder), **describe(dataset)} for name, dataset in corpus.sources.items()
+    ]
+    is_folder = is_prepared(args.target)
+    plan = [] if is_folder else corpus.plan_epochs()
     if args.json:
-        print_json(found)
-    else:
-        _print(found)
+        epochs = [{**asdict(one), "epochs": one.epochs} for one in plan]
+        print_json({"identity": corpus.identity.name, "sources": sources, "epochs": epochs})
+        return 0
+    for source in sources:
+        _print(source)
+    if plan:
+        print(f"{config.train.steps:,} steps of {config.train.global_batch:,} samples: {describe_epochs(plan)}")
     return 0
 
 
@@ -66,7 +78,8 @@ def describe(dataset: "Dataset") -> dict[str, Any]:
 def _print(found: dict[str, Any]) -> None:
     begin = f"begins with {found['bos']} and " if found["bos"] else ""
     largest = "" if found["largest_id"] is None else f" (the largest id is {found['largest_id']:,})"
-    print(f"{found['path']}: data {found['identity']}, vocabulary {found['vocab_size']:,}{largest}")
+    name = f"{found['name']}: " if found["name"] else ""
+    print(f"{name}{found['path']}: data {found['identity']}, vocabulary {found['vocab_size']:,}{largest}")
     print(f"each document {begin}ends with {found['eot']}; unigram entropy {found['train_entropy_nats']:.3f} nats")
     if found["loss_mask"]:
         print("some tokens do not count for the loss")

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     corpus = open_corpus(config)
     rows = describe(corpus, args)
     if args.json:
-        print_json({"path": str(corpus.dataset.folder), "split": args.split, "step": args.step, "samples": rows})
+        print_json({"split": args.split, "step": args.step, "samples": rows})
         return 0
     for row in rows:
         print(f"===== {row['title']}")
@@ -55,15 +55,19 @@ def describe(corpus: "Corpus", args: argparse.Namespace) -> list[dict[str, Any]]
 
     from elastic.data.inspection import decode_sample, load_own_tokenizer
 
-    ids, rows = _choose(corpus, args), list[dict[str, Any]]()
+    ids, rows, samples = _choose(corpus, args), list[dict[str, Any]](), corpus.get_samples(args.split)
+    tokenizer = load_own_tokenizer(next(iter(corpus.sources.values())))
     for place, sample_id in enumerate(ids[: args.rows]):
-        dataset, sample = corpus.dataset, corpus.read(args.split, sample_id)
+        source, number = samples.find(sample_id)
+        sample = samples.read(sample_id)
         where = "" if args.step is None else f"step {args.step}, row {place}: "
-        passages = decode_sample(dataset, args.split, sample, load_own_tokenizer(dataset))
+        of = f"{source}, which is its sample {number}" if source else args.split
+        passages = decode_sample(corpus.sources[source], args.split, sample, tokenizer)
         rows.append(
             {
-                "title": f"{where}sample {sample_id} of {args.split}, {len(sample.tokens):,} tokens",
+                "title": f"{where}sample {sample_id} of {of}, {len(sample.tokens):,} tokens",
                 "id": sample_id,
+                "source": source or None,
                 "tokens": sample.tokens.tolist(),
                 "passages": [asdict(passage) for passage in passages],
             }
@@ -72,13 +76,13 @@ def describe(corpus: "Corpus", args: argparse.Namespace) -> list[dict[str, Any]]
 
 
 def _choose(corpus: "Corpus", args: argparse.Namespace) -> list[int]:
-    samples = corpus.train if args.split == "train" else corpus.val
+    samples = corpus.get_samples(args.split)
     if args.step is None:
         number = args.sample or 0
         if not 0 <= number < len(samples):
             raise DataError(
-                f"--sample={number} is not there: {args.split} of {corpus.dataset.folder} has {len(samples):,} samples "
-                f"of data.seq_len={corpus.config.data.seq_len}. Name one from 0 to {len(samples) - 1}."
+                f"--sample={number} is not there: {args.split} of {args.target} has {len(samples):,} samples of "
+                f"data.seq_len={corpus.config.data.seq_len}. Name one from 0 to {len(samples) - 1}."
             )
         return [number]
     if args.split != "train" or args.step < 1:

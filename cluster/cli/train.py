@@ -5,6 +5,7 @@ CONFIG is a YAML file; key=value overrides its keys. Training again under the sa
 
 import argparse
 import logging
+import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -57,7 +58,7 @@ def _train(args: argparse.Namespace, driver: "RetriedDriver | None") -> int:
     if reason := describe_finished(config, past):
         tell_finished(config, reason, json=args.json)
         return 0
-    check_before_paying(config, past)
+    print(f"data: {check_before_paying(config, past)}", file=sys.stderr if args.json else sys.stdout)
 
     from cluster.runtime.driver import find_address, train
     from cluster.runtime.view import View
@@ -96,13 +97,16 @@ def check_is_path(storage: str, *, key: str = "storage", why: str) -> None:
         raise ConfigError(f"{key}={storage}: {why}. Set {key} to a path; train and submit take URLs, too.")
 
 
-def check_before_paying(config: RunConfig, past: "Past | None" = None) -> None:
+def check_before_paying(config: RunConfig, past: "Past | None" = None) -> str:
     """Find what is wrong with sizes, prices, provider, data, storage and the run to resume before a node is claimed.
 
     Storage that is full makes a run that has trained wait for a while, and refuses a new one at once.
 
     Args:
         past: what the run has, if that was asked for.
+
+    Returns:
+        How often the whole run reads its data.
 
     Raises:
         UserError: one of these cannot be used, or the run cannot go on under this configuration.
@@ -121,7 +125,7 @@ def check_before_paying(config: RunConfig, past: "Past | None" = None) -> None:
     from elastic.checkpoint.format.manifest import read_manifest
     from elastic.checkpoint.restore.first_weights import check_first_weights
     from elastic.checkpoint.restore.past import look_back
-    from elastic.data.corpus import open_corpus
+    from elastic.data.corpus import describe_epochs, open_corpus
     from elastic.records.leader import was_led
 
     load_prices(config.cost)
@@ -154,3 +158,4 @@ def check_before_paying(config: RunConfig, past: "Past | None" = None) -> None:
                 log.warning("%s", remark)
     except OSError as error:
         raise explain_unreadable(error, storage.url) from error
+    return describe_epochs(corpus.plan_epochs())

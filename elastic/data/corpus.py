@@ -1,61 +1,162 @@
-"""What a run trains on: which samples make up a step, and what is in them. No torch here."""
+"""What a run trains on: which samples make up a step, and what is in them. No torch here.
 
-from dataclasses import dataclass
+A step of a mixture has of each source what `elastic.mixture` says, the next ones in that source's own order, so that
+none is left out or repeated before the source's epoch is over. Within the step they are mixed, so that each rank has
+some of each. An id is a number over all samples of all sources, in the order of the configuration.
+"""
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 
 from elastic.config import RunConfig
-from elastic.data.format import Split
-from elastic.data.order import sample_ids
+from elastic.data.format import SPLITS, DatasetInfo, Split, SplitInfo
+from elastic.data.order import derive_seed, ids_between, sample_ids
 from elastic.data.samples import Sample, Samples, StreamSamples
-from elastic.data.shards import Dataset, check_fits, check_not_empty, has_validation, open_dataset
+from elastic.data.shards import Dataset, check_not_empty, check_vocab, open_dataset
+from elastic.errors import DataError
+from elastic.mixture import build_mixture, get_paths, share_out
 from elastic.ports import DataIdentity
 
+_ONE_SOURCE = ""
 
-@dataclass(frozen=True)
-class Corpus:
-    """Prepared data as a run's configuration uses it; made by `open_corpus`."""
 
-    dataset: Dataset
-    config: RunConfig
+@dataclass(frozen=True, kw_only=True)
+class Epochs:
+    """How often a run reads a source."""
+
+    name: str
+    share: float
+    """Of all samples of the run."""
+    num_samples: int
+    """That the source has."""
+    num_taken: int
 
     @property
+    def epochs(self) -> float:
+        """How often each sample is taken, on average."""
+        return self.num_taken / self.num_samples if self.num_samples else 0.0
+
+
+class Corpus:
+    """Prepared data as a run's configuration uses it; made by `open_corpus`.
+
+    Args:
+        sources: by name; the one of `data.path` has none.
+    """
+
+    def __init__(self, sources: Mapping[str, Dataset], config: RunConfig) -> None:
+        self.sources = dict(sources)
+        self.config = config
+        self.mixture = build_mixture(config)
+
+    @cached_property
+    def info(self) -> DatasetInfo:
+        """Tokenizer and totals; of a mixture without its shards."""
+        infos = [dataset.info for dataset in self.sources.values()]
+        if not self.mixture:
+            return infos[0]
+        largest = [info.largest_id for info in infos if info.largest_id is not None]
+        train, val = (_add_up([info.get_split(split) for info in infos]) for split in SPLITS)
+        return replace(
+            infos[0],
+            train=train,
+            val=val,
+            vocab_size=max(info.vocab_size for info in infos),
+            largest_id=max(largest) if len(largest) == len(infos) else None,
+        )
+
+    @cached_property
     def identity(self) -> DataIdentity:
         """What tells this data from any other."""
-        return self.dataset.info.identity
+        identities = {name: dataset.info.identity for name, dataset in self.sources.items()}
+        if not self.mixture:
+            return identities[_ONE_SOURCE]
+        return DataIdentity(
+            tokenizer_sha256=self.info.tokenizer_sha256,
+            train_sha256=_hash({name: one.train_sha256 for name, one in identities.items()}),
+            val_sha256=_hash({name: one.val_sha256 for name, one in identities.items()}),
+            train_tokens=self.info.train.num_tokens,
+            val_tokens=self.info.val.num_tokens,
+            sources={name: one.name for name, one in identities.items()},
+        )
 
     @cached_property
-    def train(self) -> Samples:
+    def train(self) -> "Joined":
         """The samples to train on."""
-        return self._get_samples("train")
+        return self._join("train")
 
     @cached_property
-    def val(self) -> Samples:
+    def val(self) -> "Joined":
         """The samples that are held out."""
-        return self._get_samples("val")
+        return self._join("val")
 
-    def _get_samples(self, split: Split) -> Samples:
-        return StreamSamples(self.dataset, split, self.config.data.seq_len)
+    def _join(self, split: Split) -> "Joined":
+        seq_len = self.config.data.seq_len
+        return Joined({name: StreamSamples(dataset, split, seq_len) for name, dataset in self.sources.items()})
+
+    def get_samples(self, split: Split) -> "Joined":
+        """Return the samples of a split."""
+        return self.train if split == "train" else self.val
 
     def get_ids(self, step: int) -> npt.NDArray[np.int64]:
         """Return the ids of the samples of one step (counted from 0), over all ranks."""
-        train = self.config.train
-        return sample_ids(seed=train.seed, step=step, global_batch=train.global_batch, num_samples=len(self.train))
-
-    def read(self, split: Split, sample_id: int) -> Sample:
-        """Return one sample."""
-        return (self.train if split == "train" else self.val).read(sample_id)
+        batch, seed = self.config.train.global_batch, self.config.train.seed
+        if not self.mixture:
+            return sample_ids(seed=seed, step=step, global_batch=batch, num_samples=len(self.train))
+        before, after = (self.mixture.count(num_steps * batch) for num_steps in (step, step + 1))
+        parts = [
+            first + ids_between(start, end, seed=derive_seed(seed, name), num_samples=size)
+            for name, first, size, start, end in zip(
+                self.mixture.names, self.train.firsts, self.train.sizes, before, after, strict=True
+            )
+        ]
+        mixed = sample_ids(seed=derive_seed(seed, "/mixed"), step=step, global_batch=batch, num_samples=batch)
+        return np.concatenate(parts)[mixed]
 
     def get_eval_ids(self) -> npt.NDArray[np.int64]:
-        """Return the ids of the validation samples that an evaluation takes: the first, or all."""
-        return np.arange(min(self.config.train.eval_samples, len(self.val)))
+        """Return the ids of the validation samples of an evaluation: the first of each source, or all it has.
+
+        Sources share `train.eval_samples` by the weights that hold from the start, so that losses stay comparable.
+        """
+        wanted = [self.config.train.eval_samples]
+        if self.mixture:
+            wanted = share_out(wanted[0], self.mixture.phases[0].weights)
+        parts = zip(self.val.firsts, self.val.sizes, wanted, strict=True)
+        return np.concatenate([first + np.arange(min(size, num)) for first, size, num in parts])
+
+    def plan_epochs(self) -> list[Epochs]:
+        """Return what the whole run takes from each source."""
+        total = self.config.train.steps * self.config.train.global_batch
+        taken = self.mixture.count(total) if self.mixture else (total,)
+        return [
+            Epochs(name=name, share=num / total, num_samples=size, num_taken=num)
+            for name, size, num in zip(self.sources, self.train.sizes, taken, strict=True)
+        ]
 
     @property
     def has_validation(self) -> bool:
-        """Whether anything is held out; data may be prepared without."""
-        return has_validation(self.dataset)
+        """Whether an evaluation has samples; data may be prepared without."""
+        return bool(self.get_wanted("val"))
+
+    def get_wanted(self, split: Split) -> Mapping[str, Dataset]:
+        """Return the sources that a split must have a sample of."""
+        weights: Sequence[int] = [1]
+        if self.mixture:
+            phases = self.mixture.phases if split == "train" else self.mixture.phases[:1]
+            weights = [sum(of_source) for of_source in zip(*(phase.weights for phase in phases), strict=True)]
+        return {
+            name: dataset
+            for (name, dataset), weight in zip(self.sources.items(), weights, strict=True)
+            if weight and (split == "train" or dataset.info.val.num_tokens)
+        }
 
     def check_not_empty(self, split: Split) -> None:
         """Refuse a split without a full sample.
@@ -63,15 +164,80 @@ class Corpus:
         Raises:
             DataError: it has none.
         """
-        check_not_empty(self.dataset, split, self.config.data.seq_len)
+        for dataset in self.get_wanted(split).values():
+            check_not_empty(dataset, split, self.config.data.seq_len)
 
     def check_fits(self) -> None:
         """Refuse data and a configuration that cannot go together, before a GPU is rented.
 
         Raises:
-            DataError: they cannot.
+            DataError: a token id has no row in the embedding, a split that is not left out holds not even one sample,
+                or sources are not of one tokenizer.
         """
-        check_fits(self.dataset, self.config)
+        first_key, first = next(iter(self.sources.items()))
+        for name, dataset in self.sources.items():
+            check_vocab(dataset.info, self.config, key=get_key(name), path=str(dataset.folder))
+            for what in ("tokenizer_sha256", "eot_id", "bos_id"):
+                if getattr(dataset.info, what) != getattr(first.info, what):
+                    raise DataError(
+                        f"{get_key(name)}={str(dataset.folder)!r} has another {what} "
+                        f"({getattr(dataset.info, what)}) than {get_key(first_key)}={str(first.folder)!r} "
+                        f"({getattr(first.info, what)}), so that ids mean other text. Prepare both with one tokenizer: "
+                        f"solvent prepare INPUT --tokenizer {first.folder}/tokenizer.json --out DIR"
+                    )
+        for split in sorted(SPLITS, key=lambda split: self.info.get_split(split).num_tokens):  # the shortest decides
+            self.check_not_empty(split)
+
+
+class Joined:
+    """The samples of one split of all sources, numbered on."""
+
+    def __init__(self, sources: Mapping[str, Samples]) -> None:
+        self.names = tuple(sources)
+        self.sizes = [len(samples) for samples in sources.values()]
+        self.firsts = list(accumulate(self.sizes, initial=0))[:-1]
+        self._sources = list(sources.values())
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def find(self, sample_id: int) -> tuple[str, int]:
+        """Return the source of a sample, and its number there."""
+        index = bisect_right(self.firsts, sample_id) - 1
+        while not self.sizes[index]:  # an empty one begins where the next does
+            index -= 1
+        return self.names[index], sample_id - self.firsts[index]
+
+    def read(self, sample_id: int) -> Sample:
+        """Return a sample."""
+        name, index = self.find(sample_id)
+        return self._sources[self.names.index(name)].read(index)
+
+
+def get_key(name: str) -> str:
+    """Return the key of the configuration that says where a source lies."""
+    return f"data.sources.{name}.path" if name else "data.path"
+
+
+def describe_epochs(plan: Sequence[Epochs]) -> str:
+    """Return the epochs of each source in a line."""
+    return "; ".join(
+        f"{one.name + ': ' if one.name else ''}{one.share:.1%} of the samples, {one.num_taken:,} of "
+        f"{one.num_samples:,}, {one.epochs:.2f} epochs"
+        for one in plan
+    )
+
+
+def _add_up(splits: Sequence[SplitInfo]) -> SplitInfo:
+    return SplitInfo(
+        num_documents=sum(split.num_documents for split in splits),
+        num_tokens=sum(split.num_tokens for split in splits),
+        shards=(),
+    )
+
+
+def _hash(content: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def open_corpus(config: RunConfig) -> Corpus:
@@ -80,4 +246,6 @@ def open_corpus(config: RunConfig) -> Corpus:
     Raises:
         DataError: not there, not prepared, torn, corrupt, or of another tokenizer.
     """
-    return Corpus(open_dataset(config.data.path), config)
+    names = list(config.data.sources) or [_ONE_SOURCE]
+    paths = get_paths(config.data).items()
+    return Corpus({name: open_dataset(path, key=key) for name, (key, path) in zip(names, paths, strict=True)}, config)

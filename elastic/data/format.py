@@ -102,8 +102,12 @@ class DatasetInfo:
 
 def write_info(folder: Path, info: DatasetInfo) -> None:
     """Write `dataset.json`."""
-    text = json.dumps({"version": VERSION, **asdict(info)}, indent=2)
-    (folder / DATASET_FILE).write_text(text + "\n", encoding="utf-8")
+    (folder / DATASET_FILE).write_bytes(dump_info(info))
+
+
+def dump_info(info: DatasetInfo) -> bytes:
+    """Return the content of a `dataset.json`."""
+    return (json.dumps({"version": VERSION, **asdict(info)}, indent=2) + "\n").encode()
 
 
 def read_info(folder: Path) -> DatasetInfo:

@@ -70,10 +70,11 @@ def is_prepared(data_path: str) -> bool:
     return bool(data_path) and (Path(data_path) / DATASET_FILE).is_file()
 
 
-def check_tokenizer(data_path: str, tokenizer_json: bytes | None, *, origin: str) -> None:
+def check_tokenizer(data_path: str, tokenizer_json: bytes | None, *, key: str, origin: str) -> None:
     """Refuse to train a model of others on data that another tokenizer made; data that is not here is not looked at.
 
     Args:
+        key: of the configuration that says where the data is, for the message.
         origin: where `tokenizer_json` is from, for the message; None: that model came without one.
 
     Raises:
@@ -83,7 +84,7 @@ def check_tokenizer(data_path: str, tokenizer_json: bytes | None, *, origin: str
         return
     if read_info(Path(data_path)).tokenizer_sha256 != hashlib.sha256(tokenizer_json).hexdigest():
         raise DataError(
-            f"data.path={data_path!r} was made with another tokenizer than {origin} has, so its token ids mean other "
+            f"{key}={data_path!r} was made with another tokenizer than {origin} has, so its token ids mean other "
             "text to this model. Prepare it anew: "
             f"solvent prepare INPUT --tokenizer {origin}/{TOKENIZER_FILE} --out DIR"
         )

@@ -1,6 +1,6 @@
 """What a run keeps of its data beside its checkpoints: which data it was, and the tokenizer. No torch here.
 
-    data/<16 digits>/dataset.json       as in the prepared folder
+    data/<16 digits>/dataset.json       as in the prepared folder; of a mixture, the sum of all, without shards
     data/<16 digits>/tokenizer.json
 
 The digits are those of the identity in the manifests of the checkpoints, so that each checkpoint has the tokenizer that
@@ -10,8 +10,8 @@ its ids are of, however often the prepared folder was replaced or moved since.
 import hashlib
 from dataclasses import dataclass
 
-from elastic.data.format import DATASET_FILE, TOKENIZER_FILE, DatasetInfo, parse_info
-from elastic.data.shards import Dataset
+from elastic.data.corpus import Corpus
+from elastic.data.format import DATASET_FILE, TOKENIZER_FILE, DatasetInfo, dump_info, parse_info
 from elastic.errors import DataError
 from elastic.ports import DataIdentity
 from elastic.records.rundir import DATA
@@ -26,16 +26,18 @@ class KeptTokenizer:
     tokenizer_json: bytes
 
 
-def keep_data(run: Storage, dataset: Dataset) -> None:
+def keep_data(run: Storage, corpus: Corpus) -> None:
     """Copy what describes the data into a run, unless it is there; the shards stay where they are.
 
     Raises:
         OSError: the storage cannot be written.
     """
-    where = f"{DATA}/{dataset.info.identity.name}"
+    where = f"{DATA}/{corpus.identity.name}"
     if run.get_size(f"{where}/{DATASET_FILE}") is None:
-        for name in (TOKENIZER_FILE, DATASET_FILE):  # the description last: with it, both are there
-            run.write(f"{where}/{name}", [dataset.folder.read_file(name)])
+        folder = next(iter(corpus.sources.values())).folder  # all sources have the same tokenizer
+        run.write(f"{where}/{TOKENIZER_FILE}", [folder.read_file(TOKENIZER_FILE)])
+        content = dump_info(corpus.info) if corpus.mixture else folder.read_file(DATASET_FILE)
+        run.write(f"{where}/{DATASET_FILE}", [content])  # last: with it, both are there
 
 
 def read_kept(run: Storage, identity: DataIdentity) -> KeptTokenizer | None:

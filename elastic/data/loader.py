@@ -149,8 +149,9 @@ def _build_batch(
     tokens_RS, labels_RS = data.numpy()
     tokens_RS[len(ids) :] = 0
     labels_RS[len(ids) :] = IGNORE
+    samples = corpus.get_samples(split)
     for row, sample_id in enumerate(ids.tolist()):
-        sample = corpus.read(split, sample_id)
+        sample = samples.read(sample_id)
         tokens_RS[row] = sample.tokens
         labels_RS[row] = sample.labels if sample.counted is None else np.where(sample.counted, sample.labels, IGNORE)
     return _HostBatch(data.view(2, *shape), tuple(ids.tolist()))

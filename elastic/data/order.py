@@ -9,6 +9,7 @@ of SplitMix64 (variant 13 of D. Stafford, "Better Bit Mixing", 2011). All arithm
 which wrap around alike on every platform and in every version of numpy.
 """
 
+import hashlib
 import math
 
 import numpy as np
@@ -26,9 +27,21 @@ def sample_ids(*, seed: int, step: int, global_batch: int, num_samples: int) -> 
     Sample j of the step has the global index g = step * global_batch + j; it belongs to epoch g // num_samples, and its
     id is the image of g % num_samples under that epoch's permutation. A step may span several epochs.
     """
-    index = np.arange(step * global_batch, (step + 1) * global_batch, dtype=np.uint64)
+    return ids_between(step * global_batch, (step + 1) * global_batch, seed=seed, num_samples=num_samples)
+
+
+def ids_between(start: int, end: int, *, seed: int, num_samples: int) -> npt.NDArray[np.int64]:
+    """Return the ids of the samples with the global indices from `start` up to `end`."""
+    if start == end:
+        return np.empty(0, np.int64)
+    index = np.arange(start, end, dtype=np.uint64)
     epoch, position = np.divmod(index, np.uint64(num_samples))
     return _permute(position, seed=seed, epoch=epoch, num_samples=num_samples).astype(np.int64)
+
+
+def derive_seed(seed: int, name: str) -> int:
+    """Return a seed of its own for what has this name: a source of a mixture, or how its samples mix within a step."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little")
 
 
 def rank_slice(ids: npt.NDArray[np.int64], *, rank: int, world_size: int) -> npt.NDArray[np.int64]:

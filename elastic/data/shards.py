@@ -88,10 +88,11 @@ class Dataset:
             filled, index = filled + num, index + 1
 
 
-def open_dataset(path: str | Path, *, verify: Verify = "changed") -> Dataset:
+def open_dataset(path: str | Path, *, key: str = "data.path", verify: Verify = "changed") -> Dataset:
     """Open a folder that `solvent prepare` wrote.
 
     Args:
+        key: of the configuration, for messages.
         verify: which shards are hashed first (see `checksums.py`).
 
     Raises:
@@ -100,32 +101,19 @@ def open_dataset(path: str | Path, *, verify: Verify = "changed") -> Dataset:
     folder = Path(path)
     if not str(path) or not folder.exists():
         raise DataError(
-            f"data.path={str(path)!r} does not exist. Make it with: solvent prepare INPUT "
-            f"--out {path or 'data/my-text'}"
+            f"{key}={str(path)!r} does not exist. Make it with: solvent prepare INPUT --out {path or 'data/my-text'}"
         )
     if not (folder / DATASET_FILE).is_file():
         raise DataError(
-            f"data.path={str(path)!r} is not a prepared folder: it has no {DATASET_FILE}. Prepare the text with "
-            f"`solvent prepare {path} --out OTHER` and set data.path=OTHER."
+            f"{key}={str(path)!r} is not a prepared folder: it has no {DATASET_FILE}. Prepare the text with "
+            f"`solvent prepare {path} --out OTHER` and set {key}=OTHER."
         )
     info = read_info(folder)
     verify_files(folder, info, verify=verify)
     return Dataset(LocalFolder(folder), info)
 
 
-def check_fits(dataset: Dataset, config: RunConfig) -> None:
-    """Refuse data and a configuration that cannot go together, before a GPU is rented.
-
-    Raises:
-        DataError: a token id has no row in the embedding, or a split that is not left out holds not even one sample.
-    """
-    check_vocab(dataset.info, config)
-    for split in sorted(SPLITS, key=lambda split: dataset.info.get_split(split).num_tokens):  # the shortest decides
-        if split == "train" or has_validation(dataset):
-            check_not_empty(dataset, split, config.data.seq_len)
-
-
-def check_vocab(info: DatasetInfo, config: RunConfig) -> None:
+def check_vocab(info: DatasetInfo, config: RunConfig, *, key: str, path: str) -> None:
     """Refuse a model that has no row for a token of the data; what does not occur needs none.
 
     Raises:
@@ -138,15 +126,10 @@ def check_vocab(info: DatasetInfo, config: RunConfig) -> None:
     if info.largest_id is None:
         what = f"may hold ids up to {info.vocab_size - 1} (prepared anew, it would say which it does hold)"
     raise DataError(
-        f"model.vocab_size={rows} is too small: data.path={config.data.path!r} {what}, which would have no embedding. "
+        f"model.vocab_size={rows} is too small: {key}={path!r} {what}, which would have no embedding. "
         f"Set model.vocab_size={info.vocab_size} for a new model. One that was trained with {rows} needs data of its "
         "own tokenizer: solvent prepare INPUT --tokenizer ITS/tokenizer.json"
     )
-
-
-def has_validation(dataset: Dataset) -> bool:
-    """Tell whether anything is held out; data may be prepared without."""
-    return dataset.info.val.num_tokens > 0
 
 
 def check_not_empty(dataset: Dataset, split: Split, seq_len: int) -> None:

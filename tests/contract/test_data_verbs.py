@@ -34,7 +34,8 @@ def ask(capsys, *arguments):
 
 
 def test_ls_tells_what_the_shards_hold(made, capsys):
-    code, found = ask(capsys, "ls", made)
+    code, listed = ask(capsys, "ls", made)
+    (found,) = listed["sources"]
     info = read_info(made)
     rows = [row for shard in info.train.shards for row in pa.ipc.open_file(made / shard.file).read_all()["tokens"]]
     train = found["splits"]["train"]
@@ -63,7 +64,9 @@ def test_a_sample_that_begins_within_a_document_says_so(made, capsys):
 
 
 def test_whole_data_is_whole(made, capsys):
-    assert ask(capsys, "verify", made) == (0, {"path": str(made), "is_whole": True, "damage": []})
+    code, found = ask(capsys, "verify", made)
+    assert code == 0 and found["is_whole"]
+    assert [(row["path"], row["damage"]) for row in found["sources"]] == [(str(made), [])]
 
 
 def damage_byte(path):
@@ -109,7 +112,7 @@ def cut_row(tokens, offsets):
 def test_content_that_cannot_be_right_is_told_whatever_the_checksums_say(data, capsys, change, told):
     rewrite(data, change)
     code, found = ask(capsys, "verify", data)
-    assert code == 1 and any(told in line for line in found["damage"])
+    assert code == 1 and any(told in line for line in found["sources"][0]["damage"])
 
 
 def test_every_damaged_file_is_told(data, capsys):
@@ -120,7 +123,7 @@ def test_every_damaged_file_is_told(data, capsys):
     code, found = ask(capsys, "verify", data)
     assert code == 1
     for told in (f"{first.file} is corrupt", f"{second.file} is missing", "tokenizer.json is not the file"):
-        assert sum(told in line for line in found["damage"]) == 1
+        assert sum(told in line for line in found["sources"][0]["damage"]) == 1
 
 
 def test_what_is_no_data_is_named(tmp_path, capsys):

@@ -19,12 +19,12 @@ from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
 from elastic.config import DataConfig, RunConfig
+from elastic.data.corpus import open_corpus
 from elastic.data.encoder import encode_long, split_text
 from elastic.data.format import read_info
 from elastic.data.hf_tokenizer import read_tokenizer
 from elastic.data.kjv import read_chapters
 from elastic.data.prepare import prepare
-from elastic.data.shards import check_fits, open_dataset
 from elastic.data.tokenizer import get_prefix, load_tokenizer, train_tokenizer
 from elastic.errors import DataError
 from elastic.models.llama import Config as ModelConfig
@@ -175,7 +175,7 @@ def test_names_that_the_data_never_uses_need_no_row_in_an_embedding(tmp_path, ll
 
     def check(rows):
         data = DataConfig(path=str(tmp_path / "out"), seq_len=8)
-        check_fits(open_dataset(tmp_path / "out"), RunConfig(model=ModelConfig(vocab_size=rows), data=data))
+        open_corpus(RunConfig(model=ModelConfig(vocab_size=rows), data=data)).check_fits()
 
     check(size)
     prepare_texts(tmp_path, ["A <fim_suffix>. " * 40], tokenizer=tmp_path / "more.json", overwrite=True)
@@ -212,4 +212,4 @@ def test_data_without_validation_is_accepted_and_told(tmp_path, llama_2):
     _, notes, _ = prepare_texts(tmp_path, ["A text. " * 40], tokenizer=llama_2)
     assert any("nothing is held out" in note for note in notes)
     data = DataConfig(path=str(tmp_path / "out"), seq_len=8)
-    check_fits(open_dataset(tmp_path / "out"), RunConfig(model=ModelConfig(vocab_size=1000), data=data))
+    open_corpus(RunConfig(model=ModelConfig(vocab_size=1000), data=data)).check_fits()

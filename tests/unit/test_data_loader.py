@@ -41,7 +41,9 @@ def make_config(*, steps=3, global_batch=12, micro_batch=4, eval_samples=20, pre
 
 
 def load(dataset, config, *, rank=0, world_size=1, start_step=0):
-    with Loader(Corpus(dataset, config), rank=rank, world_size=world_size, device=CPU, start_step=start_step) as loader:
+    with Loader(
+        Corpus({"": dataset}, config), rank=rank, world_size=world_size, device=CPU, start_step=start_step
+    ) as loader:
         return list(loader)
 
 
@@ -102,7 +104,7 @@ def test_an_error_of_the_thread_is_raised_at_its_step_and_ends_the_thread(datase
     steps = []
     with (
         pytest.raises(OSError, match="the disk is gone"),
-        Loader(Corpus(broken, config), rank=0, world_size=1, device=CPU, start_step=0) as loader,
+        Loader(Corpus({"": broken}, config), rank=0, world_size=1, device=CPU, start_step=0) as loader,
     ):
         steps.extend(step for step, _ in loader)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
@@ -118,7 +120,7 @@ def test_leaving_the_block_early_ends_the_thread_without_reading_the_rest(datase
 
     counting = Counting(dataset.folder, dataset.info)
     config = make_config(steps=1000, prefetch_steps=3)
-    with Loader(Corpus(counting, config), rank=0, world_size=1, device=CPU, start_step=0) as loader:
+    with Loader(Corpus({"": counting}, config), rank=0, world_size=1, device=CPU, start_step=0) as loader:
         next(loader)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
     assert counting.num_reads <= 12 * (1 + 3)
@@ -129,7 +131,7 @@ def test_leaving_the_block_early_ends_the_thread_without_reading_the_rest(datase
 def test_evaluation_sees_the_first_samples_once_whatever_the_world(dataset, world_size, eval_samples):
     config = make_config(eval_samples=eval_samples)
     ranks = [
-        list(eval_batches(Corpus(dataset, config), rank=rank, world_size=world_size, device=CPU))
+        list(eval_batches(Corpus({"": dataset}, config), rank=rank, world_size=world_size, device=CPU))
         for rank in range(world_size)
     ]
     assert len({len(batches) for batches in ranks}) == 1
@@ -145,7 +147,7 @@ def test_evaluation_sees_the_first_samples_once_whatever_the_world(dataset, worl
 def test_an_empty_validation_is_refused_at_the_call_and_not_at_the_first_batch(dataset):
     config = replace(make_config(), data=DataConfig(seq_len=dataset.info.val.num_tokens))
     with pytest.raises(DataError, match="val split"):
-        eval_batches(Corpus(dataset, config), rank=0, world_size=1, device=CPU)
+        eval_batches(Corpus({"": dataset}, config), rank=0, world_size=1, device=CPU)
 
 
 def test_training_data_shorter_than_a_sequence_is_refused(dataset):

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from elastic.config import DataConfig, RunConfig
 from elastic.data import checksums as verify
+from elastic.data.corpus import open_corpus
 from elastic.data.prepare import prepare
-from elastic.data.shards import check_fits, open_dataset
+from elastic.data.shards import open_dataset
 from elastic.errors import DataError
 from elastic.models.llama import Config as ModelConfig
 
@@ -175,17 +176,17 @@ def config(path, *, vocab_size=300, seq_len=8):
 
 
 def test_data_that_fits_is_accepted(made):
-    check_fits(open_dataset(made), config(made))
+    open_corpus(config(made)).check_fits()
 
 
 def test_a_model_without_a_row_for_every_token_is_refused(made):
     with pytest.raises(DataError, match=r"model\.vocab_size=299.*Set model\.vocab_size=300"):
-        check_fits(open_dataset(made), config(made, vocab_size=299))
+        open_corpus(config(made, vocab_size=299)).check_fits()
 
 
 def test_a_sequence_longer_than_a_split_is_refused_with_the_longest_that_fits(made):
     dataset = open_dataset(made)
     longest = dataset.info.val.num_tokens - 1
-    check_fits(dataset, config(made, seq_len=longest))
+    open_corpus(config(made, seq_len=longest)).check_fits()
     with pytest.raises(DataError, match=rf"val split.*data\.seq_len to at most {longest}"):
-        check_fits(dataset, config(made, seq_len=longest + 1))
+        open_corpus(config(made, seq_len=longest + 1)).check_fits()

@@ -16,6 +16,7 @@ from elastic.checkpoint.format.manifest import Manifest
 from elastic.config import OptimConfig, RunConfig
 from elastic.errors import CheckpointError, ConfigError, DataError
 from elastic.lr_schedule import learning_rate
+from elastic.mixture import build_mixture, cut_description, describe_paths
 from elastic.ports import DataIdentity
 
 _SAMPLE_KEYS = ("data.seq_len", "train.global_batch", "train.seed")
@@ -24,6 +25,8 @@ _FREE_KEYS = frozenset({"precision", "data.path", "train.steps", "train.max_grad
 
 _IDENTITY = "data.identity"
 """Not a key of a configuration, but of what a configuration came to."""
+_MIXTURE = "data.mixture"
+"""As above; without it there is one source."""
 _JUMP = 1.05
 """A learning rate that changes by more from one update to the next is told."""
 
@@ -34,8 +37,10 @@ def get_computing_config(config: RunConfig, data: DataIdentity | None = None) ->
     for part, values in asdict(config).items():
         flat |= {f"{part}.{name}": v for name, v in values.items()} if isinstance(values, dict) else {part: values}
     chosen = _FREE_KEYS.union(_SAMPLE_KEYS)
-    identity: dict[str, object] = {_IDENTITY: asdict(data)} if data else {}
-    return identity | {key: v for key, v in flat.items() if key in chosen or key.startswith(("model.", "optim."))}
+    results: dict[str, object] = {_IDENTITY: asdict(data)} if data else {}
+    if mixture := build_mixture(config):
+        results[_MIXTURE] = mixture.describe()
+    return results | {key: v for key, v in flat.items() if key in chosen or key.startswith(("model.", "optim."))}
 
 
 def get_config_hash(computing_config: Mapping[str, object]) -> str:
@@ -65,6 +70,8 @@ def check_resume(config: RunConfig, manifest: Manifest, *, data: DataIdentity | 
     changed = check_config(config, manifest)
     step = manifest.progress.step
     remarks = [_check_data(config, manifest, data)] if data else []
+    if not (data and config.data.replace == data.name):
+        _check_mixture(config, manifest)
     if changed:
         changes = ", ".join(f"{key}: {then} -> {now}" for key, (then, now) in sorted(changed.items()))
         remarks.append(f"resuming at step {step} under a changed configuration: {changes}")
@@ -88,14 +95,18 @@ def _check_data(config: RunConfig, manifest: Manifest, now: DataIdentity) -> str
     if then is None:
         return (
             f"the checkpoint of step {step} does not say which data it was trained on (an older version of Solvent "
-            f"wrote it): data.path={config.data.path!r} is taken for it, and the next checkpoint says so"
+            f"wrote it): {describe_paths(config.data)} is taken for it, and the next checkpoint says so"
         )
     differences: list[str] = []
     if now.tokenizer_sha256 != then.tokenizer_sha256:
         differences.append("its tokens are another tokenizer's, so that ids mean other text")
-    if then.train_sha256 and now.train_sha256 != then.train_sha256:
+    if then.sources and now.sources:  # one that was added, or is not used any more, is for the mixture to judge
+        both = sorted(name for name in then.sources.keys() & now.sources.keys())
+        others = [name for name in both if then.sources[name] != now.sources[name]]
+        differences += [f"other data in the source {name}" for name in others]
+    elif then.train_sha256 and now.train_sha256 != then.train_sha256:
         differences.append(f"{now.train_tokens:,} other training tokens instead of {then.train_tokens:,}")
-    if then.train_sha256 and now.val_sha256 != then.val_sha256:
+    if not then.sources and then.train_sha256 and now.val_sha256 != then.val_sha256:
         differences.append(f"{now.val_tokens:,} other validation tokens instead of {then.val_tokens:,}")
     if not differences:
         return ""
@@ -103,10 +114,37 @@ def _check_data(config: RunConfig, manifest: Manifest, now: DataIdentity) -> str
     if config.data.replace == now.name:
         return f"from step {step} on this run goes on with other data, as data.replace={now.name} says: {what}"
     raise DataError(
-        f"data.path={config.data.path!r} does not hold what this run was trained on up to step {step}: {what}. Samples "
-        "would be left out or repeated in silence. Set data.path to the data of the run, start another run with "
+        f"{describe_paths(config.data)} does not hold what this run was trained on up to step {step}: {what}. Samples "
+        "would be left out or repeated in silence. Name the data of the run, start another run with "
         f"run=<new name>, or go on with this data on purpose with data.replace={now.name}."
     )
+
+
+def _check_mixture(config: RunConfig, manifest: Manifest) -> None:
+    """Refuse another mixture than that of the samples that the run has taken; from here on it may be another.
+
+    Raises:
+        ConfigError: it is another.
+    """
+    step, mixture = manifest.progress.step, build_mixture(config)
+    then, now = manifest.config.get(_MIXTURE), mixture.describe() if mixture else None
+    num_samples = step * config.train.global_batch
+    if not step or cut_description(then, num_samples) == cut_description(now, num_samples):
+        return
+    advice = "Set them back"
+    if then and mixture:
+        weights = zip(mixture.names, mixture.phases[-1].weights, strict=True)
+        keys = [f"from_step={step + 1}", *(f"weights.{name}={weight}" for name, weight in weights if weight)]
+        later = " ".join(f"data.phases.NAME.{key}" for key in keys)
+        advice = f"Set them back, and say from which step on they change ({later})"
+    raise ConfigError(
+        f"data.sources and data.phases say {_tell(now)}, but up to step {step} this run was trained on {_tell(then)}: "
+        f"samples would be left out or repeated. {advice}, or start another run with run=<new name>."
+    )
+
+
+def _tell(description: Mapping[str, Any] | None) -> str:
+    return f"a mixture of {description['phases']} (from this sample on, these weights)" if description else "data.path"
 
 
 def _compare_learning_rates(config: RunConfig, manifest: Manifest) -> str:
