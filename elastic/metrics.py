@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 PEAK_BF16_FLOPS: tuple[tuple[str, float], ...] = (
     ("B200", 2250e12),
+    ("MI300X", 1307.4e12),
     ("GH200", 989.4e12),
     ("H200 NVL", 835.5e12),
     ("H200", 989.4e12),
@@ -21,6 +22,7 @@ PEAK_BF16_FLOPS: tuple[tuple[str, float], ...] = (
     ("L40", 181.05e12),
     ("L4", 121e12),
     ("A40", 149.7e12),
+    ("A6000", 154.8e12),
     ("A10G", 70e12),
     ("A10", 125e12),
     ("RTX 5090", 209.5e12),
@@ -34,9 +36,9 @@ bf16: fp16). The first match counts, so a longer name stands before its prefix.
 
 Source: NVIDIA's data sheets, whose figures "with sparsity" are halved: nvidia.com/en-us/data-center/{dgx-b200,h200,
 h100,a100,l40s,l40,l4,a40,products/a10-gpu,tesla-v100,tesla-t4}; the architecture white papers of Ampere GA102
-(RTX 3090: 71), Ada (RTX 4090: 165.2) and Blackwell RTX (RTX 5090: 209.5), appendix "peak FP16/BF16 tensor TFLOPS with
-FP32 accumulate"; A10G: 70, NVIDIA's data sheet for the card that AWS calls g5. Compared on 2026-11-24 with public
-tables that quote these sheets, not with the sheets themselves.
+(RTX 3090: 71, RTX A6000: 154.8), Ada (RTX 4090: 165.2) and Blackwell RTX (RTX 5090: 209.5), appendix "peak FP16/BF16
+tensor TFLOPS with FP32 accumulate"; A10G: 70, NVIDIA's data sheet for the card that AWS calls g5; AMD's data sheet of
+the MI300X. Compared on 2026-11-24 with public tables that quote these sheets, not with the sheets themselves.
 """
 
 
