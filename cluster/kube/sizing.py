@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from cluster.kube.options import Options
-from elastic import plugins
+from cluster.planner.memory import NODE_GIB, TRAINER_GIB, estimate_host_gib, get_shard_ways
 from elastic.config import RunConfig
 from elastic.errors import ConfigError
 
@@ -17,13 +17,7 @@ _STATE_BYTES_PER_PARAMETER = 12
 """Weights and AdamW's two moments, all fp32 (elastic/checkpoint)."""
 _CPU_BYTES_PER_PARAMETER = 8
 """Beside the state, where it is trained in host memory: gradients, and as much again for copies in other types."""
-_SNAPSHOTS = 4
 _GIB = 2**30
-# Estimates, not measured: what a process with torch and CUDA holds of host memory, and the rest of a node.
-_TRAINER_GIB = 6.0
-_SPARE_GIB = 3.0
-"""A spare trainer has opened its device and loaded compiled code, and holds no state."""
-_NODE_GIB = 4.0
 _CPUS_FOR_RAY = 2
 OBJECT_STORE_BYTES = 200 * 2**20
 """Nothing of ours goes through Ray's object store; 75 MiB is the least that Ray takes."""
@@ -73,7 +67,7 @@ def plan_sizes(config: RunConfig, options: Options) -> Sizes:
     if memory_gib * 1024 <= shm_mib:
         raise ConfigError(
             f"--set memory_gib_per_node={memory_gib} leaves nothing beside {shm_mib} MiB of /dev/shm. Leave it out, or "
-            f"set memory_gib_per_node={math.ceil(_NODE_GIB + workers * _TRAINER_GIB)}."
+            f"set memory_gib_per_node={math.ceil(NODE_GIB + workers * TRAINER_GIB)}."
         )
     return Sizes(
         uses_gpus=bool(cluster.gpus_per_worker),
@@ -88,16 +82,10 @@ def plan_sizes(config: RunConfig, options: Options) -> Sizes:
 
 def estimate_memory_gib(config: RunConfig, workers_per_node: int) -> int:
     """Return the host memory that the processes and snapshots of a node may take, in the smallest world allowed."""
-    parameters = config.model.num_params
     ranks = config.cluster.min_workers
-    sharded_over = plugins.read_constant("elastic.strategies", config.strategy, "SHARDED_OVER")
-    if sharded_over == "group":
-        ranks = min(ranks, config.shard_size or workers_per_node)
-    shard_bytes = parameters * _STATE_BYTES_PER_PARAMETER / ranks
-    trainer_bytes = _TRAINER_GIB * _GIB + _SNAPSHOTS * shard_bytes
+    gib = estimate_host_gib(config, world_size=ranks, gpus_per_node=workers_per_node)
     if not config.cluster.gpus_per_worker:
-        held = parameters / (ranks if sharded_over else 1)
-        trainer_bytes += held * (_STATE_BYTES_PER_PARAMETER + _CPU_BYTES_PER_PARAMETER)
-    if config.compile and config.cluster.spare_trainers:
-        trainer_bytes += _SPARE_GIB * _GIB
-    return math.ceil(_NODE_GIB + workers_per_node * trainer_bytes / _GIB)
+        ways = get_shard_ways(config, world_size=ranks, gpus_per_node=workers_per_node)
+        held = config.model.num_params / ways
+        gib += workers_per_node * held * (_STATE_BYTES_PER_PARAMETER + _CPU_BYTES_PER_PARAMETER) / _GIB
+    return math.ceil(gib)

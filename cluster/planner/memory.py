@@ -1,0 +1,265 @@
+"""GiB of a GPU that a configuration takes, by what takes them and at which moment of a step. Pure.
+
+A step has four moments at which most is held: when the loss is computed (all activations and the logits), when the
+backward enters the last block and the first one (fewer activations, more gradients), and when it ends (all gradients,
+and what is still being reduced). Peaks are what `torch.cuda.max_memory_allocated` says; `GpuSpec.usable_gib` leaves
+room for the rest.
+
+Calibrated with peaks on H200 (torch 2.11, bf16, compiled; `tests/gpu/bench_memory.py` prints both).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from cluster.planner.shape import BlockShape, get_block_shape
+from elastic import plugins
+from elastic.config import RunConfig
+
+GIB = 2**30
+_MAX_LOGITS_BYTES = 2**32
+"""As `elastic/loss.py`: positions are taken in chunks whose logits fit."""
+_MAX_GRAPHED_FLOPS = 3e13
+"""As `elastic/graphs.py`: what is smaller is recorded as a CUDA graph."""
+_EAGER_BYTES_PER_DIM = 11
+"""Of a token and layer, more than compiled: norms in fp32, and what is not fused. Measured: 1.04 B on H100, 41.5
+GiB."""
+_WORKSPACE_BYTES = 0.1 * GIB
+"""cuBLAS's, batches and sums."""
+
+Moment = Literal["loss", "backward begins", "backward ends", "update"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What one GPU holds at the worst moment."""
+
+    gib: Mapping[str, float]
+    """By what it is for; the sum is the peak."""
+    moment: Moment
+    shown_gib: float
+    """What `max_memory_allocated` shows after the first steps: less, where a CUDA graph holds its memory for itself."""
+
+    @property
+    def peak_gib(self) -> float:
+        """All of it."""
+        return sum(self.gib.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Held:
+    """How a strategy spreads the state; bytes."""
+
+    state: float
+    """Weights, moments, and copies that stay."""
+    grads: float
+    """All gradients at the end of a step's last backward."""
+    carried: float
+    """Gradients that are there when the last backward begins."""
+    gathered_root: float
+    gathered_blocks: float
+    reducing_block: float
+    reducing_root: float
+    joins: bool
+    """Layers that read one input are joined (`elastic/strategies/_copies.py`)."""
+    grad_bytes_per_param: float
+    """Of the gradients as they are computed."""
+
+
+def estimate_memory(config: RunConfig, *, world_size: int, gpus_per_node: int = 1) -> Memory:
+    """Return what the fullest GPU of a world holds.
+
+    Args:
+        gpus_per_node: over how many `strategy=hsdp` without a shard_size spreads the state.
+    """
+    shape = get_block_shape(config.model)
+    micro_batch, num_microbatches = split_batch(config, world_size)
+    held = _spread(config, shape, world_size=world_size, gpus_per_node=gpus_per_node, accumulates=num_microbatches > 1)
+    tokens = micro_batch * config.data.seq_len
+    element = get_element_bytes(config)
+    kept, whole = _count_activations(config, shape, joins=held.joins)
+    layers, loss = shape.num_layers, _Loss.of(shape, tokens=tokens, element=element)
+    scale = tokens * element / 2
+    head_grad = element * shape.head_params
+    block_work = scale * (max(0.0, whole - kept) + shape.temporary_bytes)
+    block_grads = held.grads * shape.matrix_params / shape.num_params
+    moments: dict[Moment, dict[str, float]] = {
+        "loss": {
+            "activations": scale * kept * layers + 3 * loss.hidden,
+            "logits": loss.peak,
+            "gradients": held.carried + (0 if loss.is_chunked else head_grad),
+            "gathered": held.gathered_root + held.gathered_blocks,
+        },
+        "backward begins": {
+            "activations": scale * kept * layers + block_work,
+            "gradients": held.carried + max(head_grad, loss.saved),
+            "gathered": held.gathered_root + held.gathered_blocks,
+        },
+        "backward ends": {
+            "activations": scale * kept + block_work,
+            "gradients": max(held.carried, held.grads - block_grads - held.grads * shape.root_params / shape.num_params)
+            + max(head_grad, loss.saved),
+            "gathered": held.gathered_root + held.gathered_blocks + held.reducing_block,
+        },
+        "update": {
+            "activations": 0.0,
+            "gradients": held.grads * (1 - shape.root_params / shape.num_params) + held.reducing_root
+            if held.reducing_root
+            else held.grads,
+            "gathered": held.reducing_block,
+        },
+    }
+    fixed = {"state": held.state, "buffers": _WORKSPACE_BYTES}
+    worst = max(moments, key=lambda moment: sum(moments[moment].values()))
+    parts = {name: size / GIB for name, size in (fixed | moments[worst]).items() if size}
+    shown = sum(parts.values())
+    if _is_graphed(config, world_size=world_size, tokens=tokens):
+        shown = (held.state + held.grads + _WORKSPACE_BYTES) / GIB
+    return Memory(gib=parts, moment=worst, shown_gib=shown)
+
+
+def split_batch(config: RunConfig, world_size: int) -> tuple[int, int]:
+    """Return the samples of a microbatch on the fullest rank, and how many microbatches a step has there."""
+    samples = math.ceil(config.train.global_batch / world_size)
+    num_microbatches = math.ceil(samples / config.train.micro_batch)
+    return math.ceil(samples / num_microbatches), num_microbatches
+
+
+def get_element_bytes(config: RunConfig) -> int:
+    """Return the size of an activation."""
+    return 4 if config.precision in ("fp32", "tf32") else 2
+
+
+def get_shard_ways(config: RunConfig, *, world_size: int, gpus_per_node: int) -> int:
+    """Return over how many ranks the state is cut."""
+    match plugins.read_constant("elastic.strategies", config.strategy, "SHARDED_OVER"):
+        case "world":
+            return world_size
+        case "group":
+            wanted = min(config.shard_size or gpus_per_node, world_size)
+            return next(size for size in range(wanted, 0, -1) if world_size % size == 0)
+        case _:
+            return 1
+
+
+def is_whole(config: RunConfig, world_size: int) -> bool:
+    """Tell whether a rank holds all of the model, without a wrapper: strategy=single, or auto on one rank."""
+    return config.strategy == "single" or (config.strategy == "auto" and world_size == 1)
+
+
+def _is_graphed(config: RunConfig, *, world_size: int, tokens: int) -> bool:
+    flops = 6.0 * config.model.num_matrix_params * tokens
+    is_copy = is_whole(config, world_size) and config.precision in ("bf16", "fp8", "fp8_rowwise")
+    return config.cuda_graph == "auto" and is_copy and flops < _MAX_GRAPHED_FLOPS
+
+
+def _spread(config: RunConfig, shape: BlockShape, *, world_size: int, gpus_per_node: int, accumulates: bool) -> _Held:
+    params, element = shape.num_params, get_element_bytes(config)
+    if is_whole(config, world_size) and config.precision in ("bf16", "fp8", "fp8_rowwise"):
+        # fp32 weights and moments, a copy that computes; its gradients are used as they are, or summed in fp32
+        return _Held(
+            state=14.0 * params,
+            grads=(4.0 if accumulates else 2.0) * params,
+            carried=4.0 * params if accumulates else 0.0,
+            gathered_root=0.0,
+            gathered_blocks=0.0,
+            reducing_block=0.0,
+            reducing_root=0.0,
+            joins=True,
+            grad_bytes_per_param=2.0,
+        )
+    if is_whole(config, world_size) or config.strategy == "ddp":
+        has_buckets = config.strategy == "ddp"
+        autocast = 2.0 * config.model.num_matrix_params if element == 2 else 0.0
+        return _Held(
+            state=12.0 * params,
+            grads=4.0 * params,
+            carried=4.0 * params if accumulates or has_buckets else 0.0,
+            gathered_root=2.0 * shape.head_params if element == 2 else 0.0,  # cast for autocast, as all matrices are
+            gathered_blocks=autocast - 2.0 * shape.head_params if autocast else 0.0,
+            reducing_block=0.0,
+            reducing_root=0.0,
+            joins=False,
+            grad_bytes_per_param=4.0,
+        )
+    ways = get_shard_ways(config, world_size=world_size, gpus_per_node=gpus_per_node)
+    block, root = shape.matrix_params, shape.root_params
+    return _Held(
+        state=12.0 * params / ways,
+        grads=4.0 * params / ways,
+        carried=4.0 * params / ways if accumulates else 0.0,
+        gathered_root=float(element * root),
+        gathered_blocks=2.0 * element * block,
+        # what is summed over ranks goes through a buffer in fp32 that lives until the next one is full
+        reducing_block=4.0 * block + 4.0 * block / ways,
+        reducing_root=4.0 * root + 4.0 * root / ways,
+        joins=False,
+        grad_bytes_per_param=float(element),
+    )
+
+
+def _count_activations(config: RunConfig, shape: BlockShape, *, joins: bool) -> tuple[float, float]:
+    """Return the bytes per token that a block keeps, and those that its backward needs, with elements of 2 bytes."""
+    is_fp8 = config.precision in ("fp8", "fp8_rowwise")
+    whole: float = shape.joined_bytes if joins or is_fp8 else shape.apart_bytes
+    if is_fp8:  # what products read is cast again from what was there before it: norms are not kept
+        whole -= 2 * 2 * shape.dim
+    if not config.compile:
+        whole += _EAGER_BYTES_PER_DIM * shape.dim + (0 if joins else 2 * shape.ffn_dim)
+    match config.recompute:
+        case "none":
+            kept = whole
+        case "full":
+            kept = shape.input_bytes
+        case "budget":
+            kept = max(shape.input_bytes, config.recompute_budget * whole)
+        case "selective":
+            kept = shape.products_bytes + (0 if config.compile else _EAGER_BYTES_PER_DIM * shape.dim)
+    return kept, whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Loss:
+    """The output layer and its loss; bytes."""
+
+    peak: float
+    """While it is computed."""
+    saved: float
+    """Of gradients that the forward has computed already, if it goes by chunks."""
+    hidden: float
+    is_chunked: bool
+
+    @classmethod
+    def of(cls, shape: BlockShape, *, tokens: int, element: int) -> "_Loss":
+        logits, hidden = float(tokens * shape.vocab_size * element), float(tokens * shape.dim * element)
+        if logits <= _MAX_LOGITS_BYTES:
+            return cls(peak=logits, saved=0.0, hidden=hidden, is_chunked=False)
+        weight_grad = 4.0 * shape.head_params
+        # a sum of two products is another tensor
+        return cls(peak=_MAX_LOGITS_BYTES + 2 * weight_grad, saved=1.5 * weight_grad, hidden=hidden, is_chunked=True)
+
+
+# ---- beside the GPU
+
+_STATE_BYTES_PER_PARAMETER = 12
+"""Weights and AdamW's two moments, all fp32 (elastic/checkpoint)."""
+_SNAPSHOTS = 4
+"""Of a rank's own shard the newest complete one and the one being taken, and as many held for a peer."""
+_STAGED = 2
+"""Without snapshots in memory: those on their way to the storage."""
+# Estimates, not measured: what a process with torch and CUDA holds of host memory, and the rest of a node.
+TRAINER_GIB, SPARE_GIB, NODE_GIB = 6.0, 3.0, 4.0
+"""A spare trainer has opened its device and loaded compiled code, and holds no state."""
+
+
+def estimate_host_gib(config: RunConfig, *, world_size: int, gpus_per_node: int) -> float:
+    """Return the host memory that the processes and snapshots of a node take, GPUs holding the state itself."""
+    has_shards = plugins.read_constant("elastic.strategies", config.strategy, "SHARDED_OVER") is not None
+    ways = get_shard_ways(config, world_size=world_size, gpus_per_node=gpus_per_node) if has_shards else world_size
+    shard_gib = config.model.num_params * _STATE_BYTES_PER_PARAMETER / ways / GIB
+    num_snapshots = _SNAPSHOTS if config.checkpoint.memory != "off" else _STAGED
+    trainer_gib = TRAINER_GIB + num_snapshots * shard_gib
+    if config.compile and config.cluster.spare_trainers:
+        trainer_gib += SPARE_GIB
+    return NODE_GIB + gpus_per_node * trainer_gib
