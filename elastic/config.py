@@ -40,6 +40,12 @@ _MEMORY_SHARE = Constraint(
     why="it is a share of the memory that recompute=none uses",
     fix="Try {key}={default}.",
 )
+_BUDGET_SHARE = Constraint(
+    holds=lambda value: 0 < value <= 1,
+    must="be more than 0 and at most 1",
+    why="it is a share of the budget",
+    fix="Try {key}={default}.",
+)
 _ONE_GPU = Constraint(
     holds=lambda value: value in (0, 1),
     must="be 0 (CPU) or 1",
@@ -317,6 +323,22 @@ class CostConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BudgetConfig:
+    """What a run may cost and how long it may take; `solvent plan` keeps to it, and so does the run itself."""
+
+    max_usd: Annotated[float, NOT_NEGATIVE] = 0.0
+    """The run saves and leaves, resumable, before it has cost more over all its attempts, by the prices of `cost`.
+    0: no limit."""
+    max_hours: Annotated[float, NOT_NEGATIVE] = 0.0
+    """The same for the hours since its first attempt began. 0: no limit."""
+    warn_at: Annotated[float, _BUDGET_SHARE] = 0.8
+    """The share of either at which it warns."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, prefix="budget.", error=ConfigError)
+
+
+@dataclass(frozen=True, kw_only=True)
 class WandbConfig:
     """Weights & Biases. What is not set here is W&B's own environment's to say (WANDB_PROJECT, WANDB_NAME, ...)."""
 
@@ -370,6 +392,7 @@ class RunConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     fault: FaultConfig = field(default_factory=FaultConfig)
     cost: CostConfig = field(default_factory=CostConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:

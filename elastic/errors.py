@@ -8,7 +8,8 @@
     |   `-- StorageError            the run directory cannot be written, is full, or is in use
     |       |-- SavesFailedError    exit code 3: save after save failed; the same command resumes
     |       `-- StaleGenerationError     another process has taken the run over; this one writes nothing more
-    |-- ClusterError                a cluster elsewhere refuses, or cannot be reached
+    |-- NoPlanError                 exit code 4: nothing that can be rented keeps to the limits; the message says what
+    would |-- ClusterError                a cluster elsewhere refuses, or cannot be reached
     |-- CheckpointError             a checkpoint is torn, foreign or does not fit the model
     |-- NoticeError                 a provider's notice cannot be understood
     `-- StepError                   too many steps were bad; none of them was applied
@@ -54,6 +55,12 @@ class SavesFailedError(StorageError):
 
 class StaleGenerationError(StorageError):
     """The run goes on elsewhere: a newer generation than this process holds was taken."""
+
+
+class NoPlanError(SolventError):
+    """Nothing that can be rented keeps to the limits."""
+
+    exit_code = 4
 
 
 class ClusterError(SolventError):

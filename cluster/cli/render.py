@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.cli._planning import plan_first
 from cluster.cli._runs import add_json, print_json
 from elastic.errors import ConfigError
 from elastic.paths import expand_home
@@ -40,11 +41,16 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", metavar="key=value", nargs="*")
     parser.add_argument("--set", dest="options", metavar="key=value", action="append", default=[], help="an option")
     parser.add_argument("--override", metavar="FILE", type=Path, help="fragments of manifests, merged by name")
+    parser.add_argument("--plan", action="store_true", help="tell the plan first; exit 4 if nothing keeps to budget.*")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the stream, or write the files of kustomize."""
     from cluster.kube.text import dump_documents
+    from elastic.config_load import load
+
+    if args.plan:
+        plan_first(load(args.config, args.overrides), args)
 
     documents = render_for(args, args.profile)
     header = get_command(args)

@@ -9,6 +9,7 @@ following; the run goes on.
 import argparse
 
 from cluster.cli import _submit_kuberay, _submit_ray
+from cluster.cli._planning import plan_first
 from cluster.cli._runs import add_json
 from cluster.cli.render import add_placement
 from elastic.errors import ConfigError
@@ -33,8 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Submit and follow; return the run's own exit code."""
+    from elastic.config_load import load
+
     for name, target in TARGETS.items():
         for option, field in target.OPTIONS.items() if name != args.to else ():
             if getattr(args, field):
                 raise ConfigError(f"{option} is for --to {name}, and this is --to {args.to}. Leave it out.")
+    if args.plan and not args.delete:
+        plan_first(load(args.config, args.overrides), args)
     return TARGETS[args.to].run(args)
