@@ -13,9 +13,9 @@ Tier = Literal["memory", "storage"]
 """How far a state goes; what goes to the storage is in memory first."""
 
 _RECENT = 20
-_LONGEST_UNSAVED_S = 3.0
+_LONGEST_UNSAVED_S = 2.5
 """A snapshot is begun so long after the last one at the latest, if that costs training next to nothing:"""
-_MOST_SHARE = 0.004
+_MOST_SHARE = 0.005
 """of its time."""
 _FIRST_COST = SaveCost(stall_s=1.0, busy_s=1.0)
 """What a durable save is taken to cost until one was measured."""
