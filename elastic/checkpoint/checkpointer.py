@@ -42,8 +42,8 @@ from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.checkpoint.train_state import get_rng_name, get_rng_state
 from elastic.config import RunConfig
 from elastic.ports import Address, DataIdentity, Progress
+from elastic.stopwatch import Stopwatch
 from elastic.storage import Storage
-from elastic.timeline import Stopwatch
 
 logger = logging.getLogger(__name__)
 
@@ -306,7 +306,7 @@ class Checkpointer:
         """
         save = self._saves["memory"]
         copy = save.staged.copy
-        if self._memory is None or copy is None or not can_send(self._device, None):
+        if self._memory is None or copy is None or (self._world_size > 1 and not can_send(self._device, None)):
             return False
         memory, own = copy.memory, save.plan.own
         offer = Offer(leaves=leaves, room_bytes=get_room_bytes(self._device))
