@@ -5,6 +5,7 @@ rank's own numbers in place, so each sum that counts is taken together with a su
 """
 
 import ctypes
+import logging
 import os
 import socket
 import struct
@@ -18,6 +19,10 @@ from time import monotonic, sleep
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from elastic.stopwatch import Stopwatch
+
+logger = logging.getLogger(__name__)
 
 _STILL_S = 0.02
 """So long without a byte means that no message is under way: a thread on a busy machine goes on sooner."""
@@ -196,14 +201,19 @@ class Breaker:
             self.is_broken = True
             if self._presence is not None:
                 self._presence.revoke()  # before anything is aborted
+        stopwatch = Stopwatch()
         self._wait_until_still()
+        stopwatch.lap("still")
         with self._lock:
             if self._presence is None:
                 return
             for descriptor, inode in _group_sockets.list_open():
                 _shut_down(descriptor, inode)
+            stopwatch.lap("gloo")
             if self._has_nccl and dist.is_initialized():
                 abort_all()
+                stopwatch.lap("NCCL")
+            logger.info("world broken: %s", stopwatch)
 
     def _wait_until_still(self) -> None:
         """Wait until no message is under way, but not for long: a frozen peer may never take the rest of one."""

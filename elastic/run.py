@@ -1,5 +1,6 @@
 """The composition root of a trainer: a configuration and a place in a world become parts, a loop and an outcome."""
 
+import gc
 import logging
 import re
 from collections.abc import Callable, Generator, Sequence
@@ -16,14 +17,7 @@ from torch.distributed.distributed_c10d import Store
 from elastic.attention import agree_on_attention
 from elastic.breaker import Breaker
 from elastic.checkpoint.checkpointer import Checkpointer
-from elastic.checkpoint.durable.retention import remove_orphans
-from elastic.checkpoint.durable.storage_errors import (
-    PATIENCE_S,
-    check_space,
-    estimate_checkpoint_bytes,
-    explain,
-    keep_trying,
-)
+from elastic.checkpoint.durable.storage_errors import explain
 from elastic.checkpoint.restore.first_weights import check_first_weights
 from elastic.checkpoint.restore.load import restore
 from elastic.checkpoint.tiers.memory_budget import agree_on_memory_budget
@@ -32,7 +26,7 @@ from elastic.config import RunConfig
 from elastic.data.corpus import Corpus, describe_epochs, open_corpus
 from elastic.data.kept import keep_data
 from elastic.data.loader import Loader, eval_batches
-from elastic.errors import DataError, StaleGenerationError, StorageError
+from elastic.errors import DataError, StaleGenerationError
 from elastic.loop import Parts, SampleRecorder, run_loop
 from elastic.metrics import get_peak_flops
 from elastic.mixture import describe_paths
@@ -41,10 +35,12 @@ from elastic.ports import DataIdentity, Lost, MetricSink, NoticeSource, Observer
 from elastic.profile import Profiler
 from elastic.records.fencing import GenerationGuard, check_generation
 from elastic.records.spool import OpenRun, open_run
+from elastic.shared_storage import StorageCheck
 from elastic.spikes import Recent
 from elastic.step import build_trainable
+from elastic.stopwatch import Stopwatch
 from elastic.storage import Storage
-from elastic.timeline import Stopwatch, Timeline
+from elastic.timeline import Timeline
 from elastic.watchdog import Watchdog
 from elastic.world import World, close_world, get_device, open_world
 
@@ -95,10 +91,10 @@ def train(
             stopwatch.lap("the world")
             sinks_of_rank = open_sinks if world.rank == 0 else list[MetricSink]
             watchers = _Watchers(notices=notices, observer=observer, open_sinks=sinks_of_rank)
-            _check_storage(opened.storage, config, world)
+            check = StorageCheck(opened.storage, config, world)
             agree_on_attention(config, world.device, opened.storage)
-            stopwatch.lap("storage")
-            built = _build_parts(config, opened, world, watchers, memory=memory, spec=spec, stopwatch=stopwatch)
+            stopwatch.lap("attention")
+            built = _build_parts(config, opened, world, watchers, check, memory=memory, spec=spec, stopwatch=stopwatch)
             with built as (parts, progress, recent):
                 if world.rank == 0:
                     log.info("world of %d ready: %s", world.world_size, stopwatch)
@@ -119,6 +115,8 @@ def train(
             breaker.disarm()
             stopwatch.lap("breaker")
         if world is not None:
+            gc.collect()  # FSDP2 modules sit in reference cycles, and hold their groups
+            stopwatch.lap("garbage")
             close_world(world, peers="lost" if isinstance(outcome, Lost) else "alive")
             stopwatch.lap("the world")
             log.info("world of %d left: %s", world.world_size, stopwatch)
@@ -146,6 +144,7 @@ def _build_parts(
     run: OpenRun,
     world: World,
     watchers: _Watchers,
+    check: StorageCheck,
     *,
     memory: Memory | None,
     spec: WorldSpec,
@@ -158,6 +157,8 @@ def _build_parts(
     _check_same_data(data, config, world)
     trainable = build_trainable(config, world, first_weights="undefined")
     stopwatch.lap("model")
+    check.agree()
+    stopwatch.lap("storage")
     restored = restore(
         run.storage,
         trainable.model,
@@ -275,55 +276,6 @@ def _keep_data(storage: Storage, corpus: Corpus) -> None:
 
 def _get_peak_flops(device: torch.device) -> float | None:
     return get_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-
-
-def _check_storage(storage: Storage, config: RunConfig, world: World) -> None:
-    """Let rank 0 look at the run's storage, and make sure that all ranks see the same one.
-
-    Raises:
-        StorageError: it cannot be used, has no room for a checkpoint, or is not shared; on all ranks.
-    """
-    mark = f".world-{world.attempt}"
-    problem = _prepare_storage(storage, mark, config, world) if world.rank == 0 else None
-    world.sum_(torch.zeros((), device=world.device))  # rank 0 is done
-    if world.rank != 0:
-        problem = _find_mark(storage, mark, config, world)
-    num_problems = world.sum_(torch.tensor(float(problem is not None), device=world.device))
-    if num_problems.item():
-        raise problem or StorageError(f"storage={config.storage!r} cannot be used; another rank says why.")
-    if world.rank == 0:
-        storage.delete([mark])  # all have looked
-
-
-def _prepare_storage(storage: Storage, mark: str, config: RunConfig, world: World) -> StorageError | None:
-    """Return what is wrong, at once for a new run; one that has trained waits for a while."""
-
-    def look() -> None:
-        check_space(storage, estimate_checkpoint_bytes(config.model.num_params))
-        try:
-            remove_orphans(storage, generation=world.attempt)
-            storage.write(mark, [b""])
-        except OSError as error:
-            raise explain(error, storage.url) from error
-
-    patience_s = min(PATIENCE_S, config.fault.collective_timeout_s / 2) if world.attempt > 1 else 0.0
-    try:
-        keep_trying(look, patience_s=patience_s)
-    except StorageError as error:
-        return error
-    return None
-
-
-def _find_mark(storage: Storage, mark: str, config: RunConfig, world: World) -> StorageError | None:
-    try:
-        if storage.get_size(mark) is not None:
-            return None
-    except OSError as error:
-        return explain(error, storage.url)
-    return StorageError(
-        f"storage={config.storage!r} is not the same place on all nodes: rank {world.rank} on node {world.node} "
-        "does not see what rank 0 wrote. Set storage to a shared file system."
-    )
 
 
 def _build_recorder(run: OpenRun, config: RunConfig, world: World) -> SampleRecorder:

@@ -55,25 +55,3 @@ class Timeline:
         """Return the median of the phase's newest durations; None if it has not ended yet."""
         recent_s = self._recent_s.get(phase)
         return statistics.median(recent_s) if recent_s else None
-
-
-class Stopwatch:
-    """What the parts of a phase took, for a line of the log."""
-
-    def __init__(self) -> None:
-        self.start()
-
-    def start(self) -> None:
-        """Begin the first part; what was measured before is forgotten."""
-        self._ended_s = time.monotonic()
-        self._laps: list[str] = []
-
-    def lap(self, what: str) -> None:
-        """End a part and begin the next."""
-        now_s = time.monotonic()
-        self._laps.append(f"{what} {now_s - self._ended_s:.2f} s")
-        self._ended_s = now_s
-
-    def __str__(self) -> str:
-        """Return them all."""
-        return ", ".join(self._laps)

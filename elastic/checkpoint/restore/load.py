@@ -48,8 +48,8 @@ from elastic.checkpoint.train_state import (
 from elastic.config import RunConfig
 from elastic.errors import CheckpointError
 from elastic.ports import Address, DataIdentity, Progress, Source
+from elastic.stopwatch import Stopwatch
 from elastic.storage import Storage
-from elastic.timeline import Stopwatch
 
 logger = logging.getLogger(__name__)
 
