@@ -151,6 +151,14 @@ class TrainerEnded:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainerDying:
+    """The kernel takes a trainer down that nobody has ended; `TrainerEnded` follows once it is gone."""
+
+    slot: Slot
+    attempt: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Unkillable:
     """A trainer was killed, and its process is still there: the kernel does not let go of it (state D, mostly).
 
@@ -201,6 +209,7 @@ Event = (
     | Undrained
     | GenerationTaken
     | TrainerReady
+    | TrainerDying
     | TrainerEnded
     | Unkillable
     | Stepped

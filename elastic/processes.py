@@ -8,6 +8,7 @@ from pathlib import Path
 
 _PROC = Path("/proc")
 
+_PF_EXITING = 0x4
 _NICENESS = 10
 
 
@@ -42,6 +43,19 @@ def describe_state(pid: int) -> str:
         if state not in "ZX":
             return f"state {state}{f' in {where}' if where else ''}"
     return "no thread left"
+
+
+def is_exiting(pid: int) -> bool:
+    """Tell whether the kernel is taking a process down, or has done so.
+
+    With tens of GiB and a GPU's context that takes most of a second, and only then does its parent hear of it. Source:
+    proc_pid_stat(5), field 9; include/linux/sched.h (PF_EXITING).
+    """
+    try:
+        fields = (_PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:  # nobody has this number
+        return True
+    return bool(int(fields[6]) & _PF_EXITING)
 
 
 def list_processes() -> Iterator[Process]:

@@ -53,6 +53,7 @@ from cluster.types import (
     Stop,
     TakeGeneration,
     Tick,
+    TrainerDying,
     TrainerEnded,
     TrainerReady,
     Undrained,
@@ -95,6 +96,8 @@ def _take(state: State, event: Event, now_s: float) -> list[Action]:  # noqa: PL
         case TrainerReady():
             if event.attempt == state.attempt and event.slot in state.alive:
                 state.ready[event.slot] = event
+        case TrainerDying():
+            return _take_dying(state, event, now_s)
         case TrainerEnded():
             return take_back(state, event.slot, event.attempt, now_s=now_s) + _end_trainer(state, event, now_s)
         case Unkillable():
@@ -179,6 +182,15 @@ def _take_unkillable(state: State, event: Unkillable, now_s: float) -> list[Acti
         return actions
     _suspect(state, event.slot.node, Blame.TRAINER, event.reason, now_s)
     return actions + _clear(state, now_s)
+
+
+def _take_dying(state: State, event: TrainerDying, now_s: float) -> list[Action]:
+    """Let the others leave at once; who is to blame is said when the trainer has ended, and the next world waits for
+    that: its GPU is not free before."""
+    if event.attempt != state.attempt or event.slot not in state.alive or state.stage in ("clearing", "done"):
+        return []
+    _suspect(state, event.slot.node, Blame.A_PEER, "a trainer is dying", now_s)
+    return _clear(state, now_s)
 
 
 def _end_trainer(state: State, event: TrainerEnded, now_s: float) -> list[Action]:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from cluster.controller import Holder
 from cluster.runtime.coordinator.coordinator_address import CoordinatorAddress
-from cluster.types import Claimed, Expired, Go, Join, Kill, Leave, Park, Slot, TrainerEnded, Unkillable
+from cluster.types import Claimed, Expired, Go, Join, Kill, Leave, Park, Slot, TrainerDying, TrainerEnded, Unkillable
 from elastic.ports import Address, Phase, Progress, Source, Where
 from elastic.transport import Vocabulary
 
@@ -266,10 +266,10 @@ class TrainerSaid:
     message: TrainerMessage
 
 
-HostMessage = ReplicaServerMoved | Beat | Claimed | Expired | TrainerEnded | Unkillable | TrainerSaid
+HostMessage = ReplicaServerMoved | Beat | Claimed | Expired | TrainerDying | TrainerEnded | Unkillable | TrainerSaid
 """Of what it says itself most are events of the controller."""
 FROM_HOST = Vocabulary[HostHello | HostMessage](
-    HostHello, ReplicaServerMoved, Beat, Claimed, Expired, TrainerEnded, Unkillable, TrainerSaid
+    HostHello, ReplicaServerMoved, Beat, Claimed, Expired, TrainerDying, TrainerEnded, Unkillable, TrainerSaid
 )
 
 

@@ -15,7 +15,7 @@ from cluster.runtime.node.host_spec import HostSpec
 from cluster.runtime.trainers import forked
 from cluster.runtime.trainers import slots as module
 from cluster.runtime.trainers.slots import Place, Trainers
-from cluster.types import Claimed, Leave, TrainerEnded, Unkillable
+from cluster.types import Claimed, Leave, TrainerDying, TrainerEnded, Unkillable
 from tests.plain_trainers import NODE, at, is_said, live
 from tests.stuck import grip
 
@@ -111,6 +111,20 @@ def test_one_that_crashes_is_told_with_its_signal(slots):
     os.kill(slots.join(place, 1), signal.SIGKILL)
     left = slots.expect(TrainerEnded, slot="a", attempt=1)
     assert (left.outcome, left.reason) == ("crashed", "trainer ended with signal 9 (SIGKILL)")
+
+
+def test_one_that_the_kernel_takes_down_is_told_before_it_has_ended_and_once(slots, monkeypatch):
+    place, other = slots.open("a"), slots.open("b")
+    pid = slots.join(place, 1)
+    slots.join(other, 1)
+    monkeypatch.setattr(module, "is_exiting", lambda number: number == pid)
+    slots.expect(TrainerDying, slot="a", attempt=1)
+    slots.turn()
+    assert not [message for message in slots.told if isinstance(message, TrainerDying)]
+    other.trainer.kill()
+    monkeypatch.setattr(module, "is_exiting", lambda _: True)
+    slots.expect(TrainerEnded, slot="b", attempt=1)
+    assert not [message for message in slots.told if isinstance(message, TrainerDying)], "that is wanted"
 
 
 def test_a_process_that_does_not_end_holds_up_neither_the_loop_nor_other_slots_and_its_own_only_until_it_ends(slots):

@@ -27,6 +27,7 @@ from cluster.types import (
     Stop,
     TakeGeneration,
     Tick,
+    TrainerDying,
     TrainerEnded,
     TrainerReady,
     Undrained,
@@ -169,6 +170,26 @@ def test_the_trainer_that_crashed_is_blamed_although_a_peer_reports_first():
     actions = decide(state, TrainerEnded(slot=B, attempt=attempt, outcome="crashed", reason="signal 9"), now_s=1)
     (ended,) = [a for a in actions if isinstance(a, AttemptEnded)]
     assert (ended.reason, ended.cause) == ("signal 9", "b")
+
+
+def test_the_others_leave_while_a_trainer_dies_and_the_next_world_waits_for_its_end():
+    cluster = make(A, B)
+    (attempt,) = set(cluster.trainers.values())
+    actions = decide(cluster.state, TrainerDying(slot=B, attempt=attempt), now_s=1.0)
+    assert [(type(each), each.slot) for each in actions] == [(Leave, A), (Leave, B)]
+    assert not decide(cluster.state, TrainerDying(slot=B, attempt=attempt), now_s=1.1)
+    decide(cluster.state, TrainerEnded(slot=A, attempt=attempt, outcome="lost", reason="asked to"), now_s=1.2)
+    assert cluster.state.stage == "clearing"
+    ended = TrainerEnded(slot=B, attempt=attempt, outcome="crashed", reason="signal 9")
+    actions = decide(cluster.state, ended, now_s=2.0)
+    (left,) = [each for each in actions if isinstance(each, AttemptEnded)]
+    assert (left.change, left.reason, left.cause, left.noticed_s) == ("trainer_lost", "signal 9", "b", 1.0)
+
+
+def test_a_trainer_that_dies_after_its_world_or_beside_its_end_changes_nothing():
+    cluster = make(A, B)
+    assert not decide(cluster.state, TrainerDying(slot=B, attempt=0), now_s=1.0)
+    assert not decide(cluster.state, TrainerDying(slot=C, attempt=cluster.state.attempt), now_s=1.0)
 
 
 def test_notice_parks_all_trainers_and_the_next_world_is_without_the_node():

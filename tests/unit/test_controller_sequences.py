@@ -36,6 +36,7 @@ from cluster.types import (
     TakeBack,
     TakeGeneration,
     Tick,
+    TrainerDying,
     TrainerEnded,
     TrainerReady,
     Undrained,
@@ -181,6 +182,8 @@ class SlowCluster:
     def end(self, slot, kind):
         if slot in self.trainers:
             trainer = self.trainers.pop(slot)
+            if kind == "crashed" and trainer.attempt % 2:  # its host has seen it dying first
+                self.send(slot.node, TrainerDying(slot=slot, attempt=trainer.attempt))
             self.send(slot.node, TrainerEnded(slot=slot, attempt=trainer.attempt, outcome=kind, reason=kind))
 
     def join(self):

@@ -3,7 +3,7 @@ import subprocess
 import sys
 import time
 
-from elastic.processes import find_running, list_processes
+from elastic.processes import find_running, is_exiting, list_processes
 
 
 def test_a_process_is_told_from_one_that_had_its_number_before():
@@ -39,3 +39,21 @@ def test_a_name_may_hold_what_separates_the_fields():
         assert (process.name, process.parent) == ("a) Z 1 (b", os.getpid())
     finally:
         named.communicate()
+
+
+def is_known_before_it_is_waitable():
+    code = "import sys; held = bytearray(b'x') * (512 * 2**20); print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        assert not is_exiting(process.pid)
+        process.kill()
+        while not is_exiting(process.pid):
+            pass
+        is_before = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        process.wait()
+        assert is_exiting(process.pid), "nobody has this number"
+    return is_before
+
+
+def test_a_process_that_the_kernel_takes_down_is_known_before_its_parent_hears_of_its_end():
+    assert any(is_known_before_it_is_waitable() for _ in range(5)), "a busy machine may come too late now and then"

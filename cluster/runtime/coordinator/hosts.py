@@ -22,12 +22,12 @@ from cluster.runtime.messages import (
     TrainerSaid,
     Welcome,
 )
-from cluster.types import Claimed, Expired, Slot, TrainerEnded, Unkillable
+from cluster.types import Claimed, Expired, Slot, TrainerDying, TrainerEnded, Unkillable
 from elastic.transport import Acceptor, Link
 
 HOST_SILENT_S = 4.0
 """A host that has not sent its beat (once a second) for this long is taken for gone: a lost machine sends no FIN."""
-News = Claimed | Expired | TrainerEnded | Unkillable | TrainerSaid
+News = Claimed | Expired | TrainerDying | TrainerEnded | Unkillable | TrainerSaid
 """What a host says of trainers and claims."""
 _LAST_WORD_S = 1.0
 """For so long a host that takes nothing keeps the others' coordinator from its end."""

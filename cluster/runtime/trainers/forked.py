@@ -61,6 +61,8 @@ class Trainer:
     """The coordinator, or who follows it, wants its end."""
     killed_s: float | None = None
     """When it was killed first, on the monotonic clock."""
+    is_dying: bool = False
+    """The coordinator was told that the kernel takes it down."""
     stuck_in: list[int] = field(default_factory=list[int])
     """The attempts that the coordinator was told cannot have a trainer in its slot, because this does not end."""
 

@@ -32,9 +32,19 @@ from cluster.runtime.node.daemon import log
 from cluster.runtime.node.host_spec import HostSpec, get_replica_folder
 from cluster.runtime.node.replica_server import NodeReplicaServer
 from cluster.runtime.trainers.forked import OrderLink, Trainer, fork_trainer
-from cluster.types import Claimed, Join, Leave, Slot, TrainerEnded, TrainerOutcome, Unkillable, get_leave_limit_s
+from cluster.types import (
+    Claimed,
+    Join,
+    Leave,
+    Slot,
+    TrainerDying,
+    TrainerEnded,
+    TrainerOutcome,
+    Unkillable,
+    get_leave_limit_s,
+)
 from elastic.checkpoint.replicas.process import ReplicaServerProcess, launch_replica_server
-from elastic.processes import describe_state
+from elastic.processes import describe_state, is_exiting
 from elastic.transport import Link
 
 AgentLink = Link[Claim | CoordinatorMoved | Abandoned]
@@ -162,6 +172,10 @@ class Trainers:
             return
         if trainer.killed_s is not None and time.monotonic() > trainer.killed_s + UNKILLABLE_S:
             self._check_dying(place, trainer)
+        is_wanted = trainer.attempt is not None and not trainer.killed and not trainer.said
+        if is_wanted and not trainer.is_dying and is_exiting(trainer.pid):
+            trainer.is_dying = True
+            self._tell(TrainerDying(slot=self._get_slot(place.name), attempt=trainer.attempt))
         now_s = self._loop.awake_s
         if trainer.leave_until_s is not None and now_s > trainer.leave_until_s and not trainer.killed:
             trainer.kill()  # another takes its place
