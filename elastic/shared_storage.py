@@ -59,9 +59,13 @@ class StorageCheck:
         config, attempt = self._config, self._world.attempt
 
         def look() -> None:
-            check_space(self._storage, estimate_checkpoint_bytes(config.model.num_params))
+            needed_bytes = estimate_checkpoint_bytes(config.model.num_params)
             try:
-                remove_orphans(self._storage, generation=attempt)
+                try:
+                    check_space(self._storage, needed_bytes)
+                except StorageError:  # a save that was cut short may take it up; to remove it can take a second
+                    remove_orphans(self._storage, generation=attempt)
+                    check_space(self._storage, needed_bytes)
                 self._storage.write(self._mark, [b""])
             except OSError as error:
                 raise explain(error, self._storage.url) from error
