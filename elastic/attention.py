@@ -1,6 +1,7 @@
 """Causal self-attention by the back end that is fastest for a GPU and a shape.
 
-Letters: B batch, S sequence, H query heads, K key/value heads, E size of one head.
+Letters: B batch, S sequence, H query heads, K key/value heads, E size of one head, N borders of documents, T positions
+of all sequences on end.
 """
 
 import hashlib
@@ -10,12 +11,14 @@ import logging
 import statistics
 from dataclasses import asdict, dataclass
 from functools import partial
+from inspect import signature
 from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F  # noqa: N812 # the name all of torch's own documentation uses
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 
 from elastic.config import Attention as Kind
 from elastic.config import Precision, RunConfig
@@ -39,8 +42,16 @@ class Attend(nn.Module):
     kind: Kind = "auto"
     """auto: torch's own choice."""
 
-    def forward(self, query_BHSE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor) -> Tensor:
-        """Return mixed_BHSE; a key/value head serves several query heads."""
+    def forward(
+        self, query_BHSE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, documents: Tensor | None = None
+    ) -> Tensor:
+        """Return mixed_BHSE; a key/value head serves several query heads.
+
+        Args:
+            documents: what `separate` returned; None: all of a sequence is one document.
+        """
+        if documents is not None:
+            return attend_within(query_BHSE, key_BKSE, value_BKSE, documents)
         return attend(query_BHSE, key_BKSE, value_BKSE, kind=self.kind)
 
 
@@ -63,6 +74,50 @@ def attend(query_BHSE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, *, kind: Ki
         return product(query_BHSE, key_BKSE, value_BKSE)
     with sdpa_kernel(_BACKENDS[kind]):
         return product(query_BHSE, key_BKSE, value_BKSE)
+
+
+def separate(borders_N: Tensor, tokens_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the positions_BS of tokens within their documents, and what keeps attention within these.
+
+    Args:
+        borders_N: int32: where documents begin in all sequences on end, each of which begins with one, and where the
+            last one ends; that may be repeated, so that there may be a fixed number of them.
+        dtype: what attention is computed in.
+
+    Returns:
+        The latter is the borders themselves where there is a kernel for them (GPU, 16 bits), else a mask_B1SS.
+    """
+    batch, seq_len = tokens_BS.shape
+    places_T = torch.arange(batch * seq_len, device=borders_N.device, dtype=borders_N.dtype)
+    document_T = torch.bucketize(places_T, borders_N[1:], right=True)
+    positions_BS = (places_T - borders_N[document_T]).view(batch, seq_len)
+    if borders_N.device.type == "cuda" and dtype != torch.float32:
+        from torch._dynamo import maybe_mark_dynamic  # noqa: PLC0415 - the compiler is large, and CPUs do without
+
+        maybe_mark_dynamic(borders_N, 0)  # another number of them is no other program
+        return positions_BS, borders_N
+    document_BS = document_T.view(batch, seq_len)
+    is_same = document_BS.unsqueeze(-1) == document_BS.unsqueeze(-2)
+    return positions_BS, is_same.tril().unsqueeze(1)
+
+
+def attend_within(query_BHSE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, documents: Tensor) -> Tensor:
+    """Compute causal attention that stays within documents, as `separate` has described them."""
+    is_grouped = key_BKSE.shape[1] != query_BHSE.shape[1]
+    if documents.dtype == torch.bool:
+        parts = (query_BHSE, key_BKSE, value_BKSE)
+        return F.scaled_dot_product_attention(*parts, attn_mask=documents, enable_gqa=is_grouped)
+    seq_len = query_BHSE.shape[2]
+    query, key, value = (part.transpose(1, 2).flatten(0, 1) for part in (query_BHSE, key_BKSE, value_BKSE))
+    mixed = varlen_attn(query, key, value, documents, documents, seq_len, seq_len, window_size=(-1, 0), **_GROUPED)
+    assert isinstance(mixed, Tensor)
+    return mixed.unflatten(0, (-1, seq_len)).transpose(1, 2)
+
+
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+"""torch 2.11 asks for no leave to have fewer key/value heads."""
+VARLEN = torch.ops.torch_attn._varlen_attn.default
+"""Attention within documents as it appears in a graph."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +144,8 @@ def choose_attention(config: RunConfig, device: torch.device) -> Kind:
     Raises:
         ConfigError: the configured one is not there, or cannot do the shape or precision.
     """
+    if config.data.packing == "documents":  # `separate` chooses
+        return "auto"
     if not _has_choice(config, device):
         if config.attention != "auto":
             raise ConfigError(
@@ -114,7 +171,7 @@ def agree_on_attention(config: RunConfig, device: torch.device, storage: Storage
     Args:
         storage: the run's. If it does not work, this process goes by what it finds itself.
     """
-    if config.attention != "auto" or not _has_choice(config, device):
+    if config.attention != "auto" or config.data.packing == "documents" or not _has_choice(config, device):
         return
     case = _describe(config, device)
     if case in _CHOSEN:

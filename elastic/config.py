@@ -109,6 +109,9 @@ class DataConfig:
     Any further change is refused again."""
     seq_len: Annotated[int, POSITIVE] = 256
     """Target tokens per sample."""
+    packing: Literal["stream", "documents"] = "stream"
+    """What a sample is: `seq_len` tokens of the stream, where documents run into each other; or whole documents (and
+    parts of longer ones) that do not see each other, filled up with padding."""
     record_samples: bool = False
     """Write the ids that each rank consumed to `samples-<attempt>-<rank>.jsonl`."""
     prefetch_steps: Annotated[int, POSITIVE] = 2
@@ -416,6 +419,16 @@ class RunConfig:
                 f"data.seq_len={self.data.seq_len} is longer than the model.max_positions={self.model.max_positions} "
                 f"that the weights were made for. Set data.seq_len to at most {self.model.max_positions}, or "
                 "model.max_positions=0 to train on longer ones on purpose."
+            )
+        if self.data.packing == "documents" and not self.model.separates_documents:
+            raise ConfigError(
+                f"data.packing=documents needs a model that keeps documents apart, and model.kind={self.model.kind} "
+                "does not. Set data.packing=stream."
+            )
+        if self.data.packing == "documents" and self.attention not in ("auto", "flash"):
+            raise ConfigError(
+                f"attention={self.attention} does not keep documents apart, as data.packing=documents asks for. Set "
+                "attention=auto, or data.packing=stream."
             )
         if self.shard_size and self._ask_strategy("WORLD_SIZE_MULTIPLE_OF") != "shard_size":
             raise ConfigError(

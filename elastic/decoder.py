@@ -9,14 +9,16 @@ F inner size of the feed-forward.
 from collections.abc import Iterable
 from typing import Literal
 
+import torch
 import torch.nn.functional as F  # noqa: N812 # the name all of torch's own documentation uses
 from torch import Tensor, nn
 
-from elastic.attention import Attend
+from elastic.attention import Attend, separate
 from elastic.fused import split_and_rotate, swiglu_down
 from elastic.loss import sum_cross_entropy
 from elastic.model_config import AttentionShape, Rope
 from elastic.nn import Joinable, ResidualLinear, build_rope_tables, rotate
+from elastic.precision import get_compute_dtype
 
 
 class Attention(Joinable):
@@ -48,17 +50,17 @@ class Attention(Joinable):
         self.attend = Attend()
         self.output = ResidualLinear(query_dim, dim, bias=False)
 
-    def forward(self, x_BSD: Tensor, cos_SE: Tensor, sin_SE: Tensor) -> Tensor:
-        """Mix each position with the ones before it."""
+    def forward(self, x_BSD: Tensor, cos_SE: Tensor, sin_SE: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Mix each position with the ones before it, of its own document (`elastic.attention.separate`) only."""
         if self.joined is not None and self.positions == "rotary" and isinstance(self.query_norm, nn.Identity):
             parts = split_and_rotate(self.joined(x_BSD), cos_SE, sin_SE, self.num_heads, self.num_kv_heads)
-            mixed_BHSE = self.attend(*(part.transpose(1, 2) for part in parts))
+            mixed_BHSE = self.attend(*(part.transpose(1, 2) for part in parts), documents)
             return self.output(mixed_BHSE.transpose(1, 2).flatten(-2))
         query, key, value = (product.unflatten(-1, (-1, self.head_dim)) for product in self.project(x_BSD))
         query_BHSE, key_BKSE = self.query_norm(query).transpose(1, 2), self.key_norm(key).transpose(1, 2)
         if self.positions == "rotary":
             query_BHSE, key_BKSE = rotate(query_BHSE, cos_SE, sin_SE), rotate(key_BKSE, cos_SE, sin_SE)
-        mixed_BHSE = self.attend(query_BHSE, key_BKSE, value.transpose(1, 2))
+        mixed_BHSE = self.attend(query_BHSE, key_BKSE, value.transpose(1, 2), documents)
         return self.output(mixed_BHSE.transpose(1, 2).flatten(-2))
 
 
@@ -93,9 +95,9 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(dim, eps=norm_eps)
         self.ffn = ffn
 
-    def forward(self, x_BSD: Tensor, cos_SE: Tensor, sin_SE: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, cos_SE: Tensor, sin_SE: Tensor, documents: Tensor | None = None) -> Tensor:
         """Return the residual stream after this block."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_SE, sin_SE)
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_SE, sin_SE, documents)
         return x_BSD + self.ffn(self.ffn_norm(x_BSD))
 
 
@@ -113,16 +115,25 @@ class Decoder(nn.Module):
         # A tied head has no parameter of its own: one name in every state dict, nothing that could come untied.
         self.head = None if tied_head else nn.Linear(dim, vocab_size, bias=False)
 
-    def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor:
-        """Return logits_BSV for int64 tokens_BS, or the summed nats of labels_BS; position s sees tokens 0 to s."""
-        x_BSD = self.hidden(tokens_BS)
+    def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None, borders_N: Tensor | None = None) -> Tensor:
+        """Return logits_BSV for int64 tokens_BS, or the summed nats of labels_BS; position s sees tokens 0 to s.
+
+        Args:
+            borders_N: where documents begin in all sequences on end (`elastic.attention.separate`): then a position
+                sees those of its own document. None: each sequence is one.
+        """
+        x_BSD = self.hidden(tokens_BS, borders_N)
         weight_VD = self.embed.weight if self.head is None else self.head.weight
         return F.linear(x_BSD, weight_VD) if labels_BS is None else sum_cross_entropy(x_BSD, weight_VD, labels_BS)
 
-    def hidden(self, tokens_BS: Tensor) -> Tensor:
+    def hidden(self, tokens_BS: Tensor, borders_N: Tensor | None = None) -> Tensor:
         """Return what the output layer reads."""
-        cos_SE, sin_SE = build_rope_tables(self.rope, tokens_BS.shape[1], device=tokens_BS.device)
         x_BSD = self.embed(tokens_BS)
+        if borders_N is None:
+            tables = build_rope_tables(self.rope, torch.arange(tokens_BS.shape[1], device=tokens_BS.device))
+        else:
+            positions_BS, documents = separate(borders_N, tokens_BS, get_compute_dtype(x_BSD))
+            tables = (*build_rope_tables(self.rope, positions_BS), documents)
         for block in self.blocks:
-            x_BSD = block(x_BSD, cos_SE, sin_SE)
+            x_BSD = block(x_BSD, *tables)
         return self.norm(x_BSD)

@@ -66,7 +66,10 @@ swiglu_down.register_autograd(_swiglu_backward, setup_context=_keep)
 def split_and_rotate(
     joined_BSX: Tensor, cos_SE: Tensor, sin_SE: Tensor, num_heads: int, num_kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut query_BSHE, key_BSKE and value_BSKE out of one product, and turn the first two by their position."""
+    """Cut query_BSHE, key_BSKE and value_BSKE out of one product, and turn the first two by their position.
+
+    The tables may be cos_BSE and sin_BSE.
+    """
     if joined_BSX.device.type == "cuda":
         from elastic.kernels import rotate  # noqa: PLC0415 - Triton is where GPUs are
 
@@ -118,5 +121,5 @@ split_and_rotate.register_autograd(_rotate_backward, setup_context=_keep_tables)
 def _rotate_heads(x_BSHE: Tensor, cos_SE: Tensor, sin_SE: Tensor) -> Tensor:
     """Turn each head by its position; with -sin, turn it back."""
     left, right = x_BSHE.chunk(2, dim=-1)
-    cos, sin = cos_SE.unsqueeze(1), sin_SE.unsqueeze(1)
+    cos, sin = cos_SE.unsqueeze(-2), sin_SE.unsqueeze(-2)
     return x_BSHE * cos + torch.cat((-right, left), dim=-1) * sin

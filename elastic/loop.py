@@ -7,13 +7,12 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Literal, Protocol
 
-from torch import Tensor
-
 from elastic import interrupt, metrics, spikes
 from elastic.checkpoint.checkpointer import Checkpointer
 from elastic.config import RunConfig
 from elastic.data.loader import Loader
 from elastic.errors import StepError
+from elastic.loss import Microbatch
 from elastic.lr_schedule import learning_rate
 from elastic.ports import Finished, Interrupted, MetricSink, Notice, NoticeSource, Observer, Outcome, Progress, Source
 from elastic.profile import Profiler
@@ -44,9 +43,11 @@ class Parts:
     world: World
     trainable: Trainable
     loader: Loader
-    eval_microbatches: Sequence[tuple[Tensor, Tensor]]
+    eval_microbatches: Sequence[Microbatch]
     checkpointer: Checkpointer
     restored_from: Source
+    target_share: float
+    """How much of all labels is no padding."""
     flops_per_token: float
     peak_flops_per_gpu: float | None
     sinks: Sequence[MetricSink]
@@ -74,8 +75,9 @@ def run_loop(parts: Parts, progress: Progress, recent: spikes.Recent, timeline: 
     for step, batch in parts.loader:
         wait_s = timeline.begin("train")
         parts.profiler.advance(step + 1)
-        step_tokens = config.train.global_batch * config.data.seq_len
-        lr = learning_rate(config.optim, progress.tokens + step_tokens, config.total_tokens)
+        step_tokens = parts.target_share * config.train.global_batch * config.data.seq_len
+        total_tokens = parts.target_share * config.total_tokens
+        lr = learning_rate(config.optim, progress.tokens + step_tokens, total_tokens)
         result = train_step(
             parts.trainable,
             batch.microbatches,

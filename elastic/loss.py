@@ -15,6 +15,9 @@ from torch import Tensor
 IGNORE = -100
 """Label of a position that has no target: padding, or the filling rows of a batch that ranks cannot share evenly."""
 
+Microbatch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
+"""(tokens_BS, labels_BS), int64; where rows hold several documents also borders_N (`elastic.attention.separate`)."""
+
 MAX_LOGITS_BYTES = 2**32
 """Positions are taken in chunks whose logits fit into this. One chunk is fastest: a second one makes the weight's
 gradient a running sum in fp32."""

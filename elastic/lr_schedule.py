@@ -5,7 +5,7 @@ import math
 from elastic.config import OptimConfig
 
 
-def learning_rate(config: OptimConfig, tokens: int, total_tokens: int) -> float:
+def learning_rate(config: OptimConfig, tokens: float, total_tokens: float) -> float:
     """Return the learning rate of the update that brings the run to `tokens` target tokens.
 
     Counting the update's own tokens gives the first update more than 0 and the last one exactly the minimum.
@@ -25,7 +25,7 @@ def learning_rate(config: OptimConfig, tokens: int, total_tokens: int) -> float:
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * share)
 
 
-def _progress(tokens: int, start: int, end: int) -> float:
+def _progress(tokens: float, start: float, end: float) -> float:
     """Return how far `tokens` is from `start` (0) to `end` (1), clamped."""
     if tokens >= end:
         return 1.0

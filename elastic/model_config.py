@@ -5,7 +5,8 @@ A family is one file, `elastic/models/<kind>.py`. It provides
 - `Config`, a frozen dataclass that derives from `ModelConfig`, with the knobs of the family, their constraints
   (`constraints.py`) and their marks: `SHAPE` on each that weights are bound to;
 - `build(config) -> nn.Module`, on the current default device, normally meta, which takes int64 tokens_BS and labels_BS
-  to summed nats, or tokens_BS alone to logits_BSV, and whose `blocks` are its layers.
+  to summed nats, or tokens_BS alone to logits_BSV, and whose `blocks` are its layers. If its `Config` has
+  `separates_documents`, it also takes borders_N (`attention.separate`).
 
 A configuration is checked on machines without torch, so the file does not import it at its top: `build` imports what
 it computes with, from `decoder.py` or torch itself. Layers of its own are classes within a function with a cache, which
@@ -14,7 +15,7 @@ defines them once per process: to a compiler, classes that were defined anew are
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, cast
+from typing import Annotated, Any, ClassVar, Final, cast
 
 from elastic import plugins
 from elastic.constraints import NOT_NEGATIVE, POSITIVE, Mark, check_fields, get_marked
@@ -53,6 +54,9 @@ class Rope:
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(ABC):
     """What every family has; `kind` names its file in `elastic/models`."""
+
+    separates_documents: ClassVar[bool] = False
+    """The model can compute rows of several documents as if each stood alone."""
 
     kind: Annotated[str, SHAPE]
     num_layers: Annotated[int, POSITIVE, SHAPE] = 4

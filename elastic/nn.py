@@ -60,28 +60,28 @@ class Joinable(nn.Module):
         return [cast(nn.Linear, self.get_submodule(name)) for name in self._together]
 
 
-def build_rope_tables(rope: Rope, seq_len: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return cos_SE and sin_SE of rotary position embedding, fp32.
+def build_rope_tables(rope: Rope, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cos_SE and sin_SE of rotary position embedding for positions_S, or _BSE for positions_BS, fp32.
 
     Cheap enough to build in every forward, which spares buffers that a move from the meta device leaves undefined.
     Source: RoFormer, arXiv:2104.09864, with the halves (not the pairs) convention of Hugging Face's Llama; the
     scaling is that of Llama 3.1, `apply_scaling` of github.com/meta-llama/llama-models.
     """
-    exponents = torch.arange(0, rope.head_size, 2, device=device, dtype=torch.float32) / rope.head_size
+    exponents = torch.arange(0, rope.head_size, 2, device=positions.device, dtype=torch.float32) / rope.head_size
     frequencies = 1.0 / rope.theta**exponents
     if rope.scaling_factor != 1.0:
         turns = rope.original_positions * frequencies / (2 * math.pi)
         transition = rope.high_freq_factor - rope.low_freq_factor
         kept = ((turns - rope.low_freq_factor) / transition).clamp(0, 1)
         frequencies = frequencies * (kept + (1 - kept) / rope.scaling_factor)
-    angles = torch.outer(torch.arange(seq_len, device=device, dtype=torch.float32), frequencies)
+    angles = positions.float().unsqueeze(-1) * frequencies
     angles_SE = torch.cat((angles, angles), dim=-1)
     return angles_SE.cos(), angles_SE.sin()
 
 
 def rotate(x_BHSE: Tensor, cos_SE: Tensor, sin_SE: Tensor) -> Tensor:
     """Turn queries or keys by their position, in fp32; the result has the dtype of the input."""
-    x = x_BHSE.float()
+    x, cos_SE, sin_SE = x_BHSE.float(), cos_SE.unsqueeze(-3), sin_SE.unsqueeze(-3)  # of all heads alike
     left, right = x.chunk(2, dim=-1)
     return (x * cos_SE + torch.cat((-right, left), dim=-1) * sin_SE).type_as(x_BHSE)
 

@@ -7,6 +7,7 @@ sharded is cast operation by operation (`autocast`). Gradients are always reduce
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -64,6 +65,12 @@ def set_tf32(precision: Precision) -> None:
 def get_dtype(precision: Precision) -> torch.dtype:
     """Return the type of activations."""
     return _DTYPES[precision]
+
+
+def get_compute_dtype(activations: Tensor) -> torch.dtype:
+    """Return what products make of these activations, where this is called."""
+    kind = activations.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else activations.dtype
 
 
 def build_scaler(precision: Precision, device: torch.device) -> GradScaler:

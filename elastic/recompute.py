@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch._inductor.custom_graph_pass import CustomRuntimeEstimator, get_hash_for_files
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from elastic.attention import FA4
+from elastic.attention import FA4, VARLEN
 from elastic.config import Recompute
 
 _ATTENTION = {
@@ -24,6 +24,7 @@ _ATTENTION = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     FA4,
+    VARLEN,
 }
 _PRODUCTS = {
     torch.ops.aten.mm.default,

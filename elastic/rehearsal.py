@@ -15,13 +15,12 @@ from dataclasses import asdict, replace
 # pyright: reportPrivateImportUsage=false
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from elastic.attention import agree_on_attention
 from elastic.breaker import Presence
 from elastic.checkpoint.train_state import get_live_state
 from elastic.config import DataConfig, RunConfig, TrainConfig
-from elastic.loss import IGNORE
+from elastic.loss import IGNORE, Microbatch
 from elastic.ports import WorldSpec
 from elastic.step import Trainable, build_trainable, eval_loss, train_step
 from elastic.storage import Storage
@@ -136,15 +135,19 @@ def _train_one_block(config: RunConfig) -> None:
         torch.cuda.empty_cache()
 
 
-def _train_a_step(config: RunConfig, world: World) -> tuple[Trainable, tuple[Tensor, Tensor]]:
+def _train_a_step(config: RunConfig, world: World) -> tuple[Trainable, Microbatch]:
     """Return what has trained, and the micro-batch (B, S) of token ids and labels that it has trained on."""
     trainable = build_trainable(config, world)
     shape = (config.train.micro_batch, config.data.seq_len)
     tokens_BS = torch.zeros(shape, dtype=torch.int64, device=world.device)
     labels_BS = torch.full_like(tokens_BS, IGNORE)
     labels_BS[:, 0] = 0
-    train_step(trainable, [(tokens_BS, labels_BS)], lr=0.0, max_grad_norm=1.0, world=world)
-    return trainable, (tokens_BS, labels_BS)
+    batch: Microbatch = (tokens_BS, labels_BS)
+    if config.data.packing == "documents":
+        borders = torch.arange(0, tokens_BS.numel() + 1, config.data.seq_len, dtype=torch.int32)
+        batch = (tokens_BS, labels_BS, borders.to(world.device))
+    train_step(trainable, [batch], lr=0.0, max_grad_norm=1.0, world=world)
+    return trainable, batch
 
 
 def _describe(config: RunConfig, device: torch.device) -> str:
@@ -153,7 +156,7 @@ def _describe(config: RunConfig, device: torch.device) -> str:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "model": asdict(config.model),
-        "shape": (config.train.micro_batch, config.data.seq_len),
+        "shape": (config.train.micro_batch, config.data.seq_len, config.data.packing),
         "how": [config.precision, config.recompute, config.recompute_budget, config.attention],
         "strategies": get_rehearsed(config),
     }

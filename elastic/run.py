@@ -235,6 +235,7 @@ def _build_parts(
                 eval_microbatches=[m for b in eval_batches(corpus, **place) for m in b.microbatches],
                 checkpointer=checkpointer,
                 restored_from=source,
+                target_share=corpus.target_share,
                 flops_per_token=config.model.flops_per_token(config.data.seq_len),
                 peak_flops_per_gpu=_get_peak_flops(world.device),
                 sinks=[run.fence(sink, guard) for sink in watchers.open_sinks()],

@@ -15,7 +15,7 @@ from elastic import plugins
 from elastic.attention import choose_attention, set_attention
 from elastic.config import RunConfig
 from elastic.interrupt import GIVE_UP, URGENCY, Decision, agree
-from elastic.loss import IGNORE
+from elastic.loss import IGNORE, Microbatch
 from elastic.nn import init_weights
 from elastic.optim import AdamW
 from elastic.precision import build_scaler, check_precision, set_tf32
@@ -106,7 +106,7 @@ def build_trainable(
 
 def train_step(
     trainable: Trainable,
-    microbatches: Sequence[tuple[Tensor, Tensor]],
+    microbatches: Sequence[Microbatch],
     *,
     lr: float,
     max_grad_norm: float,
@@ -122,8 +122,8 @@ def train_step(
     of target tokens; the host reads it when the device has the first forward to work on, so the device never waits.
 
     Args:
-        microbatches: this rank's (tokens_BS, labels_BS) int64 pairs, already on the device; every rank has the
-            same number, and those of some may be ignored altogether.
+        microbatches: this rank's, already on the device; every rank has the same number, and the labels of some may
+            be ignored altogether.
         get_wish: what this rank wants all to do, asked before the first forward and again after the last backward.
         judge_step: (loss, gradient norm) -> whether the update may be made; must answer alike on all ranks.
         before_update: called right before weights and optimizer state change.
@@ -135,16 +135,16 @@ def train_step(
         DistError: a collective of this step was aborted on some rank; nothing has changed.
     """
     optimizer, scaler = trainable.optimizer, trainable.scaler
-    num_targets = torch.stack([(labels_BS != IGNORE).sum() for _, labels_BS in microbatches]).sum()
+    num_targets = torch.stack([(labels_BS != IGNORE).sum() for _, labels_BS, *_ in microbatches]).sum()
     counts = world.sum_(torch.cat([num_targets.view(1), _to_vote(get_wish("start"), like=num_targets)]))
     target_tokens, read_votes = counts[0], _start_reading(counts[1:])
 
     optimizer.zero_grad(set_to_none=True)
     nats_sum = torch.zeros((), device=counts.device)
-    for index, (tokens_BS, labels_BS) in enumerate(microbatches, start=1):
+    for index, microbatch in enumerate(microbatches, start=1):
         trainable.spread.set_last_microbatch(index == len(microbatches))
         with trainable.spread.cast():
-            nats = trainable.spread.module(tokens_BS, labels_BS)
+            nats = trainable.spread.module(*microbatch)
         if index == 1 and (decision := agree(read_votes())) in GIVE_UP:
             trainable.spread.release()
             return Abandoned(decision=decision)
@@ -201,20 +201,20 @@ def _start_reading(values: Tensor) -> Callable[[], list[float]]:
 
 
 @torch.no_grad()
-def eval_loss(trainable: Trainable, batches: Iterable[tuple[Tensor, Tensor]], world: World) -> float:
+def eval_loss(trainable: Trainable, batches: Iterable[Microbatch], world: World) -> float:
     """Return the mean nats per target token over the batches of all ranks.
 
-    Every rank brings the same number of (tokens_BS, labels_BS) pairs (FSDP2 gathers parameters in each);
-    a rank that runs out brings ignored labels.
+    Every rank brings the same number of them (FSDP2 gathers parameters in each); a rank that runs out brings ignored
+    labels.
 
     Raises:
         DistError: a collective was aborted on some rank.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-    for tokens_BS, labels_BS in batches:
+    for batch in batches:
         with trainable.spread.cast():
-            sums[0] += trainable.spread.module(tokens_BS, labels_BS)
-        sums[1] += (labels_BS != IGNORE).sum()
+            sums[0] += trainable.spread.module(*batch)
+        sums[1] += (batch[1] != IGNORE).sum()
     trainable.spread.release()
     nats, tokens, presence = _start_reading(world.sum_(torch.cat([sums, world.presence.read()])))()
     world.presence.check(presence, world_size=world.world_size)

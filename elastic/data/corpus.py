@@ -19,6 +19,7 @@ import numpy.typing as npt
 from elastic.config import RunConfig
 from elastic.data.format import SPLITS, DatasetInfo, Split, SplitInfo
 from elastic.data.order import derive_seed, ids_between, sample_ids
+from elastic.data.packing import PackedSamples
 from elastic.data.samples import Sample, Samples, StreamSamples
 from elastic.data.shards import Dataset, check_not_empty, check_vocab, open_dataset
 from elastic.errors import DataError
@@ -38,6 +39,8 @@ class Epochs:
     num_samples: int
     """That the source has."""
     num_taken: int
+    padding_share: float
+    """Of these samples."""
 
     @property
     def epochs(self) -> float:
@@ -99,8 +102,9 @@ class Corpus:
         return self._join("val")
 
     def _join(self, split: Split) -> "Joined":
-        seq_len = self.config.data.seq_len
-        return Joined({name: StreamSamples(dataset, split, seq_len) for name, dataset in self.sources.items()})
+        data = self.config.data
+        kind = PackedSamples if data.packing == "documents" else StreamSamples
+        return Joined({name: kind(dataset, split, data.seq_len) for name, dataset in self.sources.items()})
 
     def get_samples(self, split: Split) -> "Joined":
         """Return the samples of a split."""
@@ -136,10 +140,17 @@ class Corpus:
         """Return what the whole run takes from each source."""
         total = self.config.train.steps * self.config.train.global_batch
         taken = self.mixture.count(total) if self.mixture else (total,)
-        return [
-            Epochs(name=name, share=num / total, num_samples=size, num_taken=num)
-            for name, size, num in zip(self.sources, self.train.sizes, taken, strict=True)
-        ]
+        plan: list[Epochs] = []
+        for name, samples, num in zip(self.sources, self.train.sources, taken, strict=True):
+            padding = samples.padding_share
+            size = len(samples)
+            plan.append(Epochs(name=name, share=num / total, num_samples=size, num_taken=num, padding_share=padding))
+        return plan
+
+    @cached_property
+    def target_share(self) -> float:
+        """How much of the labels of the whole run is no padding."""
+        return 1 - sum(one.share * one.padding_share for one in self.plan_epochs())
 
     @property
     def has_validation(self) -> bool:
@@ -196,7 +207,7 @@ class Joined:
         self.names = tuple(sources)
         self.sizes = [len(samples) for samples in sources.values()]
         self.firsts = list(accumulate(self.sizes, initial=0))[:-1]
-        self._sources = list(sources.values())
+        self.sources = list(sources.values())
 
     def __len__(self) -> int:
         return sum(self.sizes)
@@ -211,7 +222,7 @@ class Joined:
     def read(self, sample_id: int) -> Sample:
         """Return a sample."""
         name, index = self.find(sample_id)
-        return self._sources[self.names.index(name)].read(index)
+        return self.sources[self.names.index(name)].read(index)
 
 
 def get_key(name: str) -> str:
@@ -221,11 +232,13 @@ def get_key(name: str) -> str:
 
 def describe_epochs(plan: Sequence[Epochs]) -> str:
     """Return the epochs of each source in a line."""
-    return "; ".join(
-        f"{one.name + ': ' if one.name else ''}{one.share:.1%} of the samples, {one.num_taken:,} of "
-        f"{one.num_samples:,}, {one.epochs:.2f} epochs"
-        for one in plan
-    )
+    lines: list[str] = []
+    for one in plan:
+        name = f"{one.name}: " if one.name else ""
+        padding = f", {one.padding_share:.2%} of it padding" if one.padding_share else ""
+        taken = f"{one.num_taken:,} of {one.num_samples:,}, {one.epochs:.2f} epochs"
+        lines.append(f"{name}{one.share:.1%} of the samples, {taken}{padding}")
+    return "; ".join(lines)
 
 
 def _add_up(splits: Sequence[SplitInfo]) -> SplitInfo:

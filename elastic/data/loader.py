@@ -23,15 +23,15 @@ from elastic.config import RunConfig
 from elastic.data.corpus import Corpus
 from elastic.data.format import Split
 from elastic.data.order import rank_slice
-from elastic.loss import IGNORE
+from elastic.loss import IGNORE, Microbatch
 
 
 @dataclass(frozen=True)
 class Batch:
     """One rank's share of one global batch."""
 
-    microbatches: list[tuple[Tensor, Tensor]]
-    """(tokens_BS, labels_BS), int64, on the device."""
+    microbatches: list[Microbatch]
+    """On the device."""
     sample_ids: tuple[int, ...]
     """The samples in it; padding has none."""
 
@@ -134,10 +134,13 @@ class _HostBatch:
 
     data_2MBS: Tensor  # noqa: N815  # shape letters: tokens and labels, microbatches, rows, target tokens
     sample_ids: tuple[int, ...]
+    borders_MN: Tensor | None  # noqa: N815  # where documents begin in each microbatch; None: no row has several
 
     def to(self, device: torch.device) -> Batch:
-        tokens_MBS, labels_MBS = self.data_2MBS.to(device, non_blocking=True).unbind()
-        return Batch(list(zip(tokens_MBS.unbind(), labels_MBS.unbind(), strict=True)), self.sample_ids)
+        parts = list(self.data_2MBS.to(device, non_blocking=True).unbind())
+        if self.borders_MN is not None:
+            parts.append(self.borders_MN.to(device, non_blocking=True))
+        return Batch(list(zip(*(part.unbind() for part in parts), strict=True)), self.sample_ids)
 
 
 def _build_batch(
@@ -145,13 +148,36 @@ def _build_batch(
 ) -> _HostBatch:
     """Read samples into microbatches of `shape` (M, B, S) and pad the rest."""
     num_microbatches, micro_batch, seq_len = shape
-    data = torch.empty((2, num_microbatches * micro_batch, seq_len), dtype=torch.int64, pin_memory=pin)
+    num_rows = num_microbatches * micro_batch
+    data = torch.empty((2, num_rows, seq_len), dtype=torch.int64, pin_memory=pin)
     tokens_RS, labels_RS = data.numpy()
     tokens_RS[len(ids) :] = 0
     labels_RS[len(ids) :] = IGNORE
-    samples = corpus.get_samples(split)
+    samples, starts = corpus.get_samples(split), [np.zeros(1, np.int32)] * num_rows
     for row, sample_id in enumerate(ids.tolist()):
         sample = samples.read(sample_id)
         tokens_RS[row] = sample.tokens
         labels_RS[row] = sample.labels if sample.counted is None else np.where(sample.counted, sample.labels, IGNORE)
-    return _HostBatch(data.view(2, *shape), tuple(ids.tolist()))
+        starts[row] = starts[row] if sample.starts is None else sample.starts
+    borders_MN = None
+    if corpus.config.data.packing == "documents":
+        borders_MN = torch.from_numpy(join_borders(starts, micro_batch, seq_len))
+        borders_MN = borders_MN.pin_memory() if pin else borders_MN
+    return _HostBatch(data.view(2, *shape), tuple(ids.tolist()), borders_MN)
+
+
+def join_borders(starts: list[npt.NDArray[np.int32]], micro_batch: int, seq_len: int) -> npt.NDArray[np.int32]:
+    """Return borders_MN of rows whose documents begin at `starts`: in each microbatch counted over all its rows.
+
+    The end is repeated until there are as many as in the microbatch with most, and a power of two: few different
+    numbers of them, for what is compiled or launched for each.
+    """
+    parts = [
+        np.concatenate([start + row * seq_len for row, start in enumerate(starts[first : first + micro_batch])])
+        for first in range(0, len(starts), micro_batch)
+    ]
+    size = 1 << max(len(part) for part in parts).bit_length()  # the end is one more
+    borders = np.full((len(parts), size), micro_batch * seq_len, np.int32)
+    for row, part in zip(borders, parts, strict=True):
+        row[: len(part)] = part
+    return borders

@@ -23,6 +23,8 @@ class Sample:
     """Which labels count for the loss; None: all."""
     pieces: tuple["Piece", ...]
     """Where it is from, in the order of the row."""
+    starts: npt.NDArray[np.int32] | None = None
+    """Where in the row something begins that must not see what is before it, 0 first; None: nowhere but there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,11 @@ class Piece:
 
 class Samples(Protocol):
     """The samples of one split, numbered from 0."""
+
+    @property
+    def padding_share(self) -> float:
+        """How much of them is padding."""
+        ...
 
     def __len__(self) -> int:
         """Return how many there are."""
@@ -56,6 +63,11 @@ class StreamSamples:
 
     def __len__(self) -> int:
         return self._dataset.num_samples(self._split, self._seq_len)
+
+    @property
+    def padding_share(self) -> float:
+        """None is."""
+        return 0.0
 
     def read(self, index: int) -> Sample:
         """See the Protocol."""

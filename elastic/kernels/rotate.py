@@ -37,7 +37,7 @@ def _launch(
     num_kv_heads = key.shape[2]
     assert all(tensor.is_contiguous() for tensor in (joined, query, key, value, cos_SE, sin_SE))
     _rotate_kernel[(batch * seq_len,)](
-        *(joined, query, key, value, cos_SE, sin_SE, seq_len),
+        *(joined, query, key, value, cos_SE, sin_SE, cos_SE.shape[:-1].numel()),  # the tables' rows: S, or B * S
         HEADS=num_heads,
         KV_HEADS=num_kv_heads,
         SIZE=size,
@@ -49,7 +49,7 @@ def _launch(
 
 @triton.jit
 def _rotate_kernel(
-    joined, query, key, value, cos, sin, seq_len,
+    joined, query, key, value, cos, sin, num_angles,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, BACKWARD: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
@@ -62,7 +62,7 @@ def _rotate_kernel(
     is_query = is_inside & (heads < HEADS)
     is_key = is_inside & (heads >= HEADS) & (heads < HEADS + KV_HEADS)
     is_value = is_inside & (heads >= HEADS + KV_HEADS)
-    angle = (row % seq_len) * SIZE + halves
+    angle = (row % num_angles) * SIZE + halves
     turn_cos = tl.load(cos + angle, mask=halves < HALF, other=0.0)
     turn_sin = tl.load(sin + angle, mask=halves < HALF, other=0.0)
     whole = joined + row * (HEADS + 2 * KV_HEADS) * SIZE + heads * SIZE + halves

@@ -9,7 +9,7 @@ arXiv:2501.18795.
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from elastic.constraints import NOT_NEGATIVE, POSITIVE, Constraint
 from elastic.errors import ConfigError
@@ -30,6 +30,8 @@ _STRETCH = Constraint(
 @dataclass(frozen=True, kw_only=True)
 class Config(ModelConfig):
     """The shape of a Llama, and what its relatives do otherwise."""
+
+    separates_documents: ClassVar[bool] = True
 
     kind: str = "llama"
     dim: Annotated[int, POSITIVE, SHAPE] = 256

@@ -53,15 +53,15 @@ class LowPrecisionCopy:
         """Tell whether the gradient of the next backward is the last one of the step."""
         self._is_last_microbatch = is_last
 
-    def __call__(self, tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
+    def __call__(self, tokens_BS: Tensor, labels_BS: Tensor, *borders_N: Tensor) -> Tensor:
         """Return the summed nats; weights that were written by anything but the update are copied first."""
         versions = [original._version for original in self.copies]
         if versions != self._versions:
             with torch.no_grad():
                 torch._foreach_copy_(list(self.copies.values()), list(self.copies))
             self._versions = versions
-        if not self._uses_graphs or not torch.is_grad_enabled():
-            return self.model(tokens_BS, labels_BS)
+        if not self._uses_graphs or not torch.is_grad_enabled() or borders_N:  # of which there may be any number
+            return self.model(tokens_BS, labels_BS, *borders_N)
         if self._graphs is None:
             self._graphs = GraphedLoss(self.model, tokens_BS, labels_BS)
         return (self._graphs if self._graphs.fits(tokens_BS) else self.model)(tokens_BS, labels_BS)

@@ -85,7 +85,7 @@ def test_swiglu(inner):
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "size"), [(4, 2, 64), (12, 12, 64), (24, 8, 128), (3, 1, 48)])
 def test_rotation(num_heads, num_kv_heads, size):
     config = ModelConfig(dim=num_heads * size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=size)
-    tables = build_rope_tables(config.rope, 50, device=torch.device("cuda"))
+    tables = build_rope_tables(config.rope, torch.arange(50, device="cuda"))
     joined = draw(2, 50, (num_heads + 2 * num_kv_heads) * size)
     on_cpu = joined.detach().cpu().requires_grad_()
     wanted = fused.split_and_rotate(on_cpu, *(table.cpu() for table in tables), num_heads, num_kv_heads)

@@ -26,7 +26,7 @@ def test_swiglu_and_its_product():
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "size"), [(4, 2, 6), (3, 3, 8)])
 def test_rotation_of_parts(num_heads, num_kv_heads, size):
     config = ModelConfig(dim=num_heads * size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=size)
-    tables = build_rope_tables(config.rope, 5, device=torch.device("cpu"))
+    tables = build_rope_tables(config.rope, torch.arange(5, device="cpu"))
     joined = draw(2, 5, (num_heads + 2 * num_kv_heads) * size)
     query, key, value = joined.unflatten(-1, (-1, size)).split([num_heads, num_kv_heads, num_kv_heads], dim=2)
     turned = (rotate(part.transpose(1, 2), *tables).transpose(1, 2) for part in (query, key))
@@ -40,5 +40,5 @@ def test_rotation_of_parts(num_heads, num_kv_heads, size):
 def test_torch_knows_the_operations():
     """Shapes without values, gradients and no hidden changes of inputs: what compilation relies on."""
     torch.library.opcheck(swiglu_down, (draw(2, 3, 16), draw(5, 8)))
-    tables = build_rope_tables(ModelConfig(dim=16, num_heads=2, num_kv_heads=1).rope, 5, device=torch.device("cpu"))
+    tables = build_rope_tables(ModelConfig(dim=16, num_heads=2, num_kv_heads=1).rope, torch.arange(5, device="cpu"))
     torch.library.opcheck(split_and_rotate, (draw(2, 5, 32), *tables, 2, 1))

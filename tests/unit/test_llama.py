@@ -62,7 +62,7 @@ def test_a_position_does_not_see_later_tokens():
 
 
 def test_rotation_keeps_lengths_and_depends_on_distance_only():
-    cos_SE, sin_SE = build_rope_tables(replace(SMALL, rope_theta=100.0).rope, 32, device=torch.device("cpu"))
+    cos_SE, sin_SE = build_rope_tables(replace(SMALL, rope_theta=100.0).rope, torch.arange(32, device="cpu"))
     query, key = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
     queries, keys = (rotate(vector.expand(1, 1, 32, 8), cos_SE, sin_SE)[0, 0] for vector in (query, key))
     torch.testing.assert_close(queries.norm(dim=-1), query.norm().expand(32))
@@ -86,7 +86,7 @@ def test_scaling_leaves_fast_rotations_alone_and_slows_down_slow_ones():
     config = replace(SMALL, head_dim=64, rope_theta=500_000.0)
     scaled = replace(config, rope_scaling_factor=8.0)
     (plain_cos, plain_sin), (cos, sin) = (
-        build_rope_tables(c.rope, 2, device=torch.device("cpu")) for c in (config, scaled)
+        build_rope_tables(c.rope, torch.arange(2, device="cpu")) for c in (config, scaled)
     )
     ratio = torch.atan2(plain_sin[1], plain_cos[1]) / torch.atan2(sin[1], cos[1])
     assert ratio[0].item() == pytest.approx(1)  # 1304 turns over 8192 positions: more than 4

@@ -19,7 +19,7 @@ from elastic.lr_schedule import learning_rate
 from elastic.mixture import build_mixture, cut_description, describe_paths
 from elastic.ports import DataIdentity
 
-_SAMPLE_KEYS = ("data.seq_len", "train.global_batch", "train.seed")
+_SAMPLE_KEYS = ("data.seq_len", "data.packing", "train.global_batch", "train.seed")
 _FREE_KEYS = frozenset({"precision", "data.path", "train.steps", "train.max_grad_norm"})  # and all of model, optim
 
 
@@ -27,6 +27,8 @@ _IDENTITY = "data.identity"
 """Not a key of a configuration, but of what a configuration came to."""
 _MIXTURE = "data.mixture"
 """As above; without it there is one source."""
+_IMPLIED = {"data.packing": "stream"}
+"""What was so before there was a key for it."""
 _JUMP = 1.05
 """A learning rate that changes by more from one update to the next is told."""
 
@@ -174,12 +176,8 @@ def check_config(config: RunConfig, manifest: Manifest) -> dict[str, tuple[objec
     Raises:
         ConfigError: a key changed that must not.
     """
-    now = get_computing_config(config)
-    changed = {
-        key: (manifest.config[key], now[key])
-        for key in now.keys() & manifest.config.keys()
-        if manifest.config[key] != now[key]
-    }
+    now, before = get_computing_config(config), dict[str, object]({**_IMPLIED, **manifest.config})
+    changed = {key: (before[key], now[key]) for key in now.keys() & before.keys() if before[key] != now[key]}
     for keys, reason in (
         (config.model.get_shape_keys(), "the saved weights have another shape"),
         (_SAMPLE_KEYS, "samples would be left out or repeated"),
