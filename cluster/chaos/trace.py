@@ -1,24 +1,17 @@
 """A recorded fleet of spot nodes, replayed faster and smaller: change points of a trace become faults. Pure.
 
-Two formats are read: `t_s,event,node` (event: add or remove) and `t_s,nodes` (the last row is the end).
-
 A trace's fleet has up to dozens of nodes, a local cluster a few. What is kept is the share of the fleet that is there:
 with `n(t)` nodes of at most `n_max`, the local cluster has ``round(num_nodes * n(t) / n_max)``, but one as long as
 there is one at all. A batch of losses that takes a share of the fleet takes the same share of ours, at once; single
 losses of a large fleet disappear in the rounding. Which of ours goes is drawn by lot.
 """
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 from cluster.chaos.faults import Fault
 from elastic.errors import DataError
-
-_NAMED, _COUNTED = ["t_s", "event", "node"], ["t_s", "nodes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,41 +22,6 @@ class TracePlan:
     faults: list[Fault]
     end_s: float
     """Seconds after the first step at which the trace is over."""
-
-
-def load_trace(path: Path) -> list[tuple[float, int]]:
-    """Read a trace as (seconds, nodes from then on), in order, one row per moment.
-
-    Raises:
-        DataError: it cannot be read, or is in neither format.
-    """
-    try:
-        rows = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8"))))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--trace {path} cannot be read ({error}). Give the path of a CSV file.") from error
-    header = rows[0] if rows else []
-    if header not in (_NAMED, _COUNTED) or len(rows) < 2:
-        raise DataError(
-            f"--trace {path} begins with {','.join(header)!r}, not with a trace's columns. Give a CSV file with the "
-            f"columns {','.join(_NAMED)} or {','.join(_COUNTED)}, and rows."
-        )
-    levels: dict[float, int] = {}
-    there: set[str] = set()
-    last_s = 0.0
-    for number, row in enumerate(rows[1:], start=2):
-        try:
-            time_s = float(row[0])
-            if time_s < last_s:
-                raise ValueError(f"the time goes back from {last_s:g}")
-            if header == _COUNTED:
-                levels[time_s] = int(row[1])
-            else:
-                {"add": there.add, "remove": there.discard}[row[1]](row[2])
-                levels[time_s] = len(there)
-        except (ValueError, KeyError, IndexError) as error:
-            raise DataError(f"--trace {path}, line {number}: {','.join(row)!r} cannot be read ({error}).") from error
-        last_s = time_s
-    return sorted(levels.items())
 
 
 def plan_trace(

@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
     """Check everything, let it happen, and tell what it came to."""
     from cluster.chaos.faults import load_faults
     from cluster.chaos.result import build_result
-    from cluster.chaos.trace import load_trace, plan_trace
+    from cluster.chaos.trace import plan_trace
+    from cluster.traces import load_trace
     from elastic.config_load import load_here
 
     overrides = [*args.overrides, "data.record_samples=true"]

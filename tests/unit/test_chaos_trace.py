@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.chaos.trace import load_trace, plan_trace
+from cluster.chaos.trace import plan_trace
+from cluster.traces import load_trace
 from elastic.errors import DataError
 
 

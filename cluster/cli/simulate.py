@@ -1,0 +1,122 @@
+"""Replay recorded or invented fleets of spot nodes: what each policy makes of them, in a fake clock.
+
+The controller and the ledger are those of a real run. TRACE is a CSV file: t_s,event,node or t_s,nodes. With --config
+the speed of a node, its price and the time of a recovery are the planner's, for one of its offers; else they are given.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.cli._runs import add_json, print_json
+from elastic.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cluster.simulator.engine import Setup
+    from cluster.simulator.outcome import Outcome
+    from cluster.simulator.saving import Saving
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Take traces, costs and policies."""
+    parser.add_argument("traces", metavar="TRACE", nargs="*", type=Path)
+    parser.add_argument(
+        "--generate",
+        metavar="KEYS",
+        action="append",
+        default=[],
+        help="a fleet by lot, such as nodes=16,hours=168,seed=1",
+    )
+    parser.add_argument("--min-nodes", type=int, default=1, help="fewest of a world")
+    parser.add_argument("--max-nodes", type=int, default=64, help="most of a world")
+    parser.add_argument("--gang", type=int, metavar="N", help="also a run that takes N nodes or none")
+    parser.add_argument("--save-s", type=float, default=30.0, help="how long a save holds up (all policies but ours)")
+    parser.add_argument("--recovery-s", type=float, default=180.0, help="from a loss to the next step (as above)")
+    parser.add_argument("--notice-s", type=float, default=0.0, help="before each loss; traces do not tell")
+    parser.add_argument("--usd-per-node-hour", type=float, default=1.0)
+    parser.add_argument("--step-node-s", type=float, default=60.0, help="node-seconds of work in a step")
+    parser.add_argument("--config", metavar="CONFIG", help="plan it: speed, price and recovery of a node of --offer")
+    parser.add_argument("--offer", metavar="ID", help="of `solvent offers`, for --config")
+    parser.add_argument("--plot", metavar="HTML", type=Path, help="write pictures there")
+    parser.add_argument("--seed", type=int, default=0, help="who goes where a trace does not say")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Play every fleet under every policy, and print what came of it."""
+    from cluster.simulator.engine import Setup
+    from cluster.simulator.generator import generate_fleet, parse_weather
+    from cluster.simulator.outcome import build_savings, compare
+    from cluster.traces import load_fleet
+
+    if not args.traces and not args.generate:
+        raise ConfigError("simulate needs a fleet: give TRACE files, or --generate nodes=16,hours=168.")
+    if not 1 <= args.min_nodes <= args.max_nodes:
+        raise ConfigError(f"--min-nodes {args.min_nodes} must be at least 1 and at most --max-nodes {args.max_nodes}.")
+    fleets = [load_fleet(path, seed=args.seed) for path in args.traces]
+    fleets += [generate_fleet(parse_weather(text)) for text in args.generate]
+    savings = build_savings(save_s=args.save_s, recovery_s=args.recovery_s)
+    setup = Setup(
+        saving=savings[-1],
+        world_sizes=tuple(range(args.min_nodes, args.max_nodes + 1)),
+        usd_per_node_hour=args.usd_per_node_hour,
+        step_node_s=args.step_node_s,
+        notice_s=args.notice_s,
+    )
+    speed = 0.0
+    if args.config:
+        setup, savings, speed = _plan(args, setup, savings)
+    played = [(fleet, compare(fleet, setup, savings, gang=args.gang, tokens_per_node_s=speed)) for fleet in fleets]
+    if args.plot:
+        from cluster.simulator.plot import draw_page
+
+        args.plot.write_text(draw_page(played), encoding="utf-8")
+    if args.json:
+        rows = {fleet.name: {o.policy: o.to_row() for o in outcomes} for fleet, outcomes in played}
+        only: Any = next(iter(rows.values())) if len(rows) == 1 else {}
+        print_json({"traces": rows, **only})
+        return 0
+    for fleet, outcomes in played:
+        print(f"{fleet.name}: {fleet.node_hours:,.0f} node-hours in {fleet.end_s / 3600:,.1f} h")
+        heads = f"{'goodput':>8} {'fleet':>7} {'world':>7} {'USD':>10} {'losses':>6} {'redone':>8}  USD/Mtok"
+        print(f"  {'policy':12} {heads}")
+        for outcome in outcomes:
+            print(_format(outcome))
+    return 0
+
+
+def _format(outcome: "Outcome") -> str:
+    tally, cost = outcome.tally, outcome.usd_per_mtoken
+    shares = f"{outcome.goodput:8.1%} {outcome.fleet_share:7.1%} {outcome.world_share:7.1%}"
+    redone = tally.redone_node_s / outcome.step_node_s
+    price = "" if cost is None else f"{cost:.4f}"
+    return f"  {outcome.policy:12} {shares} {tally.usd:10,.2f} {tally.losses:6} {redone:8,.0f}  {price}"
+
+
+def _plan(
+    args: argparse.Namespace, setup: "Setup", savings: "tuple[Saving, ...]"
+) -> "tuple[Setup, tuple[Saving, ...], float]":
+    """Return the setup with what the planner says of one node of an offer, and its tokens per second."""
+    from dataclasses import replace
+
+    from cluster.catalog.load import get_cache, load_catalog
+    from cluster.planner.candidates import Evaluator
+    from elastic.config_load import load
+
+    offers = {offer.id: offer for offer in load_catalog(cache=get_cache()).offers}
+    if args.offer not in offers:
+        raise ConfigError(f"--offer {args.offer} is not one. Give an id that `solvent offers` prints.")
+    offer, config = offers[args.offer], load(args.config, [])
+    nodes = max(1, config.cluster.max_workers // offer.gpus)
+    candidate = Evaluator(config).evaluate(offer, nodes)
+    if not candidate.fits or candidate.goodput is None:
+        raise ConfigError(f"--config {args.config} on {nodes} x {args.offer}: {candidate.reason}.")
+    speed = candidate.tokens_per_s / nodes
+    ours = replace(savings[-1], recovery_s=candidate.goodput.outage_s, planned_s=candidate.goodput.outage_s)
+    setup = replace(
+        setup,
+        usd_per_node_hour=offer.usd_per_hour,
+        step_node_s=config.train.global_batch * config.data.seq_len / speed,
+        notice_s=args.notice_s or 0.0,
+    )
+    return setup, (*savings[:-1], ours), speed
