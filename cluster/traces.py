@@ -43,6 +43,14 @@ class Fleet:
             there, last_s = there + len(change.added) - len(change.removed), change.time_s
         return (total_s + there * (self.end_s - last_s)) / 3600
 
+    def get_levels(self) -> list[tuple[float, int]]:
+        """Return its size over time; the last row is the end."""
+        there, levels = 0, [(0.0, 0)]
+        for change in self.changes:
+            there += len(change.added) - len(change.removed)
+            levels.append((change.time_s, there))
+        return [*levels, (self.end_s, there)]
+
 
 def load_fleet(path: Path, *, seed: int = 0) -> Fleet:
     """Read a trace with its nodes; where it counts them, those that go are drawn by lot.

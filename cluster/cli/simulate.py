@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cluster.simulator.engine import Setup
     from cluster.simulator.outcome import Outcome
     from cluster.simulator.saving import Saving
+    from cluster.traces import Fleet
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--notice-s", type=float, default=0.0, help="before each loss; traces do not tell")
     parser.add_argument("--usd-per-node-hour", type=float, default=1.0)
     parser.add_argument("--step-node-s", type=float, default=60.0, help="node-seconds of work in a step")
+    deadlines = parser.add_argument_group("deadlines: policies for spot and on-demand over windows drawn by lot")
+    deadlines.add_argument("--slack", type=float, nargs="+", help="deadlines, over the time on on-demand machines")
+    deadlines.add_argument("--windows", type=int, default=200, help="for each slack (%(default)s)")
+    deadlines.add_argument("--work-h", type=float, default=8.0, help="hours of work on all machines (%(default)s)")
+    deadlines.add_argument("--on-demand-usd-per-node-hour", type=float, metavar="USD", help="(3 times the spot price)")
     parser.add_argument("--config", metavar="CONFIG", help="plan it: speed, price and recovery of a node of --offer")
     parser.add_argument("--offer", metavar="ID", help="of `solvent offers`, for --config")
     parser.add_argument("--plot", metavar="HTML", type=Path, help="write pictures there")
@@ -55,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--min-nodes {args.min_nodes} must be at least 1 and at most --max-nodes {args.max_nodes}.")
     fleets = [load_fleet(path, seed=args.seed) for path in args.traces]
     fleets += [generate_fleet(parse_weather(text)) for text in args.generate]
+    if args.slack:
+        return _study_deadlines(args, fleets)
     savings = build_savings(save_s=args.save_s, recovery_s=args.recovery_s)
     setup = Setup(
         saving=savings[-1],
@@ -83,6 +91,29 @@ def run(args: argparse.Namespace) -> int:
         for outcome in outcomes:
             print(_format(outcome))
     return 0
+
+
+def _study_deadlines(args: argparse.Namespace, fleets: "list[Fleet]") -> int:
+    """Print what the policies for deadlines cost, and return 1 if one was missed."""
+    from cluster.deadlines.study import Terms, study
+
+    if min(args.slack) <= 1 or args.windows < 1:
+        raise ConfigError(f"--slack {min(args.slack):g} must be more than 1, and --windows at least 1.")
+    terms = Terms(
+        work_h=args.work_h,
+        spot_usd_per_hour=args.usd_per_node_hour,
+        on_demand_usd_per_hour=args.on_demand_usd_per_node_hour or 3 * args.usd_per_node_hour,
+    )
+    levels = [fleet.get_levels() for fleet in fleets]
+    results = [study(levels, slack=slack, windows=args.windows, terms=terms, seed=args.seed) for slack in args.slack]
+    if args.json:
+        print_json({"deadlines": [result.to_row() for result in results]})
+    for result in [] if args.json else results:
+        costs = "  ".join(f"{name} {usd:.3f}" for name, usd in result.usd_per_node_hour.items())
+        print(f"slack {result.slack:g}, {result.windows} windows: {sum(result.missed.values())} missed")
+        print(f"  USD per node-hour of work: {costs}")
+        print(f"  the chooser costs {result.chooser_over_best:.4f} times the best single policy: {dict(result.picked)}")
+    return 1 if any(sum(result.missed.values()) for result in results) else 0
 
 
 def _format(outcome: "Outcome") -> str:
