@@ -77,7 +77,7 @@ class SourceConfig:
     """One of several prepared folders that a run takes its samples from."""
 
     path: str = ""
-    """As `data.path`."""
+    """As `data.path` of a configuration with one source."""
     weight: float = 1.0
     """Its share of the samples, relative to those of the others. 0: none, until a phase gives it some."""
 
@@ -99,7 +99,12 @@ class DataConfig:
     """Token shards made by `solvent prepare`."""
 
     path: str = ""
-    """The folder that `solvent prepare --out` wrote."""
+    """The folder that `solvent prepare --out` wrote, or the URL of a copy in an object store (s3://, gs://, az://)."""
+    cache: Annotated[str, _PATH_ON_EACH_NODE] = ""
+    """Where a node keeps what it has read from an object store, for all its trainers and runs: a folder on a disk of
+    its own. Empty: one in its folder for temporary files."""
+    cache_gib: Annotated[float, NOT_NEGATIVE] = 16.0
+    """The cache's size; it never grows beyond. 0: there is none."""
     sources: dict[str, SourceConfig] = field(default_factory=dict[str, SourceConfig])
     """Several of them by name, instead of `path`: `web: {path: ..., weight: 0.7}`."""
     phases: dict[str, PhaseConfig] = field(default_factory=dict[str, PhaseConfig])

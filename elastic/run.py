@@ -24,7 +24,7 @@ from elastic.checkpoint.tiers.memory_budget import agree_on_memory_budget
 from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.config import RunConfig
 from elastic.data.corpus import Corpus, describe_epochs, open_corpus
-from elastic.data.kept import keep_data
+from elastic.data.kept import keep_data, share_indices
 from elastic.data.loader import Loader, eval_batches
 from elastic.errors import DataError, StaleGenerationError
 from elastic.loop import Parts, SampleRecorder, run_loop
@@ -152,6 +152,7 @@ def _build_parts(
 ) -> Generator[tuple[Parts, Progress, Recent]]:
     """Build data, model and checkpointer, restore the newest state, and take it all down again."""
     corpus = open_corpus(config)
+    _share_indices(run.storage, corpus, world)
     corpus.check_fits()
     data = corpus.identity
     _check_same_data(data, config, world)
@@ -266,6 +267,13 @@ def _check_same_data(data: DataIdentity, config: RunConfig, world: World) -> Non
             f"is rank {world.rank}, with {data.train_tokens:,} training tokens on node {world.node}). Copy the same "
             "prepared folder to all nodes, or put it where all see it."
         )
+
+
+def _share_indices(storage: Storage, corpus: Corpus, world: World) -> None:
+    try:
+        share_indices(storage, corpus, role="keeps" if world.rank == 0 else "reads")
+    except OSError as error:
+        raise explain(error, storage.url) from error
 
 
 def _keep_data(storage: Storage, corpus: Corpus) -> None:

@@ -14,12 +14,14 @@ _HOP_HEADERS = {"connection", "transfer-encoding", "content-length", "date", "se
 
 
 @contextmanager
-def open_proxy(target, *, rate, seed=0, heard=None):
+def open_proxy(target, *, rate=0.0, rates=None, seed=0, heard=None, slow_s=0.5):
     """Yield ``(url, counter of what was done to requests)``; a share `rate` of them suffers one of four fates.
 
     Args:
+        rates: the share of requests that each of some fates strikes, instead of `rate`.
         heard: a list that takes each request's method and path.
     """
+    rates = rates or dict.fromkeys(FATES, rate / len(FATES))
     address, dice, lock = urlsplit(target).netloc, random.Random(seed), threading.Lock()
     done = Counter()
 
@@ -29,9 +31,7 @@ def open_proxy(target, *, rate, seed=0, heard=None):
         def handle_any(self):
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             with lock:
-                fate = (
-                    dice.choice(("throttled", "answer lost", "hung up", "slow")) if dice.random() < rate else "served"
-                )
+                (fate,) = dice.choices([*rates, "served"], [*rates.values(), 1 - sum(rates.values())])
                 done[fate] += 1
                 if heard is not None:
                     heard.append(f"{self.command} {self.path}")
@@ -40,7 +40,7 @@ def open_proxy(target, *, rate, seed=0, heard=None):
             if fate == "hung up":
                 return self._hang_up()
             if fate == "slow":
-                time.sleep(0.5)
+                time.sleep(slow_s)
             connection = http.client.HTTPConnection(address)
             connection.request(self.command, self.path, body, dict(self.headers))
             answer = connection.getresponse()

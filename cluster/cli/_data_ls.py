@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from cluster.cli._data_target import add_target, find_config
+from cluster.cli._data_target import add_target, find_config, is_folder
 from cluster.cli._runs import add_json, print_json
 
 if TYPE_CHECKING:
@@ -25,15 +25,13 @@ def run(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from elastic.data.corpus import describe_epochs, open_corpus
-    from elastic.data.hf_tokenizer import is_prepared
 
     config = find_config(args)
     corpus = open_corpus(config)
     sources = [
         {"name": name, "path": str(dataset.folder), **describe(dataset)} for name, dataset in corpus.sources.items()
     ]
-    is_folder = is_prepared(args.target)
-    plan = [] if is_folder else corpus.plan_epochs()
+    plan = [] if is_folder(args.target) else corpus.plan_epochs()
     if args.json:
         epochs = [{**asdict(one), "epochs": one.epochs} for one in plan]
         print_json({"identity": corpus.identity.name, "sources": sources, "epochs": epochs})

@@ -19,20 +19,16 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DataError: it is no prepared folder.
     """
-    from pathlib import Path
-
-    from elastic.data.folder import LocalFolder
-    from elastic.data.format import read_info
     from elastic.data.inspection import find_damage
-    from elastic.data.shards import Dataset
+    from elastic.data.shards import open_unchecked
     from elastic.mixture import get_paths
 
     rows: list[dict[str, Any]] = []
-    for path in map(Path, get_paths(find_config(args).data).values()):
-        info = read_info(path)
-        damage = list(find_damage(path, Dataset(LocalFolder(path), info)))
-        num_bytes = sum(shard.size_bytes for shard in (*info.train.shards, *info.val.shards))
-        rows.append({"path": str(path), "is_whole": not damage, "damage": damage, "bytes": num_bytes})
+    for key, path in get_paths(find_config(args).data).items():
+        dataset = open_unchecked(path, key=key)
+        damage = list(find_damage(dataset))
+        num_bytes = sum(shard.size_bytes for shard in (*dataset.info.train.shards, *dataset.info.val.shards))
+        rows.append({"path": path, "is_whole": not damage, "damage": damage, "bytes": num_bytes})
     if args.json:
         print_json({"is_whole": all(row["is_whole"] for row in rows), "sources": rows})
     else:

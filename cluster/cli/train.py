@@ -126,6 +126,7 @@ def check_before_paying(config: RunConfig, past: "Past | None" = None) -> str:
     from elastic.checkpoint.restore.first_weights import check_first_weights
     from elastic.checkpoint.restore.past import look_back
     from elastic.data.corpus import describe_epochs, open_corpus
+    from elastic.data.kept import share_indices
     from elastic.records.leader import was_led
 
     load_prices(config.cost)
@@ -156,6 +157,7 @@ def check_before_paying(config: RunConfig, past: "Past | None" = None) -> str:
         for newest in past.committed[-1:]:
             for remark in check_resume(config, read_manifest(storage, newest), data=corpus.identity):
                 log.warning("%s", remark)
+        share_indices(storage, corpus, role="keeps")
     except OSError as error:
         raise explain_unreadable(error, storage.url) from error
     return describe_epochs(corpus.plan_epochs())

@@ -8,9 +8,10 @@ from urllib.parse import parse_qsl, urlsplit
 from cluster.kube.options import Options
 from elastic.config import RunConfig
 from elastic.errors import ConfigError
+from elastic.mixture import get_paths
 from elastic.redact import redact
+from elastic.storage import OBJECT_STORES
 
-OBJECT_STORES = ("s3", "gs", "az")
 _SECRET_IN_QUERY = re.compile(r"key|secret|token|password|sig|credential", re.IGNORECASE)
 
 
@@ -32,16 +33,12 @@ def check_placement(config: RunConfig, options: Options) -> None:
             f"storage={config.storage} would be in a container that is gone with its node, and the run with it. Set "
             f"storage=s3://BUCKET/runs (or gs://, az://), or --set claim=NAME with storage={options.claim_path}/runs."
         )
-    if "://" in config.data.path:
-        raise ConfigError(
-            f"data.path={config.data.path}: token shards are memory-mapped, so they must be on a file system. Put them "
-            f"on a shared volume: --set claim=NAME data.path={options.claim_path}/data."
-        )
-    if not _is_shared(config.data.path, options):
-        raise ConfigError(
-            f"data.path={config.data.path!r} is not in a container. Copy the prepared folder to a shared volume: "
-            f"--set claim=NAME data.path={options.claim_path}/data."
-        )
+    for key, path in get_paths(config.data).items():
+        if urlsplit(path).scheme not in OBJECT_STORES and not _is_shared(path, options):
+            raise ConfigError(
+                f"{key}={path!r} is not in a container. Copy the prepared folder to an object store "
+                f"({key}=s3://BUCKET/data), or to a shared volume: --set claim=NAME {key}={options.claim_path}/data."
+            )
     if config.wandb.mode == "online" and not (options.secret or options.secret_names):
         raise ConfigError(
             "wandb.mode=online needs WANDB_API_KEY in the pods. Put it into a Secret and --set secret=NAME (renting "

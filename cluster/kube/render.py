@@ -76,9 +76,9 @@ def get_changes(fields: dict[str, Any], defaults: dict[str, Any]) -> dict[str, A
     changes: dict[str, Any] = {}
     for name, value in fields.items():
         if isinstance(value, dict):
-            if inner := get_changes(cast(dict[str, Any], value), defaults[name]):
+            if inner := get_changes(cast(dict[str, Any], value), defaults.get(name, {})):
                 changes[name] = inner
-        elif value != defaults[name]:
+        elif name not in defaults or value != defaults[name]:  # sources and phases have the user's names
             changes[name] = value
     return changes
 

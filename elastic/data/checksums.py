@@ -16,10 +16,10 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from elastic.data.folder import Folder
 from elastic.data.format import SPLITS, TOKENIZER_FILE, DatasetInfo, Shard, hash_file
 from elastic.errors import DataError
 
@@ -48,21 +48,28 @@ def verify_files(folder: Path, info: DatasetInfo, *, verify: Verify) -> None:
         write_stamp(folder, info)
 
 
-def find_damaged_files(folder: Path, info: DatasetInfo) -> Iterator[tuple[str, str]]:
-    """Read every byte; yield (file, what is wrong with it)."""
-    checks = [(TOKENIZER_FILE, lambda: _check_tokenizer(folder, info))]
-    for shard in (shard for split in SPLITS for shard in info.get_split(split).shards):
-        checks.append((shard.file, partial(_check_shard, folder, shard)))
-    for file, check in checks:
-        try:
-            check()
-        except (DataError, OSError) as error:
-            yield file, str(error)
+def check_tokenizer_file(folder: Folder, info: DatasetInfo) -> Iterator[str]:
+    """Yield what is wrong with the tokenizer of a folder, wherever that lies."""
+    try:
+        content = folder.read_file(TOKENIZER_FILE)
+    except OSError as error:
+        yield f"{folder}/{TOKENIZER_FILE} cannot be read: {error.strerror}"
+        return
+    if hashlib.sha256(content).hexdigest() != info.tokenizer_sha256:
+        yield f"{folder}/{TOKENIZER_FILE} is not the file that the shards were made with"
 
 
-def _check_shard(folder: Path, shard: Shard) -> None:
-    _check_size(folder / shard.file, shard)
-    _check_hashes(folder, [shard])
+def check_shard_file(path: Path, shard: Shard, *, name: str) -> Iterator[str]:
+    """Read every byte of a shard; yield what is wrong with it.
+
+    Args:
+        name: what to call the file, of which `path` may be a copy.
+    """
+    try:
+        _check_size(path, shard)
+        _check_hashes(path.parent, [shard])
+    except (DataError, OSError) as error:
+        yield str(error).replace(str(path), name)
 
 
 def _check_tokenizer(folder: Path, info: DatasetInfo) -> None:

@@ -7,17 +7,21 @@ some of each. An id is a number over all samples of all sources, in the order of
 
 import hashlib
 import json
+import os
+import tempfile
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from elastic.config import RunConfig
-from elastic.data.format import SPLITS, DatasetInfo, Split, SplitInfo
+from elastic.data.block_cache import BlockCache
+from elastic.data.format import BLOCK_BYTES, SPLITS, DatasetInfo, Split, SplitInfo
 from elastic.data.order import derive_seed, ids_between, sample_ids
 from elastic.data.packing import PackedSamples
 from elastic.data.samples import Sample, Samples, StreamSamples
@@ -25,6 +29,7 @@ from elastic.data.shards import Dataset, check_not_empty, check_vocab, open_data
 from elastic.errors import DataError
 from elastic.mixture import build_mixture, get_paths, share_out
 from elastic.ports import DataIdentity
+from elastic.storage import is_url
 
 _ONE_SOURCE = ""
 
@@ -153,6 +158,16 @@ class Corpus:
         return 1 - sum(one.share * one.padding_share for one in self.plan_epochs())
 
     @property
+    def is_remote(self) -> bool:
+        """Whether samples come from an object store, so that reading them ahead pays."""
+        return any(is_url(path) for path in get_paths(self.config.data).values())
+
+    def stop_reading_ahead(self) -> None:
+        """End the threads that read ahead."""
+        for dataset in self.sources.values():
+            dataset.folder.stop_reading_ahead()
+
+    @property
     def has_validation(self) -> bool:
         """Whether an evaluation has samples; data may be prepared without."""
         return bool(self.get_wanted("val"))
@@ -224,6 +239,11 @@ class Joined:
         name, index = self.find(sample_id)
         return self.sources[self.names.index(name)].read(index)
 
+    def read_ahead(self, sample_ids: Iterable[int]) -> None:
+        """Take note that these samples will be read soon, in this order."""
+        for name, index in map(self.find, sample_ids):
+            self.sources[self.names.index(name)].read_ahead(index)
+
 
 def get_key(name: str) -> str:
     """Return the key of the configuration that says where a source lies."""
@@ -261,4 +281,9 @@ def open_corpus(config: RunConfig) -> Corpus:
     """
     names = list(config.data.sources) or [_ONE_SOURCE]
     paths = get_paths(config.data).items()
-    return Corpus({name: open_dataset(path, key=key) for name, (key, path) in zip(names, paths, strict=True)}, config)
+    cache = None
+    if any(is_url(path) for _, path in paths):
+        folder = config.data.cache or str(Path(tempfile.gettempdir()) / f"solvent-data-{os.getuid()}")
+        cache = BlockCache(Path(folder), max_bytes=int(config.data.cache_gib * 2**30), block_bytes=BLOCK_BYTES)
+    opened = {name: open_dataset(path, key=key, cache=cache) for name, (key, path) in zip(names, paths, strict=True)}
+    return Corpus(opened, config)

@@ -1,5 +1,6 @@
 """Where a prepared folder lies, behind one Protocol: the rest of `elastic.data` reads tokens by shard and range."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -32,6 +33,22 @@ class Folder(Protocol):
         """Tell of tokens whether they count for the loss; None: all do."""
         ...
 
+    def borrow(self, shard: Shard) -> AbstractContextManager[Path]:
+        """Return the path of a shard's file on this machine, of the same name; in a `with` block it stays there.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        ...
+
+    def read_ahead(self, shard: Shard, start: int, count: int) -> None:
+        """Take note that these tokens will be read soon."""
+        ...
+
+    def stop_reading_ahead(self) -> None:
+        """End the threads of `read_ahead`, if there are any."""
+        ...
+
 
 class LocalFolder:
     """A folder on a file system. A shard is mapped when it is first read."""
@@ -59,6 +76,16 @@ class LocalFolder:
         """See the Protocol."""
         bits = self._map(shard).counted_bits
         return None if bits is None else unpack_bits(bits, start, count)
+
+    def borrow(self, shard: Shard) -> AbstractContextManager[Path]:
+        """See the Protocol; the file may not be there."""
+        return nullcontext(self.path / shard.file)
+
+    def read_ahead(self, shard: Shard, start: int, count: int) -> None:
+        """Do nothing: the kernel reads ahead."""
+
+    def stop_reading_ahead(self) -> None:
+        """Do nothing."""
 
     def _map(self, shard: Shard) -> MappedShard:
         mapped = self._mapped.get(shard.file)

@@ -19,18 +19,35 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from zlib_ng.zlib_ng import crc32
 
 from elastic.errors import DataError
 from elastic.ports import DataIdentity
 
 DATASET_FILE = "dataset.json"
 TOKENIZER_FILE = "tokenizer.json"
+BLOCK_SUMS_FILE = "blocks.crc32"
+BLOCK_BYTES = 1 << 16
+"""What is fetched from an object store, verified and kept at once: a sample is some KiB, at a place by lot."""
 VERSION = 1
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 Tokens = npt.NDArray[np.uint16 | np.uint32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where in a shard's file its parts begin, so that they can be read by range."""
+
+    num_rows: int
+    token_bytes: int
+    offsets_at: int
+    """int32, one more than there are rows."""
+    tokens_at: int
+    counted_at: int | None = None
+    """A bit per token; None: all tokens count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +58,8 @@ class Shard:
     num_tokens: int
     size_bytes: int
     sha256: str
+    layout: Layout | None = None
+    """None: was not written down."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +91,8 @@ class DatasetInfo:
     """Of the tokens in the shards; None: was not counted."""
     has_counted: bool = False
     """Shards say of each token whether it counts for the loss."""
+    has_block_sums: bool = False
+    """There is a `blocks.crc32`: of each `BLOCK_BYTES` of each shard, those of train first, its crc32 in 4 bytes."""
 
     @property
     def needed_vocab_size(self) -> int:
@@ -149,7 +170,10 @@ def _parse_split(raw: Mapping[str, Any]) -> SplitInfo:
 
 
 def _parse_shard(raw: Mapping[str, Any]) -> Shard:
-    shard = Shard(**raw)
+    fields = dict(raw)
+    if layout := fields.pop("layout", None):
+        fields["layout"] = Layout(**layout)
+    shard = Shard(**fields)
     if shard.file in ("", ".", "..") or "/" in shard.file:  # it may be a stranger's
         raise DataError(
             f"{DATASET_FILE} names {shard.file!r}, a file outside of its folder, as a shard: `solvent prepare` never "
@@ -175,7 +199,43 @@ def write_shard(
     batch = pa.record_batch(columns)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
         writer.write_batch(batch)
-    return Shard(file=path.name, num_tokens=len(tokens), size_bytes=path.stat().st_size, sha256=hash_file(path))
+    return Shard(
+        file=path.name,
+        num_tokens=len(tokens),
+        size_bytes=path.stat().st_size,
+        sha256=hash_file(path),
+        layout=find_layout(path),
+    )
+
+
+def find_layout(path: Path) -> Layout:
+    """Return where a shard has what; of its bytes, only the first and the last need be there."""
+    with pa.memory_map(str(path)) as file:
+        start = file.read_buffer(file.size()).address
+        batch = pa.ipc.open_file(file).get_batch(0)
+        rows = batch.column("tokens")
+        counted = batch.column("counted").values.buffers()[1] if "counted" in batch.schema.names else None
+        return Layout(
+            num_rows=len(rows),
+            token_bytes=rows.type.value_type.bit_width // 8,
+            offsets_at=rows.buffers()[1].address - start,
+            tokens_at=rows.values.buffers()[1].address - start,
+            counted_at=counted.address - start if counted else None,
+        )
+
+
+def count_blocks(shard: Shard) -> int:
+    """Return how many blocks a shard has."""
+    return -(-shard.size_bytes // BLOCK_BYTES)
+
+
+def write_block_sums(folder: Path, info: DatasetInfo) -> None:
+    """Write `blocks.crc32`."""
+    with (folder / BLOCK_SUMS_FILE).open("wb") as out:
+        for shard in (shard for split in SPLITS for shard in info.get_split(split).shards):
+            with (folder / shard.file).open("rb") as file:
+                while block := file.read(BLOCK_BYTES):
+                    out.write(crc32(block).to_bytes(4, "little"))
 
 
 @dataclass(frozen=True, kw_only=True)

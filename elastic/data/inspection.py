@@ -3,15 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from elastic.data.checksums import find_damaged_files
+from elastic.data.checksums import check_shard_file, check_tokenizer_file
 from elastic.data.folder import LocalFolder
-from elastic.data.format import TOKENIZER_FILE, Shard, Split
+from elastic.data.format import SPLITS, TOKENIZER_FILE, Shard, Split
 from elastic.data.samples import Sample
 from elastic.data.shards import Dataset
 from elastic.data.tokenizer import parse_tokenizer
@@ -84,46 +83,65 @@ def measure_lengths(dataset: Dataset, split: Split) -> Lengths | None:
     return Lengths(deciles=tuple(deciles.tolist()), mean=float(lengths.mean()))
 
 
-def find_damage(folder: Path, dataset: Dataset) -> Iterator[str]:
-    """Read all of a folder on a file system; yield what is wrong with it, a line each.
+def find_damage(dataset: Dataset) -> Iterator[str]:
+    """Read all of a prepared folder; yield what is wrong with it, a line each.
 
     Beyond the bytes' checksums, the content is looked at: that ids have a row in the vocabulary, that rows are whole
-    documents, and that there are as many documents and tokens as `dataset.json` says.
+    documents, and that there are as many documents and tokens as `dataset.json` says. A shard in an object store is
+    copied to this machine, and away again.
     """
-    damaged = dict(find_damaged_files(folder, dataset.info))
-    yield from damaged.values()
-    for split in ("train", "val"):
-        info = dataset.info.get_split(split)
-        if not damaged.keys() & {shard.file for shard in info.shards}:
-            yield from _check_content(LocalFolder(folder), dataset, split)
+    yield from check_tokenizer_file(dataset.folder, dataset.info)
+    for split in SPLITS:
+        content, is_whole = _Content(dataset), True
+        for shard in dataset.info.get_split(split).shards:
+            try:
+                with dataset.folder.borrow(shard) as path:
+                    damage = list(check_shard_file(path, shard, name=f"{dataset.folder}/{shard.file}"))
+                    damage = damage or list(content.check(LocalFolder(path.parent), shard))
+            except DataError as error:
+                damage = [str(error)]
+            is_whole = is_whole and not damage
+            yield from damage
+        if is_whole:
+            yield from content.finish(split)
 
 
-def _check_content(folder: LocalFolder, dataset: Dataset, split: Split) -> Iterator[str]:
-    info, is_open, num_documents = dataset.info.get_split(split), False, 0
-    for shard in info.shards:
+class _Content:
+    """Looks at the shards of a split, one after the other."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+        self._is_open = False
+        self._num_documents = 0
+
+    def check(self, folder: LocalFolder, shard: Shard) -> Iterator[str]:
+        """Yield what is wrong with a shard, which lies in this folder now."""
+        name, eot_id = f"{self._dataset.folder}/{shard.file}", self._dataset.info.eot_id
         try:
             offsets = folder.read_row_offsets(shard)
         except DataError as error:
             yield str(error)
             return
         if offsets[0] != 0 or offsets[-1] != shard.num_tokens or (np.diff(offsets) <= 0).any():
-            yield f"{folder}/{shard.file}: its rows do not tile its {shard.num_tokens:,} tokens"
+            yield f"{name}: its rows do not tile its {shard.num_tokens:,} tokens"
             return
-        num_documents += len(offsets) - 1 - is_open
-        is_open = int(folder.read_tokens(shard, shard.num_tokens - 1, 1)[0]) != dataset.info.eot_id
-        ends = folder.read_tokens(shard, 0, shard.num_tokens)[offsets[1 : len(offsets) - is_open] - 1]
-        if (ends != dataset.info.eot_id).any():
-            yield f"{folder}/{shard.file}: {int((ends != dataset.info.eot_id).sum()):,} documents have no end"
+        self._num_documents += len(offsets) - 1 - self._is_open
+        self._is_open = int(folder.read_tokens(shard, shard.num_tokens - 1, 1)[0]) != eot_id
+        ends = folder.read_tokens(shard, 0, shard.num_tokens)[offsets[1 : len(offsets) - self._is_open] - 1]
+        if num_open := int((ends != eot_id).sum()):
+            yield f"{name}: {num_open:,} documents have no end"
         largest = _find_largest(folder, shard)
-        if largest >= dataset.info.needed_vocab_size:
-            yield (
-                f"{folder}/{shard.file} holds the token id {largest}, and the vocabulary ends at "
-                f"{dataset.info.needed_vocab_size - 1}"
-            )
-    if is_open:
-        yield f"{folder}: the last document of {split} has no end"
-    if num_documents != info.num_documents:
-        yield f"{folder}: {split} holds {num_documents:,} documents, dataset.json says {info.num_documents:,}"
+        if largest >= self._dataset.info.needed_vocab_size:
+            last = self._dataset.info.needed_vocab_size - 1
+            yield f"{name} holds the token id {largest}, and the vocabulary ends at {last}"
+
+    def finish(self, split: Split) -> Iterator[str]:
+        """Yield what is wrong with all of them together."""
+        said = self._dataset.info.get_split(split).num_documents
+        if self._is_open:
+            yield f"{self._dataset.folder}: the last document of {split} has no end"
+        if self._num_documents != said:
+            yield f"{self._dataset.folder}: {split} holds {self._num_documents:,} documents, dataset.json says {said:,}"
 
 
 def _find_largest(folder: LocalFolder, shard: Shard) -> int:

@@ -2,6 +2,7 @@
 
     data/<16 digits>/dataset.json       as in the prepared folder; of a mixture, the sum of all, without shards
     data/<16 digits>/tokenizer.json
+    data/<16 digits>/packed-...         how many rows its documents make, if they are packed
 
 The digits are those of the identity in the manifests of the checkpoints, so that each checkpoint has the tokenizer that
 its ids are of, however often the prepared folder was replaced or moved since.
@@ -9,13 +10,36 @@ its ids are of, however often the prepared folder was replaced or moved since.
 
 import hashlib
 from dataclasses import dataclass
+from typing import Literal
 
 from elastic.data.corpus import Corpus
-from elastic.data.format import DATASET_FILE, TOKENIZER_FILE, DatasetInfo, dump_info, parse_info
+from elastic.data.format import DATASET_FILE, SPLITS, TOKENIZER_FILE, DatasetInfo, dump_info, parse_info
+from elastic.data.packing import PackedSamples, parse_index
 from elastic.errors import DataError
 from elastic.ports import DataIdentity
 from elastic.records.rundir import DATA
 from elastic.storage import Storage
+
+
+def share_indices(run: Storage, corpus: Corpus, *, role: Literal["keeps", "reads"]) -> None:
+    """Let a run find out once, and not in every trainer, how its documents are packed.
+
+    Args:
+        role: who keeps writes what is missing; who reads does without, and finds it out itself.
+
+    Raises:
+        OSError: the storage cannot be read or written.
+    """
+    for split in SPLITS:
+        for name, samples in zip(corpus.sources, corpus.get_samples(split).sources, strict=True):
+            if not isinstance(samples, PackedSamples):
+                continue
+            identity = corpus.sources[name].info.identity.name
+            key = f"{DATA}/{identity}/{samples.index_name}"
+            if samples.index is None and run.get_size(key) is not None:
+                samples.index = parse_index(run.read(key))
+            elif role == "keeps" and run.get_size(key) is None:
+                run.write(key, [samples.get_index().dump()])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,10 @@ from elastic.data.format import Split
 from elastic.data.order import rank_slice
 from elastic.loss import IGNORE, Microbatch
 
+_MAX_STEPS_AHEAD = 32
+_ROWS_AHEAD = 512
+"""From an object store, samples of so many steps, and about so many rows, are on their way before they are needed."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -48,7 +52,7 @@ class Loader:
         self._rank = rank
         self._world_size = world_size
         self._device = device
-        self._next_step = start_step
+        self._next_step = self._ahead_step = start_step
         self._pending: deque[tuple[int, Future[_HostBatch]]] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader", initializer=_enter_device, initargs=(device,))
 
@@ -59,7 +63,10 @@ class Loader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._thread.shutdown(cancel_futures=True)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._corpus.stop_reading_ahead()
+        self._thread.shutdown()
+        self._corpus.stop_reading_ahead()  # it may just have begun to
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
         return self
@@ -73,6 +80,12 @@ class Loader:
         return step, batch.to(self._device)
 
     def _read_ahead(self) -> None:
+        if self._corpus.is_remote:
+            rows = math.ceil(self._config.train.global_batch / self._world_size)
+            end = self._next_step + max(self._config.data.prefetch_steps, min(_MAX_STEPS_AHEAD, _ROWS_AHEAD // rows))
+            while self._ahead_step < min(end, self._config.train.steps):
+                self._thread.submit(self._announce, self._ahead_step)
+                self._ahead_step += 1
         if self._next_step < self._config.train.steps:
             self._pending.append((self._next_step, self._thread.submit(self._build, self._next_step)))
             self._next_step += 1
@@ -80,6 +93,10 @@ class Loader:
     def get_sample_ids(self, step: int) -> list[int]:
         """Return the samples of one step, over all ranks."""
         return self._corpus.get_ids(step).tolist()
+
+    def _announce(self, step: int) -> None:
+        ids = rank_slice(self._corpus.get_ids(step), rank=self._rank, world_size=self._world_size)
+        self._corpus.train.read_ahead(ids.tolist())
 
     def _build(self, step: int) -> "_HostBatch":
         train, ids = self._config.train, self._corpus.get_ids(step)
@@ -119,13 +136,18 @@ def eval_batches(corpus: Corpus, *, rank: int, world_size: int, device: torch.de
     config = corpus.config
     micro_batch = get_micro_batch(config, world_size)
     ids = corpus.get_eval_ids()
+    starts = range(0, len(ids), micro_batch * world_size)
+    if corpus.is_remote:
+        for start in starts:
+            part = rank_slice(ids[start : start + micro_batch * world_size], rank=rank, world_size=world_size)
+            corpus.val.read_ahead(part.tolist())
 
     def build(start: int) -> Batch:
         part = rank_slice(ids[start : start + micro_batch * world_size], rank=rank, world_size=world_size)
         shape = (1, micro_batch, config.data.seq_len)
         return _build_batch(corpus, "val", part, shape=shape, pin=device.type == "cuda").to(device)
 
-    return map(build, range(0, len(ids), micro_batch * world_size))
+    return map(build, starts)
 
 
 @dataclass(frozen=True)

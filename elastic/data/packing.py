@@ -64,6 +64,11 @@ class PackedSamples:
         return int(ends[-1]) if len(ends) else 0
 
     @property
+    def index_name(self) -> str:
+        """What the index depends on, beside the data."""
+        return f"packed-{self._split}-{self._seq_len}-{WINDOW_ROWS}"
+
+    @property
     def padding_share(self) -> float:
         """How much of the rows is padding."""
         return 1 - self.get_index().num_targets / max(len(self) * self._seq_len, 1)
@@ -76,10 +81,18 @@ class PackedSamples:
 
     def read(self, index: int) -> Sample:
         """See `Samples`."""
+        return self._fill(self._find_pieces(index))
+
+    def read_ahead(self, index: int) -> None:
+        """See `Samples`."""
+        for piece in self._find_pieces(index):
+            self._dataset.read_ahead(self._split, piece.position, piece.num_targets + 1)
+
+    def _find_pieces(self, index: int) -> list[Piece]:
         ends = self.get_index().ends
         window = int(np.searchsorted(ends, index, side="right"))
         first = int(ends[window - 1]) if window else 0
-        return self._fill(self._pack_window(window)[index - first])
+        return self._pack_window(window)[index - first]
 
     def _fill(self, pieces: Sequence[Piece]) -> Sample:
         tokens, labels = np.zeros((2, self._seq_len), np.int64)
@@ -101,6 +114,7 @@ class PackedSamples:
     def _build_index(self) -> Index:
         sizes: list[int] = []
         num_targets = 0
+        self._dataset.read_all_row_offsets(self._split)
         for first in range(0, self._num_windows, _WINDOWS_AT_ONCE):
             for borders in self._find_borders(first, min(first + _WINDOWS_AT_ONCE, self._num_windows)):
                 lengths = np.diff(borders) - 1

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from elastic.data.checksums import write_stamp
 from elastic.data.documents import Source, find_sources
 from elastic.data.encoder import Encoded, Encoder, build_encoder, find_division, split_text
-from elastic.data.format import SPLITS, TOKENIZER_FILE, DatasetInfo, Split, hash_file, write_info
+from elastic.data.format import SPLITS, TOKENIZER_FILE, DatasetInfo, Split, hash_file, write_block_sums, write_info
 from elastic.data.rows import Tally
 from elastic.data.target import check_target, stage_folder
 from elastic.data.tokenizer import SpecialTokens, load_tokenizer, train_tokenizer
@@ -144,6 +144,7 @@ def prepare(
         }
         tally = Tally(max_missing)
         info = _write_tokens(sources, encoder, writers, tally=tally, num_processes=num_processes, report=report)
+        write_block_sums(folder, info)
         write_info(folder, info)
         write_stamp(folder, info)
     for note in (tally.finish(), _describe_special(writers, encoder), _describe_validation(info, encoder)):
@@ -225,6 +226,7 @@ def _write_tokens(
         tokenizer_sha256=hash_file(encoder.tokenizer_file),
         train_entropy_nats=_cross_entropy_nats(train.counts, train.counts),
         val_cross_entropy_nats=_cross_entropy_nats(val.counts, train.counts + 1) if val.num_tokens else None,
+        has_block_sums=True,
         train=train.finish(),
         val=val.finish(),
     )

@@ -52,6 +52,10 @@ class Samples(Protocol):
         """Return one of them."""
         ...
 
+    def read_ahead(self, index: int) -> None:
+        """Take note that one of them will be read soon."""
+        ...
+
 
 class StreamSamples:
     """The stream of a split, cut at every `seq_len` tokens; documents run into each other."""
@@ -75,3 +79,7 @@ class StreamSamples:
         piece = Piece(position=index * self._seq_len, num_targets=self._seq_len)
         counted = self._dataset.read_counted(self._split, piece.position + 1, piece.num_targets)
         return Sample(tokens=tokens[:-1], labels=tokens[1:], counted=counted, pieces=(piece,))
+
+    def read_ahead(self, index: int) -> None:
+        """See the Protocol."""
+        self._dataset.read_ahead(self._split, index * self._seq_len, self._seq_len + 1)

@@ -1,7 +1,9 @@
 """Prepared data, opened: samples read from its shards, and checks before anything is rented."""
 
+import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 
@@ -9,10 +11,25 @@ import numpy as np
 import numpy.typing as npt
 
 from elastic.config import RunConfig
+from elastic.data.block_cache import BlockCache
 from elastic.data.checksums import Verify, verify_files
 from elastic.data.folder import Folder, LocalFolder
-from elastic.data.format import DATASET_FILE, SPLITS, DatasetInfo, Shard, Split, read_info
-from elastic.errors import DataError
+from elastic.data.format import (
+    BLOCK_SUMS_FILE,
+    DATASET_FILE,
+    SPLITS,
+    TOKENIZER_FILE,
+    DatasetInfo,
+    Shard,
+    Split,
+    parse_info,
+    read_info,
+)
+from elastic.data.remote_folder import RemoteFolder
+from elastic.errors import DataError, StorageError
+from elastic.storage import is_url, open_storage
+
+_SHARDS_AT_ONCE = 16
 
 
 class Dataset:
@@ -62,6 +79,11 @@ class Dataset:
                 counted[filled : filled + num] = part
         return counted
 
+    def read_ahead(self, split: Split, position: int, count: int) -> None:
+        """Take note that these tokens will be read soon."""
+        for shard, start, _, num in self._cut(split, position, count):
+            self.folder.read_ahead(shard, start, num)
+
     def find_documents(self, split: Split, position: int, count: int) -> npt.NDArray[np.int64]:
         """Return where documents begin among these positions of the split's stream."""
         found: list[npt.NDArray[np.int64]] = []
@@ -73,6 +95,12 @@ class Dataset:
                 inside = inside[1:]  # it goes on from the shard before
             found.append(inside + begin)
         return np.concatenate(found) if found else np.empty(0, np.int64)
+
+    def read_all_row_offsets(self, split: Split) -> None:
+        """Have where rows begin in all shards of a split at hand, a few shards at a time."""
+        with ThreadPoolExecutor(_SHARDS_AT_ONCE, thread_name_prefix="row-offsets") as pool:
+            for _ in pool.map(self.folder.read_row_offsets, self.info.get_split(split).shards):
+                pass
 
     def _ends_document(self, split: Split, position: int) -> bool:
         return int(self.read_tokens(split, position - 1, 1)[0]) == self.info.eot_id
@@ -88,16 +116,33 @@ class Dataset:
             filled, index = filled + num, index + 1
 
 
-def open_dataset(path: str | Path, *, key: str = "data.path", verify: Verify = "changed") -> Dataset:
-    """Open a folder that `solvent prepare` wrote.
+def open_dataset(
+    path: str | Path, *, key: str = "data.path", verify: Verify = "changed", cache: BlockCache | None = None
+) -> Dataset:
+    """Open a folder that `solvent prepare` wrote, or a copy of it in an object store.
 
     Args:
         key: of the configuration, for messages.
-        verify: which shards are hashed first (see `checksums.py`).
+        verify: which shards are hashed first (see `checksums.py`); in an object store, blocks are verified when read.
+        cache: keeps what is read from an object store.
 
     Raises:
         DataError: not there, not prepared, torn, corrupt, or of another tokenizer.
     """
+    dataset = open_unchecked(path, key=key, cache=cache)
+    if isinstance(dataset.folder, LocalFolder):
+        verify_files(dataset.folder.path, dataset.info, verify=verify)
+    return dataset
+
+
+def open_unchecked(path: str | Path, *, key: str = "data.path", cache: BlockCache | None = None) -> Dataset:
+    """Open a prepared folder without looking at its shards.
+
+    Raises:
+        DataError: not there, or not prepared.
+    """
+    if is_url(str(path)):
+        return _open_remote(str(path), key, cache)
     folder = Path(path)
     if not str(path) or not folder.exists():
         raise DataError(
@@ -108,9 +153,39 @@ def open_dataset(path: str | Path, *, key: str = "data.path", verify: Verify = "
             f"{key}={str(path)!r} is not a prepared folder: it has no {DATASET_FILE}. Prepare the text with "
             f"`solvent prepare {path} --out OTHER` and set {key}=OTHER."
         )
-    info = read_info(folder)
-    verify_files(folder, info, verify=verify)
-    return Dataset(LocalFolder(folder), info)
+    return Dataset(LocalFolder(folder), read_info(folder))
+
+
+def _open_remote(url: str, key: str, cache: BlockCache | None) -> Dataset:
+    try:
+        storage = open_storage(url)
+        info = parse_info(storage.read(DATASET_FILE), f"{url}/{DATASET_FILE}")
+        tokenizer, there = storage.read(TOKENIZER_FILE), set(storage.list())
+    except StorageError as error:
+        raise DataError(f"{key}={url!r} cannot be opened: {error}") from error
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{key}={url!r} is not a prepared folder: it has no {Path(str(error.filename)).name}. Prepare the data "
+            f"into a folder with solvent prepare INPUT --out DIR, and copy all of DIR to {url}."
+        ) from error
+    except OSError as error:
+        raise DataError(
+            f"{key}={url!r} cannot be read ({error.strerror}). Check the URL, the credentials and the endpoint in the "
+            "environment (AWS_*, GOOGLE_*, AZURE_*), of each node if the run is on a cluster."
+        ) from error
+    if hashlib.sha256(tokenizer).hexdigest() != info.tokenizer_sha256:
+        raise DataError(
+            f"{url}/{TOKENIZER_FILE} is not the file that the shards were made with: their tokens would mean other "
+            "text. Copy the prepared folder to the store again."
+        )
+    needed = [shard.file for split in SPLITS for shard in info.get_split(split).shards]
+    needed += [BLOCK_SUMS_FILE] if info.has_block_sums else []
+    if missing := [name for name in needed if name not in there]:
+        raise DataError(
+            f"{url}/{missing[0]} is missing, dataset.json lists it (as {len(missing)} of {len(needed)} files). Copy "
+            "the prepared folder to the store again."
+        )
+    return Dataset(RemoteFolder(storage, info, cache), info)
 
 
 def check_vocab(info: DatasetInfo, config: RunConfig, *, key: str, path: str) -> None:

@@ -20,7 +20,7 @@ from elastic.storage.retry import RetryingStorage
 
 Buffer = bytes | bytearray | memoryview
 
-_OBJECT_STORES = ("s3", "gs", "az")
+OBJECT_STORES = ("s3", "gs", "az")
 
 
 class Storage(Protocol):
@@ -107,10 +107,10 @@ def check_url(storage: str) -> None:
         StorageError: it is one.
     """
     scheme, _, rest = storage.partition("://")
-    if is_url(storage) and (scheme not in _OBJECT_STORES or not rest.strip("/")):
+    if is_url(storage) and (scheme not in OBJECT_STORES or not rest.strip("/")):
         raise StorageError(
             f"storage={storage!r} is no place that can be opened: give a path, or a URL with a bucket such as "
-            f"{', '.join(f'{known}://bucket/folder' for known in _OBJECT_STORES)}."
+            f"{', '.join(f'{known}://bucket/folder' for known in OBJECT_STORES)}."
         )
 
 

@@ -283,8 +283,8 @@ def keep_the_data_here(api, work, monkeypatch):
     return ["data.path=data/kjv"]
 
 
-def keep_the_data_in_a_bucket(api, work, monkeypatch):
-    return ["data.path=s3://bucket/data"]
+def keep_a_source_here(api, work, monkeypatch):
+    return ["data.path=", "data.sources.web.path=data/web"]
 
 
 def keep_the_run_in_no_known_store(api, work, monkeypatch):
@@ -339,7 +339,7 @@ def mix_targets(api, work, monkeypatch):
         (put_a_login_into_the_address, 2, "has a login in it"),
         (keep_the_run_here, 2, "storage=runs would lie in the package"),
         (keep_the_data_here, 2, "data.path=data/kjv would lie in the package"),
-        (keep_the_data_in_a_bucket, 2, "need a path that all of its nodes see"),
+        (keep_a_source_here, 2, "data.sources.web.path=data/web would lie in the package"),
         (keep_the_run_in_no_known_store, 2, "storage='ftp://host/runs' is no place that can be opened"),
         (type_a_secret, 2, "take the name of a variable, not 'WANDB_API_KEY' and a value"),
         (type_a_value, 2, "take the name of a variable, not 'NAME' and a value"),

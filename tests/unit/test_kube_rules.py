@@ -10,7 +10,7 @@ from cluster.kube.options import parse_options
 from cluster.kube.override import read_overrides
 from cluster.kube.render import render
 from cluster.kube.rules import check_stream
-from elastic.config import ClusterConfig, DataConfig, RunConfig, WandbConfig
+from elastic.config import ClusterConfig, DataConfig, RunConfig, SourceConfig, WandbConfig
 from elastic.errors import ConfigError
 
 SETTINGS = ["image=registry.example.com/solvent:0.1.0", "claim=data"]
@@ -204,7 +204,12 @@ REQUESTS = [
     ({"storage": "file:///mnt/solvent/runs"}, [], "would be in a container"),
     ({"storage": "/mnt/solvent/runs"}, ["claim="], "Set storage=s3://BUCKET/runs"),
     ({"data": DataConfig(path="data/kjv")}, [], "data.path='data/kjv' is not in a container"),
-    ({"data": DataConfig(path="s3://bucket/data")}, [], "token shards are memory-mapped"),
+    ({"data": DataConfig(path="ftp://host/data")}, [], "data.path='ftp://host/data' is not in a container"),
+    (
+        {"data": DataConfig(sources={"web": SourceConfig(path="data/web")})},
+        [],
+        "data.sources.web.path='data/web' is not in a container",
+    ),
     ({}, ["claim="], "is not in a container"),
     ({}, ["claim_path=mnt"], "no absolute path"),
     ({}, ["claim_path=/mnt/../etc"], "no absolute path"),

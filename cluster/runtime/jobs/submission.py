@@ -14,6 +14,7 @@ from cluster.runtime.jobs.packing import pack
 from elastic.config import RunConfig
 from elastic.config_load import dump
 from elastic.errors import ConfigError
+from elastic.mixture import get_paths
 from elastic.redact import redact
 from elastic.storage import check_url, is_url
 
@@ -72,17 +73,11 @@ def build_submission(
 
 def _check_paths(config: RunConfig) -> None:
     check_url(config.storage)
-    if is_url(config.data.path):
-        raise ConfigError(
-            f"data.path={config.data.path}: token shards are memory-mapped, so a cluster's runs need a path that all "
-            "of its nodes see. Set data.path to one."
-        )
-    for key, path in (("storage", config.storage), ("data.path", config.data.path)):
+    for key, path in {"storage": config.storage, **get_paths(config.data)}.items():
         if not is_url(path) and not path.startswith("/"):
-            hint = ", or storage to an object store's URL" if key == "storage" else ""
             raise ConfigError(
                 f"{key}={path} would lie in the package that is unpacked on the cluster, and be gone with it. Set "
-                f"{key} to an absolute path that all nodes see (a shared file system){hint}."
+                f"{key} to an absolute path that all nodes see (a shared file system), or to an object store's URL."
             )
 
 
