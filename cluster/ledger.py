@@ -16,6 +16,18 @@ from elastic.ports import Phase
 from elastic.records.rundir import format_utc, parse_utc
 
 STATES: tuple[Phase, ...] = get_args(Phase)
+CAUSES: Mapping[Phase, str] = {
+    "redo": "redo",
+    "load": "recovery",
+    "reconfigure": "recovery",
+    "save": "saving",
+    "wait": "waiting",
+    "idle": "waiting",
+    "start": "starting",
+    "data": "data",
+    "eval": "evaluation",
+}
+"""What a second that was no progress went into, as people are told; `train` is in none of them."""
 _MS_PER_HOUR = 3_600_000
 
 
@@ -78,6 +90,21 @@ class Totals:
     def usd(self) -> float:
         """Dollars of all states."""
         return math.fsum(self.usd_by_state.values())
+
+    @property
+    def usd_by_cause(self) -> dict[str, float]:
+        """Dollars that were no progress, by what they went into."""
+        causes = dict.fromkeys(CAUSES.values(), 0.0)
+        for state, cause in CAUSES.items():
+            causes[cause] += self.usd_by_state.get(state, 0.0)
+        return causes
+
+    @property
+    def available_goodput(self) -> float:
+        """As `goodput`, of the GPU-seconds that could train: without machines that start, or are not needed any
+        more."""
+        able_ms = sum(self.gpu_ms.values()) - self.gpu_ms.get("start", 0) - self.gpu_ms.get("idle", 0)
+        return self.gpu_ms.get("train", 0) / able_ms if able_ms else 0.0
 
     @property
     def goodput(self) -> float:
@@ -194,6 +221,24 @@ class Ledger:
                 rows.append(row)
         return rows
 
+    def get_usd_per_s(self) -> float:
+        """Return what a second costs now, for all nodes that are paid for."""
+        open_accounts = [account for account in self._accounts.values() if account.left_ms is None]
+        return sum(account.usd_per_gpu_hour * account.gpus for account in open_accounts) / 3600
+
+    def get_dearest_usd_per_gpu_hour(self) -> float:
+        """Return the highest price that is paid for a GPU now."""
+        return max((a.usd_per_gpu_hour for a in self._accounts.values() if a.left_ms is None), default=0.0)
+
+    def estimate_usd(self, now_s: float) -> float:
+        """Return the dollars up to now, those that are not flushed yet among them."""
+        usd = self._totals.usd
+        for account in self._accounts.values():
+            end_ms = _to_ms(now_s) if account.left_ms is None else account.left_ms
+            ms = max(0, end_ms - account.marks[0][0])
+            usd += account.usd_per_gpu_hour * account.gpus * ms / _MS_PER_HOUR
+        return usd
+
     def totals(self) -> Totals:
         """Return the sums over all that was flushed, now and by earlier processes."""
         return Totals(gpu_ms=self._totals.gpu_ms.copy(), usd_by_state=self._totals.usd_by_state.copy())
@@ -220,6 +265,22 @@ def totals_of(rows: Iterable[LedgerRow]) -> Totals:
     for row in rows:
         totals.add(row)
     return totals
+
+
+def check_dollars(rows: Iterable[LedgerRow]) -> list[str]:
+    """Return where dollars are not rate times time: of each node all tiles have one price, to the cent in all."""
+    by_node: defaultdict[str, list[LedgerRow]] = defaultdict(list)
+    for row in rows:
+        by_node[row.node].append(row)
+    problems: list[str] = []
+    for node, tiles in by_node.items():
+        hours = sum(tile.gpu_ms for tile in tiles) / _MS_PER_HOUR
+        longest = max(tiles, key=lambda tile: tile.gpu_ms)
+        rate = longest.usd / (longest.gpu_ms / _MS_PER_HOUR) if longest.gpu_ms else 0.0
+        usd = math.fsum(tile.usd for tile in tiles)
+        if abs(usd - rate * hours) >= 0.01:
+            problems.append(f"{node}: {usd:.4f} USD were booked for {hours:.4f} GPU-hours at {rate:.4f}")
+    return problems
 
 
 def check_tiling(rows: Iterable[LedgerRow]) -> list[str]:

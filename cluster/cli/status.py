@@ -29,6 +29,8 @@ def run(args: argparse.Namespace) -> int:
 def _format(value: object) -> str:
     if value is None or value == []:
         return "-"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_format(part)}" for name, part in value.items()) or "-"
     if isinstance(value, list):
-        return ", ".join(map(str, value))
+        return ", ".join(map(_format, value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)

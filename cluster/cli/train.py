@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.cli._bill import compare_with_plan
 from cluster.cli._finished import tell_finished
 from cluster.cli._runs import add_json, print_json, text_on_stderr
 from cluster.cost import load_prices
@@ -73,6 +74,8 @@ def _train(args: argparse.Namespace, driver: "RetriedDriver | None") -> int:
     ):
         ending = train(config, address=address, on_update=view.update)
         view.end(ending)
+        for line in compare_with_plan(config, run_dir):
+            view.say(line)
     if driver:
         driver.take(kind=ending.kind, reason=ending.reason, exit_code=ending.exit_code)
     if args.json:

@@ -16,6 +16,7 @@ from cluster.cost import get_usd_per_mtoken
 from cluster.ledger import STATES, check_tiling
 from cluster.report.curves import build_curves
 from cluster.report.story import Row, Story, read_story
+from cluster.waste import split_dollars
 from elastic.ports import Phase
 from elastic.records.rundir import RunDir, format_utc
 from elastic.redact import redact
@@ -123,6 +124,7 @@ def _render_money(story: Story) -> str:
 
 
 def _render_incidents(story: Story) -> str:
+    waste = split_dollars(story.tiles, story.incidents)
     cells: list[Sequence[str]] = [
         (
             escape(str(row.get("kind"))),
@@ -130,10 +132,12 @@ def _render_incidents(story: Story) -> str:
             _duration(row.get("outage_s")),
             _count(row.get("lost_steps")),
             escape(str(row.get("resumed_from") or "-")),
+            _usd(share.outage_usd),
+            _usd(share.redo_usd),
         )
-        for row in story.incidents
+        for row, share in zip(story.incidents, waste.incidents, strict=True)
     ]
-    heads = ("kind", "node", "outage>", "lost steps>", "resumed from")
+    heads = ("kind", "node", "outage>", "lost steps>", "resumed from", "outage USD>", "redone USD>")
     return _table(heads, cells) if cells else '<p class="muted">None: no node was lost.</p>'
 
 

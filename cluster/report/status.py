@@ -3,6 +3,7 @@
 from cluster.controller.failures import read_failures
 from cluster.cost import get_usd_per_mtoken
 from cluster.report.story import read_story
+from cluster.waste import split_dollars
 from elastic.records.rundir import RunDir
 
 
@@ -46,6 +47,13 @@ def get_status(run_dir: RunDir, *, now_s: float) -> dict[str, object]:
         "usd": usd,
         "usd_per_mtoken": None if usd is None else get_usd_per_mtoken(usd, tokens),
         "goodput": story.totals.goodput if story.tiles else None,
+        "available_goodput": story.totals.available_goodput if story.tiles else None,
+        "usd_by_state": dict(story.totals.usd_by_state),
+        "usd_wasted": story.totals.usd_by_cause if story.tiles else {},
+        "usd_by_incident": [
+            {"kind": share.kind, "node": share.node, "step": share.step, "usd": share.usd}
+            for share in split_dollars(story.tiles, story.incidents).incidents
+        ],
         "eta_s": eta_s,
         "last_update_age_s": None if story.last_update_s is None else max(0.0, now_s - story.last_update_s),
     }

@@ -80,7 +80,9 @@ class View:
         self.say(f"{ending.kind}: {ending.reason}; spent {ending.summary['usd']:.4f} USD, {per_mtoken}")
 
     def _write(self, row: Mapping[str, object], summary: Mapping[str, Any]) -> None:
-        self._row = {**row, **{name: summary[name] for name in ("usd", "usd_per_mtoken", "goodput")}}
+        money = {name: summary[name] for name in ("usd", "usd_per_mtoken", "goodput", "available_goodput")}
+        money |= {f"usd_wasted_{cause}": usd for cause, usd in summary["usd_wasted"].items()}
+        self._row = {**row, **money, "usd_wasted": sum(summary["usd_wasted"].values())}
         for sink in self._sinks or ():
             sink.write(self._row)
 

@@ -44,6 +44,12 @@ KEYS = {
     "usd": "cost/usd",
     "usd_per_mtoken": "cost/usd_per_mtoken",
     "goodput": "cost/goodput",
+    "available_goodput": "cost/available_goodput",
+    "usd_wasted": "cost/wasted_usd",
+    **{
+        f"usd_wasted_{cause}": f"cost/wasted/{cause}"
+        for cause in ("redo", "recovery", "saving", "waiting", "starting", "data", "evaluation")
+    },
 }
 """Column of a row -> W&B key; other columns stay in `metrics.jsonl`."""
 

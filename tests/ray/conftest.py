@@ -2,8 +2,10 @@
 
 import pytest
 
+from cluster.ledger import check_dollars, check_tiling, read_ledger
 from elastic.data.kjv import read_chapters
 from elastic.data.prepare import prepare
+from elastic.records.rundir import read_rows
 from tests.ray._nodes import open_nodes
 
 
@@ -15,6 +17,17 @@ def data(tmp_path_factory):
         (folder / f"{number}.txt").write_text(chapter)
     prepare([folder], folder / "data", vocab_size=512)
     return folder / "data"
+
+
+@pytest.fixture(autouse=True)
+def all_ledgers_add_up(request):
+    """Every run that a test leaves in its folder is paid to the millisecond and the cent, however it was struck."""
+    yield
+    if "tmp_path" not in request.fixturenames:
+        return
+    for path in request.getfixturevalue("tmp_path").rglob("ledger.jsonl"):
+        rows = read_ledger(read_rows(path))
+        assert (str(path), check_tiling(rows), check_dollars(rows)) == (str(path), [], [])
 
 
 @pytest.fixture(scope="module")

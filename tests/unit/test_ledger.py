@@ -3,7 +3,7 @@ import math
 from collections import defaultdict
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.ledger import STATES, Ledger, LedgerRow, check_tiling, read_ledger, totals_of
@@ -81,6 +81,7 @@ def play(events):
     return ledger, slow, rows
 
 
+@settings(max_examples=1500)
 @given(st.lists(steps, max_size=30))
 def test_any_order_of_events_and_skewed_reports_tiles_the_paid_time_and_its_price(events):
     ledger, slow, rows = play(events)

@@ -72,6 +72,8 @@ class RunRecords:
     failures: Failures
     """What earlier submissions leave of the run's budgets."""
     tokens: int
+    began_s: float | None
+    """When the first attempt of all began; None: none has."""
     append: Callable[[Path, Mapping[str, object]], None]
     """Has a row written."""
     incidents: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
@@ -136,6 +138,7 @@ class RunRecords:
     def attempt_started(self, action: AttemptStarted, now_s: float) -> None:
         """Begin the row of an attempt."""
         self.history = replace(self.history, attempt=action.attempt)
+        self.began_s = now_s if self.began_s is None else self.began_s
         first = {slot.node: slot for slot in reversed(action.members)}
         speakers = frozenset(first.values())
         self._attempt = _Attempt(started=action, start_s=now_s, before=self.history, speakers=speakers)
@@ -320,7 +323,9 @@ class RunRecords:
         self._published = {
             "usd": totals.usd,
             "usd_per_mtoken": get_usd_per_mtoken(totals.usd, self.tokens),
+            "usd_wasted": totals.usd_by_cause,
             "goodput": totals.goodput,
+            "available_goodput": totals.available_goodput,
             "paid_gpu_s": totals.paid_gpu_s,
             "gpu_s": {state: ms / 1000 for state, ms in totals.gpu_ms.items()},
             "incidents": list(self.incidents),
@@ -391,6 +396,7 @@ def open_run_records(
         num_losses=sum(row["end"] == "lost" for row in attempts),
         observed_s=sum(parse_utc(row["end_utc"]) - parse_utc(row["start_utc"]) for row in attempts),
         tokens=max((row["tokens"] for row in read_rows(run_dir.metrics)), default=0),
+        began_s=min((parse_utc(row["start_utc"]) for row in attempts), default=None),
     )
     if lost_s is None and attempts:
         records.inherit(attempts[-1], time.time())

@@ -6,11 +6,13 @@ Nothing here waits for a storage, for Ray or for another thread. What must is a 
 import queue
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from cluster import controller
 from cluster.runtime import messages as said
 from cluster.runtime.coordinator.background import Background
+from cluster.runtime.coordinator.budget_keeper import BudgetKeeper
 from cluster.runtime.coordinator.descriptors import raise_limit
 from cluster.runtime.coordinator.events import GenerationGiven, InboxEvent, NodeEvent, Tell
 from cluster.runtime.coordinator.fleet import Fleet, RayJobs
@@ -40,6 +42,7 @@ from cluster.types import (
     Park,
     Scene,
     Slot,
+    Stop,
     TakeBack,
     TakeGeneration,
     Tick,
@@ -91,6 +94,7 @@ class Serving:
         self._config, self._leader, self._records, self._out = config, leader, records, out
         self._inbox: queue.SimpleQueue[InboxEvent] = queue.SimpleQueue()
         self._state = _begin(config, leader, records)
+        self._budget = BudgetKeeper(config, records)
         self.nodes = Nodes()
         self.hosts = Hosts(
             ip,
@@ -166,6 +170,20 @@ class Serving:
         if now_s >= self._publish_s:
             self._publish_s = now_s + _PUBLISH_EVERY_S
             self._records.publish()
+            self._heed_budget()
+
+    def _heed_budget(self) -> None:
+        """Warn of a limit that comes near; save and leave before it is passed, or be killed by then."""
+        state = self._state
+        if state.stop is not None or state.stage == "done":
+            return
+        verdict = self._budget.look(time.time(), slowest_park_s=state.slowest_park_s)
+        if verdict.warning:
+            self._out.say(f"budget: {verdict.warning}")
+        if verdict.leave:
+            limit_s = self._budget.get_leave_s(state.slowest_park_s)
+            state.policy = replace(state.policy, park_s=min(state.policy.park_s, limit_s))
+            self.decide(Stop(reason=verdict.leave))
 
     def decide(self, event: Event) -> None:
         """Have the controller take an event, and do what it wants."""
