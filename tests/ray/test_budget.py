@@ -7,14 +7,13 @@ from elastic.records.rundir import read_rows
 from tests.ray._runs import Run
 
 CAP_USD = 1.5
-"""At 36 USD an hour for each of up to 3 workers (3 cents a second in all), under a minute."""
+"""At 18 USD an hour for each of up to 3 workers (1.5 cents a second in all), a minute and a quarter."""
 
 
 @pytest.mark.long
 def test_a_run_ends_durable_and_resumable_before_its_budget_is_passed(nodes, data, tmp_path):
-    run = Run(
-        nodes, data, tmp_path, **{"cost.usd_per_gpu_hour": 36.0, "budget.max_usd": CAP_USD, "train.steps": 100_000}
-    )
+    money = {"cost.usd_per_gpu_hour": 18.0, "budget.max_usd": CAP_USD, "budget.warn_at": 0.5}
+    run = Run(nodes, data, tmp_path, **money, **{"train.steps": 100_000})
     run.start()
     assert run.wait() == 3
     output = run.get_output()
