@@ -55,7 +55,10 @@ def run(args: argparse.Namespace) -> int:
     ]
     left_out = "; ".join(f"left out: {number} x {reason}" for reason, number in catalog.left_out.items())
     if args.json:
-        rows = [{"id": offer.id, **asdict(offer), "usd_per_gpu_hour": offer.usd_per_gpu_hour} for offer in offers]
+        rows = [
+            {"id": offer.id, **asdict(offer), "date": str(offer.date), "usd_per_gpu_hour": offer.usd_per_gpu_hour}
+            for offer in offers
+        ]
         as_of = str(catalog.as_of) if catalog.as_of else None
         print_json({"offers": rows, "prices_as_of": as_of, "left_out": dict(catalog.left_out)})
         return 0
