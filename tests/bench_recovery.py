@@ -73,7 +73,7 @@ def measure_ours(events: list[str], *, repeat: int) -> list[dict]:
     folder = Path(tempfile.mkdtemp(prefix="b-"))
     try:
         prepare([write_text(folder)], folder / "data", vocab_size=MODEL["vocab_size"])
-        nodes = Nodes(folder, num_nodes=NUM_NODES)
+        nodes = Nodes(folder, num_nodes=NUM_NODES, is_measured=True)
         run = Run(nodes, folder / "data", folder / "runs", **SETTINGS)
         try:
             run.start()

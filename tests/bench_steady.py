@@ -56,7 +56,7 @@ def train_without(folder: Path, *, num_nodes: int, steps: int, number: int, name
 
 def train_with(folder: Path, *, num_nodes: int, steps: int, number: int) -> list[dict]:
     """Train on a cluster that is there for this run only; return the rows."""
-    nodes = Nodes(folder, num_nodes=num_nodes)
+    nodes = Nodes(folder, num_nodes=num_nodes, is_measured=True)
     try:
         settings = {**SETTINGS, "train.steps": steps, "run": f"with-{number}"}
         settings |= {"cluster.min_workers": num_nodes, "cluster.max_workers": num_nodes}
@@ -71,7 +71,7 @@ def train_with(folder: Path, *, num_nodes: int, steps: int, number: int) -> list
 
 def train_beside(folder: Path, *, num_nodes: int, steps: int, number: int) -> list[dict]:
     """Train without a cluster while one is there; return the rows."""
-    nodes = Nodes(folder, num_nodes=num_nodes)
+    nodes = Nodes(folder, num_nodes=num_nodes, is_measured=True)
     try:
         return train_without(folder, num_nodes=num_nodes, steps=steps, number=number, name="beside")
     finally:

@@ -12,26 +12,36 @@ import sys
 import tempfile
 import time
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = Path("/dev/shm")
+PACED = {"PACED_STEP_S": "0.05", "PYTHONPATH": f"{ROOT / 'tests' / 'ray' / '_paced'}{os.pathsep}{ROOT}"}
+"""The environment in which a step of a host's trainers takes some time besides computing."""
 
 
 class Nodes:
-    """The test's end of the pipe."""
+    """The test's end of the pipe.
 
-    def __init__(self, folder: Path, *, num_nodes: int, env: Mapping[str, str] | None = None) -> None:
+    Args:
+        is_measured: trainers take all the time that they want, as on machines of their own. By default they leave most
+            of it to what starts and ends around them: on two cores a node is then there in a third of the time.
+    """
+
+    def __init__(
+        self, folder: Path, *, num_nodes: int, env: Mapping[str, str] | None = None, is_measured: bool = False
+    ) -> None:
         self.folder = folder
         self._log = (folder / "cluster.log").open("w+")
         self._process = subprocess.Popen(
-            [sys.executable, __file__, str(num_nodes)],
+            [sys.executable, __file__, str(num_nodes), "training" if is_measured else "joining"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env={**get_env(folder), **(env or {})},
+            env={**get_env(folder), **({} if is_measured else PACED), **(env or {})},
         )
         answer = self._read()
         self.address: str = answer["address"]
@@ -84,7 +94,7 @@ def open_nodes(num_nodes: int, *, env: Mapping[str, str] | None = None) -> Gener
     """Yield a cluster in a folder of its own, in which nothing may be left."""
     from tests.ray._traces import assert_nothing_left, wait_until
 
-    shared_memory = set(SHARED_MEMORY.iterdir())
+    unused = find_unused_memory()
     folder = Path(tempfile.mkdtemp(prefix="t-"))
     nodes = Nodes(folder, num_nodes=num_nodes, env=env)
     try:
@@ -92,9 +102,19 @@ def open_nodes(num_nodes: int, *, env: Mapping[str, str] | None = None) -> Gener
     finally:
         nodes.close()
         assert_nothing_left(folder)
-        # other runs on this machine name theirs for a moment only
-        wait_until(lambda: set(SHARED_MEMORY.iterdir()) <= shared_memory, timeout_s=5, what="nothing in /dev/shm")
+        wait_until(lambda: find_unused_memory() <= unused, timeout_s=5, what=lambda: f"left: {find_unused_memory()}")
         shutil.rmtree(folder)
+
+
+def find_unused_memory() -> set[str]:
+    """Return the files in /dev/shm that no living process uses: other runs on this machine have theirs there, too."""
+    used: set[str] = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):  # it has just ended
+            used |= {
+                line.split(maxsplit=5)[5] for line in maps.read_text().splitlines() if f" {SHARED_MEMORY}/" in line
+            }
+    return {str(path) for path in SHARED_MEMORY.iterdir()} - used
 
 
 def get_env(folder: Path) -> dict[str, str]:
@@ -103,7 +123,7 @@ def get_env(folder: Path) -> dict[str, str]:
     return {**kept, "TMPDIR": str(folder), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def _serve(num_nodes: int) -> None:
+def _serve(num_nodes: int, favour: Literal["training", "joining"]) -> None:
     from cluster.runtime.ray import adapter
     from cluster.runtime.ray.local_cluster import LocalCluster
     from elastic.config import ClusterConfig
@@ -111,7 +131,7 @@ def _serve(num_nodes: int) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what Ray prints must not get between the answers
     is_connected = False
-    with LocalCluster(num_nodes=num_nodes) as cluster:
+    with LocalCluster(num_nodes=num_nodes, favour=favour) as cluster:
         print(json.dumps({"address": cluster.address, "nodes": cluster.nodes}), file=answers, flush=True)
         for line in sys.stdin:
             answer: dict[str, object] = {}
@@ -135,4 +155,4 @@ def _serve(num_nodes: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]))
+    _serve(int(sys.argv[1]), "training" if sys.argv[2:] == ["training"] else "joining")

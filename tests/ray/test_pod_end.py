@@ -96,7 +96,7 @@ def ended(data, tmp_path_factory):
     if subprocess.run([*NEW_NAMESPACE, "true"], check=False, capture_output=True).returncode:
         pytest.skip("a PID namespace of its own needs root")
     folder = Path(tempfile.mkdtemp(prefix="t-"))
-    nodes = Nodes(folder, num_nodes=1)
+    nodes = Nodes(folder, num_nodes=1, is_measured=True)
     pods: dict[str, Pod] = {}
     overrides = {"train.steps": 100_000, "checkpoint.every_steps": 100_000, "cluster.max_workers": 2}
     run = Run(nodes, data, tmp_path_factory.mktemp("pods"), **overrides)
