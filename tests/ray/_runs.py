@@ -15,7 +15,7 @@ TINY = {
     "device": "cpu",
     "model": {"dim": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 128, "vocab_size": 512},
     "data": {"seq_len": 64, "record_samples": True},
-    "train": {"global_batch": 24, "micro_batch": 4, "eval_samples": 12},
+    "train": {"global_batch": 24, "micro_batch": 12, "eval_samples": 12},
     "checkpoint": {"every_steps": 20},
     "cluster": {"min_workers": 1, "max_workers": 3},
     "cost": {"usd_per_gpu_hour": 3.6},
