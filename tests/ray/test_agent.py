@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.runtime.node.priority import AHEAD
+from cluster.runtime.node.priority import get_ahead
 from elastic.records.rundir import parse_utc
 from tests.ray._runs import Run
 from tests.ray._traces import find_agents, find_hosts, find_processes, find_trainers, wait_until
@@ -49,11 +49,14 @@ def test_trainers_go_ahead_of_the_raylet_which_is_as_nice_as_who_decides_and_age
     def get_niceness(pids):
         return {os.getpriority(os.PRIO_PROCESS, pid) for pid in pids}
 
-    folder = running.nodes.folder
+    folder, raylets = running.nodes.folder, [running.nodes.get_raylet(node) for node in running.nodes.ids]
+    words = Path(f"/proc/{raylets[0]}/environ").read_bytes().decode().split("\0")
+    ahead = get_ahead(dict(word.split("=", 1) for word in words if "=" in word))
+    assert ahead > 0
     deciding = [pid for pid, c in find_processes(folder).items() if "ray::Coordinator" in c or "ray::WatchActor" in c]
-    (of_raylets,) = get_niceness(running.nodes.get_raylet(node) for node in running.nodes.ids)
+    (of_raylets,) = get_niceness(raylets)
     assert get_niceness(deciding) == {of_raylets}
-    assert get_niceness(find_trainers(folder) + find_hosts(folder)) == {of_raylets - AHEAD}
+    assert get_niceness(find_trainers(folder) + find_hosts(folder)) == {of_raylets - ahead}
     assert min(get_niceness(find_agents(folder))) > of_raylets
 
 

@@ -12,7 +12,7 @@ from elastic.records.rundir import RunDir, read_rows
 from tests.ray._runs import Run
 from tests.ray._traces import find_hosts, find_trainers, get_parent
 
-STEPS = 300
+STEPS = 200
 SILENT_S, HANG_STEP_S, HANG_DATA_S = 4.0, 3.0, 5.0
 HOST_SILENT_S = 4.0
 SLACK_S = 6.0
