@@ -20,7 +20,10 @@ _PEER_BYTES_PER_S = 2.0 * 2**30
 _STORAGE_BYTES_PER_S = 0.5 * 2**30
 """At which a rank reads a checkpoint; an estimate, of the order of what one disk wrote (0.56 GiB/s)."""
 _DURABLE_STALL_S = 0.5
-"""For how long a durable save holds training up; an estimate: the worst step around one took 1.09 times as long."""
+"""For how long a durable save holds training up; an estimate: the worst step around one took 1.09 times as long. Never
+for more than a step."""
+_DURABLE_S = 1.0
+"""How long the smallest takes; the next one does not begin before it has ended."""
 _SNAPSHOT_EVERY_S = 3.0
 """As `elastic/checkpoint/schedule.py` plans them where they cost next to nothing."""
 _BOTH_LOST = 0.14
@@ -71,12 +74,14 @@ def estimate_goodput(
             to_storage = _BOTH_LOST
         case _:
             to_storage = 1.0  # a machine that goes takes its memory along
+    stall_s = min(_DURABLE_STALL_S, step_s)
     interval_s = config.checkpoint.every_steps * step_s
     if not interval_s:
-        best_s = get_best_interval_s(cost_s=_DURABLE_STALL_S, mean_s_between_losses=between_s / to_storage)
+        best_s = get_best_interval_s(cost_s=stall_s, mean_s_between_losses=between_s / to_storage)
         interval_s = max(step_s, min(best_s, config.checkpoint.longest_s))
+    interval_s = max(interval_s, _DURABLE_S + shard_bytes / _STORAGE_BYTES_PER_S)
     durable = predict_goodput(
-        save_s=_DURABLE_STALL_S,
+        save_s=stall_s,
         interval_s=interval_s,
         between_losses_s=between_s / to_storage,
         between_outages_s=between_s / to_storage,
@@ -85,7 +90,7 @@ def estimate_goodput(
     is_told = offer.kind in ("spot", "bid") and (offer.notice_s or 0.0) >= _ENOUGH_NOTICE_S
     if is_told:
         durable = predict_goodput(
-            save_s=_DURABLE_STALL_S,
+            save_s=stall_s,
             interval_s=interval_s,
             between_losses_s=float("inf"),
             between_outages_s=between_s / to_storage,

@@ -150,6 +150,13 @@ def test_goodput_falls_with_losses_and_rises_with_notice(hours):
     assert share(1 / hours) <= share(1 / hours, notice_s=120)
 
 
+def test_steps_of_a_millisecond_do_not_wait_for_saves_that_are_still_under_way():
+    demo = load(CONFIGS / "demo.yaml", [])
+    goodput = estimate_goodput(demo, offer(gpus=1), nodes=1, step_s=1e-3, shard_bytes=60e6)
+    assert goodput.share > 0.99
+    assert goodput.interval_s > 1.0, "every 40 steps would be every 0.04 s"
+
+
 def test_without_copies_in_memory_a_loss_costs_half_an_interval():
     """100 nodes lost once in 1,000 h: one in 10 h; checkpoints every 50 steps of 10 s: 250 s, and what comes with
     it."""
