@@ -30,6 +30,9 @@ from cluster.providers import (
     get_date_skew_s,
     load,
 )
+from elastic.checkpoint.durable.storage_errors import estimate_checkpoint_bytes
+from elastic.checkpoint.staging.host_memory import MOST_BUFFERS, NUM_COPIES, WAYS, get_available_bytes
+from elastic.config import RunConfig
 from elastic.errors import NoticeError, SolventError
 from elastic.paths import STAND_IN
 
@@ -54,23 +57,32 @@ class Check:
 
 
 def examine(
-    machine: Machine, *, folder: Path, subreaper: str, token_file: Path, find_address: Callable[[], str | None]
+    machine: Machine,
+    *,
+    config: RunConfig | None,
+    folder: Path,
+    subreaper: str,
+    token_file: Path,
+    find_address: Callable[[], str | None],
 ) -> list[Check]:
     """Return every check of this machine. It takes seconds: torch and the metadata servers are asked.
 
     Args:
+        config: the run that it is for; None: none in particular.
         folder: where runs would be written.
         subreaper: the variable under which Ray kills what must outlive its workers.
         token_file: where Ray keeps this user's token.
         find_address: returns where a driver would connect; raises if no head answers there.
     """
-    evidence = detect_all(machine)
+    evidence, devices = detect_all(machine), _ask_torch()
+    snapshots = [check_snapshots(config, _count_gpus(devices), get_available_bytes())] if config else []
     return [
         *check_providers(evidence),
         *check_endpoints(machine, [name for name, found in evidence.items() if found.is_here and name != ALWAYS]),
         check_python(sys.version_info[:3]),
         *check_versions(_get_requirements(), _get_version),
-        check_devices(_ask_torch()),
+        check_devices(devices),
+        *snapshots,
         check_space("/dev/shm", _get_free_bytes(Path("/dev/shm")), warn_bytes=2 * GIB, fail_bytes=GIB // 4),
         check_space(f"disk at {folder}", _get_free_bytes(folder), warn_bytes=20 * GIB, fail_bytes=GIB),
         check_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
@@ -224,6 +236,54 @@ def check_devices(answer: str) -> Check:
         fix = "If there should be GPUs: look at nvidia-smi, and at the container's device access."
         return Check(name="devices", status="warn", text=f"no GPU, though torch has CUDA {found['cuda']}", fix=fix)
     return Check(name="devices", status="ok", text="CPU only")
+
+
+def _count_gpus(answer: str) -> int:
+    try:
+        return len(json.loads(answer)["gpus"])
+    except ValueError:  # which `check_devices` tells
+        return 0
+
+
+def check_snapshots(config: RunConfig, num_gpus: int, available_bytes: int | None) -> Check:
+    """Judge the host memory that snapshots of a run take on this node while as many ranks train as may.
+
+    Args:
+        num_gpus: of this machine.
+        available_bytes: what processes here can still take; None: the kernel does not say.
+    """
+    name = "memory for snapshots"
+    if config.checkpoint.memory == "off":
+        return Check(name=name, status="ok", text="none: checkpoint.memory=off")
+    per_worker, most = config.cluster.gpus_per_worker, config.cluster.max_workers
+    here = min(most or num_gpus, int(num_gpus // per_worker)) if per_worker else most or 1
+    ranks = max(here, 1)
+    world_size = max(most, ranks)
+    shard_bytes = estimate_checkpoint_bytes(config.model.num_params) / world_size
+    has_peers = config.checkpoint.memory == "peer" and world_size > ranks
+    best = MOST_BUFFERS + (NUM_COPIES if has_peers else 0)
+    need_gib, free_gib = ranks * best * shard_bytes / GIB, (available_bytes or 0) / GIB
+    text = f"{need_gib:.1f} GiB for {ranks} of {world_size} rank(s), {best} shards of {shard_bytes / GIB:.2f} GiB each"
+    if available_bytes is None:
+        return Check(name=name, status="ok", text=f"{text}; the kernel does not say what is free")
+    text = f"{text}; {free_gib:.1f} GiB are free"
+    for num_buffers, most_copies in WAYS:
+        num_shards = num_buffers + (most_copies if has_peers else 0)
+        if ranks * num_shards * shard_bytes + GIB < available_bytes:
+            if num_shards == best:
+                return Check(name=name, status="ok", text=text)
+            without_copies = has_peers and not most_copies
+            means = (
+                "a lost node falls back on the storage"
+                if without_copies and num_buffers > 1
+                else "a lost trainer may fall back on the storage"
+                if num_buffers == 1
+                else "snapshots come less often"
+            )
+            fix = "Give it more memory, or take more, smaller nodes."
+            return Check(name=name, status="warn", text=f"{text}, so {num_shards} are kept: {means}", fix=fix)
+    fix = "Give it more memory, take more nodes, or set checkpoint.memory=off."
+    return Check(name=name, status="warn", text=f"{text}: none is kept, every loss falls back on the storage", fix=fix)
 
 
 def _get_free_bytes(path: Path) -> int | None:

@@ -1,6 +1,6 @@
 """Say what is wrong with this machine, and whose it is.
 
-Every line is ok, warn or fail; what is not ok says what to do. The exit code is 1 if something fails.
+With CONFIG also whether it has the memory for that run's snapshots. Every line is ok, warn or fail; what is not ok says what to do. The exit code is 1 if something fails.
 """
 
 import argparse
@@ -11,7 +11,9 @@ from cluster.cli._runs import RUNS, add_json, print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Take the place that runs will need."""
+    """Take the place that runs will need, and the run."""
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="the run that the machine is for")
+    parser.add_argument("overrides", metavar="key=value", nargs="*")
     parser.add_argument("--storage", default=str(RUNS), help="where runs would be written (default: %(default)s)")
     add_json(parser)
 
@@ -22,10 +24,12 @@ def run(args: argparse.Namespace) -> int:
     from cluster.runtime.node.start_host import SUBREAPER
     from cluster.runtime.ray.ray_token import get_default_path
     from cluster.runtime.this_machine import build_machine
+    from elastic.config_load import load_here
 
     machine = build_machine("", grace_s=0.0)
     checks = examine(
         machine,
+        config=load_here(args.config, args.overrides) if args.config else None,
         folder=Path(args.storage).absolute(),
         subreaper=SUBREAPER,
         token_file=get_default_path(machine.env),

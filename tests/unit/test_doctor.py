@@ -3,6 +3,8 @@
 import json
 import re
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -10,8 +12,38 @@ from cluster import doctor
 from cluster.cli import main
 from cluster.providers import Evidence, Machine, fetch
 from cluster.runtime.node.start_host import SUBREAPER
+from elastic.checkpoint.durable.storage_errors import estimate_checkpoint_bytes
+from elastic.config_load import load
 from elastic.errors import ConfigError
 from tests.contract._clouds import Aws, Gcp
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_memory_for_snapshots_is_judged_for_the_ranks_that_this_node_will_have():
+    """1.5 B on 8 nodes of a GPU: a shard of 1.55 GB each, three of one's own and two of a peer's."""
+    config = load(CONFIGS / "1.5b-8x24gb-spot.yaml", ["cluster.max_workers=8", "checkpoint.memory=peer"])
+
+    def check(gib, **values):
+        return doctor.check_snapshots(replace(config, **values), 1, int(gib * 2**30))
+
+    shard_gib = estimate_checkpoint_bytes(config.model.num_params) / 8 / 2**30
+    assert check(5 * shard_gib + 1.1).status == "ok"
+    less = check(4 * shard_gib + 1.1)
+    assert (less.status, "so 4 are kept: snapshots come less often" in less.text) == ("warn", True)
+    assert "a lost node falls back on the storage" in check(2 * shard_gib + 1.1).text
+    assert "a lost trainer may" in check(1 * shard_gib + 1.1).text
+    assert "none is kept" in check(0.5).text
+    off = replace(config.checkpoint, memory="off")
+    assert check(0.1, checkpoint=off).status == "ok"
+    assert doctor.check_snapshots(config, 1, None).status == "ok"
+
+
+def test_a_node_of_eight_gpus_keeps_what_eight_ranks_have_and_no_copies_of_its_own():
+    config = load(CONFIGS / "8b-8xh100-spot.yaml", ["cluster.max_workers=8"])
+    assert re.match(
+        r"(\S+) GiB for 8 of 8 rank\(s\), 3 shards of (\S+) GiB each", doctor.check_snapshots(config, 8, 2**45).text
+    )
 
 
 def test_every_provider_that_is_here_is_named_with_its_evidence():
