@@ -1,6 +1,7 @@
 """Say what is wrong with this machine, and whose it is.
 
-With CONFIG also whether it has the memory for that run's snapshots. Every line is ok, warn or fail; what is not ok says what to do. The exit code is 1 if something fails.
+With CONFIG also whether it has the memory for that run's snapshots. Every line is ok, warn or fail; what is not ok
+says what to do. The exit code is 1 if something fails.
 """
 
 import argparse

@@ -3,6 +3,7 @@
     python -m tests.gpu.cluster                                     # a node per GPU: kill, drain (20 s), add, remove
     python -m tests.gpu.cluster --events kill drain:5 add remove --model 3b
     python -m tests.gpu.cluster --share                             # two nodes on the first GPU, over gloo; 31 M
+    python -m tests.gpu.cluster --random 12 --seed 1 --model 31m --steps 30 --unbroken   # exact over changes by lot?
     python -m tests.gpu.cluster --cpu                               # tries it without GPUs
 
 Head and nodes by `solvent nodes`, training by `solvent train`, all as users start them. Each event comes `--steps`
@@ -15,6 +16,7 @@ may be overrides of the configuration (`key=value`). Needs Ray.
 import argparse
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -27,6 +29,7 @@ from pathlib import Path
 from statistics import median
 
 from elastic.data.prepare import prepare
+from elastic.records.attempts import final_rows
 from elastic.records.rundir import RunDir, parse_utc, read_rows
 
 PORT = 6399
@@ -114,6 +117,8 @@ class Cluster:
         index = max(self.nodes)
         attempt = self.get_steps()[-1]["attempt"]
         if kind == "kill":
+            if self.args.random:  # in turn: a node whose trainers die three times in a row is left out
+                index = sorted(self.nodes)[attempt % len(self.nodes)]
             os.kill(self.find_trainer(index), signal.SIGKILL)
         elif kind == "drain":
             self.nodes.pop(index).send_signal(signal.SIGTERM)
@@ -221,8 +226,67 @@ def build_config(args: argparse.Namespace, folder: Path) -> list[str]:
         "precision": "fp32" if args.cpu else "bf16",
         "compile": "false" if args.cpu else "true",
         "wandb.mode": "disabled",
+        **({"data.record_samples": "true"} if args.unbroken else {}),
     }
     return ["configs/1.5b-8x24gb-spot.yaml", *(f"{key}={value}" for key, value in fields.items()), *args.overrides]
+
+
+def draw_events(num_events: int, *, seed: int, num_nodes: int) -> list[str]:
+    """Return changes by lot that leave at least one node."""
+    lot, here, events = random.Random(seed), num_nodes, list[str]()
+    for _ in range(num_events):
+        kinds = ["kill", *(["drain:5", "remove"] if here > 1 else []), *(["add"] if here < num_nodes else [])]
+        events.append(lot.choice(kinds))
+        here += {"add": 1, "drain:5": -1, "remove": -1}.get(events[-1], 0)
+    return events
+
+
+def start_unbroken(cluster: Cluster, config: list[str]) -> "subprocess.Popen[bytes]":
+    """Train the same on one device without a cluster, beside it."""
+    env = cluster.env | ({} if cluster.args.cpu else {"CUDA_VISIBLE_DEVICES": "0"})
+    command = [sys.executable, "-m", "elastic", *config, "run=unbroken"]
+    with (cluster.folder / "unbroken.log").open("ab") as log:
+        return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+
+
+def compare(cluster: Cluster, process: "subprocess.Popen[bytes]") -> None:
+    """Wait until the run that nothing befalls has come as far, and print how the two differ."""
+    last, plain = cluster.get_last()[0], RunDir(cluster.folder / "runs" / "unbroken")
+    until_s = cluster.start_s + cluster.args.limit_s
+    rows: dict[int, dict] = {}
+    while max(rows, default=0) < last and process.poll() is None and time.monotonic() < until_s:
+        time.sleep(0.5)
+        with suppress(OSError):
+            rows = {row["step"]: row for row in read_rows(plain.metrics)}
+    process.kill()
+    process.wait()
+    broken = {row["step"]: row for row in final_rows(cluster.get_steps())}
+    steps = sorted(rows.keys() & broken.keys())
+    gaps = {step: abs(rows[step]["loss"] - broken[step]["loss"]) for step in steps}
+    both = ((plain, rows), (cluster.run, broken))
+    consumed = [read_samples(run, {step: of[step]["attempt"] for step in steps}) for run, of in both]
+    result = {
+        "steps": len(steps),
+        "of": last,
+        "steps_with_other_samples": sum(consumed[0].get(step) != consumed[1].get(step) for step in steps),
+        "samples": sum(len(consumed[1].get(step, ())) for step in steps),
+        "largest_gap_of_loss": max(gaps.values(), default=None),
+        "at_step": max(gaps, key=gaps.__getitem__, default=None),
+        "median_gap": median(gaps.values()) if gaps else None,
+        "first_and_last_loss": [rows[step]["loss"] for step in (steps[0], steps[-1])] if steps else [],
+    }
+    print("RESULT", json.dumps(result))
+
+
+def read_samples(run: RunDir, attempts: dict[int, int]) -> dict[int, list[int]]:
+    """Return the samples of each step, sorted, as the attempt consumed them whose row counts."""
+    found: dict[int, list[int]] = {}
+    for path in run.root.glob("samples-*.jsonl"):
+        attempt = int(path.stem.split("-")[1])
+        for row in read_rows(path):
+            if attempts.get(row["step"]) == attempt:
+                found[row["step"]] = sorted([*found.get(row["step"], []), *row["ids"]])
+    return found
 
 
 def tell(cluster: Cluster, events: list[str]) -> None:
@@ -259,6 +323,9 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--events", nargs="*", default=["kill@40", "drain:20", "add", "remove"])
+    parser.add_argument("--random", type=int, default=0, help="so many events by lot, in place of --events")
+    parser.add_argument("--seed", type=int, default=1, help="of these")
+    parser.add_argument("--unbroken", action="store_true", help="compare with a run that nothing befalls")
     parser.add_argument("--steps", type=int, default=60, help="of a world before the next event")
     parser.add_argument("--model", choices=MODELS)
     parser.add_argument("--nodes", type=int, default=2)
@@ -270,17 +337,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
+    if args.random:
+        args.events = draw_events(args.random, seed=args.seed, num_nodes=args.nodes)
+        print("events by lot:", *args.events, flush=True)
     args.model = args.model or ("tiny" if args.cpu else "31m" if args.share else "1.5b")
     folder: Path = args.out or Path(tempfile.mkdtemp(prefix="c-"))
     folder.mkdir(parents=True, exist_ok=True)
     graces = [float(event.partition(":")[2]) for event in args.events if ":" in event]
     cluster = Cluster(folder, args)
     done: list[str] = []
+    unbroken: subprocess.Popen[bytes] | None = None
     try:
         for index in range(args.nodes):
             cluster.add_node(index, grace_s=graces[0] if graces else args.grace_s)
         time.sleep(6)
-        cluster.start_training(build_config(args, folder))
+        config = build_config(args, folder)
+        cluster.start_training(config)
+        unbroken = start_unbroken(cluster, config) if args.unbroken else None
         for planned in args.events:
             event, _, at_step = planned.partition("@")
             first = cluster.get_last()[0]
@@ -294,6 +367,8 @@ def main() -> None:
         cluster.say("FAILED:", error)
     finally:
         cluster.end()
+        if unbroken:
+            compare(cluster, unbroken)
         tell(cluster, done)
 
 
