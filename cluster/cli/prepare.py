@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from cluster.cli._runs import add_json, print_json
 
+_SAMPLE_TOKENS = 40
+
 if TYPE_CHECKING:
     from elastic.data.prepare import OnProgress, PrepareProgress
 
@@ -37,13 +39,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--val-fraction", metavar="X", type=float, default=0.05, help="held out; 0: none (default %(default)s)"
     )
-    parser.add_argument("--text-key", metavar="KEY", default="text", help="of json and parquet (default %(default)s)")
+    parser.add_argument(
+        "--text-key",
+        metavar="KEY",
+        default="text",
+        help="where json, parquet and arrow have the text; dots lead inside: messages.0.content (default %(default)s)",
+    )
     parser.add_argument(
         "--max-missing",
         metavar="X",
         type=float,
         default=0.1,
-        help="share of rows without text that is left out; more end the job (default %(default)s)",
+        help="share of rows without text, or broken, that is left out; more end the job (default %(default)s)",
+    )
+    parser.add_argument(
+        "--duplicates",
+        choices=("keep", "drop"),
+        default="keep",
+        help="drop: of documents with the same text, take the first alone (default %(default)s)",
+    )
+    parser.add_argument(
+        "--part",
+        metavar="I/N",
+        default="",
+        help="the share of one of N machines; the last one joins them all",
     )
     parser.add_argument("--processes", metavar="N", type=int, default=0, help="default: one per core")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier prepare made")
@@ -70,6 +89,8 @@ def run(args: argparse.Namespace) -> int:
                 num_processes=args.processes,
                 text_key=args.text_key,
                 max_missing=args.max_missing,
+                duplicates=args.duplicates,
+                part=args.part,
                 overwrite=args.overwrite,
                 on_progress=on_progress,
                 on_note=notes.append,
@@ -87,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
         "train_entropy_nats": info.train_entropy_nats,
         "seconds": time.monotonic() - start_s,
         "notes": notes,
+        "sample": _show_sample(args.out, args.part),
     }
     if args.json:
         print_json(summary)
@@ -95,7 +117,23 @@ def run(args: argparse.Namespace) -> int:
             f"{info.train.num_tokens:,} tokens to train on and {info.val.num_tokens:,} held out, vocabulary "
             f"{info.vocab_size:,}, in {summary['seconds']:.1f} s. Train with data.path={args.out}"
         )
+        print(f"the first document begins: {summary['sample']!r}")
     return 0
+
+
+def _show_sample(out: str, part: str) -> str:
+    """Return the beginning of the first document, decoded: what a model will read."""
+    from pathlib import Path
+
+    from elastic.data.inspection import load_own_tokenizer
+    from elastic.data.parts import parse_part
+    from elastic.data.shards import open_unchecked
+
+    own = parse_part(part).get_folder(Path(out)) if part else Path(out)
+    dataset = open_unchecked(own if own.is_dir() else out)
+    num_tokens = min(_SAMPLE_TOKENS, dataset.info.train.num_tokens)
+    ids = dataset.read_tokens("train", 0, num_tokens).tolist()
+    return load_own_tokenizer(dataset).decode(ids, skip_special_tokens=False)
 
 
 @contextmanager

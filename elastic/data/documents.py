@@ -92,6 +92,11 @@ def _find_files(item: str, text_key: str, on_note: OnNote) -> list[Source]:
     files = sorted((file for file in found if file.type == fs.FileType.File), key=attrgetter("path"))
     if not files:
         raise DataError(f"{item} does not exist, or no file is there or matches. Check the name: a glob needs quotes.")
+    if any(file.base_name == "dataset_dict.json" for file in files):
+        on_note(
+            f"{item}: a dataset of several splits, and all are taken; name the folder of one, such as {item}/train, "
+            "to take that"
+        )
     left_out = {file.path: _why_not(file.path, base, is_named=is_named) for file in files}
     taken = [file for file in files if not left_out[file.path]]
     if not taken:

@@ -37,7 +37,7 @@ _KINDS: Sequence[_Kind] = (
     _Kind("an xz archive", b"\xfd7zXZ\x00", "Unpack it first: xz -dk {path}"),
     _Kind("a 7z archive", b"7z\xbc\xaf\x27\x1c", "Unpack it first: 7z x {path}"),
     _Kind("a tar archive", b"ustar", "Unpack it into a folder first: tar xf {path}", offset=257),
-    _Kind("an Arrow file", b"ARROW1", "Write it as Parquet first."),
+    _Kind("an Arrow file", b"ARROW1", "Give it a name that ends with .arrow."),
     _Kind("an Avro file", b"Obj\x01", "Write it as Parquet or JSON lines first."),
     _Kind("an SQLite database", b"SQLite format 3", "Export its text as JSON lines first."),
     _Kind("a macOS resource file", b"\x00\x05\x16\x07", "Leave it out: it holds no data."),

@@ -12,19 +12,32 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from elastic.data.checksums import write_stamp
 from elastic.data.documents import Source, find_sources
 from elastic.data.encoder import Encoded, Encoder, build_encoder, find_division, split_text
-from elastic.data.format import SPLITS, TOKENIZER_FILE, DatasetInfo, Split, hash_file, write_block_sums, write_info
+from elastic.data.entropy import cross_entropy_nats
+from elastic.data.format import (
+    DATASET_FILE,
+    SPLITS,
+    TOKENIZER_FILE,
+    DatasetInfo,
+    Split,
+    hash_file,
+    read_info,
+    write_block_sums,
+    write_info,
+)
+from elastic.data.parts import Part, choose_sources, join_parts, parse_part, write_counts
 from elastic.data.rows import Tally
+from elastic.data.sieve import Duplicates, Sieve
 from elastic.data.target import check_target, stage_folder
 from elastic.data.tokenizer import SpecialTokens, load_tokenizer, train_tokenizer
 from elastic.data.writer import SplitWriter
@@ -76,6 +89,8 @@ def prepare(
     num_processes: int = 0,
     text_key: str = "text",
     max_missing: float = MAX_MISSING,
+    duplicates: Duplicates = "keep",
+    part: str = "",
     shard_tokens: int = SHARD_TOKENS,
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
@@ -96,6 +111,9 @@ def prepare(
         num_processes: 0 takes one per core, or none besides this one for a small corpus.
         text_key: the field (json) or column (parquet) that holds the text.
         max_missing: the share of rows without text that is left out; more end the job.
+        duplicates: drop: of documents with the same text, only the first is taken.
+        part: such as 3/8: prepare this part of the files, for one of 8 machines (see `parts.py`); a tokenizer must be
+            given, so that all have the same.
         overwrite: replace a folder that an earlier `prepare` made.
         on_progress: called now and then from this thread.
         on_note: takes what the user should know of the inputs, a line each.
@@ -107,17 +125,30 @@ def prepare(
         raise DataError(
             f"out={out} is not a local folder, and shards are memory-mapped. Write to a disk that nodes share."
         )
-    out = Path(out).absolute()
+    whole, own = Path(out).absolute(), parse_part(part) if part else None
+    if own and tokenizer is None:
+        raise DataError(
+            f"--part={part} needs --tokenizer: each part would train another. Prepare some of the text first, and give "
+            "all parts its tokenizer.json."
+        )
+    out = whole
+    if own and (overwrite or not (whole / DATASET_FILE).exists()):
+        (whole / DATASET_FILE).unlink(missing_ok=True)  # what was joined before is no more
+        out = own.get_folder(whole)
+        if (out / DATASET_FILE).exists() and not overwrite:
+            return _join(whole, own, read_info(out), on_note)
     report = on_progress or _ignore_progress
     if not 0 <= val_fraction < 1:
         raise DataError(f"val_fraction={val_fraction} is a share of the documents. Use 0 or more, and less than 1.")
     check_target(out, overwrite=overwrite)
     sources = find_sources(inputs, text_key=text_key, on_note=on_note)
+    if own:
+        sources = choose_sources(sources, own)
     if not num_processes:
         small = sum(source.size_bytes for source in sources) < SMALL_CORPUS_BYTES
         num_processes = 1 if small else os.cpu_count() or 1
     texts = _read_all(sources, Tally(max_missing))
-    divide = find_division(texts, val_fraction) if val_fraction else "documents"
+    divide = find_division(texts, val_fraction) if val_fraction and not own else "documents"
 
     with stage_folder(out) as folder:
         path = folder / TOKENIZER_FILE
@@ -143,14 +174,33 @@ def prepare(
             split: SplitWriter(folder, split, encoder, shard_tokens) for split in SPLITS
         }
         tally = Tally(max_missing)
-        info = _write_tokens(sources, encoder, writers, tally=tally, num_processes=num_processes, report=report)
+        sieve = Sieve(duplicates)
+        read = partial(_read_kept, sieve, tally)
+        info = _write_tokens(
+            sources, encoder, writers, read=read, tally=tally, num_processes=num_processes, report=report
+        )
+        if own:
+            write_counts(folder, {split: writer.counts for split, writer in writers.items()})
         write_block_sums(folder, info)
         write_info(folder, info)
         write_stamp(folder, info)
-    for note in (tally.finish(), _describe_special(writers, encoder), _describe_validation(info, encoder)):
-        if note:
-            on_note(note)
+    told = (sieve.describe(), _describe_special(writers, encoder), _describe_validation(info, encoder))
+    for note in filter(None, (*tally.finish(), *told)):
+        on_note(note)
+    return _join(whole, own, info, on_note) if own else info
+
+
+def _join(out: Path, part: Part, info: DatasetInfo, on_note: OnNote) -> DatasetInfo:
+    joined = join_parts(out, part.of)
+    if isinstance(joined, DatasetInfo):
+        on_note(f"all {part.of} parts are joined in {out}")
+        return joined
+    on_note(f"part {part.number} is in {part.get_folder(out)}; missing: {', '.join(map(str, joined))} of {part.of}")
     return info
+
+
+def _read_kept(sieve: Sieve, tally: Tally, source: Source) -> Iterator[str]:
+    return sieve.read(tally.read(source.read()))
 
 
 def _describe_documents(tokenizer: Tokenizer, encoder: Encoder) -> str:
@@ -187,19 +237,20 @@ def _write_tokens(
     encoder: Encoder,
     writers: Mapping[Split, SplitWriter],
     *,
+    read: Callable[[Source], Iterator[str]],
     tally: Tally,
     num_processes: int,
     report: OnProgress,
 ) -> DatasetInfo:
     files_done = 0
 
-    def read() -> Iterator[str]:
+    def read_all() -> Iterator[str]:
         nonlocal files_done
         for source in sources:
-            yield from tally.read(source.read())
+            yield from read(source)
             files_done += 1
 
-    for encoded in _encode_all(encoder, _batches(read()), num_processes):
+    for encoded in _encode_all(encoder, _batches(read_all()), num_processes):
         for split, part in encoded.items():
             writers[split].add(part)
         report(
@@ -224,19 +275,12 @@ def _write_tokens(
         bos_id=encoder.bos_id,
         largest_id=int(np.flatnonzero(train.counts + val.counts)[-1]),
         tokenizer_sha256=hash_file(encoder.tokenizer_file),
-        train_entropy_nats=_cross_entropy_nats(train.counts, train.counts),
-        val_cross_entropy_nats=_cross_entropy_nats(val.counts, train.counts + 1) if val.num_tokens else None,
+        train_entropy_nats=cross_entropy_nats(train.counts, train.counts),
+        val_cross_entropy_nats=cross_entropy_nats(val.counts, train.counts + 1) if val.num_tokens else None,
         has_block_sums=True,
         train=train.finish(),
         val=val.finish(),
     )
-
-
-def _cross_entropy_nats(counts: npt.NDArray[np.int64], model_counts: npt.NDArray[np.int64]) -> float:
-    """Return -sum(p log q), p and q being the frequencies that the counts stand for."""
-    seen = counts > 0
-    share = counts[seen] / counts.sum()
-    return float(-(share * np.log(model_counts[seen] / model_counts.sum())).sum())
 
 
 def _read_all(sources: Iterable[Source], tally: Tally) -> Iterator[str]:

@@ -1,13 +1,15 @@
-"""How the documents of one file are read: plain text, JSON lines, a JSON array, Parquet.
+"""How the documents of one file are read: plain text, JSON lines, a JSON array, Parquet, Arrow as `datasets` saves it.
 
-Everything goes through `pyarrow.fs`. The ending says what a file is meant to be, its first bytes say what it is.
+Everything goes through `pyarrow.fs`. The ending says what a file is meant to be, its first bytes say what it is. A key
+that is not there as it is written leads inside: `messages.0.content` is the content of the first message.
 """
 
 # pyarrow.fs ships no types: what takes a file system takes Unknown
 # pyright: reportUnknownParameterType=false
 import io
 import json
-from collections.abc import Callable, Generator, Iterator, Mapping
+import re
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any, cast
@@ -64,7 +66,7 @@ def get_reader(path: str) -> Callable[[fs.FileSystem, str, str], Rows] | None:
 
 
 @contextmanager
-def _open_text(filesystem: fs.FileSystem, path: str) -> Generator[io.TextIOWrapper]:
+def _open_text(filesystem: fs.FileSystem, path: str, *, errors: str = "strict") -> Generator[io.TextIOWrapper]:
     with as_data_error(path):
         head = _read_head(filesystem, path, None)
         codec = find_codec(head)
@@ -77,7 +79,7 @@ def _open_text(filesystem: fs.FileSystem, path: str) -> Generator[io.TextIOWrapp
             )
         encoding = find_encoding(head, path)
         with filesystem.open_input_stream(path, compression=codec, buffer_size=1 << 20) as stream:
-            yield io.TextIOWrapper(stream, encoding=encoding)
+            yield io.TextIOWrapper(stream, encoding=encoding, errors=errors)
 
 
 def _read_head(filesystem: fs.FileSystem, path: str, codec: str | None) -> bytes:
@@ -104,7 +106,8 @@ def _read_text(filesystem: fs.FileSystem, path: str, _text_key: str) -> Rows:
 
 
 def _read_jsonl(filesystem: fs.FileSystem, path: str, text_key: str) -> Rows:
-    with _open_text(filesystem, path) as file:
+    # what cannot be decoded is told of its line, not of the file
+    with _open_text(filesystem, path, errors="surrogateescape") as file:
         yield from _read_lines(file, path, text_key)
 
 
@@ -133,13 +136,19 @@ def _read_lines(file: io.TextIOWrapper, path: str, text_key: str, *, first: int 
     for number, line in enumerate(file, start=first):
         if line.isspace():
             continue
+        where = f"{path}:{number}"
         try:
+            if not line.isascii():
+                line.encode()
             row = json.loads(line)
+        except UnicodeEncodeError as error:
+            byte = ord(line[error.start]) & 0xFF
+            advice = f"if all is Latin-1, for example: iconv -f latin1 -t utf-8 {path} > OUT"
+            yield NoText(where, f"is not UTF-8 (byte {byte:#04x}; {advice})", has_key=False, kind="are not UTF-8")
         except ValueError as error:
-            raise DataError(
-                f"{path}:{number} is not JSON ({error}). Each line is one object: repair or remove the line."
-            ) from error
-        yield _get_text(row, text_key, f"{path}:{number}")
+            yield NoText(where, f"is not JSON ({error})", has_key=False, kind="are not JSON")
+        else:
+            yield _get_text(row, text_key, where)
 
 
 def _read_items(file: io.TextIOWrapper, path: str, text_key: str, begin: str) -> Rows:
@@ -177,14 +186,31 @@ def _read_items(file: io.TextIOWrapper, path: str, text_key: str, begin: str) ->
 
 
 def _get_text(row: object, text_key: str, where: str) -> str | NoText:
-    text = cast(Mapping[str, Any], row).get(text_key) if isinstance(row, dict) else None
+    text = _walk(row, text_key)
     if isinstance(text, str):
         return text.encode("utf-8", "replace").decode()  # JSON may hold half of a surrogate pair
-    if not isinstance(row, dict) or text_key not in row:
+    if text is _NOT_THERE:
         keys = ", ".join(cast(Mapping[str, Any], row)) if isinstance(row, dict) else type(row).__name__
         return NoText(where, f"has no text under the key {text_key!r}; it has: {keys}", has_key=False)
     kind = "null" if text is None else type(text).__name__
     return NoText(where, f"has {kind} under the key {text_key!r}, and no text", has_key=True)
+
+
+_NOT_THERE = object()
+
+
+def _walk(row: object, key: str) -> object:
+    """Return what a key leads to: a name, or names and places in lists with dots between them."""
+    if isinstance(row, dict) and key in row:
+        return cast(Mapping[str, Any], row)[key]
+    for part in key.split("."):
+        if isinstance(row, dict) and part in row:
+            row = cast(Mapping[str, Any], row)[part]
+        elif isinstance(row, list) and re.fullmatch(r"-?\d+", part) and -len(row) <= int(part) < len(row):
+            row = cast(list[Any], row)[int(part)]
+        else:
+            return _NOT_THERE
+    return row
 
 
 def _read_parquet(filesystem: fs.FileSystem, path: str, text_key: str) -> Rows:
@@ -196,30 +222,73 @@ def _read_parquet(filesystem: fs.FileSystem, path: str, text_key: str) -> Rows:
             raise DataError(f"{path} cannot be read as its name says: {what}")
         file.seek(0)
         table = pq.ParquetFile(file)
-        fields = {field.name: field.type for field in table.schema_arrow}
-        if text_key not in fields or not _may_be_text(fields[text_key]):
-            columns = ", ".join(f"{name} ({kind})" for name, kind in fields.items())
-            raise DataError(
-                f"{path} has no text column {text_key!r}; it has: {columns}. Name the right one with --text-key."
-            )
-        number = 0
-        for batch in table.iter_batches(batch_size=256, columns=[text_key]):
-            for text in batch.column(0).to_pylist():
-                number += 1
-                if text is None:
-                    yield NoText(f"{path} row {number}", f"has null in the column {text_key!r}", has_key=True)
-                else:
-                    yield text if isinstance(text, str) else _decode(text, text_key, f"{path} row {number}")
+        column = _find_column(table.schema_arrow, text_key, path)
+        yield from _read_column(table.iter_batches(batch_size=256, columns=[column]), column, text_key, path)
 
 
-def _decode(text: bytes, text_key: str, where: str) -> str:
+def _read_arrow(filesystem: fs.FileSystem, path: str, text_key: str) -> Rows:
+    """Yield from what `datasets.save_to_disk` wrote, or its cache: Arrow's stream format, or its file format."""
+    with as_data_error(path):
+        _check_not_filtered(filesystem, path)
+        with filesystem.open_input_file(path) as file:
+            is_file = file.read(6) == b"ARROW1"
+            file.seek(0)
+            reader = pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
+            column = _find_column(reader.schema, text_key, path)
+            batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+            yield from _read_column((batch.select([column]) for batch in batches), column, text_key, path)
+
+
+def _check_not_filtered(filesystem: fs.FileSystem, path: str) -> None:
+    """Refuse rows that are not those that `datasets` would show: it keeps a selection of them in a file of its own."""
+    state = str(PurePosixPath(path).parent / "state.json")
+    if filesystem.get_file_info(state).type != fs.FileType.File:
+        return
+    with filesystem.open_input_stream(state) as file:
+        content = json.loads(file.read())
+    if isinstance(content, dict) and cast(Mapping[str, Any], content).get("_indices_data_files"):
+        raise DataError(
+            f"{path} belongs to a dataset that was filtered, sorted or shuffled, and holds the rows as they were "
+            "before. Save it again: dataset.flatten_indices().save_to_disk(FOLDER)"
+        )
+
+
+def _find_column(schema: pa.Schema, text_key: str, path: str) -> str:
+    """Return the column that has the text, or that has it inside."""
+    fields = {field.name: field.type for field in schema}
+    if text_key in fields and _may_be_text(fields[text_key]):
+        return text_key
+    outer = text_key.split(".", maxsplit=1)[0]
+    if outer != text_key and outer in fields and pa.types.is_nested(fields[outer]):
+        return outer
+    columns = ", ".join(f"{name} ({kind})" for name, kind in fields.items())
+    raise DataError(f"{path} has no text column {text_key!r}; it has: {columns}. Name the right one with --text-key.")
+
+
+def _read_column(batches: Iterable[pa.RecordBatch], column: str, text_key: str, path: str) -> Rows:
+    number = 0
+    for batch in batches:
+        for value in batch.column(0).to_pylist():
+            number += 1
+            where = f"{path} row {number}"
+            text = value if column == text_key else _walk({column: value}, text_key)
+            if text is None or text is _NOT_THERE:
+                why = "null in" if text is None else "nothing at"
+                yield NoText(where, f"has {why} the column {text_key!r}", has_key=text is None)
+            elif isinstance(text, bytes):
+                yield _decode(text, text_key, where)
+            elif isinstance(text, str):
+                yield text
+            else:
+                yield NoText(where, f"has {type(text).__name__} in the column {text_key!r}, and no text", has_key=True)
+
+
+def _decode(text: bytes, text_key: str, where: str) -> str | NoText:
     try:
         return text.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where} holds bytes in the column {text_key!r} that are not UTF-8 ({error.reason}), so they are no text. "
-            "Name another column with --text-key, or decode it first."
-        ) from error
+        why = f"holds bytes in the column {text_key!r} that are not UTF-8 ({error.reason})"
+        return NoText(where, why, has_key=True, kind="are not UTF-8")
 
 
 def _may_be_text(kind: pa.DataType) -> bool:
@@ -240,4 +309,5 @@ _READERS: dict[str, Callable[[fs.FileSystem, str, str], Rows]] = {
     ".ndjson": _read_jsonl,
     ".json": _read_json,
     ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
 }

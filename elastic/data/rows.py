@@ -1,16 +1,21 @@
 """Rows without text: what every reader does about them.
 
-A null, a missing key or a value that is no text happens in data of others. Such a row is left out, counted and told;
-more than a share of them is a wrong key or a broken file, and ends the job.
+A null, a missing key, a line that is no JSON or no UTF-8 happens in data of others. Such a row is left out, counted by
+its kind and told; more than a share of them is a wrong key or a broken file, and ends the job.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from elastic.errors import DataError
 
 _ROWS_TO_JUDGE = 1000
 """A share of fewer rows says little; at the end of a file it is all there is to say."""
+
+
+Kind = Literal["have no text", "are not JSON", "are not UTF-8"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class NoText:
     why: str
     has_key: bool
     """The text's place is there, with nothing in it."""
+    kind: Kind = "have no text"
 
 
 class Tally:
@@ -34,8 +40,8 @@ class Tally:
     def __init__(self, max_missing: float) -> None:
         self._max_missing = max_missing
         self._num_rows = 0
-        self._num_missing = 0
-        self._first: NoText | None = None
+        self._missing: Counter[Kind] = Counter()
+        self._first: dict[Kind, NoText] = {}
 
     def read(self, rows: Iterable[str | NoText]) -> Iterator[str]:
         """Yield the texts of one file.
@@ -51,30 +57,31 @@ class Tally:
                 continue
             missing += 1
             first = first or row
+            self._missing[row.kind] += 1
+            self._first.setdefault(row.kind, row)
             if num_texts + missing >= _ROWS_TO_JUDGE:
                 self._judge(num_texts + missing, missing, first)
         self._num_rows += num_texts + missing
         if first is None:
             return
-        self._num_missing += missing
-        self._first = self._first or first
         if not num_texts and not first.has_key:
             raise self._fail(missing, missing, first)
         self._judge(num_texts + missing, missing, first)
 
-    def finish(self) -> str | None:
-        """Return what was left out, in a line, once all files are read.
+    def finish(self) -> list[str]:
+        """Return what was left out, a line for each kind, once all files are read.
 
         Raises:
             DataError: too many rows had no text.
         """
-        if self._first is None:
-            return None
-        self._judge(self._num_rows, self._num_missing, self._first)
-        return (
-            f"left out {self._num_missing:,} of {self._num_rows:,} rows, which have no text; the first: "
-            f"{self._first.where} {self._first.why}"
-        )
+        if not self._first:
+            return []
+        self._judge(self._num_rows, self._missing.total(), next(iter(self._first.values())))
+        return [
+            f"left out {self._missing[kind]:,} of {self._num_rows:,} rows, which {kind}; the first: "
+            f"{first.where} {first.why}"
+            for kind, first in self._first.items()
+        ]
 
     def _judge(self, num_rows: int, missing: int, first: NoText) -> None:
         if missing > max(1, self._max_missing * num_rows):

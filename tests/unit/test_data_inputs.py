@@ -299,7 +299,8 @@ def test_text_in_parquet_is_read_however_arrow_keeps_it(tmp_path, kind):
     assert read(tmp_path / "a.parquet") == TEXTS
 
 
-def test_bytes_in_parquet_that_are_no_text_are_refused_with_their_row(tmp_path):
+def test_bytes_in_parquet_that_are_no_text_are_told_with_their_row(tmp_path):
     pq.write_table(pa.table({"text": pa.array([b"good", b"\xff\xd8\xff"])}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a\.parquet row 2 holds bytes in the column 'text' that are not UTF-8"):
-        read(tmp_path / "a.parquet")
+    good, bad = read(tmp_path / "a.parquet")
+    assert good == "good" and bad.kind == "are not UTF-8"
+    assert bad.where.endswith("a.parquet row 2") and "bytes in the column 'text' that are not UTF-8" in bad.why

@@ -201,7 +201,7 @@ def test_half_a_surrogate_pair_in_json_does_not_end_the_job(tmp_path):
 def test_a_failure_leaves_nothing_behind(tmp_path):
     source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
     with source.open("a") as file:
-        file.write("{not json\n")
+        file.write("{not json\n" * 20)
     with pytest.raises(DataError, match=rf"in\.jsonl:{len(TEXTS) + 1} is not JSON"):
         prepare_small([source], tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
