@@ -152,13 +152,13 @@ def _build_parts(
 ) -> Generator[tuple[Parts, Progress, Recent]]:
     """Build data, model and checkpointer, restore the newest state, and take it all down again."""
     corpus = open_corpus(config)
-    _share_indices(run.storage, corpus, world)
     corpus.check_fits()
     data = corpus.identity
     _check_same_data(data, config, world)
     trainable = build_trainable(config, world, first_weights="undefined")
     stopwatch.lap("model")
     check.agree()
+    _share_indices(run.storage, corpus, world)
     stopwatch.lap("storage")
     restored = restore(
         run.storage,
