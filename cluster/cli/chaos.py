@@ -17,6 +17,7 @@ from cluster.cli._struck import End, train_struck
 from cluster.cli.train import check_before_paying, check_is_path, get_run_dir
 from elastic.config import RunConfig
 from elastic.errors import ConfigError, StorageError
+from elastic.mixture import get_paths
 from elastic.records.rundir import read_rows
 
 if TYPE_CHECKING:
@@ -111,7 +112,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _get_paths(config: RunConfig) -> list[str]:
     """Return the paths as overrides: the driver reads the same file, but need not find the same there."""
-    return [f"storage={config.storage}", f"data.path={config.data.path}", f"cost.price_file={config.cost.price_file}"]
+    data = [f"{key}={path}" for key, path in get_paths(config.data).items()]
+    return [f"storage={config.storage}", *data, f"cost.price_file={config.cost.price_file}"]
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
