@@ -12,9 +12,9 @@ from cluster.cli._runs import add_json, print_json
 from elastic.errors import ConfigError
 
 if TYPE_CHECKING:
-    from cluster.simulator.engine import Setup
     from cluster.simulator.outcome import Outcome
     from cluster.simulator.saving import Saving
+    from cluster.simulator.setup import Setup
     from cluster.traces import Fleet
 
 
@@ -50,9 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Play every fleet under every policy, and print what came of it."""
-    from cluster.simulator.engine import Setup
     from cluster.simulator.generator import generate_fleet, parse_weather
     from cluster.simulator.outcome import build_savings, compare
+    from cluster.simulator.setup import Setup
     from cluster.traces import load_fleet
 
     if not args.traces and not args.generate:

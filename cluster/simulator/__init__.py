@@ -2,6 +2,7 @@
 
     generator   fleets by lot: heavy-tailed lives, losses in batches, grants of a part
     saving      when state is put where a loss does not reach it, and what is left of work after one
+    work        what worlds work, keep and lose, and the ledger of it
     engine      events in, the controller's actions out, time in between
     outcome     what came of it, by policy
     plot        the same as pictures

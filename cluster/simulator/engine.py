@@ -7,13 +7,12 @@ what saves cost.
 
 import heapq
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from cluster import controller
 from cluster.controller.worlds import get_leave_s, get_usual_outage_s
-from cluster.ledger import Ledger, LedgerRow
-from cluster.simulator.saving import Rhythm, Saving
+from cluster.ledger import Ledger
+from cluster.simulator.setup import Setup, Tally
+from cluster.simulator.work import Work
 from cluster.traces import Fleet
 from cluster.types import (
     Action,
@@ -51,50 +50,6 @@ _Due = Event | str | tuple[str, ...]
 """What happens at a time: an event of the controller's, something of ours, or nodes that come."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Setup:
-    """What is simulated."""
-
-    saving: Saving
-    world_sizes: tuple[int, ...]
-    usd_per_node_hour: float = 1.0
-    step_node_s: float = 60.0
-    """Node-seconds of work in a step: on 16 nodes it takes 3.75 s."""
-    notice_s: float = 0.0
-    """Before each loss; 0: none."""
-    growth_patience: float = 5.0
-    start_s: float = 0.0
-    """Until a new node can train."""
-    work_node_s: float = float("inf")
-    """The run is finished after so much."""
-
-
-@dataclass(kw_only=True)
-class Tally:
-    """What came of it."""
-
-    useful_node_s: float = 0.0
-    """Work that lasts."""
-    redone_node_s: float = 0.0
-    member_node_s: float = 0.0
-    """Of nodes while they were in a world, or between two."""
-    paid_node_s: float = 0.0
-    world_s: float = 0.0
-    """Time in which there was a world."""
-    training_s: float = 0.0
-    """Time in which there was a world that trained."""
-    losses: int = 0
-    changes: int = 0
-    usd: float = 0.0
-    end_s: float = 0.0
-    finished_s: float | None = None
-    rows: list[LedgerRow] = field(default_factory=list[LedgerRow])
-    sizes: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
-    """World sizes over time; 0: none."""
-    work: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
-    """Lasting work over time, in node-seconds."""
-
-
 class Simulation:
     """One run; `run` plays all of it."""
 
@@ -112,16 +67,12 @@ class Simulation:
             )
         )
         self._ledger = Ledger()
-        self._rhythm = Rhythm(saving=setup.saving)
         self._tally = Tally()
+        self._work = Work(setup, self._ledger, self._tally)
         self._due: list[tuple[float, int, _Due, int]] = []
         self._count = 0
         self._todo: deque[Event] = deque()
         self._now_s = 0.0
-        self._work = self._best = self._durable = 0.0
-        """Node-seconds: where the current world is, the furthest that any was, what the storage has at least."""
-        self._since_s: float | None = None
-        """When the current world began to train; None: it does not yet."""
         self._started_s = 0.0
         self._is_loss = False
         self._there: set[str] = set()
@@ -150,7 +101,7 @@ class Simulation:
             self._plan_tick()
             if self._count - self._flushed > _FLUSH_EVERY:  # accounts that are long are slow
                 self._flushed = self._count
-                self._tally.rows += self._ledger.flush(self._since_s or self._now_s)
+                self._tally.rows += self._ledger.flush(self._work.since_s or self._now_s)
         return self._close()
 
     # ---- time
@@ -206,28 +157,20 @@ class Simulation:
         state = self._state
         match what:
             case "step" if attempt == state.attempt and state.stage == "running":
-                self._begin_training()
+                self._work.begin(self._now_s)
                 self._decide(Stepped(attempt=attempt, progress=self._get_progress()))
-                self._plan_end()
+                end_s = self._work.estimate_end_s(self._now_s, len(state.members))
+                if end_s < self._fleet.end_s:
+                    self._at(end_s, "done", attempt)
             case "parked" | "left" if attempt == state.attempt:
                 outcome = "interrupted" if what == "parked" else "lost"
                 for slot in list(state.alive):
                     self._decide(TrainerEnded(slot=slot, attempt=attempt, outcome=outcome, reason="simulated"))
-            case "done" if attempt == state.attempt and self._since_s is not None:
+            case "done" if attempt == state.attempt and self._work.since_s is not None:
                 self._stop_training(is_loss=False)
                 self._tally.finished_s = self._now_s
             case _:
                 pass
-
-    def _plan_end(self) -> None:
-        left = self._setup.work_node_s - self._work
-        if left == float("inf"):
-            return
-        size = len(self._state.members)
-        # saves take their share; a bound that is too early is found out and moved on
-        interval_s = self._rhythm.interval_s
-        share = 1.0 if interval_s == float("inf") else interval_s / (interval_s + self._setup.saving.save_s)
-        self._at(self._now_s + left / size / share, "done", self._state.attempt)
 
     # ---- the controller
 
@@ -236,7 +179,11 @@ class Simulation:
         while self._todo:
             taken = self._todo.popleft()
             before = self._state.stage
-            if isinstance(taken, HostGone) and self._since_s is not None and taken.node in self._state.member_nodes:
+            if (
+                isinstance(taken, HostGone)
+                and self._work.since_s is not None
+                and taken.node in self._state.member_nodes
+            ):
                 self._is_loss = True
             actions = controller.decide(self._state, taken, now_s=self._now_s)
             if before == "running" and self._state.stage in ("clearing", "waiting", "forming"):
@@ -276,12 +223,12 @@ class Simulation:
                 self._tally.sizes.append((self._now_s, len(action.members)))
             case AttemptEnded():
                 lived_s = self._now_s - self._started_s
-                self._rhythm.observed(lived_s)
+                self._work.rhythm.observed(lived_s)
                 self._tally.member_node_s += lived_s * len(action.members)
                 self._tally.world_s += lived_s
                 if action.kind == "lost":
                     self._tally.losses += 1
-                    self._rhythm.lost()
+                    self._work.rhythm.lost()
                 if not controller.get_usable(state):
                     self._tally.sizes.append((self._now_s, 0))
             case Done() | Go() | _:
@@ -289,68 +236,12 @@ class Simulation:
 
     # ---- work
 
-    def _begin_training(self) -> None:
-        self._since_s = self._now_s
-
     def _stop_training(self, *, is_loss: bool) -> None:
-        """Count what the current world has done until now; a loss takes what was not saved."""
-        since_s, self._since_s = self._since_s, None
-        if since_s is None or self._now_s <= since_s:
-            return
-        members, seconds = self._state.members, self._now_s - since_s
-        size, stretch = len(members), self._rhythm.divide(seconds)
-        worked, before = stretch.worked_s * size, self._work
-        redone = min(worked, max(0.0, self._best - before))
-        self._paint([slot.node for slot in members], since_s, redone / size, stretch.worked_s, stretch.saved_s)
-        reached = before + worked
-        self._best = max(self._best, reached)
-        self._work = reached
-        self._durable = max(self._durable, reached - self._setup.saving.durable_s * size)
-        if is_loss:
-            self._work = self._keep_after_loss(before, stretch.kept_s * size)
-        self._tally.training_s += seconds
-        self._tally.redone_node_s += redone
-        self._tally.work.append((self._now_s, self._work))
-
-    def _keep_after_loss(self, before: float, kept: float) -> float:
-        """Return where work is taken up again.
-
-        Args:
-            before: at the start of the world that was lost.
-            kept: of what it has done, what its last save has.
-        """
-        match self._setup.saving.kind:
-            case "jit":  # of the step that was under way, half; without a survivor nobody saves
-                kept = max(0.0, kept - self._setup.step_node_s / 2)
-                is_gone = self._state.member_nodes <= self._removed.get(self._now_s, set())
-            case "memory":
-                is_gone = self._are_copies_lost()
-            case _:
-                is_gone = False
-        return min(before + kept, self._durable) if is_gone else before + kept
-
-    def _are_copies_lost(self) -> bool:
-        """Tell whether a node goes together with the one that holds its copy, or all go."""
-        members = sorted(self._state.member_nodes)
-        gone = self._removed.get(self._now_s, set())
-        peers = dict(zip(members, [*members[1:], *members[:1]], strict=True))
-        return any(node in gone and peer in gone for node, peer in peers.items())
-
-    def _paint(self, nodes: Iterable[str], since_s: float, redone_s: float, worked_s: float, saved_s: float) -> None:
-        """Give the time of a stretch to its states; saves are put together, at its end."""
-        spans: list[tuple[Phase, float, float]] = []
-        at_s = since_s
-        for phase, length_s in (("redo", redone_s), ("train", worked_s - redone_s), ("save", saved_s)):
-            if length_s > 0:
-                spans.append((phase, at_s, at_s + length_s))  # pyright: ignore[reportArgumentType] # a Phase each
-                at_s += length_s
-        for node in nodes:
-            if self._ledger.is_open(node):
-                for phase, start_s, end_s in spans:
-                    self._ledger.report(node, phase, start_s, end_s)
+        lost = self._removed.get(self._now_s, set()) if is_loss else None
+        self._work.stop(self._now_s, self._state.member_nodes, lost=lost)
 
     def _get_progress(self) -> Progress:
-        step = int(self._work / self._setup.step_node_s) + 1
+        step = int(self._work.done / self._setup.step_node_s) + 1
         return Progress(step=step, tokens=step)
 
     def _record_stage(self) -> None:
@@ -381,7 +272,7 @@ class Simulation:
             self._ledger.leave(node, end_s)
         tally.rows += self._ledger.flush(end_s)
         totals = self._ledger.totals()
-        tally.useful_node_s, tally.usd, tally.end_s = self._work, totals.usd, end_s
+        tally.useful_node_s, tally.usd, tally.end_s = self._work.done, totals.usd, end_s
         tally.paid_node_s = totals.paid_gpu_s
         return tally
 

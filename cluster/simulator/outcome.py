@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, replace
 
-from cluster.simulator.engine import Setup, Tally, simulate
+from cluster.simulator.engine import simulate
 from cluster.simulator.saving import Saving
+from cluster.simulator.setup import Setup, Tally
 from cluster.traces import Fleet, as_gang
 
 _OURS_S, _OURS_PLANNED_S = 3.0, 3.2

@@ -55,6 +55,7 @@ def test_hours_and_dollars_follow_from_tokens_per_second_and_goodput():
     """1,000 steps of 16 x 8192 tokens; price times machines times hours."""
     candidate = Evaluator(EIGHT_B).evaluate(offer(), 2)
     assert candidate.fits
+    assert candidate.goodput.losses_per_hour == pytest.approx(2 * offer().losses_per_hour)
     seconds = 1000 * 16 * 8192 / candidate.tokens_per_s / candidate.goodput.share / candidate.goodput.availability
     assert candidate.hours == pytest.approx(seconds / 3600)
     assert candidate.usd == pytest.approx(candidate.hours * 16 * 2.0 * candidate.goodput.availability)

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.ledger import check_tiling
-from cluster.simulator.engine import Setup, simulate
+from cluster.simulator.engine import simulate
 from cluster.simulator.generator import Weather, generate_fleet, parse_weather
 from cluster.simulator.outcome import build_savings, compare
 from cluster.simulator.plot import draw_page
 from cluster.simulator.saving import Rhythm, Saving
+from cluster.simulator.setup import Setup
 from cluster.traces import Change, Fleet, as_gang, check_fleet, count_fleet, load_fleet
 from elastic.errors import DataError
 
