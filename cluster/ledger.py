@@ -5,11 +5,12 @@ comes in, and both neighbours share it; so tiles meet exactly and their dollars 
 """
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any, get_args
 
 from elastic.ports import Phase
@@ -126,14 +127,16 @@ class _Account:
         """Give [start, end) to a state; no end: from now on. What is already booked or after the leave stays."""
         start_ms = max(start_ms, self.marks[0][0])
         if end_ms is None:
-            self.marks = [*(m for m in self.marks if m[0] < start_ms), (start_ms, state)]
+            while self.marks and self.marks[-1][0] >= start_ms:
+                self.marks.pop()
+            self.marks.append((start_ms, state))
             return
         if end_ms <= start_ms:
             return
-        after = self.marks[bisect_right(self.marks, end_ms, key=lambda m: m[0]) - 1][1]
-        before = [m for m in self.marks if m[0] < start_ms]
-        beyond = [m for m in self.marks if m[0] > end_ms]
-        self.marks = [*before, (start_ms, state), (end_ms, after), *beyond]
+        first = bisect_left(self.marks, start_ms, key=itemgetter(0))
+        beyond = bisect_right(self.marks, end_ms, key=itemgetter(0))
+        after = self.marks[beyond - 1][1]
+        self.marks[first:beyond] = [(start_ms, state), (end_ms, after)]
 
     def cut(self, up_to_ms: int) -> list[tuple[int, int, Phase]]:
         """Take out what lies before a time, as tiles in which neighbours differ."""
