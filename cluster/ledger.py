@@ -165,6 +165,8 @@ class Ledger:
         self._totals = Totals()
         self._ends_ms: dict[str, int] = {}
         self._accounts: dict[str, _Account] = {}
+        self._unsettled: dict[str, _Account] = {}
+        """Those that are open, or of which something is not flushed yet; a run may lose thousands of nodes."""
         for row in booked:
             self._totals.add(row)
             self._ends_ms[row.node] = max(row.end_ms, self._ends_ms.get(row.node, row.end_ms))
@@ -181,6 +183,7 @@ class Ledger:
         else:  # the same rental after all: its price and its time go on
             account.paint("idle", account.left_ms, None)
             account.left_ms = None
+        self._unsettled[node] = account
         account.paint("start", _to_ms(at_s), None)
 
     def is_open(self, node: str) -> bool:
@@ -190,7 +193,7 @@ class Ledger:
 
     def get_open(self) -> list[str]:
         """Return the nodes that are paid for."""
-        return [node for node, account in self._accounts.items() if account.left_ms is None]
+        return [node for node, account in self._unsettled.items() if account.left_ms is None]
 
     def switch(self, node: str, state: Phase, at_s: float) -> None:
         """Let a state hold from a time on, until the next switch."""
@@ -216,27 +219,29 @@ class Ledger:
         Call it some seconds behind the clock, so that the trainers' reports are in.
         """
         rows: list[LedgerRow] = []
-        for node, account in self._accounts.items():
+        for node, account in list(self._unsettled.items()):
             for start_ms, end_ms, state in account.cut(_to_ms(up_to_s)):
                 usd = account.usd_per_gpu_hour * account.gpus * (end_ms - start_ms) / _MS_PER_HOUR
                 row = LedgerRow(node=node, start_ms=start_ms, end_ms=end_ms, state=state, gpus=account.gpus, usd=usd)
                 self._totals.add(row)
                 rows.append(row)
+            if account.left_ms is not None and account.marks[0][0] >= account.left_ms:
+                del self._unsettled[node]
         return rows
 
     def get_usd_per_s(self) -> float:
         """Return what a second costs now, for all nodes that are paid for."""
-        open_accounts = [account for account in self._accounts.values() if account.left_ms is None]
+        open_accounts = [account for account in self._unsettled.values() if account.left_ms is None]
         return sum(account.usd_per_gpu_hour * account.gpus for account in open_accounts) / 3600
 
     def get_dearest_usd_per_gpu_hour(self) -> float:
         """Return the highest price that is paid for a GPU now."""
-        return max((a.usd_per_gpu_hour for a in self._accounts.values() if a.left_ms is None), default=0.0)
+        return max((a.usd_per_gpu_hour for a in self._unsettled.values() if a.left_ms is None), default=0.0)
 
     def estimate_usd(self, now_s: float) -> float:
         """Return the dollars up to now, those that are not flushed yet among them."""
         usd = self._totals.usd
-        for account in self._accounts.values():
+        for account in self._unsettled.values():
             end_ms = _to_ms(now_s) if account.left_ms is None else account.left_ms
             ms = max(0, end_ms - account.marks[0][0])
             usd += account.usd_per_gpu_hour * account.gpus * ms / _MS_PER_HOUR

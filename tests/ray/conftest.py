@@ -19,14 +19,26 @@ def data(tmp_path_factory):
     return folder / "data"
 
 
+def check_ledgers(folder):
+    for path in folder.rglob("ledger.jsonl"):
+        rows = read_ledger(read_rows(path))
+        assert (str(path), check_tiling(rows), check_dollars(rows)) == (str(path), [], [])
+
+
 @pytest.fixture(autouse=True)
-def all_ledgers_add_up(request):
+def ledgers_add_up(request):
     """Every run that a test leaves in its folder is paid to the millisecond and the cent, however it was struck."""
     folder = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None
     yield
-    for path in folder.rglob("ledger.jsonl") if folder else ():
-        rows = read_ledger(read_rows(path))
-        assert (str(path), check_tiling(rows), check_dollars(rows)) == (str(path), [], [])
+    if folder:
+        check_ledgers(folder)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def all_ledgers_add_up(tmp_path_factory):
+    """So are those that several tests share."""
+    yield
+    check_ledgers(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")
