@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from cluster.ledger import check_tiling, read_ledger
+from cluster.ledger import check_dollars, check_tiling, read_ledger
 from elastic.records.attempts import final_rows
 from elastic.records.rundir import RunDir, parse_utc, read_rows
 from tests.ray._drivers import committed_steps, find_coordinators, kill, kill_coordinator, wait_until_gone
@@ -233,7 +233,7 @@ def test_a_coordinator_that_dies_is_followed_by_another_under_which_the_same_tra
     assert (incident["resumed_from"], incident["world"]) == ("memory", "2 -> 2")
     assert incident["outage_s"] == pytest.approx(sum(incident["phases_s"].values()), abs=0.1)
     ledger = read_ledger(read_rows(run.dir.ledger))
-    assert check_tiling(ledger) == []
+    assert check_tiling(ledger) == check_dollars(ledger) == []
     assert {row.node for row in ledger} == set(nodes.ids)
 
 

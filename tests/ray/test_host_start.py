@@ -41,7 +41,7 @@ def test_a_host_is_a_session_of_its_own_with_one_thread(launched):
 
 def test_a_second_start_leaves_the_host_that_is_there_alone(launched):
     launched.launch()
-    wait_until(lambda: find_hosts(launched.folder) == [launched.hello.pid], timeout_s=5, what="one host")
+    wait_until(lambda: find_hosts(launched.folder) == [launched.hello.pid], timeout_s=30, what="one host")
     assert not launched.coordinator.is_gone
 
 
@@ -53,7 +53,7 @@ def test_of_two_that_start_at_once_one_is_the_host_and_reports_to_the_newer_coor
             starts = [pool.submit(host.launch, **changes) for changes in ({}, {"coordinator_address": newer})]
             [start.result() for start in starts]
         pid = host.meet().pid
-        wait_until(lambda: find_hosts(host.folder) == [pid], timeout_s=5, what="one host")
+        wait_until(lambda: find_hosts(host.folder) == [pid], timeout_s=30, what="one host")
 
 
 def test_a_host_that_cannot_start_says_why_and_leaves_nothing():

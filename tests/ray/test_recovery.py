@@ -18,7 +18,7 @@ import pytest
 
 from cluster.cli import main
 from cluster.cli._runs import open_rows
-from cluster.ledger import check_tiling, read_ledger
+from cluster.ledger import check_dollars, check_tiling, read_ledger
 from cluster.report.status import get_status
 from elastic.records.attempts import final_rows
 from elastic.records.rundir import RunDir, parse_utc, read_rows
@@ -159,7 +159,7 @@ def test_incidents_name_what_happened_and_where(recovered):
 def test_the_ledger_tiles_the_paid_time_of_every_node(recovered):
     run_dir, drained, removed = recovered.dir, recovered.drained, recovered.removed
     tiles = read_ledger(read_rows(run_dir.ledger))
-    assert check_tiling(tiles) == []
+    assert check_tiling(tiles) == check_dollars(tiles) == []
     assert len({tile.node for tile in tiles}) == 4
     assert {drained, removed} < {tile.node for tile in tiles}
     # 3.6 USD an hour: one thousandth per second
