@@ -1,4 +1,4 @@
-"""States of half a GiB, and all that was in the way of one on its way: slow wires, disks and checksums.
+"""States of a quarter of a GiB, and all that was in the way of one on its way: slow wires, disks and checksums.
 
 Two nodes with a replica server and one rank each, which keep each other's copies.
 """
@@ -23,9 +23,9 @@ from tests.slow_servers import slow_checksums
 from tests.tcp_proxy import TcpProxy
 
 SECRET = "s3cret"
-WIDTH, LAYERS = 2048, 10
+WIDTH, LAYERS = 2048, 5
 NUM_STEPS = 12
-STATE_MIB = 3 * 4 * LAYERS * WIDTH * WIDTH // 2**20  # weights and two moments in fp32: 480
+STATE_MIB = 3 * 4 * LAYERS * WIDTH * WIDTH // 2**20  # weights and two moments in fp32: 240
 SOON_S = 6.0
 """What takes a moment on a machine that is not busy, and less than what is in the way in each test."""
 
@@ -183,7 +183,7 @@ def drain_while_saving(run_dir, connections, addresses, peers, tier):
 
 @pytest.mark.parametrize("tier", ["storage", "memory"])
 def test_a_drain_waits_neither_for_a_durable_save_nor_for_a_copy(tmp_path, make_nodes, tier):
-    # the save: 16 pieces of 2 s; the copy: 240 MiB in 64 KiB, of which each takes 50 ms
+    # the save: 8 pieces of 2 s; the copy: 120 MiB in 64 KiB, of which each takes 50 ms
     nodes = make_nodes(wire_delay_s=0.05 if tier == "memory" else 0.0)
     drained = nodes.run(drain_while_saving, tmp_path, 2, tier)
     expected = drained[0][2]
@@ -196,7 +196,7 @@ def test_a_drain_waits_neither_for_a_durable_save_nor_for_a_copy(tmp_path, make_
 
 
 def test_what_is_lost_while_checksums_are_taken_is_found_in_memory_at_once(tmp_path, make_nodes):
-    nodes = make_nodes(checksum_s_per_mib=0.2)  # 48 s for each shard
+    nodes = make_nodes(checksum_s_per_mib=0.2)  # 24 s for each shard
     nodes.run(keep_and_die, tmp_path)
     for step, source, took_s, _ in nodes.run(find, tmp_path):
         assert (step, source) == (2, "memory")

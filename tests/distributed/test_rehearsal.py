@@ -12,6 +12,7 @@ from elastic.config import ClusterConfig, DataConfig, RunConfig, TrainConfig
 from elastic.models.llama import Config as ModelConfig
 from elastic.rehearsal import COMPILED, rehearse
 from elastic.storage import open_storage
+from elastic.strategies._base import get_rehearsed
 
 CONFIG = RunConfig(
     device="cpu",
@@ -35,10 +36,13 @@ from tests.distributed.test_rehearsal import CONFIG
 from dataclasses import replace
 
 CONFIG = replace(CONFIG, model=replace(CONFIG.model, vocab_size=int(sys.argv[2])))
+kinds = sys.argv[4:]
+if len(kinds) == 1:
+    CONFIG = replace(CONFIG, strategy=kinds[0])
 rehearse(CONFIG, open_storage(sys.argv[1]), is_beside_others=sys.argv[3] == "sparingly")
 found = {"compiled": counters["stats"]["unique_graphs"], "cached": counters["inductor"]["fxgraph_cache_hit"]}
 tokens_BS = torch.zeros(2, 16, dtype=torch.int64)
-for attempt, strategy in enumerate(("fsdp2", "single"), start=1):
+for attempt, strategy in enumerate(kinds, start=1):
     spec = WorldSpec(
         rank=0, world_size=1, local_rank=0, local_world_size=1, attempt=attempt, store_host="", store_port=0
     )
@@ -53,28 +57,36 @@ print(json.dumps(found))
 """
 
 
-def run_node(folder, name, *, vocab_size=64, how="fully"):
+def run_node(folder, name, *kinds, vocab_size=64, how="fully"):
+    """Rehearse and then train a step in a world of each kind, of one rank; of several, the configuration finds them."""
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / name), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", NODE, folder / "run", str(vocab_size), how]
+    command = [sys.executable, "-c", NODE, folder / "run", str(vocab_size), how, *kinds]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout)
 
 
 def test_what_was_rehearsed_is_not_compiled_again_and_a_node_that_comes_later_finds_it(tmp_path):
-    first = run_node(tmp_path, "first")
+    first = run_node(tmp_path, "first", "fsdp2")
     assert first["compiled"] > 0
     assert first["compiled_later"] == 0
     (kept,) = (tmp_path / "run" / COMPILED).iterdir()
     written_ns = kept.stat().st_mtime_ns
-    second = run_node(tmp_path, "second")
+    second = run_node(tmp_path, "second", "fsdp2")
     print(first, second, f"{kept.stat().st_size} bytes kept")
     assert second["compiled_later"] == 0
     assert second["cached"] > first["cached"]
     assert kept.stat().st_mtime_ns == written_ns
 
 
+def test_a_run_whose_worlds_may_be_of_one_rank_rehearses_these_too():
+    assert set(get_rehearsed(CONFIG)) == {"fsdp2", "single"}
+
+
 @pytest.mark.long
-def test_what_was_rehearsed_sparingly_is_not_compiled_again(tmp_path):
-    assert run_node(tmp_path, "first", vocab_size=1000, how="sparingly")["compiled_later"] == 0
+@pytest.mark.parametrize(("vocab_size", "how"), [(64, "fully"), (1000, "sparingly")])
+def test_what_was_rehearsed_is_not_compiled_again_in_a_world_of_any_size(tmp_path, vocab_size, how):
+    found = run_node(tmp_path, "first", "fsdp2", "single", vocab_size=vocab_size, how=how)
+    assert found["compiled"] > 0
+    assert found["compiled_later"] == 0
 
 
 @pytest.mark.filterwarnings("ignore")  # an error while it compiles would end that
