@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cluster.kube import server
+from cluster.kube import job_warnings, server
 from tests.contract._kube_submission import NAME, Submission, api, end_pod, finish, get_made, start_job
 from tests.unit.test_log_lines import RAYS
 
@@ -106,11 +106,10 @@ def test_an_api_server_that_is_away_for_some_seconds_does_not_end_the_command(ap
     assert "The job goes on; trying again" in err
 
 
-@pytest.mark.parametrize("code", [429, 500, 503])
-def test_a_server_that_is_overloaded_does_not_end_the_command(api, capsys, code):
+def test_a_server_that_is_overloaded_does_not_end_the_command(api, capsys):
     submission = Submission()
     start_job(api)
-    api.stumbles = [code] * 3
+    api.stumbles = [429, 500, 503]
     api.forget_versions = True
     api.cuts["watch"] = 1
     api.set_status(NAME, jobDeploymentStatus="Running", jobStatus="RUNNING", message="news")
@@ -131,7 +130,9 @@ def test_a_refusal_ends_the_command(api, capsys, code, said):
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_log_that_falls_silent_without_an_end_is_read_on_within_seconds(api, capsys):
+def test_a_log_that_falls_silent_without_an_end_is_read_on_within_seconds(api, capsys, monkeypatch):
+    assert server.LOG_SILENT_S <= 10
+    monkeypatch.setattr(server, "LOG_SILENT_S", 2)
     api.silences["log"] = 2
     submission = Submission()
     start_job(api)
@@ -207,7 +208,9 @@ def test_colors_bars_and_rays_own_tracebacks_are_not_shown_where_no_terminal_is(
     assert lost.startswith("(the job's log broke off at the head: ") and "ClientConnectorError" in lost
 
 
-def test_why_a_job_does_not_start_is_told_from_the_clusters_warnings(api, capsys):
+def test_why_a_job_does_not_start_is_told_from_the_clusters_warnings(api, capsys, monkeypatch):
+    assert job_warnings.EVERY_S <= 10
+    monkeypatch.setattr(job_warnings, "EVERY_S", 1)
     api.warn("RayCluster", "mine-xyz89", "FailedToCreateHeadPod", "of an older job", time_utc="2026-11-23T00:00:00Z")
     submission = Submission()
     start_job(api)
