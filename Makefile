@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 PARALLEL_TESTS := tests/unit tests/contract
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test test-long lint
+.PHONY: help demo check test test-long lint style
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -14,16 +14,23 @@ help: ## show this list
 demo: $(INSTALLED) ## train on this machine: nodes are lost, killed and added; ends with a report
 	@$(BIN)/solvent demo
 
+# The type checker takes a processor for a minute or two, and tests wait at times: they run side by side.
+types = $(BIN)/basedpyright --pythonpath $(BIN)/python
+beside_types = @$(types) & types=$$!; { $(1); }; rest=$$?; wait $$types && exit $$rest
+
+# The tests of a file share a cluster or a world, so a process takes a whole file.
+BY_FILE := -n 2 --dist loadfile --no-loadscope-reorder
+
 # Real processes, clocks and clusters on a machine that may be busy with something else: what fails is tried once more,
 # in a new process, one test at a time. What fails twice fails; what passes then is told last, and few of those are
 # tolerated (tests/second_try.py).
 again = SOLVENT_SECOND_TRY=1 $(BIN)/python -m pytest --last-failed --last-failed-no-failures none
 tested = $(BIN)/python -m pytest $(1) $(2) || $(again) $(2)
 
-test: lint ## lint, then all tests (those of processes, Ray and a browser one at a time)
+test: style ## lint, and all tests but those that take minutes each
 	@$(BIN)/python -m tests.second_try begin
-	$(call tested,-n 2,$(PARALLEL_TESTS))
-	$(call tested,--durations=25,$(PARALLEL_TESTS:%=--ignore=%))
+	$(call beside_types,$(call tested,-n 2,$(PARALLEL_TESTS)))
+	$(call tested,$(BY_FILE) --durations=25,$(PARALLEL_TESTS:%=--ignore=%))
 	@$(BIN)/python -m tests.second_try end
 
 test-long: $(INSTALLED) ## minutes each: chaos by lot, supervised runs, ends of pods, machines cut off, lost heads, leases, the guide
@@ -31,15 +38,15 @@ test-long: $(INSTALLED) ## minutes each: chaos by lot, supervised runs, ends of 
 	$(call tested,,-m long)
 	@$(BIN)/python -m tests.second_try end
 
-check: $(INSTALLED) ## before each commit: lint, and the tests of tests/unit
-	@$(BIN)/basedpyright --pythonpath $(BIN)/python & types=$$!; \
-	$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/lint-imports && $(BIN)/python -m pytest -q -n 2 tests/unit; \
-	rest=$$?; wait $$types && exit $$rest
+check: style ## before each commit: lint, and the tests of tests/unit
+	$(call beside_types,$(BIN)/python -m pytest -q -n 2 tests/unit)
 
-lint: $(INSTALLED) ## style, types and who may import whom
+lint: style ## style, types and who may import whom
+	$(types)
+
+style: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
 $(INSTALLED): pyproject.toml constraints.txt

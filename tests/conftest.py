@@ -14,3 +14,8 @@ settings.load_profile("solvent")
 
 from tests.s3_server import s3_endpoint, s3_environment, s3_url  # noqa: E402, F401 (fixtures)
 from tests.second_try import pytest_configure, pytest_report_header, pytest_runtest_setup  # noqa: E402, F401 (hooks)
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the clusters, which take longest: of two processes, none is left with them when the other is done."""
+    items.sort(key=lambda item: "ray" not in item.path.parts)
