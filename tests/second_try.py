@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-TOLERATED = 5
+TOLERATED = 2
 VARIABLE = "SOLVENT_SECOND_TRY"
 """Set for a second try."""
 SEED_VARIABLE = "SOLVENT_TEST_SEED"
