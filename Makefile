@@ -33,7 +33,7 @@ test: style ## lint, and all tests but those that take minutes each
 	$(call tested,$(BY_FILE) --durations=25,$(PARALLEL_TESTS:%=--ignore=%))
 	@$(BIN)/python -m tests.second_try end
 
-test-long: $(INSTALLED) ## minutes each: chaos by lot, supervised runs, ends of pods, machines cut off, lost heads, leases, the guide
+test-long: $(INSTALLED) ## minutes each: chaos by lot, supervised runs, ends of pods, machines cut off, lost heads, leases, power cuts, the guide
 	@$(BIN)/python -m tests.second_try begin
 	$(call tested,,-m long)
 	@$(BIN)/python -m tests.second_try end

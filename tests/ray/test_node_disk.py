@@ -20,6 +20,8 @@ from tests.ray._nodes import Nodes, get_env
 from tests.ray._runs import Run
 from tests.ray._traces import find_processes, wait_until
 
+pytestmark = pytest.mark.long  # in make test: tests/contract/test_node_disk.py, tests/distributed/test_memory_tier.py
+
 NUM_NODES, STEPS = 2, 150
 
 
