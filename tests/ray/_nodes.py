@@ -90,13 +90,13 @@ class Nodes:
 
 
 @contextmanager
-def open_nodes(num_nodes: int, *, env: Mapping[str, str] | None = None) -> Generator[Nodes]:
+def open_nodes(num_nodes: int, *, env: Mapping[str, str] | None = None, is_measured: bool = False) -> Generator[Nodes]:
     """Yield a cluster in a folder of its own, in which nothing may be left."""
     from tests.ray._traces import assert_nothing_left, wait_until
 
     unused = find_unused_memory()
     folder = Path(tempfile.mkdtemp(prefix="t-"))
-    nodes = Nodes(folder, num_nodes=num_nodes, env=env)
+    nodes = Nodes(folder, num_nodes=num_nodes, env=env, is_measured=is_measured)
     try:
         yield nodes
     finally:

@@ -11,11 +11,18 @@ import pytest
 
 from elastic.records.rundir import read_rows
 from elastic.transport.handshake import Handshake
+from tests.ray._nodes import open_nodes
 from tests.ray._runs import Run
 from tests.ray._strangers import find_ports, get_rss_mib, harass, say
 from tests.ray._traces import find_hosts, find_processes, find_replica_servers, find_trainers, wait_until
 
 pytestmark = pytest.mark.long
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    with open_nodes(3, is_measured=True) as nodes:
+        yield nodes
 
 
 @pytest.fixture(scope="module")
