@@ -102,8 +102,8 @@ def describe(choice: "Choice", catalog: "Catalog", *, top: int) -> Iterable[str]
     if chosen.memory is not None and chosen.gpu is not None and chosen.goodput is not None:
         parts = ", ".join(f"{name} {gib:.1f}" for name, gib in chosen.memory.gib.items())
         yield (
-            f"memory: {chosen.memory.peak_gib:.1f} of {chosen.gpu.usable_gib:.1f} GiB a GPU ({parts}) at its moment "
-            f"'{chosen.memory.moment}'; {chosen.host_gib:.0f} GiB of host memory a node"
+            f"memory: {chosen.memory.peak_gib:.1f} of {chosen.gpu.usable_gib:.1f} GiB a GPU ({parts}) when "
+            f"{chosen.memory.moment}; {chosen.host_gib:.0f} GiB of host memory a node"
         )
         yield (
             f"losses: {chosen.goodput.losses_per_hour:.2g} an hour, {chosen.goodput.outage_s:.1f} s each; a checkpoint "

@@ -5,7 +5,8 @@ backward enters the last block and the first one (fewer activations, more gradie
 and what is still being reduced). Peaks are what `torch.cuda.max_memory_allocated` says; `GpuSpec.usable_gib` leaves
 room for the rest.
 
-Calibrated with peaks on H200 (torch 2.11, bf16, compiled; `tests/gpu/bench_memory.py` prints both).
+Calibrated with peaks of 28 configurations, most of them on an H200 (torch 2.11; `tests/gpu/bench_memory.py` prints
+both): within 3 % of each.
 """
 
 import math
@@ -22,13 +23,10 @@ _MAX_LOGITS_BYTES = 2**32
 """As `elastic/loss.py`: positions are taken in chunks whose logits fit."""
 _MAX_GRAPHED_FLOPS = 3e13
 """As `elastic/graphs.py`: what is smaller is recorded as a CUDA graph."""
-_EAGER_BYTES_PER_DIM = 11
-"""Of a token and layer, more than compiled: norms in fp32, and what is not fused. Measured: 1.04 B on H100, 41.5
-GiB."""
 _WORKSPACE_BYTES = 0.1 * GIB
 """cuBLAS's, batches and sums."""
 
-Moment = Literal["loss", "backward begins", "backward ends", "update"]
+Moment = Literal["the loss is computed", "the backward begins", "the backward ends", "weights are updated"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +59,8 @@ class _Held:
     gathered_blocks: float
     reducing_block: float
     reducing_root: float
+    waits_for_block: bool
+    """The sum of the last block is still under way when that of the root begins."""
     joins: bool
     """Layers that read one input are joined (`elastic/strategies/_copies.py`)."""
     grad_bytes_per_param: float
@@ -85,29 +85,29 @@ def estimate_memory(config: RunConfig, *, world_size: int, gpus_per_node: int = 
     block_work = scale * (max(0.0, whole - kept) + shape.temporary_bytes)
     block_grads = held.grads * shape.matrix_params / shape.num_params
     moments: dict[Moment, dict[str, float]] = {
-        "loss": {
+        "the loss is computed": {
             "activations": scale * kept * layers + 3 * loss.hidden,
             "logits": loss.peak,
             "gradients": held.carried + (0 if loss.is_chunked else head_grad),
             "gathered": held.gathered_root + held.gathered_blocks,
         },
-        "backward begins": {
+        "the backward begins": {
             "activations": scale * kept * layers + block_work,
             "gradients": held.carried + max(head_grad, loss.saved),
             "gathered": held.gathered_root + held.gathered_blocks,
         },
-        "backward ends": {
+        "the backward ends": {
             "activations": scale * kept + block_work,
             "gradients": max(held.carried, held.grads - block_grads - held.grads * shape.root_params / shape.num_params)
             + max(head_grad, loss.saved),
             "gathered": held.gathered_root + held.gathered_blocks + held.reducing_block,
         },
-        "update": {
+        "weights are updated": {
             "activations": 0.0,
             "gradients": held.grads * (1 - shape.root_params / shape.num_params) + held.reducing_root
             if held.reducing_root
             else held.grads,
-            "gathered": held.reducing_block,
+            "gathered": held.reducing_block if held.waits_for_block else 0.0,
         },
     }
     fixed = {"state": held.state, "buffers": _WORKSPACE_BYTES}
@@ -148,6 +148,11 @@ def is_whole(config: RunConfig, world_size: int) -> bool:
     return config.strategy == "single" or (config.strategy == "auto" and world_size == 1)
 
 
+def uses_autocast(config: RunConfig, *, joins: bool) -> bool:
+    """Tell whether a model in fp32 computes in low precision operation by operation (ddp, and fp16 on one rank)."""
+    return not joins and config.strategy in ("ddp", "single", "auto") and get_element_bytes(config) == 2
+
+
 def _is_graphed(config: RunConfig, *, world_size: int, tokens: int) -> bool:
     flops = 6.0 * config.model.num_matrix_params * tokens
     is_copy = is_whole(config, world_size) and config.precision in ("bf16", "fp8", "fp8_rowwise")
@@ -166,6 +171,7 @@ def _spread(config: RunConfig, shape: BlockShape, *, world_size: int, gpus_per_n
             gathered_blocks=0.0,
             reducing_block=0.0,
             reducing_root=0.0,
+            waits_for_block=False,
             joins=True,
             grad_bytes_per_param=2.0,
         )
@@ -180,6 +186,7 @@ def _spread(config: RunConfig, shape: BlockShape, *, world_size: int, gpus_per_n
             gathered_blocks=autocast - 2.0 * shape.head_params if autocast else 0.0,
             reducing_block=0.0,
             reducing_root=0.0,
+            waits_for_block=False,
             joins=False,
             grad_bytes_per_param=4.0,
         )
@@ -193,7 +200,9 @@ def _spread(config: RunConfig, shape: BlockShape, *, world_size: int, gpus_per_n
         gathered_blocks=2.0 * element * block,
         # what is summed over ranks goes through a buffer in fp32 that lives until the next one is full
         reducing_block=4.0 * block + 4.0 * block / ways,
-        reducing_root=4.0 * root + 4.0 * root / ways,
+        waits_for_block=ways > 1,
+        # alone, a rank still has the gathered weights and their gradients by then
+        reducing_root=4.0 * root + 4.0 * root / ways + (2.0 * element * root if ways == 1 else 0.0),
         joins=False,
         grad_bytes_per_param=float(element),
     )
@@ -205,19 +214,23 @@ def _count_activations(config: RunConfig, shape: BlockShape, *, joins: bool) -> 
     whole: float = shape.joined_bytes if joins or is_fp8 else shape.apart_bytes
     if is_fp8:  # what products read is cast again from what was there before it: norms are not kept
         whole -= 2 * 2 * shape.dim
-    if not config.compile:
-        whole += _EAGER_BYTES_PER_DIM * shape.dim + (0 if joins else 2 * shape.ffn_dim)
+    if not (config.compile or joins):  # the compiler computes what silu has made of the gate again
+        whole += 2 * shape.ffn_dim
+    if uses_autocast(config, joins=joins):  # the residual stream is fp32
+        whole += 2 * shape.dim
+    scores = 0.0
     if get_element_bytes(config) == 4:  # no kernel on GPUs takes fp32: attention keeps its weights. Measured: 32 GiB
-        whole += 2 * shape.num_heads * config.data.seq_len
+        scores = 2.0 * shape.num_heads * config.data.seq_len
+    whole += scores
     match config.recompute:
         case "none":
             kept = whole
         case "full":
             kept = shape.input_bytes
         case "budget":
-            kept = max(shape.input_bytes, config.recompute_budget * whole)
+            kept = shape.count_budget_bytes(config.recompute_budget * whole)
         case "selective":
-            kept = shape.products_bytes + (0 if config.compile else _EAGER_BYTES_PER_DIM * shape.dim)
+            kept = shape.products_bytes + scores
     return kept, whole
 
 
@@ -238,8 +251,9 @@ class _Loss:
         if logits <= _MAX_LOGITS_BYTES:
             return cls(peak=logits, saved=0.0, hidden=hidden, is_chunked=False)
         weight_grad = 4.0 * shape.head_params
-        # a sum of two products is another tensor
-        return cls(peak=_MAX_LOGITS_BYTES + 2 * weight_grad, saved=1.5 * weight_grad, hidden=hidden, is_chunked=True)
+        # a chunk is made while the one before it is still there; a sum of two products is another tensor
+        peak = max(min(logits, 2.0 * _MAX_LOGITS_BYTES) + weight_grad, _MAX_LOGITS_BYTES + 2 * weight_grad)
+        return cls(peak=peak, saved=1.5 * weight_grad, hidden=hidden, is_chunked=True)
 
 
 # ---- beside the GPU

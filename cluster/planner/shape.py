@@ -66,6 +66,23 @@ class BlockShape:
         return 2 * self.dim + self._attention_bytes + 2 * self.dim + 2 * 2 * self.ffn_dim
 
     @property
+    def keepable_bytes(self) -> int:
+        """What recompute=budget may keep beside the input."""
+        return self._attention_bytes + 4 * self.ffn_dim
+
+    def count_budget_bytes(self, budget: float) -> float:
+        """Return what recompute=budget keeps of at most so many bytes: whole parts, those that cost most time per byte.
+
+        The input always; then attention with its queries, keys and values; then gate, and up. Measured: 1.5 B, half.
+        """
+        kept = float(self.input_bytes)
+        for part in (self._attention_bytes, 2 * self.ffn_dim, 2 * self.ffn_dim):
+            if kept + part > budget:
+                break
+            kept += part
+        return kept
+
+    @property
     def temporary_bytes(self) -> int:
         """Beside that, at the most, while the backward is in the block: gradients of the feed-forward's parts."""
         return 8 * self.ffn_dim + 4 * self.dim

@@ -10,7 +10,7 @@ says. `calibration` brings a measured one in.
 from dataclasses import dataclass
 
 from cluster.catalog.gpus import GpuSpec
-from cluster.planner.memory import get_element_bytes, get_shard_ways, is_whole, split_batch
+from cluster.planner.memory import get_element_bytes, get_shard_ways, is_whole, split_batch, uses_autocast
 from cluster.planner.shape import BlockShape, get_block_shape
 from elastic.config import Precision, RunConfig
 from elastic.errors import ConfigError
@@ -19,18 +19,18 @@ MEASURED_ON = ("H200", "H100-SXM")
 """Of these the shares are; an H100 computes as an H200 does, and was measured beside it."""
 
 _PRODUCTS: dict[Precision, float] = {
-    "fp32": 0.64,
-    "tf32": 0.55,
+    "fp32": 0.72,
+    "tf32": 0.45,
     "fp16": 0.667,
     "bf16": 0.667,
     "fp8": 0.45,
     "fp8_rowwise": 0.36,
 }
-"""Of the peak of that precision, casts of fp8 included. tf32 and fp8_rowwise: estimates."""
+"""Of the peak of that precision, casts of fp8 included. fp8_rowwise: an estimate."""
 _ATTENTION = {64: 0.58, 128: 0.69}
 """Of the 16-bit peak by the size of a head, for endless sequences, causal FLOPs counted (cuDNN, FlashAttention-4)."""
-_ATTENTION_FP32 = 0.35
-"""An estimate: fp32 goes through torch's own kernels."""
+_SCORE_PASSES = 5.0
+"""How often attention in fp32, which is products and a softmax, reads or writes its weights of all pairs."""
 _HALF_SEQUENCE = 1500
 """At this length attention is half as efficient."""
 _ELEMENTWISE, _OPTIMIZER, _COPIES = 0.7, 0.8, 0.75
@@ -39,11 +39,14 @@ _TRAFFIC = 3.0
 """Bytes moved per byte that is kept for the backward: written, read, and its gradient."""
 _LAYER_OVERHEAD_S = 75e-6
 """Starts and ends of a layer's kernels, forward and backward."""
-_EAGER = 1.18
-"""Not compiled: measured 299.5 against 256.5 ms (1.04 B, H100)."""
+_EAGER = 1.13
+"""Not compiled and not joined: measured 310.4 against 275.9 ms (1.5 B, FSDP2, H200). Joined, nothing is left to
+gain."""
 _OPTIMIZER_BYTES_PER_PARAM = 28.0
-_GATHER_BYTES_PER_PARAM = 24.0
+_GATHER_BYTES_PER_PARAM = 32.0
 """FSDP2 on one rank: casts and copies of weights, forward and backward, and of gradients."""
+_CAST_BYTES_PER_PARAM = 16.0
+"""Autocast: weights in each microbatch, and their gradients."""
 _STEP_OVERHEAD_S = 0.001
 _LINK, _NETWORK = 0.8, 0.8
 """Of a link's speed, for large collectives; an estimate."""
@@ -99,7 +102,7 @@ def estimate_step(
     micro_batch, num_microbatches = split_batch(config, world_size)
     tokens, seq_len, layers = micro_batch * config.data.seq_len, config.data.seq_len, shape.num_layers
     element = get_element_bytes(config)
-    again = _get_recomputed(config)
+    again = _get_recomputed(config, shape)
     # products
     peak = gpu.get_peak_flops(config.precision)
     if peak is None:
@@ -114,7 +117,8 @@ def estimate_step(
     products_s += 6.0 * shape.head_params * tokens / (head_peak * _PRODUCTS[head_precision])
     attention_s = _time_attention(config, gpu, shape, tokens=tokens, seq_len=seq_len, again=again)
     # what the memory bounds
-    kept = shape.joined_bytes if is_whole(config, world_size) else shape.apart_bytes
+    joins = is_whole(config, world_size) and config.precision in ("bf16", "fp8", "fp8_rowwise")
+    kept = shape.joined_bytes if joins else shape.apart_bytes
     traffic = _TRAFFIC * kept * layers * tokens * (element / 2) * (1 + again / 3)
     logits = 4.0 * tokens * shape.vocab_size * element
     bandwidth = gpu.bandwidth_bytes_per_s
@@ -122,12 +126,14 @@ def estimate_step(
     is_sharded = not is_whole(config, world_size) and config.strategy != "ddp"
     if is_sharded:
         memory_s += _GATHER_BYTES_PER_PARAM * shape.num_params / (bandwidth * _COPIES)
+    elif uses_autocast(config, joins=joins):
+        memory_s += _CAST_BYTES_PER_PARAM * shape.num_params / (bandwidth * _COPIES)
     exposed_s = _time_collectives(
         config, gpu, shape, world_size=world_size, gpus_per_node=gpus_per_node, network_gbits=network_gbits
     ).expose(products_s + attention_s + memory_s, num_microbatches=num_microbatches)
     ways = get_shard_ways(config, world_size=world_size, gpus_per_node=gpus_per_node) if is_sharded else 1
     update_s = _OPTIMIZER_BYTES_PER_PARAM * shape.num_params / ways / (bandwidth * _OPTIMIZER)
-    eager = 1.0 if config.compile else _EAGER
+    eager = 1.0 if config.compile or joins else _EAGER
     return StepTime(
         products_s=num_microbatches * products_s,
         attention_s=num_microbatches * attention_s,
@@ -139,13 +145,17 @@ def estimate_step(
     )
 
 
-def _get_recomputed(config: RunConfig) -> float:
+def _get_recomputed(config: RunConfig, shape: BlockShape) -> float:
     """Return which share of a block's products is computed twice."""
     match config.recompute:
         case "full":
             return 1.0
         case "budget":
-            return max(0.0, 1.0 - 1.5 * config.recompute_budget)  # what is cheapest to do again goes first
+            kept = shape.count_budget_bytes(config.recompute_budget * shape.joined_bytes)
+            if kept == shape.input_bytes:
+                return 1.0
+            missing = (shape.input_bytes + shape.keepable_bytes - kept) / (4 * shape.ffn_dim or 1)
+            return missing * 2 * shape.dim * shape.ffn_dim / shape.matrix_params
         case _:
             return 0.0
 
@@ -157,8 +167,10 @@ def _time_attention(
         return 0.0
     # causal: half of two products forward, five backward
     flops = (7.0 + 2.0 * again) * tokens * seq_len * shape.query_dim * shape.num_layers
-    if get_element_bytes(config) == 4:
-        return flops / (gpu.fp32_flops * _ATTENTION_FP32)
+    if get_element_bytes(config) == 4:  # all pairs, and their weights in memory
+        peak = gpu.get_peak_flops(config.precision) or gpu.fp32_flops
+        scores = _SCORE_PASSES * 4.0 * shape.num_heads * seq_len * tokens * shape.num_layers
+        return 2 * flops / (peak * _PRODUCTS[config.precision]) + scores / (gpu.bandwidth_bytes_per_s * _ELEMENTWISE)
     share = _ATTENTION[64] if shape.head_size < 96 else _ATTENTION[128]
     return flops / (gpu.bf16_flops * share * seq_len / (seq_len + _HALF_SEQUENCE))
 
