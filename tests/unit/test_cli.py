@@ -107,6 +107,6 @@ def test_what_no_verb_takes_is_refused(argv, capsys):
     assert "unrecognized arguments" in capsys.readouterr().err
 
 
-def test_a_provider_that_nobody_wrote_is_refused_before_anything_starts(capsys):
-    assert main(["train", "configs/demo.yaml", "cluster.notices=asw"]) == 2
+def test_a_provider_that_nobody_wrote_is_refused_before_anything_starts(capsys, tmp_path):
+    assert main(["train", "configs/demo.yaml", f"storage={tmp_path}", "cluster.notices=asw"]) == 2
     assert "cluster.notices='asw' is not known. Use auto, off or one of: aws, azure" in capsys.readouterr().err
