@@ -332,7 +332,7 @@ class CostConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetConfig:
-    """What a run may cost and how long it may take; `solvent plan` keeps to it, and so does the run itself."""
+    """What a run may cost and how long it may take. `solvent plan` keeps to it, and under `solvent train` the run."""
 
     max_usd: Annotated[float, NOT_NEGATIVE] = 0.0
     """The run saves and leaves, resumable, before it has cost more over all its attempts, by the prices of `cost`.

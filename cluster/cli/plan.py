@@ -6,6 +6,7 @@ the message says the smallest changes that would.
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the plan, or raise that there is none (exit code 4)."""
     config, known, progress = _load(args)
+    if config.device == "cpu":
+        print("device=cpu: of CPUs we know no speed and no price; planned as if on GPUs", file=sys.stderr)
     catalog, choice = make_choice(config, args, known)
     sizes = _list_memory(config, choice.chosen) if args.memory or args.json else []
     rest = _extrapolate(config, progress) if progress else None
