@@ -12,7 +12,7 @@ from elastic.config import DataConfig, RunConfig, TrainConfig
 from elastic.data import packing
 from elastic.data.corpus import Corpus, open_corpus
 from elastic.data.loader import Loader, join_borders
-from elastic.data.packing import PackedSamples, pack, parse_index
+from elastic.data.packing import PackedSamples, count_rows, pack, parse_index
 from elastic.data.prepare import prepare
 from elastic.loss import IGNORE
 
@@ -38,6 +38,7 @@ def test_what_is_packed_is_all_there_and_fits(lengths):
     rows = pack(np.array(lengths), 64)
     assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
     assert all(sum(lengths[index] for index in row) <= 64 for row in rows)
+    assert count_rows(np.array(lengths), 64) == len(rows)
     sizes = sorted(sum(lengths[index] for index in row) for row in rows)
     assert len(rows) == 1 or sizes[0] + sizes[1] > 64  # no two rows would fit into one
 
