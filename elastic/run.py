@@ -91,10 +91,7 @@ def train(
             stopwatch.lap("the world")
             sinks_of_rank = open_sinks if world.rank == 0 else list[MetricSink]
             watchers = _Watchers(notices=notices, observer=observer, open_sinks=sinks_of_rank)
-            check = StorageCheck(opened.storage, config, world)
-            agree_on_attention(config, world.device, opened.storage)
-            stopwatch.lap("attention")
-            built = _build_parts(config, opened, world, watchers, check, memory=memory, spec=spec, stopwatch=stopwatch)
+            built = _build_parts(config, opened, world, watchers, memory=memory, spec=spec, stopwatch=stopwatch)
             with built as (parts, progress, recent):
                 if world.rank == 0:
                     log.info("world of %d ready: %s", world.world_size, stopwatch)
@@ -144,7 +141,6 @@ def _build_parts(
     run: OpenRun,
     world: World,
     watchers: _Watchers,
-    check: StorageCheck,
     *,
     memory: Memory | None,
     spec: WorldSpec,
@@ -155,9 +151,12 @@ def _build_parts(
     corpus.check_fits()
     data = corpus.identity
     _check_same_data(data, config, world)
-    trainable = build_trainable(config, world, first_weights="undefined")
-    stopwatch.lap("model")
-    check.agree()
+    stopwatch.lap("data")
+    with StorageCheck(run.storage, config, world) as check:
+        agree_on_attention(config, world.device, run.storage)
+        trainable = build_trainable(config, world, first_weights="undefined")
+        stopwatch.lap("model")
+        check.agree()
     _share_indices(run.storage, corpus, world)
     stopwatch.lap("storage")
     restored = restore(

@@ -1,6 +1,7 @@
 """Make sure that a run's storage works, has room, and is the same place for all ranks of a new world."""
 
 import threading
+from contextlib import suppress
 
 import torch
 
@@ -33,6 +34,16 @@ class StorageCheck:
         if world.rank == 0:
             self._thread = threading.Thread(target=self._prepare, name="storage", daemon=True)
             self._thread.start()
+
+    def __enter__(self) -> "StorageCheck":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Leave no mark behind where the world ends before all have looked."""
+        if kind is not None and self._thread:
+            self._thread.join()
+            with suppress(OSError):
+                self._storage.delete([self._mark])
 
     def agree(self) -> None:
         """Return once all ranks have found the storage good; all call it.

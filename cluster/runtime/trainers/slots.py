@@ -172,8 +172,8 @@ class Trainers:
             return
         if trainer.killed_s is not None and time.monotonic() > trainer.killed_s + UNKILLABLE_S:
             self._check_dying(place, trainer)
-        is_wanted = trainer.attempt is not None and not trainer.killed and not trainer.said
-        if is_wanted and not trainer.is_dying and is_exiting(trainer.pid):
+        is_wanted = not trainer.killed and not trainer.said and not trainer.is_dying
+        if trainer.attempt is not None and is_wanted and is_exiting(trainer.pid):
             trainer.is_dying = True
             self._tell(TrainerDying(slot=self._get_slot(place.name), attempt=trainer.attempt))
         now_s = self._loop.awake_s
