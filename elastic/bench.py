@@ -106,7 +106,7 @@ def measure_step(config: RunConfig, world: World, ceilings: Ceilings, *, num_ste
 
     step_s = _time(step, world.device, repeats=num_steps)
     tokens_per_s = batch * seq_len / step_s
-    tflops_per_s = tokens_per_s * config.model.flops_per_token(seq_len) / 1e12
+    tflops_per_s = tokens_per_s * config.flops_per_token / 1e12
     return StepRate(
         micro_batch=batch,
         seq_len=seq_len,

@@ -16,6 +16,7 @@ from elastic import plugins
 from elastic.constraints import NOT_NEGATIVE, POSITIVE, Constraint, check_fields
 from elastic.errors import ConfigError
 from elastic.model_config import ModelConfig, build_model_config
+from elastic.tuning import LoraConfig, Tune, get_adapter_shapes
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8", "fp8_rowwise"]
 Recompute = Literal["none", "selective", "budget", "full"]
@@ -392,6 +393,10 @@ class RunConfig:
     of where their time went. 0: never. Take one well after the first: it compiles."""
     profile_steps: Annotated[int, POSITIVE] = 3
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    tune: Tune = "full"
+    """full: all weights are trained. lora: adapters beside the frozen weights of an imported model (`solvent checkpoint
+    import`), which are held in what `precision` computes with; only the adapters are saved."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     model: ModelConfig = field(default_factory=build_model_config)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -435,6 +440,7 @@ class RunConfig:
                 f"attention={self.attention} does not keep documents apart, as data.packing=documents asks for. Set "
                 "attention=auto, or data.packing=stream."
             )
+        self._check_tuning()
         if self.shard_size and self._ask_strategy("WORLD_SIZE_MULTIPLE_OF") != "shard_size":
             raise ConfigError(
                 f"shard_size={self.shard_size} is read by strategy=hsdp only, as a number of ranks, but "
@@ -459,6 +465,36 @@ class RunConfig:
     def total_tokens(self) -> int:
         """Target tokens of the whole run; the schedule's length."""
         return self.train.steps * self.train.global_batch * self.data.seq_len
+
+    @property
+    def num_trained_params(self) -> int:
+        """Parameters that updates change, and checkpoints hold with their moments."""
+        if self.tune == "full":
+            return self.model.num_params
+        return sum(rows * columns for rows, columns in get_adapter_shapes(self.model, self.lora).values())
+
+    @property
+    def flops_per_token(self) -> float:
+        """Model FLOPs of forward and backward per target token: frozen weights need no gradients of their own."""
+        flops = self.model.flops_per_token(self.data.seq_len)
+        if self.tune == "full":
+            return flops
+        return flops - 2.0 * self.model.num_matrix_params + 6.0 * self.num_trained_params
+
+    def _check_tuning(self) -> None:
+        if self.tune == "full":
+            if self.lora != LoraConfig():
+                raise ConfigError(
+                    "lora.* is read by tune=lora only, but tune=full trains all weights. Set tune=lora, or leave the "
+                    "keys of lora out."
+                )
+            return
+        self.lora.find_targets(self.model)
+        if self.precision in ("fp8", "fp8_rowwise"):
+            raise ConfigError(
+                f"precision={self.precision} is for training all weights; tune=lora holds the frozen ones in 16 or 32 "
+                "bits. Set precision=bf16."
+            )
 
     def get_world_sizes(self) -> tuple[int, ...]:
         """Return the numbers of workers that this run may train with, ascending: the strategy's file may limit them.

@@ -40,6 +40,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, wants_grad: bool) -> Tensor:
         row_bytes = weight_VD.shape[0] * weight_VD.element_size()
         num_rows = max(1, MAX_LOGITS_BYTES // row_bytes)
+        wants_weight_grad = wants_grad and ctx.needs_input_grad[1]  # a frozen output layer needs none
         ctx.is_whole = hidden_ND.shape[0] <= num_rows
         if ctx.is_whole:
             logits_NV = hidden_ND @ weight_VD.T
@@ -52,7 +53,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             nats = nats + _to_gradient_(logits_NV, chunk_labels_N, wants_grad=wants_grad)
             if wants_grad:
                 hidden_grads.append(logits_NV @ weight_VD)
-                weight_grad_VD = _add_product(weight_grad_VD, logits_NV.T, chunk_ND)
+                if wants_weight_grad:
+                    weight_grad_VD = _add_product(weight_grad_VD, logits_NV.T, chunk_ND)
         if wants_grad:
             ctx.save_for_backward(torch.cat(hidden_grads), weight_grad_VD)
         return nats
@@ -62,9 +64,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (factor,) = grads
         if ctx.is_whole:
             hidden_ND, weight_VD, grad_NV = ctx.saved_tensors
-            return (grad_NV @ weight_VD) * factor, grad_NV.T @ (hidden_ND * factor), None, None
+            weight_grad_VD = grad_NV.T @ (hidden_ND * factor) if ctx.needs_input_grad[1] else None
+            return (grad_NV @ weight_VD) * factor, weight_grad_VD, None, None
         hidden_grad_ND, weight_grad_VD = ctx.saved_tensors
-        return hidden_grad_ND * factor, (weight_grad_VD * factor).to(hidden_grad_ND.dtype), None, None
+        if weight_grad_VD is not None:
+            weight_grad_VD = (weight_grad_VD * factor).to(hidden_grad_ND.dtype)
+        return hidden_grad_ND * factor, weight_grad_VD, None, None
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ defines them once per process: to a compiler, classes that were defined anew are
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Final, cast
 
@@ -87,6 +88,11 @@ class ModelConfig(ABC):
     @abstractmethod
     def attention(self) -> AttentionShape | None:
         """The attention of a layer; None: it has none (`attention.Attend`)."""
+
+    @property
+    def block_matrices(self) -> Mapping[str, tuple[int, int]]:
+        """Outputs and inputs of a block's linear layers by name: those that may have an adapter (`tuning.py`)."""
+        return {}
 
     def flops_per_token(self, seq_len: int) -> float:
         """Return model FLOPs of forward and backward per target token; pure arithmetic.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from elastic.model_config import Rope
+from elastic.tuning import LORA_A, LORA_B
 
 
 class ResidualLinear(nn.Linear):
@@ -95,16 +96,22 @@ def init_weights(model: nn.Module, *, seed: int, std: float) -> None:
 
     Matrices are normal with `std`; those of the N `ResidualLinear` layers with std / sqrt(N), so that the residual
     stream does not grow with depth (Source: GPT-2, Radford et al. 2019, section 2.3). Gains are 1, biases 0.
+    Adapters begin without effect: the first of their matrices is uniform, as that of a linear layer of torch is, the
+    second 0 (Source: LoRA, arXiv:2106.09685, section 4.1).
     """
     residual = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, ResidualLinear)}
     for name, param in model.named_parameters():
-        if param.ndim < 2:
-            param.fill_(0.0 if name.endswith("bias") else 1.0)
+        if param.ndim < 2 or name.endswith(f".{LORA_B}"):
+            param.fill_(1.0 if param.ndim < 2 and not name.endswith("bias") else 0.0)
             continue
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator(param.device).manual_seed(int.from_bytes(digest[:8], "little"))
         full = torch.empty(param.shape, dtype=param.dtype, device=param.device)
-        full.normal_(0.0, std / math.sqrt(len(residual)) if name in residual else std, generator=generator)
+        if name.endswith(f".{LORA_A}"):
+            limit = 1 / math.sqrt(param.shape[1])
+            full.uniform_(-limit, limit, generator=generator)
+        else:
+            full.normal_(0.0, std / math.sqrt(len(residual)) if name in residual else std, generator=generator)
         if isinstance(param, DTensor):
             # src_data_rank=None: every rank cuts its own full tensor, nothing is sent
             full = distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)

@@ -4,14 +4,16 @@ Two ways to the same end: FSDP2 casts parameters when it gathers them (`build_po
 sharded is cast operation by operation (`autocast`). Gradients are always reduced in fp32.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from elastic.config import Precision
+from elastic.config import Precision, RunConfig
 from elastic.errors import ConfigError
 
 _DTYPES = {
@@ -55,6 +57,14 @@ def build_policy(precision: Precision) -> MixedPrecisionPolicy:
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
     """Return the context for the forward of a model whose parameters stay fp32."""
     return nullcontext() if get_dtype(precision) == torch.float32 else torch.autocast(device.type, get_dtype(precision))
+
+
+def build_cast(config: RunConfig, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
+    """Return what makes the context for the forward of a model that no strategy casts.
+
+    Frozen weights are held in what products read (`elastic/lora.py`), so that nothing is left to cast.
+    """
+    return nullcontext if config.tune == "lora" else partial(autocast, config.precision, device)
 
 
 def set_tf32(precision: Precision) -> None:

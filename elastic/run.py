@@ -18,6 +18,7 @@ from elastic.attention import agree_on_attention
 from elastic.breaker import Breaker
 from elastic.checkpoint.checkpointer import Checkpointer
 from elastic.checkpoint.durable.storage_errors import explain
+from elastic.checkpoint.restore.base import load_base
 from elastic.checkpoint.restore.first_weights import check_first_weights
 from elastic.checkpoint.restore.load import restore
 from elastic.checkpoint.tiers.memory_budget import agree_on_memory_budget
@@ -159,6 +160,9 @@ def _build_parts(
         check.agree()
     _share_indices(run.storage, corpus, world)
     stopwatch.lap("storage")
+    if config.tune == "lora":
+        load_base(run.storage, trainable.model, device=world.device)
+        stopwatch.lap("frozen weights")
     restored = restore(
         run.storage,
         trainable.model,
@@ -236,7 +240,7 @@ def _build_parts(
                 checkpointer=checkpointer,
                 restored_from=source,
                 target_share=corpus.target_share,
-                flops_per_token=config.model.flops_per_token(config.data.seq_len),
+                flops_per_token=config.flops_per_token,
                 peak_flops_per_gpu=_get_peak_flops(world.device),
                 sinks=[run.fence(sink, guard) for sink in watchers.open_sinks()],
                 notices=watchers.notices,

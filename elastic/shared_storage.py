@@ -70,7 +70,7 @@ class StorageCheck:
         config, attempt = self._config, self._world.attempt
 
         def look() -> None:
-            needed_bytes = estimate_checkpoint_bytes(config.model.num_params)
+            needed_bytes = estimate_checkpoint_bytes(config.num_trained_params)
             try:
                 try:
                     check_space(self._storage, needed_bytes)

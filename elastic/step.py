@@ -15,10 +15,11 @@ from elastic import plugins
 from elastic.attention import choose_attention, set_attention
 from elastic.config import RunConfig
 from elastic.interrupt import GIVE_UP, URGENCY, Decision, agree
+from elastic.lora import add_adapters
 from elastic.loss import IGNORE, Microbatch
 from elastic.nn import init_weights
 from elastic.optim import AdamW
-from elastic.precision import build_scaler, check_precision, set_tf32
+from elastic.precision import build_scaler, check_precision, get_dtype, set_tf32
 from elastic.recompute import set_budget, set_compile, set_recompute
 from elastic.spikes import Recent, Verdict, judge
 from elastic.strategies._base import Spread, load_strategy
@@ -88,6 +89,9 @@ def build_trainable(
     set_budget(config.recompute_budget if config.recompute == "budget" else 1.0)
     with torch.device("meta"):
         model: nn.Module = plugins.load("elastic.models", config.model.kind, key="model.kind").build(config.model)
+    if config.tune == "lora":
+        targets = config.lora.find_targets(config.model)
+        add_adapters(model, targets, config.lora, dtype=get_dtype(config.precision))
     spread = load_strategy(config.strategy).spread(model, world=world, config=config)
     set_attention(spread.computing, choose_attention(config, world.device))
     for block in spread.computing.get_submodule("blocks").children():

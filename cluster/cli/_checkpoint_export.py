@@ -1,6 +1,7 @@
 """Write a checkpoint's model as a folder that transformers loads, with config.json and tokenizer.
 
-Weights only: the optimizer's state stays in the run.
+Weights only: the optimizer's state stays in the run. Adapters (tune=lora) are merged into the weights that they stand
+beside, or, with --to peft, written by themselves as PEFT loads them.
 """
 
 import argparse
@@ -14,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.cli._checkpoint_ls import open_checkpoints
 from cluster.cli._runs import add_json, add_run, print_json
-from elastic.errors import DataError, StorageError
+from elastic.errors import CheckpointError, ConfigError, DataError, StorageError
 
 if TYPE_CHECKING:
     from elastic.checkpoint.format.manifest import CommittedCheckpoint, Manifest
-    from elastic.checkpoint.hf.exporting import TokenizerFiles
+    from elastic.checkpoint.hf.exporting import ExportDtype, Exported, TokenizerFiles, WeightSource
     from elastic.data.hf_tokenizer import HfTokenizer
     from elastic.storage import Storage
 
@@ -29,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Take a run and a folder."""
     add_run(parser)
     parser.add_argument("--out", metavar="DIR", required=True, help="a new folder, or s3://, gs://, az://")
-    parser.add_argument("--to", choices=("hf",), default="hf", help="the format (default %(default)s)")
+    parser.add_argument(
+        "--to", choices=("hf", "peft"), default="hf", help="a whole model, or adapters alone (default %(default)s)"
+    )
     parser.add_argument("--step", metavar="N", type=int, help="default: the newest checkpoint")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default %(default)s, as trained")
     parser.add_argument(
@@ -46,27 +49,35 @@ def run(args: argparse.Namespace) -> int:
     from elastic.checkpoint.durable.storage_errors import GIB, explain
     from elastic.checkpoint.format.manifest import read_manifest
     from elastic.checkpoint.hf.exporting import write_folder
-    from elastic.checkpoint.hf.saved import SavedWeights
+    from elastic.checkpoint.hf.saved import MergedWeights, SavedWeights, open_base
     from elastic.model_config import build_model_config
     from elastic.storage import open_storage
+    from elastic.tuning import LoraConfig
 
     start_s = time.monotonic()
     storage, named_step = open_checkpoints(args.run_name)
     checkpoint = _find_checkpoint(storage, named_step if args.step is None else args.step)
     manifest = read_manifest(storage, checkpoint)
-    model = {key.removeprefix("model."): value for key, value in manifest.config.items() if key.startswith("model.")}
+    model = build_model_config(**_get_section(manifest, "model"))
     tokenizer = _find_tokenizer(storage, manifest, args.tokenizer)
     out = open_storage(args.out)
+    weights: WeightSource = SavedWeights(storage, checkpoint, manifest)
     try:
-        exported = write_folder(
-            out,
-            build_model_config(**model),
-            SavedWeights(storage, checkpoint, manifest),
-            tokenizer=tokenizer,
-            seq_len=manifest.config["data.seq_len"],
-            dtype=args.dtype,
-            max_shard_bytes=int(args.max_shard_gib * GIB),
-        )
+        if args.to == "peft":
+            exported = _write_adapters(storage, manifest, weights, out=out, tokenizer=tokenizer, dtype=args.dtype)
+        else:
+            if manifest.config.get("tune") == "lora":
+                base, _ = open_base(storage)
+                weights = MergedWeights(base, weights, model, LoraConfig(**_get_section(manifest, "lora")))
+            exported = write_folder(
+                out,
+                model,
+                weights,
+                tokenizer=tokenizer,
+                seq_len=manifest.config["data.seq_len"],
+                dtype=args.dtype,
+                max_shard_bytes=int(args.max_shard_gib * GIB),
+            )
     except OSError as error:
         raise explain(error, out.url) from error
     summary = {
@@ -84,9 +95,50 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"step {checkpoint.step} of {storage.url} is in {args.out} as {exported.model_type}: "
             f"{exported.num_bytes / GIB:.3f} GiB in {summary['seconds']:.1f} s. Load it with "
-            f"AutoModelForCausalLM.from_pretrained({args.out!r}) of transformers."
+            + (
+                f"PeftModel.from_pretrained(model, {args.out!r}) of PEFT."
+                if args.to == "peft"
+                else f"AutoModelForCausalLM.from_pretrained({args.out!r}) of transformers."
+            )
         )
     return 0
+
+
+def _get_section(manifest: "Manifest", section: str) -> dict[str, Any]:
+    prefix = f"{section}."
+    return {key.removeprefix(prefix): value for key, value in manifest.config.items() if key.startswith(prefix)}
+
+
+def _write_adapters(
+    storage: "Storage",
+    manifest: "Manifest",
+    weights: "WeightSource",
+    *,
+    out: "Storage",
+    tokenizer: "TokenizerFiles",
+    dtype: "ExportDtype",
+) -> "Exported":
+    """Write the adapters of a checkpoint, and the name of the model that they stand beside.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    from elastic.checkpoint.hf.adapters import write_adapters
+    from elastic.checkpoint.hf.saved import open_base
+    from elastic.model_config import build_model_config
+    from elastic.tuning import LoraConfig
+
+    if manifest.config.get("tune") != "lora":
+        raise ConfigError(
+            f"--to peft writes adapters, and {storage.url} was trained with tune=full: it has none. Leave --to out."
+        )
+    try:
+        origin = str(open_base(storage)[1].extra.get("origin", ""))
+    except CheckpointError:  # adapters are whole without it
+        origin = ""
+    model, lora = build_model_config(**_get_section(manifest, "model")), LoraConfig(**_get_section(manifest, "lora"))
+    files = {name: data for name, data in tokenizer.files.items() if name != "generation_config.json"}
+    return write_adapters(out, model, lora, weights, origin=origin, files=files, dtype=dtype)
 
 
 def _find_checkpoint(storage: "Storage", step: int | None) -> "CommittedCheckpoint":

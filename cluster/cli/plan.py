@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     sizes = _list_memory(config, choice.chosen) if args.memory or args.json else []
     rest = _extrapolate(config, progress) if progress else None
     if args.json:
-        flops = config.model.flops_per_token(config.data.seq_len) * config.total_tokens
+        flops = config.flops_per_token * config.total_tokens
         chosen = choice.chosen
         print_json(
             {
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _describe_work(config: RunConfig, tokens_done: int) -> tuple[str, str]:
-    flops = config.model.flops_per_token(config.data.seq_len) * config.total_tokens
+    flops = config.flops_per_token * config.total_tokens
     six = 6.0 * config.model.num_params * config.total_tokens
     tokens = f"{config.total_tokens / 1e9:,.1f} B tokens"
     done = f"; {tokens_done / 1e9:,.1f} B tokens are done" if tokens_done else ""

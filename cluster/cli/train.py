@@ -142,7 +142,7 @@ def check_before_paying(config: RunConfig, past: "Past | None" = None) -> str:
 
     def look() -> None:
         check_writable(storage)
-        check_space(storage, estimate_checkpoint_bytes(config.model.num_params))
+        check_space(storage, estimate_checkpoint_bytes(config.num_trained_params))
 
     try:
         if past.error:

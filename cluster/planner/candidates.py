@@ -121,7 +121,7 @@ class Evaluator:
             return Candidate(offer=offer, nodes=nodes, gpu=spec, fits=False, reason=step, memory=memory)
         ways = get_shard_ways(config, world_size=world_size, gpus_per_node=offer.gpus)
         shard_bytes = (
-            config.model.num_params * _STATE_BYTES_PER_PARAMETER / max(ways, 1 if is_whole(config, 1) else ways)
+            config.num_trained_params * _STATE_BYTES_PER_PARAMETER / max(ways, 1 if is_whole(config, 1) else ways)
         )
         goodput = estimate_goodput(
             config,
@@ -179,7 +179,7 @@ class Evaluator:
         """Return what the checkpoints that are kept cost, where the price of storage is known."""
         if offer.storage_usd_per_gib_month is None or hours == float("inf"):
             return 0.0
-        gib = self._config.checkpoint.keep_last * self._config.model.num_params * _STATE_BYTES_PER_PARAMETER / 2**30
+        gib = self._config.checkpoint.keep_last * self._config.num_trained_params * _STATE_BYTES_PER_PARAMETER / 2**30
         return gib * offer.storage_usd_per_gib_month * hours / _HOURS_PER_MONTH
 
     def _explain(self, spec: GpuSpec, memory: Memory, goodput: Goodput, offer: Offer, world_size: int) -> str:

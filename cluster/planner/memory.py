@@ -79,9 +79,9 @@ def estimate_memory(config: RunConfig, *, world_size: int, gpus_per_node: int = 
     tokens = micro_batch * config.data.seq_len
     element = get_element_bytes(config)
     kept, whole = _count_activations(config, shape, joins=held.joins)
-    layers, loss = shape.num_layers, _Loss.of(shape, tokens=tokens, element=element)
+    layers, loss = shape.num_layers, _Loss.of(shape, tokens=tokens, element=element, is_frozen=config.tune == "lora")
     scale = tokens * element / 2
-    head_grad = element * shape.head_params
+    head_grad = 0.0 if config.tune == "lora" else float(element * shape.head_params)
     block_work = scale * (max(0.0, whole - kept) + shape.temporary_bytes)
     block_grads = held.grads * shape.matrix_params / shape.num_params
     moments: dict[Moment, dict[str, float]] = {
@@ -150,17 +150,21 @@ def is_whole(config: RunConfig, world_size: int) -> bool:
 
 def uses_autocast(config: RunConfig, *, joins: bool) -> bool:
     """Tell whether a model in fp32 computes in low precision operation by operation (ddp, and fp16 on one rank)."""
-    return not joins and config.strategy in ("ddp", "single", "auto") and get_element_bytes(config) == 2
+    may_cast = config.tune == "full" and get_element_bytes(config) == 2
+    return may_cast and not joins and config.strategy in ("ddp", "single", "auto")
 
 
 def _is_graphed(config: RunConfig, *, world_size: int, tokens: int) -> bool:
     flops = 6.0 * config.model.num_matrix_params * tokens
-    is_copy = is_whole(config, world_size) and config.precision in ("bf16", "fp8", "fp8_rowwise")
+    has_copy = config.tune == "full" and config.precision in ("bf16", "fp8", "fp8_rowwise")
+    is_copy = has_copy and is_whole(config, world_size)
     return config.cuda_graph == "auto" and is_copy and flops < _MAX_GRAPHED_FLOPS
 
 
 def _spread(config: RunConfig, shape: BlockShape, *, world_size: int, gpus_per_node: int, accumulates: bool) -> _Held:
     params, element = shape.num_params, get_element_bytes(config)
+    if config.tune == "lora":
+        return _spread_frozen(config, shape, world_size=world_size, gpus_per_node=gpus_per_node)
     if is_whole(config, world_size) and config.precision in ("bf16", "fp8", "fp8_rowwise"):
         # fp32 weights and moments, a copy that computes; its gradients are used as they are, or summed in fp32
         return _Held(
@@ -208,6 +212,25 @@ def _spread(config: RunConfig, shape: BlockShape, *, world_size: int, gpus_per_n
     )
 
 
+def _spread_frozen(config: RunConfig, shape: BlockShape, *, world_size: int, gpus_per_node: int) -> _Held:
+    """Frozen weights in what products read, without gradients; adapters with moments and gradients in fp32."""
+    adapters, element = config.num_trained_params, get_element_bytes(config)
+    is_sharded = not is_whole(config, world_size) and config.strategy != "ddp"
+    ways = get_shard_ways(config, world_size=world_size, gpus_per_node=gpus_per_node) if is_sharded else 1
+    return _Held(
+        state=(element * shape.num_params + 12.0 * adapters) / ways,
+        grads=4.0 * adapters / ways,
+        carried=4.0 * adapters / ways,
+        gathered_root=float(element * shape.root_params) if is_sharded else 0.0,
+        gathered_blocks=2.0 * element * shape.matrix_params if is_sharded else 0.0,
+        reducing_block=0.0,
+        reducing_root=0.0,
+        waits_for_block=False,
+        joins=False,
+        grad_bytes_per_param=float(element),
+    )
+
+
 def _count_activations(config: RunConfig, shape: BlockShape, *, joins: bool) -> tuple[float, float]:
     """Return the bytes per token that a block keeps, and those that its backward needs, with elements of 2 bytes."""
     is_fp8 = config.precision in ("fp8", "fp8_rowwise")
@@ -246,11 +269,11 @@ class _Loss:
     is_chunked: bool
 
     @classmethod
-    def of(cls, shape: BlockShape, *, tokens: int, element: int) -> "_Loss":
+    def of(cls, shape: BlockShape, *, tokens: int, element: int, is_frozen: bool) -> "_Loss":
         logits, hidden = float(tokens * shape.vocab_size * element), float(tokens * shape.dim * element)
         if logits <= _MAX_LOGITS_BYTES:
             return cls(peak=logits, saved=0.0, hidden=hidden, is_chunked=False)
-        weight_grad = 4.0 * shape.head_params
+        weight_grad = 0.0 if is_frozen else 4.0 * shape.head_params
         # a chunk is made while the one before it is still there; a sum of two products is another tensor
         peak = max(min(logits, 2.0 * _MAX_LOGITS_BYTES) + weight_grad, _MAX_LOGITS_BYTES + 2 * weight_grad)
         return cls(peak=peak, saved=1.5 * weight_grad, hidden=hidden, is_chunked=True)
@@ -273,7 +296,7 @@ def estimate_host_gib(config: RunConfig, *, world_size: int, gpus_per_node: int)
     """Return the host memory that the processes and snapshots of a node take, GPUs holding the state itself."""
     has_shards = plugins.read_constant("elastic.strategies", config.strategy, "SHARDED_OVER") is not None
     ways = get_shard_ways(config, world_size=world_size, gpus_per_node=gpus_per_node) if has_shards else world_size
-    shard_gib = config.model.num_params * _STATE_BYTES_PER_PARAMETER / ways / GIB
+    shard_gib = config.num_trained_params * _STATE_BYTES_PER_PARAMETER / ways / GIB
     num_snapshots = _SNAPSHOTS if config.checkpoint.memory != "off" else _STAGED
     trainer_gib = TRAINER_GIB + num_snapshots * shard_gib
     if config.compile and config.cluster.spare_trainers:

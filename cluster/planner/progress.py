@@ -74,7 +74,7 @@ def _find_gpus(config: RunConfig, row: Mapping[str, Any]) -> tuple[str, ...]:
     mfu = row.get("mfu")
     if not mfu or not row.get("tokens_per_s"):
         return ()
-    flops = row["tokens_per_s"] * config.model.flops_per_token(config.data.seq_len)
+    flops = row["tokens_per_s"] * config.flops_per_token
     peak = flops / mfu / row["world_size"]
     return tuple(name for name, spec in SPECS.items() if math.isclose(spec.bf16_flops, peak, rel_tol=0.01))
 

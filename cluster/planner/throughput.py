@@ -112,12 +112,14 @@ def estimate_step(
         )
     head_precision: Precision = "bf16" if config.precision in ("fp8", "fp8_rowwise") else config.precision
     head_peak = gpu.get_peak_flops(head_precision) or peak
-    block_flops = (6.0 + 2.0 * again) * shape.matrix_params * layers * tokens
+    passes = 4.0 if config.tune == "lora" else 6.0  # frozen weights need no gradients; adapters are little work
+    block_flops = (passes + 2.0 * again) * shape.matrix_params * layers * tokens
     products_s = block_flops / (peak * _PRODUCTS[config.precision])
-    products_s += 6.0 * shape.head_params * tokens / (head_peak * _PRODUCTS[head_precision])
+    products_s += passes * shape.head_params * tokens / (head_peak * _PRODUCTS[head_precision])
     attention_s = _time_attention(config, gpu, shape, tokens=tokens, seq_len=seq_len, again=again)
     # what the memory bounds
-    joins = is_whole(config, world_size) and config.precision in ("bf16", "fp8", "fp8_rowwise")
+    computes_on_copy = config.tune == "full" and config.precision in ("bf16", "fp8", "fp8_rowwise")
+    joins = computes_on_copy and is_whole(config, world_size)
     kept = shape.joined_bytes if joins else shape.apart_bytes
     traffic = _TRAFFIC * kept * layers * tokens * (element / 2) * (1 + again / 3)
     logits = 4.0 * tokens * shape.vocab_size * element
@@ -132,7 +134,7 @@ def estimate_step(
         config, gpu, shape, world_size=world_size, gpus_per_node=gpus_per_node, network_gbits=network_gbits
     ).expose(products_s + attention_s + memory_s, num_microbatches=num_microbatches)
     ways = get_shard_ways(config, world_size=world_size, gpus_per_node=gpus_per_node) if is_sharded else 1
-    update_s = _OPTIMIZER_BYTES_PER_PARAM * shape.num_params / ways / (bandwidth * _OPTIMIZER)
+    update_s = _OPTIMIZER_BYTES_PER_PARAM * config.num_trained_params / ways / (bandwidth * _OPTIMIZER)
     eager = 1.0 if config.compile or joins else _EAGER
     return StepTime(
         products_s=num_microbatches * products_s,
@@ -214,14 +216,14 @@ def _time_collectives(
     link_s = network_s = last_s = 0.0
     if ways > 1:
         # weights gathered twice, gradients in fp32 scattered once; a node's share of each crosses its network once
-        size = (2 * element + 4.0) * params * (ways - 1) / ways
+        size = (2 * element * params + 4.0 * config.num_trained_params) * (ways - 1) / ways
         if ways > gpus_per_node:
             network_s = size / network
         else:
             link_s = size / link
     copies = world_size // ways
     if copies > 1:
-        size = 2 * 4.0 * params / ways * (copies - 1) / copies
+        size = 2 * 4.0 * config.num_trained_params / ways * (copies - 1) / copies
         crosses = world_size > gpus_per_node
         # every GPU of a node reduces its own part, through the one network of its node
         last_s = size * min(ways, gpus_per_node) / network if crosses else size / link

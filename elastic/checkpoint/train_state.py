@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Shard
 
@@ -37,10 +37,11 @@ def get_live_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     """Return the tensors of model and optimizer themselves, not copies: writing into them restores a run.
 
     Names are ``model.<parameter>`` and ``optim.<parameter>.<moment>``; plain, DDP, FSDP2 and HSDP models have the same.
-    A parameter with two names (a tied head) comes once. The optimizer's hyperparameters are left out: the
+    A parameter with two names (a tied head) comes once; frozen ones, which a run reads anew (`restore/base.py`), do not
+    come at all. The optimizer's hyperparameters are left out: the
     configuration has them. An optimizer that never stepped gets its moments here, as zeros.
     """
-    weights, moments = get_state_dict(model, optimizer)
+    weights, moments = get_state_dict(model, optimizer, options=StateDictOptions(ignore_frozen_params=True))
     state: dict[str, Any] = {f"model.{name}": tensor for name, tensor in _drop_aliases(weights).items()}
     for parameter, values in cast(Mapping[str, Mapping[str, Any]], moments["state"]).items():
         state |= {f"optim.{parameter}.{name}": value for name, value in values.items()}

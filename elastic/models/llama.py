@@ -8,6 +8,7 @@ arXiv:2501.18795.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -98,6 +99,20 @@ class Config(ModelConfig):
             high_freq_factor=self.rope_high_freq_factor,
             original_positions=self.rope_original_positions,
         )
+
+    @property
+    def block_matrices(self) -> Mapping[str, tuple[int, int]]:
+        """See `ModelConfig`."""
+        query_dim, kv_dim = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
+        return {
+            "attention.query": (query_dim, self.dim),
+            "attention.key": (kv_dim, self.dim),
+            "attention.value": (kv_dim, self.dim),
+            "attention.output": (self.dim, query_dim),
+            "ffn.gate": (self.ffn_dim, self.dim),
+            "ffn.up": (self.ffn_dim, self.dim),
+            "ffn.down": (self.dim, self.ffn_dim),
+        }
 
     @property
     def num_matrix_params(self) -> int:

@@ -15,6 +15,8 @@ from elastic.errors import StorageError
 from elastic.storage import is_url
 from elastic.strict_json import dump_json, load_json
 
+BASE = "base"
+"""The folder of a run with the frozen weights that its adapters stand beside."""
 ORIGIN = "hf"
 """The folder of a run with what came with an imported model beside its weights."""
 _WRITTEN = frozenset({"run", "storage", "data.path", "model.dim", "fault.lease_s"})

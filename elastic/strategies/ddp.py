@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from elastic.config import RunConfig
 from elastic.fp8 import set_fp8
 from elastic.optim import AdamW
-from elastic.precision import autocast
+from elastic.precision import build_cast
 from elastic.strategies._base import Spread, release_nothing
 from elastic.world import World
 
@@ -47,7 +47,7 @@ def spread(model: nn.Module, *, world: World, config: RunConfig) -> Spread:
     return Spread(
         module=module,
         computing=model,
-        cast=partial(autocast, config.precision, world.device),
+        cast=build_cast(config, world.device),
         set_last_microbatch=set_last_microbatch,
         build_optimizer=partial(AdamW, model),
         release=release_nothing,

@@ -12,7 +12,7 @@ from elastic.fp8 import set_fp8
 from elastic.graphs import MAX_FLOPS
 from elastic.optim import AdamW
 from elastic.optim_copies import CopyingAdamW
-from elastic.precision import autocast, get_dtype
+from elastic.precision import build_cast, get_dtype
 from elastic.strategies._base import Spread, release_nothing
 from elastic.strategies._copies import LowPrecisionCopy
 from elastic.world import World
@@ -33,7 +33,7 @@ def spread(model: nn.Module, *, world: World, config: RunConfig) -> Spread:
             f"strategy=single trains on one rank, but the world has {world.world_size}: they would not share "
             "gradients. Set strategy=auto (or fsdp2, ddp), or start one process."
         )
-    if get_dtype(config.precision) == torch.bfloat16:
+    if get_dtype(config.precision) == torch.bfloat16 and config.tune == "full":
         copy = LowPrecisionCopy(
             model, torch.bfloat16, device=world.device, uses_graphs=_pay_graphs(config) and world.device.type == "cuda"
         )
@@ -50,7 +50,7 @@ def spread(model: nn.Module, *, world: World, config: RunConfig) -> Spread:
     return Spread(
         module=model,
         computing=model,
-        cast=partial(autocast, config.precision, world.device),
+        cast=build_cast(config, world.device),
         set_last_microbatch=lambda _is_last: None,
         build_optimizer=partial(AdamW, model),
         release=release_nothing,

@@ -48,6 +48,17 @@ def test_value_and_gradients_are_those_of_plain_cross_entropy(rows_per_chunk, mo
     torch.testing.assert_close(torch.autograd.grad(nats / 7, (hidden, weight)), wanted)
 
 
+@pytest.mark.parametrize("rows_per_chunk", [6, 4])
+def test_a_frozen_output_layer_gets_no_gradient_and_changes_nothing_else(rows_per_chunk, monkeypatch):
+    monkeypatch.setattr(loss, "MAX_LOGITS_BYTES", rows_per_chunk * 10 * 4)
+    monkeypatch.setattr(loss, "_add_product", None)  # nor is one computed
+    labels = torch.tensor([[0, IGNORE, 7], [3, 2, 9]])
+    hidden, weight = draw(2, 3, 4), draw(10, 4).detach()
+    nats = sum_cross_entropy(hidden, weight, labels)
+    wanted = torch.autograd.grad(plain(hidden, weight, labels), hidden)
+    torch.testing.assert_close(torch.autograd.grad(nats, hidden), wanted)
+
+
 def test_without_gradients_the_value_is_the_same():
     labels = torch.tensor([[0, IGNORE, 7], [3, 2, 9]])
     hidden, weight = draw(2, 3, 4), draw(10, 4)

@@ -23,11 +23,12 @@ _SAMPLE_KEYS = ("data.seq_len", "data.packing", "train.global_batch", "train.see
 _FREE_KEYS = frozenset({"precision", "data.path", "train.steps", "train.max_grad_norm"})  # and all of model, optim
 
 
+_TUNE = "tune"
 _IDENTITY = "data.identity"
 """Not a key of a configuration, but of what a configuration came to."""
 _MIXTURE = "data.mixture"
 """As above; without it there is one source."""
-_IMPLIED = {"data.packing": "stream"}
+_IMPLIED = {"data.packing": "stream", "tune": "full"}
 """What was so before there was a key for it."""
 _JUMP = 1.05
 """A learning rate that changes by more from one update to the next is told."""
@@ -42,7 +43,10 @@ def get_computing_config(config: RunConfig, data: DataIdentity | None = None) ->
     results: dict[str, object] = {_IDENTITY: asdict(data)} if data else {}
     if mixture := build_mixture(config):
         results[_MIXTURE] = mixture.describe()
-    return results | {key: v for key, v in flat.items() if key in chosen or key.startswith(("model.", "optim."))}
+    prefixes = ("model.", "optim.")
+    if config.tune != "full":
+        chosen, prefixes = chosen | {_TUNE}, (*prefixes, "lora.")
+    return results | {key: v for key, v in flat.items() if key in chosen or key.startswith(prefixes)}
 
 
 def get_config_hash(computing_config: Mapping[str, object]) -> str:
@@ -176,9 +180,11 @@ def check_config(config: RunConfig, manifest: Manifest) -> dict[str, tuple[objec
     Raises:
         ConfigError: a key changed that must not.
     """
-    now, before = get_computing_config(config), dict[str, object]({**_IMPLIED, **manifest.config})
+    now, before = {**_IMPLIED, **get_computing_config(config)}, dict[str, object]({**_IMPLIED, **manifest.config})
     changed = {key: (before[key], now[key]) for key in now.keys() & before.keys() if before[key] != now[key]}
     for keys, reason in (
+        ((_TUNE,), "other weights are trained and saved"),
+        ([key for key in changed if key.startswith("lora.")], "the saved adapters have another shape, place or scale"),
         (config.model.get_shape_keys(), "the saved weights have another shape"),
         (_SAMPLE_KEYS, "samples would be left out or repeated"),
     ):

@@ -91,7 +91,7 @@ def write_folder(
     shards = plan_shards(family.get_pairs(model), dtype=dtype, max_shard_bytes=max_shard_bytes)
     names = [WHOLE] if len(shards) == 1 else [_get_shard_name(i, len(shards)) for i in range(1, len(shards) + 1)]
     num_bytes = sum(
-        out.write(name, _Shard(pairs=pairs, weights=weights, dtype=dtype))
+        out.write(name, Shard(pairs=pairs, weights=weights, dtype=dtype))
         for name, pairs in zip(names, shards, strict=True)
     )
     config = {
@@ -131,7 +131,7 @@ def plan_shards(pairs: Iterable[Pair], *, dtype: ExportDtype, max_shard_bytes: i
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Shard:
+class Shard:
     """The bytes of one safetensors file, made anew each time they are asked for."""
 
     pairs: Sequence[Pair]

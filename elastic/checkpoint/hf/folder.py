@@ -61,23 +61,37 @@ class ModelFolder:
         """How many numbers the model has."""
         return sum(math.prod(pair.shape) for pair in self.pairs)
 
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes they take as they are."""
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
     def read(self, tensor: StoredTensor, *, piece_bytes: int) -> Iterator[memoryview]:
         """Yield the bytes of a tensor in order, in pieces of at most so many (a multiple of 4).
 
         Raises:
             ModelFolderError: they cannot be read.
         """
-        for start in range(0, tensor.num_bytes, piece_bytes):
-            piece = memoryview(bytearray(min(piece_bytes, tensor.num_bytes - start)))
-            try:
-                self.storage.read_into(tensor.key, tensor.start + start, piece)
-            except OSError as error:
-                raise explain_read(error, self.storage) from error
-            yield piece
+        return read_pieces(self.storage, tensor, piece_bytes=piece_bytes)
 
     def read_tokenizer(self) -> bytes | None:
         """Return its `tokenizer.json`, if it has one."""
         return self.storage.read(_TOKENIZER) if self.storage.get_size(_TOKENIZER) is not None else None
+
+
+def read_pieces(storage: Storage, tensor: StoredTensor, *, piece_bytes: int) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor in order, in pieces of at most so many (a multiple of 4).
+
+    Raises:
+        ModelFolderError: they cannot be read.
+    """
+    for start in range(0, tensor.num_bytes, piece_bytes):
+        piece = memoryview(bytearray(min(piece_bytes, tensor.num_bytes - start)))
+        try:
+            storage.read_into(tensor.key, tensor.start + start, piece)
+        except OSError as error:
+            raise explain_read(error, storage) from error
+        yield piece
 
 
 def get_families() -> dict[str, Family[Any]]:
@@ -123,7 +137,9 @@ def open_folder(storage: Storage) -> ModelFolder:
 
 
 def _open_folder(storage: Storage) -> ModelFolder:
-    raw = _read_json(storage, CONFIG)
+    raw = read_json(
+        storage, CONFIG, of="a Hugging Face model, as `save_pretrained` writes it or `hf download` fetches it"
+    )
     families = get_families()
     family = families.get(str(raw.get("model_type")))
     if family is None:
@@ -146,14 +162,16 @@ def _open_folder(storage: Storage) -> ModelFolder:
     )
 
 
-def _read_json(storage: Storage, key: str) -> dict[str, Any]:
+def read_json(storage: Storage, key: str, *, of: str = "the model, whole") -> dict[str, Any]:
+    """Return what a file of JSON says.
+
+    Raises:
+        ModelFolderError: it is not there, or no object.
+    """
     try:
         content = json.loads(storage.read(key))
     except FileNotFoundError:
-        raise ModelFolderError(
-            f"{storage.url} has no {key}. Give the folder of a Hugging Face model, as `save_pretrained` writes it or "
-            "`hf download` fetches it."
-        ) from None
+        raise ModelFolderError(f"{storage.url} has no {key}. Give the folder of {of}.") from None
     except ValueError as error:
         raise ModelFolderError(f"{storage.url}/{key} is not JSON ({error}). Fetch the model again.") from None
     if not isinstance(content, dict):
@@ -179,7 +197,7 @@ def _read_headers(storage: Storage) -> dict[str, StoredTensor]:
         )
     tensors: dict[str, StoredTensor] = {}
     for key in keys:
-        for name, tensor in _read_header(storage, key):
+        for name, tensor in read_header(storage, key):
             if name in tensors:
                 raise ModelFolderError(
                     f"{storage.url}: {name} is in {tensors[name].key} and in {key}. Fetch the model again."
@@ -189,7 +207,7 @@ def _read_headers(storage: Storage) -> dict[str, StoredTensor]:
 
 
 def _read_index(storage: Storage) -> list[str]:
-    weight_map = _read_json(storage, INDEX).get("weight_map")
+    weight_map = read_json(storage, INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelFolderError(f"{storage.url}/{INDEX} has no weight_map. Fetch the model again.")
     keys = sorted({str(key) for key in cast(dict[str, object], weight_map).values()})
@@ -205,7 +223,7 @@ def _read_index(storage: Storage) -> list[str]:
     return keys
 
 
-def _read_header(storage: Storage, key: str) -> Iterator[tuple[str, StoredTensor]]:
+def read_header(storage: Storage, key: str) -> Iterator[tuple[str, StoredTensor]]:
     """Yield the tensors of one file; their bytes lie in it and do not overlap."""
 
     def fail(reason: str) -> ModelFolderError:

@@ -25,7 +25,7 @@ def agree_on_memory_budget(memory: Memory | None, config: RunConfig, world: Worl
     """
     if memory is None:
         return None
-    shard_bytes = estimate_checkpoint_bytes(config.model.num_params) // world.world_size
+    shard_bytes = estimate_checkpoint_bytes(config.num_trained_params) // world.world_size
     has_peers = config.checkpoint.memory == "peer" and world.world_size > world.local_world_size
     for num_buffers, most_copies in WAYS:
         num_copies = most_copies if has_peers else 0

@@ -1,0 +1,129 @@
+"""Adapters beside PEFT itself: the same losses, the same logits from what is written, and back."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from cluster.cli import main
+from elastic.checkpoint.restore.base import load_base
+from elastic.checkpoint.restore.load import restore
+from elastic.config_load import dump, load
+from elastic.loss import IGNORE
+from elastic.step import build_trainable
+from elastic.storage import open_storage
+from elastic.tuning import LoraConfig
+from elastic.world import close_world, open_store, open_world
+from tests.distributed._loops import write_data
+from tests.distributed._lora import make_lora_config, write_theirs
+from tests.distributed._ranks import spec
+from tests.distributed._tiny import global_batch
+from tests.distributed._tiny import train as train_steps
+
+# PEFT's own words to transformers 5
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+STEPS, LR = 6, 1e-2
+KINDS = {
+    "all": LoraConfig(rank=4, alpha=12.0),
+    "some": LoraConfig(rank=3, alpha=4.5, targets="query,value,down", scaling="sqrt_rank"),
+}
+
+
+def solvent(capsys, *arguments):
+    capsys.readouterr()
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return json.loads(captured.out)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("peft")
+    write_data(folder)
+    write_theirs(folder / "theirs")
+    return folder
+
+
+@pytest.fixture
+def world():
+    store = open_store("127.0.0.1", timeout_s=10)
+    world = open_world(spec(0, store.port, world_size=1, attempt=1), device="cpu", timeout_s=10, store=store)
+    yield world
+    close_world(world)
+
+
+def import_run(capsys, folder, name, *more, lora):
+    config = make_lora_config(folder, name, steps=STEPS, lora=lora, strategy="fsdp2")
+    (folder / f"{name}.yaml").write_text(dump(config))
+    solvent(capsys, "checkpoint", "import", folder / "theirs", folder / f"{name}.yaml", *more, "--json")
+    return folder / "runs" / name
+
+
+def open_run(run, world):
+    config = load(run / "config.yaml")
+    trainable, storage = build_trainable(config, world, first_weights="undefined"), open_storage(run)
+    load_base(storage, trainable.model, device=world.device)
+    assert restore(storage, trainable.model, trainable.optimizer, config=config, device=world.device)
+    return trainable
+
+
+def train_theirs(theirs):
+    """Train as the text books do: PEFT's model, torch's AdamW and clipping, the mean loss of a batch."""
+    params = [param for param in theirs.parameters() if param.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=LR, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    losses = []
+    for step in range(STEPS):
+        tokens_BS, labels_BS = global_batch(step)
+        logits_BSV = theirs(input_ids=tokens_BS).logits
+        loss = torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten(), ignore_index=IGNORE)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@torch.no_grad()
+def get_logits(model, tokens_BS):
+    out = model(tokens_BS)
+    return out if isinstance(out, torch.Tensor) else out.logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_have_the_losses_of_peft_and_go_there_and_back(kind, folder, world, capsys):
+    run = import_run(capsys, folder, kind, lora=KINDS[kind])
+    solvent(capsys, "checkpoint", "export", run, "--out", folder / f"{kind}-first", "--to", "peft", "--json")
+    base = AutoModelForCausalLM.from_pretrained(folder / "theirs")
+    theirs = PeftModel.from_pretrained(base, folder / f"{kind}-first", is_trainable=True)
+    ours = open_run(run, world)
+    trained = {param.numel() for param in ours.model.parameters() if param.requires_grad}
+    assert trained == {param.numel() for param in theirs.parameters() if param.requires_grad}
+
+    losses = [result.loss for result in train_steps(ours, world, steps=STEPS, lr=LR)]
+    assert losses == pytest.approx(train_theirs(theirs), rel=1e-5)
+    assert losses[-1] < losses[0] - 0.1, "else equal losses would prove nothing"
+
+    # what PEFT has learned becomes a run of ours, with the rank, scale and places that its files say
+    theirs.save_pretrained(folder / f"{kind}-theirs")
+    again = import_run(capsys, folder, f"{kind}-again", "--adapter", folder / f"{kind}-theirs", lora=LoraConfig(rank=7))
+    assert load(again / "config.yaml").lora == KINDS[kind]
+    tokens_BS = torch.randint(300, (3, 40), generator=torch.Generator().manual_seed(0))
+    expected = get_logits(theirs, tokens_BS)
+    back = open_run(again, world)
+    torch.testing.assert_close(get_logits(back.model, tokens_BS), expected, rtol=0, atol=1e-5)
+
+    # and leaves it merged, and as adapters
+    solvent(capsys, "checkpoint", "export", again, "--out", folder / f"{kind}-merged", "--json")
+    merged = AutoModelForCausalLM.from_pretrained(folder / f"{kind}-merged")
+    torch.testing.assert_close(get_logits(merged, tokens_BS), expected, rtol=0, atol=1e-5)
+    solvent(capsys, "checkpoint", "export", again, "--out", folder / f"{kind}-peft", "--to", "peft", "--json")
+    plain = AutoModelForCausalLM.from_pretrained(folder / "theirs")
+    far = (get_logits(plain, tokens_BS) - expected).abs().max()
+    assert far > 0.1, "else equal logits would prove nothing"
+    reloaded = PeftModel.from_pretrained(plain, folder / f"{kind}-peft")
+    torch.testing.assert_close(get_logits(reloaded, tokens_BS), expected, rtol=0, atol=1e-5)
