@@ -23,6 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", metavar="INPUT", nargs="+")
     parser.add_argument("--out", metavar="DIR", required=True, help="the folder to make: data.path of a configuration")
     parser.add_argument("--tokenizer", metavar="FILE", help="a Hugging Face tokenizer.json; default: train our own BPE")
+    parser.add_argument(
+        "--chat",
+        choices=("messages", "sharegpt", "alpaca"),
+        help="rows are conversations, written by the chat template of --tokenizer HF_DIR; only assistants' turns count",
+    )
+    parser.add_argument(
+        "--max-tokens", metavar="N", type=int, default=0, help="leave longer conversations out (default: none)"
+    )
     parser.add_argument("--eot-token", metavar="TOKEN", help="ends a document; default: the tokenizer's own")
     parser.add_argument(
         "--bos-token", metavar="TOKEN", help="begins a document; default: what the tokenizer puts there; '': none"
@@ -88,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
                 val_fraction=args.val_fraction,
                 num_processes=args.processes,
                 text_key=args.text_key,
+                chat=args.chat,
+                max_tokens=args.max_tokens,
                 max_missing=args.max_missing,
                 duplicates=args.duplicates,
                 part=args.part,

@@ -21,7 +21,7 @@ from pyarrow import fs
 
 from elastic.data import kjv
 from elastic.data.readers import TEXT_DOCUMENT_CHARS, as_data_error, get_ending, get_endings, get_reader
-from elastic.data.rows import NoText
+from elastic.data.rows import NoText, TakeRow
 from elastic.errors import DataError
 
 __all__ = ["TEXT_DOCUMENT_CHARS", "Source", "find_sources"]
@@ -49,12 +49,14 @@ class Source:
     read: Callable[[], Iterator[str | NoText]]
 
 
-def find_sources(inputs: Iterable[str | Path], *, text_key: str, on_note: OnNote = lambda _: None) -> list[Source]:
+def find_sources(
+    inputs: Iterable[str | Path], *, text_key: str | TakeRow, on_note: OnNote = lambda _: None
+) -> list[Source]:
     """List the files behind the inputs, each once, in the order of the inputs and sorted within each.
 
     Args:
         inputs: files, folders (searched to any depth), globs (`*`, `?`, `**`), URIs that pyarrow knows, or `kjv:`.
-        text_key: the field (json) or column (parquet) that holds the text.
+        text_key: the field (json) or column (parquet) that holds the text, or what makes one of a whole row.
         on_note: takes a line for the user about what was taken and what was left out.
 
     Raises:
@@ -74,7 +76,7 @@ def _find_kjv() -> Source:
     return Source("kjv:", sum(map(len, chapters)), partial(iter, chapters))
 
 
-def _find_files(item: str, text_key: str, on_note: OnNote) -> list[Source]:
+def _find_files(item: str, text_key: str | TakeRow, on_note: OnNote) -> list[Source]:
     with as_data_error(item):
         if "://" in item:
             filesystem, path = fs.FileSystem.from_uri(item)

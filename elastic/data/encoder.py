@@ -2,8 +2,8 @@
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -42,6 +42,12 @@ class Encoded:
     """Documents in which a special token is written out."""
     spelled: frozenset[str] = frozenset()
     """These tokens."""
+    counted: npt.NDArray[np.bool_] | None = None
+    """Which tokens count for the loss; None: all."""
+    left_out: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Documents that could not be encoded, by what is wrong with them (`rows.NoText.kind`)."""
+    first_left_out: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Of each kind, what is wrong with the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +61,11 @@ class Encoder:
     val_fraction: float
     divide: Divide = "documents"
     special_tokens: SpecialTokens = "text"
+
+    @property
+    def has_counted(self) -> bool:
+        """It says of each token whether it counts."""
+        return False
 
     @property
     def dtype(self) -> type[np.uint16] | type[np.uint32]:

@@ -20,6 +20,8 @@ from typing import Literal
 import numpy as np
 from tokenizers import Tokenizer
 
+from elastic.data.chat.conversations import ChatKind
+from elastic.data.chat.preparing import describe_counted, describe_left_out, open_chat
 from elastic.data.checksums import write_stamp
 from elastic.data.documents import Source, find_sources
 from elastic.data.encoder import Encoded, Encoder, build_encoder, find_division, split_text
@@ -88,6 +90,8 @@ def prepare(
     val_fraction: float = 0.05,
     num_processes: int = 0,
     text_key: str = "text",
+    chat: ChatKind | None = None,
+    max_tokens: int = 0,
     max_missing: float = MAX_MISSING,
     duplicates: Duplicates = "keep",
     part: str = "",
@@ -110,6 +114,9 @@ def prepare(
         val_fraction: share of the documents that is held out, chosen by content. 0: none, to train without validation.
         num_processes: 0 takes one per core, or none besides this one for a small corpus.
         text_key: the field (json) or column (parquet) that holds the text.
+        chat: rows are conversations of this kind, written by the template beside the tokenizer; only what assistants
+            have to write counts for the loss. `text_key` then says where the turns are, if not where they usually are.
+        max_tokens: conversations that are longer are left out. 0: none is.
         max_missing: the share of rows without text that is left out; more end the job.
         duplicates: drop: of documents with the same text, only the first is taken.
         part: such as 3/8: prepare this part of the files, for one of 8 machines (see `parts.py`); a tokenizer must be
@@ -141,14 +148,14 @@ def prepare(
     if not 0 <= val_fraction < 1:
         raise DataError(f"val_fraction={val_fraction} is a share of the documents. Use 0 or more, and less than 1.")
     check_target(out, overwrite=overwrite)
-    sources = find_sources(inputs, text_key=text_key, on_note=on_note)
+    talk = open_chat(chat, tokenizer, key=text_key, max_tokens=max_tokens, part=part) if chat else None
+    tokenizer = talk.tokenizer_file if talk else tokenizer
+    sources = find_sources(inputs, text_key=talk.take if talk else text_key, on_note=on_note)
     if own:
         sources = choose_sources(sources, own)
-    if not num_processes:
-        small = sum(source.size_bytes for source in sources) < SMALL_CORPUS_BYTES
-        num_processes = 1 if small else os.cpu_count() or 1
+    num_processes = num_processes or _choose_num_processes(sources)
     texts = _read_all(sources, Tally(max_missing))
-    divide = find_division(texts, val_fraction) if val_fraction and not own else "documents"
+    divide = find_division(texts, val_fraction) if val_fraction and not own and not chat else "documents"
 
     with stage_folder(out) as folder:
         path = folder / TOKENIZER_FILE
@@ -169,6 +176,7 @@ def prepare(
             val_fraction=val_fraction,
             divide=divide,
         )
+        encoder = talk.extend(encoder) if talk else encoder
         on_note(_describe_documents(load_tokenizer(path), encoder))
         writers: dict[Split, SplitWriter] = {
             split: SplitWriter(folder, split, encoder, shard_tokens) for split in SPLITS
@@ -179,15 +187,21 @@ def prepare(
         info = _write_tokens(
             sources, encoder, writers, read=read, tally=tally, num_processes=num_processes, report=report
         )
+        left_out = list(describe_left_out(list(writers.values()), max_missing))
         if own:
             write_counts(folder, {split: writer.counts for split, writer in writers.items()})
         write_block_sums(folder, info)
         write_info(folder, info)
         write_stamp(folder, info)
-    told = (sieve.describe(), _describe_special(writers, encoder), _describe_validation(info, encoder))
-    for note in filter(None, (*tally.finish(), *told)):
+    told = (describe_counted(list(writers.values())), sieve.describe(), _describe_special(writers, encoder))
+    for note in filter(None, (*tally.finish(), *left_out, *told, _describe_validation(info, encoder))):
         on_note(note)
     return _join(whole, own, info, on_note) if own else info
+
+
+def _choose_num_processes(sources: Sequence[Source]) -> int:
+    is_small = sum(source.size_bytes for source in sources) < SMALL_CORPUS_BYTES
+    return 1 if is_small else os.cpu_count() or 1
 
 
 def _join(out: Path, part: Part, info: DatasetInfo, on_note: OnNote) -> DatasetInfo:
@@ -205,6 +219,8 @@ def _read_kept(sieve: Sieve, tally: Tally, source: Source) -> Iterator[str]:
 
 def _describe_documents(tokenizer: Tokenizer, encoder: Encoder) -> str:
     end = tokenizer.id_to_token(encoder.eot_id)
+    if encoder.has_counted:
+        return f"conversations are written by the chat template, and each ends with {end}"
     begin = "" if encoder.bos_id is None else f"begins with {tokenizer.id_to_token(encoder.bos_id)} and "
     return f"each document {begin}ends with {end}"
 
@@ -264,7 +280,8 @@ def _write_tokens(
         )
     train, val = writers["train"], writers["val"]
     if not train.num_tokens:
-        tally.finish()  # may say better why
+        tally.finish()  # may say better why; or this
+        list(describe_left_out(list(writers.values()), tally.max_missing))
         raise DataError(
             f"the inputs hold no text to train on (files: {len(sources)}, documents with text: {val.num_documents}"
             f"{', all held out' if val.num_documents else ''}). Name files with text in them, or lower val_fraction."
@@ -277,6 +294,7 @@ def _write_tokens(
         tokenizer_sha256=hash_file(encoder.tokenizer_file),
         train_entropy_nats=cross_entropy_nats(train.counts, train.counts),
         val_cross_entropy_nats=cross_entropy_nats(val.counts, train.counts + 1) if val.num_tokens else None,
+        has_counted=encoder.has_counted,
         has_block_sums=True,
         train=train.finish(),
         val=val.finish(),

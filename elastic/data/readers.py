@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from elastic.data.first_bytes import HEAD_BYTES, describe_kind, find_codec, find_encoding, refuse_nul
-from elastic.data.rows import NoText
+from elastic.data.rows import NoText, TakeRow
 from elastic.errors import DataError
 
 TEXT_DOCUMENT_CHARS = 1 << 14
@@ -31,6 +31,8 @@ _MAX_JSON_CHARS = 1 << 28
 """The longest item of a JSON array."""
 
 Rows = Iterator[str | NoText]
+Key = str | TakeRow
+"""Where a row has its text, or what makes one of the row."""
 
 
 @contextmanager
@@ -60,7 +62,7 @@ def get_ending(path: str) -> str:
     return PurePosixPath(name.stem).suffix + name.suffix if name.suffix in _COMPRESSED else name.suffix
 
 
-def get_reader(path: str) -> Callable[[fs.FileSystem, str, str], Rows] | None:
+def get_reader(path: str) -> Callable[[fs.FileSystem, str, Key], Rows] | None:
     """Return how a file of this name is read."""
     return _READERS.get(f".{get_ending(path).split('.')[1]}") if get_ending(path) else None
 
@@ -87,8 +89,10 @@ def _read_head(filesystem: fs.FileSystem, path: str, codec: str | None) -> bytes
         return stream.read(HEAD_BYTES)
 
 
-def _read_text(filesystem: fs.FileSystem, path: str, _text_key: str) -> Rows:
+def _read_text(filesystem: fs.FileSystem, path: str, _text_key: Key) -> Rows:
     """Yield a plain text file in pieces of bounded size, cut at blank lines where there are any."""
+    if not isinstance(_text_key, str):
+        raise DataError(f"{path} is plain text, and conversations are rows. Name files of jsonl, json or parquet.")
     with _open_text(filesystem, path) as file:
         lines: list[str] = []
         num_chars = 0
@@ -105,13 +109,13 @@ def _read_text(filesystem: fs.FileSystem, path: str, _text_key: str) -> Rows:
             yield "".join(lines)
 
 
-def _read_jsonl(filesystem: fs.FileSystem, path: str, text_key: str) -> Rows:
+def _read_jsonl(filesystem: fs.FileSystem, path: str, text_key: Key) -> Rows:
     # what cannot be decoded is told of its line, not of the file
     with _open_text(filesystem, path, errors="surrogateescape") as file:
         yield from _read_lines(file, path, text_key)
 
 
-def _read_json(filesystem: fs.FileSystem, path: str, text_key: str) -> Rows:
+def _read_json(filesystem: fs.FileSystem, path: str, text_key: Key) -> Rows:
     """Yield from JSON lines, which many call `.json`, or from what takes several lines: an array, or objects."""
     with _open_text(filesystem, path) as file:
         number, begin = 1, file.readline(_JSON_CHARS)
@@ -132,7 +136,7 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _read_lines(file: io.TextIOWrapper, path: str, text_key: str, *, first: int = 1) -> Rows:
+def _read_lines(file: io.TextIOWrapper, path: str, text_key: Key, *, first: int = 1) -> Rows:
     for number, line in enumerate(file, start=first):
         if line.isspace():
             continue
@@ -151,7 +155,7 @@ def _read_lines(file: io.TextIOWrapper, path: str, text_key: str, *, first: int 
             yield _get_text(row, text_key, where)
 
 
-def _read_items(file: io.TextIOWrapper, path: str, text_key: str, begin: str) -> Rows:
+def _read_items(file: io.TextIOWrapper, path: str, text_key: Key, begin: str) -> Rows:
     """Yield from the items of one array, or from objects on end, with no more than a few of them in memory."""
     decoder, number = json.JSONDecoder(), 0
     is_array = begin.lstrip().startswith("[")
@@ -185,7 +189,9 @@ def _read_items(file: io.TextIOWrapper, path: str, text_key: str, begin: str) ->
         yield _get_text(row, text_key, f"{path} item {number}")
 
 
-def _get_text(row: object, text_key: str, where: str) -> str | NoText:
+def _get_text(row: object, text_key: Key, where: str) -> str | NoText:
+    if not isinstance(text_key, str):
+        return text_key(row, where)
     text = _walk(row, text_key)
     if isinstance(text, str):
         return text.encode("utf-8", "replace").decode()  # JSON may hold half of a surrogate pair
@@ -213,7 +219,7 @@ def _walk(row: object, key: str) -> object:
     return row
 
 
-def _read_parquet(filesystem: fs.FileSystem, path: str, text_key: str) -> Rows:
+def _read_parquet(filesystem: fs.FileSystem, path: str, text_key: Key) -> Rows:
     with as_data_error(path), filesystem.open_input_file(path) as file:
         head = file.read(HEAD_BYTES)
         if not head.startswith(b"PAR1"):
@@ -222,11 +228,14 @@ def _read_parquet(filesystem: fs.FileSystem, path: str, text_key: str) -> Rows:
             raise DataError(f"{path} cannot be read as its name says: {what}")
         file.seek(0)
         table = pq.ParquetFile(file)
+        if not isinstance(text_key, str):
+            yield from _read_whole(table.iter_batches(batch_size=256), text_key, path)
+            return
         column = _find_column(table.schema_arrow, text_key, path)
         yield from _read_column(table.iter_batches(batch_size=256, columns=[column]), column, text_key, path)
 
 
-def _read_arrow(filesystem: fs.FileSystem, path: str, text_key: str) -> Rows:
+def _read_arrow(filesystem: fs.FileSystem, path: str, text_key: Key) -> Rows:
     """Yield from what `datasets.save_to_disk` wrote, or its cache: Arrow's stream format, or its file format."""
     with as_data_error(path):
         _check_not_filtered(filesystem, path)
@@ -234,8 +243,11 @@ def _read_arrow(filesystem: fs.FileSystem, path: str, text_key: str) -> Rows:
             is_file = file.read(6) == b"ARROW1"
             file.seek(0)
             reader = pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
-            column = _find_column(reader.schema, text_key, path)
             batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+            if not isinstance(text_key, str):
+                yield from _read_whole(batches, text_key, path)
+                return
+            column = _find_column(reader.schema, text_key, path)
             yield from _read_column((batch.select([column]) for batch in batches), column, text_key, path)
 
 
@@ -263,6 +275,14 @@ def _find_column(schema: pa.Schema, text_key: str, path: str) -> str:
         return outer
     columns = ", ".join(f"{name} ({kind})" for name, kind in fields.items())
     raise DataError(f"{path} has no text column {text_key!r}; it has: {columns}. Name the right one with --text-key.")
+
+
+def _read_whole(batches: Iterable[pa.RecordBatch], take: TakeRow, path: str) -> Rows:
+    number = 0
+    for batch in batches:
+        for row in batch.to_pylist():
+            number += 1
+            yield take(row, f"{path} row {number}")
 
 
 def _read_column(batches: Iterable[pa.RecordBatch], column: str, text_key: str, path: str) -> Rows:
@@ -302,7 +322,7 @@ def _may_be_text(kind: pa.DataType) -> bool:
     return any(test(kind) for test in tests)
 
 
-_READERS: dict[str, Callable[[fs.FileSystem, str, str], Rows]] = {
+_READERS: dict[str, Callable[[fs.FileSystem, str, Key], Rows]] = {
     ".txt": _read_text,
     ".md": _read_text,
     ".jsonl": _read_jsonl,

@@ -5,9 +5,8 @@ its kind and told; more than a share of them is a wrong key or a broken file, an
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from elastic.errors import DataError
 
@@ -15,7 +14,8 @@ _ROWS_TO_JUDGE = 1000
 """A share of fewer rows says little; at the end of a file it is all there is to say."""
 
 
-Kind = Literal["have no text", "are not JSON", "are not UTF-8"]
+TakeRow = Callable[[object, str], "str | NoText"]
+"""Makes one text of a row that is read at a place, or says what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class NoText:
     why: str
     has_key: bool
     """The text's place is there, with nothing in it."""
-    kind: Kind = "have no text"
+    kind: str = "have no text"
+    """What is wrong with it, and with others of its kind; completes "rows, which"."""
 
 
 class Tally:
@@ -38,10 +39,10 @@ class Tally:
     """
 
     def __init__(self, max_missing: float) -> None:
-        self._max_missing = max_missing
+        self.max_missing = max_missing
         self._num_rows = 0
-        self._missing: Counter[Kind] = Counter()
-        self._first: dict[Kind, NoText] = {}
+        self._missing: Counter[str] = Counter()
+        self._first: dict[str, NoText] = {}
 
     def read(self, rows: Iterable[str | NoText]) -> Iterator[str]:
         """Yield the texts of one file.
@@ -84,12 +85,12 @@ class Tally:
         ]
 
     def _judge(self, num_rows: int, missing: int, first: NoText) -> None:
-        if missing > max(1, self._max_missing * num_rows):
+        if missing > max(1, self.max_missing * num_rows):
             raise self._fail(num_rows, missing, first)
 
     def _fail(self, num_rows: int, missing: int, first: NoText) -> DataError:
         return DataError(
             f"{first.where} {first.why}, as {missing:,} of {num_rows:,} rows so far: more than a share of "
-            f"{self._max_missing:g} is no accident. Name the right key with --text-key, repair the file, or allow more "
+            f"{self.max_missing:g} is no accident. Name the right key with --text-key, repair the file, or allow more "
             "with --max-missing."
         )

@@ -1,5 +1,6 @@
 """From a stream of documents to shards of equal length."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,11 @@ class SplitWriter:
         self.counts = np.zeros(encoder.vocab_size, np.int64)
         self._folder = folder
         self._split = split
+        self.left_out: Counter[str] = Counter()
+        self.first_left_out: dict[str, str] = {}
+        self.num_counted = 0
         self._buffer: Tokens = np.empty(shard_tokens, encoder.dtype)
+        self._counted = np.empty(shard_tokens, np.bool_) if encoder.has_counted else None
         self._filled = 0
         self._row_ends: list[npt.NDArray[np.int64]] = []  # in the stream of the whole split
         self._shards: list[Shard] = []
@@ -32,10 +37,16 @@ class SplitWriter:
         self.num_spelled += part.num_spelled
         self.spelled |= part.spelled
         self.counts += np.bincount(part.tokens, minlength=len(self.counts))
-        tokens = part.tokens
+        self.left_out.update(part.left_out)
+        self.first_left_out = {**part.first_left_out, **self.first_left_out}
+        tokens, counted = part.tokens, part.counted
+        self.num_counted += len(tokens) if counted is None else int(counted.sum())
         while len(tokens):
             taken = tokens[: len(self._buffer) - self._filled]
-            self._buffer[self._filled : self._filled + len(taken)] = taken
+            inside = slice(self._filled, self._filled + len(taken))
+            self._buffer[inside] = taken
+            if self._counted is not None and counted is not None:
+                self._counted[inside], counted = counted[: len(taken)], counted[len(taken) :]
             self._filled += len(taken)
             self.num_tokens += len(taken)
             tokens = tokens[len(taken) :]
@@ -52,7 +63,8 @@ class SplitWriter:
         ends = np.concatenate(self._row_ends)
         inside = ends < self.num_tokens
         offsets = np.concatenate([[0], ends[inside] - (self.num_tokens - self._filled), [self._filled]])
+        counted = None if self._counted is None else self._counted[: self._filled]
         path = self._folder / f"{self._split}-{len(self._shards):05d}.arrow"
-        self._shards.append(write_shard(path, self._buffer[: self._filled], offsets.astype(np.int32)))
+        self._shards.append(write_shard(path, self._buffer[: self._filled], offsets.astype(np.int32), counted))
         self._row_ends = [ends[ends > self.num_tokens]]
         self._filled = 0
