@@ -98,7 +98,7 @@ def test_twelve_random_changes_of_the_world_do_not_change_what_adapters_learn(fo
     lot = random.Random(7)
     worlds, step = [], 0
     for _ in range(12):
-        step += lot.randint(1, 4)
+        step += lot.randint(3, 5)  # a world leaves a step or two after it was told to
         size = lot.randint(1, 3)
         worlds.append((size, lot.choice(["fsdp2", "ddp", "auto"]), step))
     worlds.append((2, "fsdp2", 10**6))
