@@ -175,12 +175,7 @@ def _build_parts(
     )
     if world.rank == 0:
         _keep_data(run.storage, corpus)
-        log.info("data: %s", describe_epochs(corpus.plan_epochs()))
-        if config.train.eval_every_steps and not corpus.has_validation:
-            log.warning(
-                "train.eval_every_steps=%d has no effect: %s was prepared without validation",
-                *(config.train.eval_every_steps, describe_paths(config.data)),
-            )
+        _tell_data(config, corpus)
     progress, recent, source = Progress(), Recent(), cast(Source, "scratch")
     if restored is None:
         check_first_weights(run.storage)
@@ -277,6 +272,15 @@ def _share_indices(storage: Storage, corpus: Corpus, world: World) -> None:
         share_indices(storage, corpus, role="keeps" if world.rank == 0 else "reads")
     except OSError as error:
         raise explain(error, storage.url) from error
+
+
+def _tell_data(config: RunConfig, corpus: Corpus) -> None:
+    log.info("data: %s", describe_epochs(corpus.plan_epochs()))
+    if config.train.eval_every_steps and not corpus.has_validation:
+        log.warning(
+            "train.eval_every_steps=%d has no effect: %s was prepared without validation",
+            *(config.train.eval_every_steps, describe_paths(config.data)),
+        )
 
 
 def _keep_data(storage: Storage, corpus: Corpus) -> None:
