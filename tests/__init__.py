@@ -1,0 +1,1 @@
+"""The tests. A package, since gpuhunt installs one of this name, which would be found in place of a mere folder."""
