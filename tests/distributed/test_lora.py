@@ -1,11 +1,13 @@
 """Adapters beside frozen weights: what is trained, what is saved, and that no change of the world changes either."""
 
+import json
 import random
 from dataclasses import replace
 
 import pytest
 import torch
 
+from cluster.cli import main
 from elastic.checkpoint.format.manifest import list_committed, read_manifest
 from elastic.checkpoint.hf.saved import SavedWeights
 from elastic.checkpoint.restore.base import load_base
@@ -166,7 +168,7 @@ def start(rank, port, config):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_damaged_frozen_weights_are_named_and_not_trained_beside(folder, rank):
+def test_damaged_frozen_weights_are_named_and_not_trained_beside(folder, rank, capsys):
     config = make_lora_config(folder, f"damaged-{rank}", steps=4, strategy="fsdp2")
     import_theirs(folder / "theirs", config)
     assert run_ranks(start, 2, config) == ["", ""]
@@ -174,6 +176,9 @@ def test_damaged_frozen_weights_are_named_and_not_trained_beside(folder, rank):
     content = bytearray(shards[-rank].read_bytes())
     content[-5 - 2000 * rank] ^= 1
     shards[-rank].write_bytes(content)
+    capsys.readouterr()
+    assert main(["checkpoint", "verify", f"{config.storage}/{config.run}", "--json"]) == 1
+    assert "checksum" in str(json.loads(capsys.readouterr().out)["base_damage"])
     for said in run_ranks(start, 2, config):
         assert "base is damaged" in said and "the checksum does not fit" in said
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.cli import main
 from elastic.checkpoint.restore.base import load_base
@@ -127,3 +127,16 @@ def test_adapters_have_the_losses_of_peft_and_go_there_and_back(kind, folder, wo
     assert far > 0.1, "else equal logits would prove nothing"
     reloaded = PeftModel.from_pretrained(plain, folder / f"{kind}-peft")
     torch.testing.assert_close(get_logits(reloaded, tokens_BS), expected, rtol=0, atol=1e-5)
+
+
+def test_a_run_answers_a_prompt_as_its_exported_model_does(folder, capsys):
+    run = import_run(capsys, folder, "asked", lora=KINDS["all"])
+    said = solvent(capsys, "generate", run, "--prompt", "In the beginning", "--max-tokens", 5, "--json")
+    theirs, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder / "theirs"),
+        AutoTokenizer.from_pretrained(folder / "data"),
+    )
+    tokens_BS = tokenizer("In the beginning", return_tensors="pt")["input_ids"]
+    expected = theirs.generate(tokens_BS, do_sample=False, max_new_tokens=5)[0, tokens_BS.shape[1] :]
+    answer = tokenizer.decode(expected, skip_special_tokens=True)
+    assert said == {"run": str(run), "step": 0, "answers": [{"prompt": "In the beginning", "answer": answer}]}

@@ -1,17 +1,21 @@
 """The configurations that ship: they load, their names are true, and their headers follow from them."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cluster.chaos.faults import load_faults
+from cluster.planner.memory import estimate_memory
 from elastic.config_load import load
 from elastic.models.llama import Config as ModelConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("faults-"))
-ESTIMATED = [name for name in NAMES if name != "demo"]
+TUNED = [name for name in NAMES if name.startswith("sft-")]
+"""Their model is that of the folder that they are imported with."""
+ESTIMATED = [name for name in NAMES if name != "demo" and name not in TUNED]
 
 
 def count_parameters(model: ModelConfig):
@@ -30,7 +34,7 @@ def read_header(name):
 
 
 def test_the_configurations_are_those_promised():
-    assert NAMES == ["1.5b-8x24gb-spot", "125m-24gb", "8b-8xh100-spot", "demo", "llama2-70b-2t"]
+    assert NAMES == ["1.5b-8x24gb-spot", "125m-24gb", "8b-8xh100-spot", "demo", "llama2-70b-2t", "sft-lora-24gb"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -55,7 +59,7 @@ def test_the_demo_has_at_least_5_million_parameters():
     assert count_parameters(load(CONFIGS / "demo.yaml").model) == 5_475_584
 
 
-@pytest.mark.parametrize("name", ["demo", *ESTIMATED])
+@pytest.mark.parametrize("name", NAMES)
 def test_every_world_size_can_share_the_global_batch(name):
     config = load(CONFIGS / f"{name}.yaml")
     assert config.train.global_batch % config.cluster.max_workers == 0
@@ -83,6 +87,14 @@ def test_the_header_follows_from_its_formula(name):
 @pytest.mark.parametrize("name", ESTIMATED)
 def test_an_estimate_is_marked_as_one(name):
     assert "# ESTIMATE, not measured" in (CONFIGS / f"{name}.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_a_3_b_model_is_tuned_on_24_gb_by_plan(name):
+    config = load(CONFIGS / f"{name}.yaml")
+    model = ModelConfig(dim=3072, num_layers=28, num_heads=24, num_kv_heads=8, ffn_dim=8192, vocab_size=128256)
+    assert config.tune == "lora" and config.data.packing == "documents"
+    assert estimate_memory(replace(config, model=model), world_size=1).peak_gib < 22
 
 
 def test_the_faults_that_ship_can_strike_the_demo():

@@ -72,9 +72,17 @@ def find_all_damage(storage: Storage, found: Found) -> Iterator[str]:
         OSError: the storage cannot be read.
     """
     yield from found.notes if found.state == "damaged" else ()
-    if found.manifest is None:
-        return
-    manifest, source = found.manifest, StorageSource(storage, CHECKPOINTS + found.name)
+    if found.manifest is not None:
+        yield from find_damaged_bytes(storage, CHECKPOINTS + found.name, found.manifest)
+
+
+def find_damaged_bytes(storage: Storage, directory: str, manifest: Manifest) -> Iterator[str]:
+    """Read all that a manifest names and yield what is damaged, by file and tensor.
+
+    Raises:
+        OSError: the storage cannot be read.
+    """
+    source = StorageSource(storage, directory)
     for read in plan_checks({**manifest.tensors, **manifest.generators}, manifest.files, max_bytes=_READ_BYTES):
         buffer = memoryview(bytearray(read.num_bytes))
         try:
