@@ -48,7 +48,7 @@ def get_counted(template, messages, tools=()):
     return found
 
 
-@pytest.mark.parametrize("name", set(TEMPLATES) - {"qwen3"})
+@pytest.mark.parametrize("name", sorted(TEMPLATES.keys() - {"qwen3"}))
 def test_what_counts_is_exactly_what_assistants_write_and_the_token_that_ends_it(name):
     space = " " if name == "mistral" else ""
     answers = [f"{space}{text}{END[name]}" for text in ("Paris.", "Rome, I think. \u00e9\U0001f600")]
