@@ -59,7 +59,8 @@ def _train(args: argparse.Namespace, driver: "RetriedDriver | None") -> int:
     if reason := describe_finished(config, past):
         tell_finished(config, reason, json=args.json)
         return 0
-    print(f"data: {check_before_paying(config, past)}", file=sys.stderr if args.json else sys.stdout)
+    if epochs := check_before_paying(config, past):
+        print(f"data: {epochs}", file=sys.stderr if args.json else sys.stdout)
 
     from cluster.runtime.driver import find_address, train
     from cluster.runtime.view import View
@@ -109,7 +110,7 @@ def check_before_paying(config: RunConfig, past: "Past | None" = None) -> str:
         past: what the run has, if that was asked for.
 
     Returns:
-        How often the whole run reads its data.
+        How often the whole run reads each source, if there are several or one is read more than once; else nothing.
 
     Raises:
         UserError: one of these cannot be used, or the run cannot go on under this configuration.
@@ -163,4 +164,5 @@ def check_before_paying(config: RunConfig, past: "Past | None" = None) -> str:
         share_indices(storage, corpus, role="keeps")
     except OSError as error:
         raise explain_unreadable(error, storage.url) from error
-    return describe_epochs(corpus.plan_epochs())
+    plan = corpus.plan_epochs()
+    return describe_epochs(plan) if len(plan) > 1 or any(one.epochs > 1 for one in plan) else ""

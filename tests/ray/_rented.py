@@ -84,7 +84,7 @@ class Rented:
         for process in [*self.joined, *([self.head] if self.head else [])]:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
-                process.send_signal(signal.SIGINT)  # at once; of two that are alike the kernel may deliver one
+                process.send_signal(signal.SIGTERM)
         for process in [*self.joined, *([self.head] if self.head else [])]:
             process.wait(60)
 
