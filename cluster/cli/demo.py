@@ -84,6 +84,8 @@ def _move_aside(out: Path) -> None:
 def find_missing(injector: "Injector", incidents: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return what of the three incidents has not come about, and why, a line each."""
     kinds = [incident["kind"] for incident in incidents]
+    if any(_has_grown(incident) for incident in incidents):  # the change for a loss takes along who waits to join
+        kinds.append("node_added")
     struck = {happened.fault.partition(" ")[0]: happened for happened in injector.struck}
     lines: list[str] = []
     for fault, (kind, what) in _INCIDENTS.items():
@@ -99,6 +101,11 @@ def find_missing(injector: "Injector", incidents: Sequence[Mapping[str, Any]]) -
             "train.steps, and start the demo again."
         )
     return lines
+
+
+def _has_grown(incident: Mapping[str, Any]) -> bool:
+    before, _, after = incident.get("world", "").partition(" -> ")
+    return bool(after) and int(after) > int(before)
 
 
 def _train(config: RunConfig, arguments: Sequence[str]) -> "tuple[int, Injector]":

@@ -35,3 +35,10 @@ def test_what_was_never_begun_is_told():
     lines = find_missing(make_injector("drain"), [{"kind": "node_drained"}])
     assert [line.partition(":")[0] for line in lines] == ["a node that joins", "a trainer that is killed"]
     assert all("not begun before the run ended" in line for line in lines)
+
+
+def test_a_node_that_joins_with_the_change_for_a_loss_has_joined():
+    incidents = [{"kind": "node_drained", "world": "3 -> 2"}, {"kind": "trainer_lost", "world": "2 -> 3"}]
+    assert find_missing(make_injector(*KINDS), incidents) == []
+    (line,) = find_missing(make_injector(*KINDS), [incidents[0], {"kind": "trainer_lost", "world": "2 -> 2"}])
+    assert line.startswith("a node that joins: ")
