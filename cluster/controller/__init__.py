@@ -12,8 +12,8 @@
 """
 
 from cluster.controller.leases import Holder, find_surplus
-from cluster.controller.state import Policy, Stage, State
+from cluster.controller.state import MEMBER_PHASES, Policy, Stage, State
 from cluster.controller.transitions import decide
 from cluster.controller.worlds import get_usable, get_wanted
 
-__all__ = ["Holder", "Policy", "Stage", "State", "decide", "find_surplus", "get_usable", "get_wanted"]
+__all__ = ["MEMBER_PHASES", "Holder", "Policy", "Stage", "State", "decide", "find_surplus", "get_usable", "get_wanted"]

@@ -9,8 +9,18 @@ from cluster.controller.failures import Failures
 from cluster.controller.stalls import Stalls
 from cluster.controller.unkillable import LeftOut
 from cluster.types import AttemptEnded, Done, Slot, TrainerReady, get_leave_limit_s
+from elastic.ports import Phase
 
 Stage = Literal["waiting", "forming", "running", "parking", "clearing", "done"]
+MEMBER_PHASES: Mapping[Stage, Phase] = {
+    "waiting": "wait",
+    "forming": "reconfigure",
+    "running": "load",
+    "parking": "save",
+    "clearing": "reconfigure",
+    "done": "idle",
+}
+"""What a node of the world does when a stage begins."""
 
 
 @dataclass(frozen=True, kw_only=True)

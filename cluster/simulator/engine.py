@@ -9,6 +9,7 @@ import heapq
 from collections import deque
 
 from cluster import controller
+from cluster.controller.state import MEMBER_PHASES
 from cluster.controller.worlds import get_leave_s, get_usual_outage_s
 from cluster.ledger import Ledger
 from cluster.simulator.setup import Setup, Tally
@@ -36,7 +37,7 @@ from cluster.types import (
     TrainerEnded,
     TrainerReady,
 )
-from elastic.ports import Phase, Progress
+from elastic.ports import Progress
 
 _PARK_S = 2.0
 """A world that is asked to leaves after so long. Measured on two H200: 1 to 2 s (cluster/README.md)."""
@@ -247,14 +248,7 @@ class Simulation:
     def _record_stage(self) -> None:
         """Switch the accounts as a real run's records do (`RunRecords.staged`)."""
         state = self._state
-        phase: Phase = {
-            "waiting": "wait",
-            "forming": "reconfigure",
-            "running": "load",
-            "parking": "save",
-            "clearing": "reconfigure",
-            "done": "idle",
-        }[state.stage]  # pyright: ignore[reportAssignmentType] # every value is a Phase
+        phase = MEMBER_PHASES[state.stage]
         members = {slot.node for slot in state.members}
         for slot in state.claims:
             if self._ledger.is_open(slot.node):

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.controller import State
+from cluster.controller import MEMBER_PHASES, State
 from cluster.controller.failures import Failures, read_failures
 from cluster.cost import get_usd_per_mtoken
 from cluster.ledger import Ledger, read_ledger
@@ -117,14 +117,7 @@ class RunRecords:
 
     def staged(self, state: State, now_s: float) -> None:
         """Record what a new stage means for every node with a living host: those of the world change, others wait."""
-        member_state: Phase = {
-            "waiting": "wait",
-            "forming": "reconfigure",
-            "running": "load",
-            "parking": "save",
-            "clearing": "reconfigure",
-            "done": "idle",
-        }[state.stage]  # pyright: ignore[reportAssignmentType] # every value is a Phase
+        member_state = MEMBER_PHASES[state.stage]
         if state.stage == "running" and self._attempt:
             self._attempt.go_s = now_s
         members = {slot.node for slot in state.members}
