@@ -24,6 +24,8 @@ class Process:
     """Clock ticks after boot: with it, a number that was given out again is not mistaken."""
     has_ended: bool
     """Its parent has not taken note yet."""
+    is_exiting: bool
+    """The kernel takes it down, or has done so."""
 
 
 def find_running(pid: int) -> Process | None:
@@ -51,11 +53,8 @@ def is_exiting(pid: int) -> bool:
     With tens of GiB and a GPU's context that takes most of a second, and only then does its parent hear of it. Source:
     proc_pid_stat(5), field 9; include/linux/sched.h (PF_EXITING).
     """
-    try:
-        fields = (_PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:  # nobody has this number
-        return True
-    return bool(int(fields[6]) & _PF_EXITING)
+    process = _read(pid)
+    return process is None or process.is_exiting
 
 
 def list_processes() -> Iterator[Process]:
@@ -77,6 +76,7 @@ def _read(pid: int) -> Process | None:
         parent=int(fields[1]),
         started=int(fields[19]),
         has_ended=fields[0] in "ZX",
+        is_exiting=bool(int(fields[6]) & _PF_EXITING),
     )
 
 

@@ -1,6 +1,5 @@
 """The composition root of a trainer: a configuration and a place in a world become parts, a loop and an outcome."""
 
-import gc
 import logging
 import re
 from collections.abc import Callable, Generator, Sequence
@@ -113,8 +112,6 @@ def train(
             breaker.disarm()
             stopwatch.lap("breaker")
         if world is not None:
-            gc.collect()  # FSDP2 modules sit in reference cycles, and hold their groups
-            stopwatch.lap("garbage")
             close_world(world, peers="lost" if isinstance(outcome, Lost) else "alive")
             stopwatch.lap("the world")
             log.info("world of %d left: %s", world.world_size, stopwatch)
