@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from elastic.checkpoint.hf.exporting import ExportDtype, Exported, Shard, WeightSource
+from elastic.checkpoint.hf.exporting import ExportDtype, Exported, Shard, WeightSource, check_empty
 from elastic.checkpoint.hf.families._base import Pair
 from elastic.checkpoint.hf.folder import StoredTensor, explain_read, find_family, read_header, read_json, read_pieces
 from elastic.errors import ConfigError, ModelFolderError
@@ -161,11 +161,7 @@ def write_adapters(
         OSError: the target cannot be written.
     """
     model_type, _ = find_family(model)
-    if out.list():
-        raise ModelFolderError(
-            f"{out.url} is not empty ({out.list()[0]}), and files of two adapters in one folder would be mixed. Name a "
-            "new folder, or remove this one."
-        )
+    check_empty(out, "adapters")
     pairs = get_adapter_pairs(model, lora)
     num_bytes = out.write(ADAPTER, Shard(pairs=pairs, weights=weights, dtype=dtype))
     modules: Sequence[str] = sorted({pair.theirs.split(".")[-3] for pair in pairs})

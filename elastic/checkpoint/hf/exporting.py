@@ -61,6 +61,22 @@ class Exported:
     files: Sequence[str]
 
 
+def check_empty(out: Storage, kind: str) -> None:
+    """Refuse a folder in which something lies.
+
+    Args:
+        kind: what is to be written, in the plural.
+
+    Raises:
+        ModelFolderError: it is not empty.
+    """
+    if names := out.list():
+        raise ModelFolderError(
+            f"{out.url} is not empty ({names[0]}), and files of two {kind} in one folder would be mixed. Name a "
+            "new folder, or remove this one."
+        )
+
+
 def write_folder(
     out: Storage,
     model: ModelConfig,
@@ -83,11 +99,7 @@ def write_folder(
         OSError: the target cannot be written.
     """
     model_type, family = find_family(model)
-    if out.list():
-        raise ModelFolderError(
-            f"{out.url} is not empty ({out.list()[0]}), and files of two models in one folder would be mixed. Name a "
-            "new folder, or remove this one."
-        )
+    check_empty(out, "models")
     shards = plan_shards(family.get_pairs(model), dtype=dtype, max_shard_bytes=max_shard_bytes)
     names = [WHOLE] if len(shards) == 1 else [_get_shard_name(i, len(shards)) for i in range(1, len(shards) + 1)]
     num_bytes = sum(
