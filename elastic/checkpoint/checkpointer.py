@@ -308,13 +308,11 @@ class Checkpointer:
         copy = save.staged.copy
         if self._memory is None or copy is None or (self._world_size > 1 and not can_send(self._device, None)):
             return False
-        memory, own = copy.memory, save.plan.own
+        memory = copy.memory
         offer = Offer(leaves=leaves, room_bytes=get_room_bytes(self._device))
         if memory is not None and copy.is_cloned:
             copy.wait_on_device()
-            offsets = {name: entry.offset for name, entry in own.entries.items()}
-            sizes = {name: entry.num_bytes for name, entry in own.entries.items()}
-            chunks = list_chunks(offsets, copy.places, sizes)
+            chunks = list_chunks(save.plan.own.entries, copy.places)
             offer = replace(offer, file=save.plan.own_file, num_bytes=memory.numel(), chunks=chunks)
         taken = take_over(offer, memory, device=self._device, votes=self._protocol.group)
         if taken.is_whole:

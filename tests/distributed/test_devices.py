@@ -12,7 +12,7 @@ import torch.distributed as dist
 from elastic.checkpoint.format.manifest import Chunk as SavedChunk
 from elastic.checkpoint.format.manifest import TensorRecord
 from elastic.checkpoint.format.read_plan import plan_checks, plan_reads
-from elastic.checkpoint.format.sharding import Spread, build_layout, get_box, plan_chunks
+from elastic.checkpoint.format.sharding import Box, Entry, Spread, build_layout, get_box, plan_chunks
 from elastic.checkpoint.restore.device_exchange import fill_from_devices
 from elastic.checkpoint.staging.device_cache import Rows
 from elastic.checkpoint.tiers import device as module
@@ -136,11 +136,11 @@ def offer_of(rows, *, leaves, room_bytes=2**40):
     memory = torch.zeros(stop, dtype=torch.uint8)
     for name, (_, chunk) in rows.chunks.items():
         memory[places[name] : places[name] + len(chunk)] = chunk
-    chunks = list_chunks(
-        {name: offset for name, (offset, _) in rows.chunks.items()},
-        places,
-        {name: len(chunk) for name, (_, chunk) in rows.chunks.items()},
-    )
+    entries = {
+        name: Entry(offset=offset, num_bytes=len(chunk), dtype="F32", box=Box((), ()))
+        for name, (offset, chunk) in rows.chunks.items()
+    }
+    chunks = list_chunks(entries, places)
     offer = Offer(leaves=leaves, room_bytes=room_bytes, file=rows.file, num_bytes=stop, chunks=chunks)
     return offer, memory
 

@@ -7,12 +7,14 @@ back. The shard in host memory is still made, and is where the state comes from 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from operator import itemgetter
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from elastic.checkpoint.exchange import Parcels, gather_values
+from elastic.checkpoint.format.sharding import Entry
 from elastic.checkpoint.staging.device_cache import Rows, sum_blocks
 
 _SPARE_BYTES = 4 * 2**30
@@ -155,10 +157,12 @@ def get_fingerprint(part: Tensor) -> int:
     return int((sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum())
 
 
-def list_chunks(offsets: Mapping[str, int], places: Mapping[str, int], sizes: Mapping[str, int]) -> list[Chunk]:
+def list_chunks(entries: Mapping[str, Entry], places: Mapping[str, int]) -> list[Chunk]:
     """Return the chunks of a copy, in the order in which they lie there."""
-    ordered = sorted(places, key=places.__getitem__)
-    return [Chunk(name=name, offset=offsets[name], start=places[name], num_bytes=sizes[name]) for name in ordered]
+    return [
+        Chunk(name=name, offset=entries[name].offset, start=start, num_bytes=entries[name].num_bytes)
+        for name, start in sorted(places.items(), key=itemgetter(1))
+    ]
 
 
 def _get_part(stretch: Stretch, memory: Tensor | None, rank: int, device: torch.device) -> Tensor:
