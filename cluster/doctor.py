@@ -259,7 +259,7 @@ def check_snapshots(config: RunConfig, num_gpus: int, available_bytes: int | Non
     here = min(most or num_gpus, int(num_gpus // per_worker)) if per_worker else most or 1
     ranks = max(here, 1)
     world_size = max(most, ranks)
-    shard_bytes = estimate_checkpoint_bytes(config.model.num_params) / world_size
+    shard_bytes = estimate_checkpoint_bytes(config.num_trained_params) / world_size
     has_peers = config.checkpoint.memory == "peer" and world_size > ranks
     best = MOST_BUFFERS + (NUM_COPIES if has_peers else 0)
     need_gib, free_gib = ranks * best * shard_bytes / GIB, (available_bytes or 0) / GIB
