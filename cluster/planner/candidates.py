@@ -8,11 +8,11 @@ from cluster.catalog.offers import Offer
 from cluster.planner.goodput import Goodput, estimate_goodput
 from cluster.planner.memory import Memory, estimate_host_gib, estimate_memory, get_shard_ways, is_whole
 from cluster.planner.throughput import MEASURED_ON, StepTime, estimate_step
+from elastic.checkpoint.durable.storage_errors import estimate_checkpoint_bytes
 from elastic.config import RunConfig
 from elastic.errors import ConfigError
 
 _MOST_SIZES = 8
-_STATE_BYTES_PER_PARAMETER = 12
 _HOURS_PER_MONTH = 730
 
 
@@ -120,8 +120,8 @@ class Evaluator:
         if isinstance(step, str):
             return Candidate(offer=offer, nodes=nodes, gpu=spec, fits=False, reason=step, memory=memory)
         ways = get_shard_ways(config, world_size=world_size, gpus_per_node=offer.gpus)
-        shard_bytes = (
-            config.num_trained_params * _STATE_BYTES_PER_PARAMETER / max(ways, 1 if is_whole(config, 1) else ways)
+        shard_bytes = estimate_checkpoint_bytes(config.num_trained_params) / max(
+            ways, 1 if is_whole(config, 1) else ways
         )
         goodput = estimate_goodput(
             config,
@@ -179,7 +179,7 @@ class Evaluator:
         """Return what the checkpoints that are kept cost, where the price of storage is known."""
         if offer.storage_usd_per_gib_month is None or hours == float("inf"):
             return 0.0
-        gib = self._config.checkpoint.keep_last * self._config.num_trained_params * _STATE_BYTES_PER_PARAMETER / 2**30
+        gib = self._config.checkpoint.keep_last * estimate_checkpoint_bytes(self._config.num_trained_params) / 2**30
         return gib * offer.storage_usd_per_gib_month * hours / _HOURS_PER_MONTH
 
     def _explain(self, spec: GpuSpec, memory: Memory, goodput: Goodput, offer: Offer, world_size: int) -> str:

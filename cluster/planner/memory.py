@@ -16,6 +16,7 @@ from typing import Literal
 
 from cluster.planner.shape import BlockShape, get_block_shape
 from elastic import plugins
+from elastic.checkpoint.durable.storage_errors import estimate_checkpoint_bytes
 from elastic.config import RunConfig
 
 GIB = 2**30
@@ -281,8 +282,6 @@ class _Loss:
 
 # ---- beside the GPU
 
-_STATE_BYTES_PER_PARAMETER = 12
-"""Weights and AdamW's two moments, all fp32 (elastic/checkpoint)."""
 _SNAPSHOTS = 4
 """Of a rank's own shard the newest complete one and the one being taken, and as many held for a peer."""
 _STAGED = 2
@@ -296,7 +295,7 @@ def estimate_host_gib(config: RunConfig, *, world_size: int, gpus_per_node: int)
     """Return the host memory that the processes and snapshots of a node take, GPUs holding the state itself."""
     has_shards = plugins.read_constant("elastic.strategies", config.strategy, "SHARDED_OVER") is not None
     ways = get_shard_ways(config, world_size=world_size, gpus_per_node=gpus_per_node) if has_shards else world_size
-    shard_gib = config.num_trained_params * _STATE_BYTES_PER_PARAMETER / ways / GIB
+    shard_gib = estimate_checkpoint_bytes(config.num_trained_params) / ways / GIB
     num_snapshots = _SNAPSHOTS if config.checkpoint.memory != "off" else _STAGED
     trainer_gib = TRAINER_GIB + num_snapshots * shard_gib
     if config.compile and config.cluster.spare_trainers:
