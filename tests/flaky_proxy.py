@@ -14,12 +14,13 @@ _HOP_HEADERS = {"connection", "transfer-encoding", "content-length", "date", "se
 
 
 @contextmanager
-def open_proxy(target, *, rate=0.0, rates=None, seed=0, heard=None, slow_s=0.5):
+def open_proxy(target, *, rate=0.0, rates=None, seed=0, heard=None, slow_s=0.5, held=lambda path: False):
     """Yield ``(url, counter of what was done to requests)``; a share `rate` of them suffers one of four fates.
 
     Args:
         rates: the share of requests that each of some fates strikes, instead of `rate`.
         heard: a list that takes each request's method and path.
+        held: whether requests to a path must wait; asked again until it says no.
     """
     rates = rates or dict.fromkeys(FATES, rate / len(FATES))
     address, dice, lock = urlsplit(target).netloc, random.Random(seed), threading.Lock()
@@ -35,6 +36,8 @@ def open_proxy(target, *, rate=0.0, rates=None, seed=0, heard=None, slow_s=0.5):
                 done[fate] += 1
                 if heard is not None:
                     heard.append(f"{self.command} {self.path}")
+            while held(self.path):
+                time.sleep(0.01)
             if fate == "throttled":
                 return self._answer(503, [], b"<Error><Code>SlowDown</Code></Error>")
             if fate == "hung up":
