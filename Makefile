@@ -19,7 +19,7 @@ types = $(BIN)/basedpyright --pythonpath $(BIN)/python
 beside_types = @$(types) & types=$$!; { $(1); }; rest=$$?; wait $$types && exit $$rest
 
 # The tests of a file share a cluster or a world, so a process takes a whole file.
-BY_FILE := -n 2 --dist loadfile --no-loadscope-reorder
+BY_FILE := -n 3 --dist loadfile --no-loadscope-reorder
 
 # Real processes, clocks and clusters on a machine that may be busy with something else: what fails is tried once more,
 # in a new process, one test at a time. What fails twice fails; what passes then is told last, and few of those are
@@ -29,7 +29,7 @@ tested = $(BIN)/python -m pytest $(1) $(2) || $(again) $(2)
 
 test: style ## lint, and all tests but those that take minutes each
 	@$(BIN)/python -m tests.second_try begin
-	$(call beside_types,$(call tested,-n 2,$(PARALLEL_TESTS)))
+	$(call beside_types,$(call tested,-n 3,$(PARALLEL_TESTS)))
 	$(call tested,$(BY_FILE) --durations=25,$(PARALLEL_TESTS:%=--ignore=%))
 	@$(BIN)/python -m tests.second_try end
 
