@@ -30,7 +30,7 @@ from elastic.checkpoint.replicas.messages import (
     Settled,
     Store,
 )
-from elastic.checkpoint.staging.shared_memory import SharedBuffer
+from elastic.checkpoint.staging.shared_memory import FileBuffer, SharedBuffer
 from elastic.transport import Channel, Peer, WireError
 
 _LOOK_EVERY_S = 1.0
@@ -178,7 +178,8 @@ class ReplicaClient:
         def build(number: int) -> Map:
             return Map(id=number, origin=replica.origin, index=replica.index, snapshot=replica.snapshot)
 
-        return self._ask(build, self._map).result()
+        kind = FileBuffer if replica.is_on_disk else SharedBuffer
+        return self._ask(build, lambda answer: self._map(answer, kind)).result()
 
     def retire(self, *, before_generation: int, keep_step: int | None) -> None:
         """Have the snapshots of earlier attempts freed, all but those of one step."""
@@ -248,12 +249,12 @@ class ReplicaClient:
         for take in waiting.values():
             take(WireError("the replica server is gone"))
 
-    def _map(self, answer: Answer) -> SharedBuffer | None:
+    def _map(self, answer: Answer, kind: type[SharedBuffer]) -> SharedBuffer | None:
         if isinstance(answer, Missing):
             return None
         if not isinstance(answer, Mapped):
             raise _refuse(answer)
-        return SharedBuffer(self._channel.take_descriptor(), answer.num_bytes)
+        return kind(self._channel.take_descriptor(), answer.num_bytes)
 
 
 def _get_problem(answer: Answer) -> str:

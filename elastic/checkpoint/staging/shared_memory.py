@@ -13,6 +13,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+from elastic import direct
 from elastic.errors import CheckpointError
 from elastic.processes import be_nice
 
@@ -104,6 +105,28 @@ class SharedBuffer:
             self.descriptor = -1
             self.view = memoryview(b"")
             del self._map  # unmapped with the last view of it
+
+
+class FileBuffer(SharedBuffer):
+    """The same bytes in a file, which are read past the kernel's cache: nobody reads them twice.
+
+    Through the cache a GiB took 0.2 s more of a core, on a virtual machine to which its memory was new 1.8 s.
+    """
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Read from the disk.
+
+        Raises:
+            OSError: ENODATA, it is shorter; EIO, the disk does not give it.
+        """
+        # opened anew: how a file is read belongs to what was opened, which several threads and processes share
+        descriptor = os.open(f"/proc/self/fd/{self.descriptor}", os.O_RDONLY)
+        try:
+            num_bytes = direct.read_into(descriptor, offset, out)
+        finally:
+            os.close(descriptor)
+        if num_bytes < len(out):
+            raise OSError(errno.ENODATA, "the file ends before the shard")
 
 
 def allocate_buffer(num_bytes: int, *, name: str) -> SharedBuffer:

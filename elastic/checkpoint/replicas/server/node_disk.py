@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from zlib_ng.zlib_ng import crc32
 
 from elastic.checkpoint.replicas.inventory import ReplicaInfo, Snapshot
-from elastic.checkpoint.staging.shared_memory import SharedBuffer
+from elastic.checkpoint.staging.shared_memory import FileBuffer
 from elastic.direct import write_all
 from elastic.storage.local import sync
 from elastic.strict_json import dump_json
@@ -48,7 +48,7 @@ class Stored:
     name: str
     about: Mapping[str, Any]
     """As it was given to `write`."""
-    buffer: SharedBuffer
+    buffer: FileBuffer
 
 
 def to_about(info: ReplicaInfo) -> dict[str, object]:
@@ -156,4 +156,4 @@ def _open(path: Path) -> Stored | None:
     except BaseException:
         os.close(descriptor)
         raise
-    return Stored(name=path.stem, about=about, buffer=SharedBuffer(descriptor, num_bytes))
+    return Stored(name=path.stem, about=about, buffer=FileBuffer(descriptor, num_bytes))
