@@ -6,7 +6,9 @@ against those of `elastic/metrics.py`, which the MFU of a run is measured by.
 Source: NVIDIA's data sheets of T4, V100, A10, A40, RTX A6000, A100, L4, L40S, H100, H200 and DGX B200; the white
 papers of Ampere GA102, Ada and Blackwell RTX (appendix A) for GeForce; AWS's page of g5 for the A10G; AMD's data sheet
 of the MI300X. `memory_gib` is what torch calls the total capacity, as its out-of-memory messages do in public issues
-(139.8 GiB of an H200 was read here, the others were not looked up anew). Speeds of links are per direction.
+(139.8 GiB of an H200 was read here, the others were not looked up anew). Speeds of links are per direction. The 16-bit
+and fp32 peaks of T4, V100, A100, H100 SXM and PCIe were compared with those that Lightning quotes from the same sheets
+(pytorch-lightning@0810121f, its module of throughputs; its A10G has the sums in fp16 of an A10).
 """
 
 from collections.abc import Mapping

@@ -80,6 +80,7 @@ def test_every_price_that_ships_has_its_source_and_day_and_a_gpu_that_we_know():
     catalog = load_catalog()
     assert len(catalog.offers) == len(rows)  # none of them is no price
     assert catalog.left_out == {}
+    assert {offer.gpu for offer in catalog.offers} == set(SPECS)  # none that we know of is without a price
 
 
 def test_a_row_without_a_source_is_refused():
