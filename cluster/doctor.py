@@ -19,6 +19,7 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
+from cluster.planner.host_memory import plan_snapshots
 from cluster.providers import (
     ALWAYS,
     RAY_DEFAULT_S,
@@ -30,8 +31,7 @@ from cluster.providers import (
     get_date_skew_s,
     load,
 )
-from elastic.checkpoint.durable.storage_errors import estimate_checkpoint_bytes
-from elastic.checkpoint.staging.host_memory import MOST_BUFFERS, NUM_COPIES, WAYS, get_available_bytes
+from elastic.checkpoint.staging.host_memory import WAYS, get_available_bytes
 from elastic.config import RunConfig
 from elastic.errors import NoticeError, SolventError
 from elastic.paths import STAND_IN
@@ -259,10 +259,9 @@ def check_snapshots(config: RunConfig, num_gpus: int, available_bytes: int | Non
     here = min(most or num_gpus, int(num_gpus // per_worker)) if per_worker else most or 1
     ranks = max(here, 1)
     world_size = max(most, ranks)
-    shard_bytes = estimate_checkpoint_bytes(config.num_trained_params) / world_size
-    has_peers = config.checkpoint.memory == "peer" and world_size > ranks
-    best = MOST_BUFFERS + (NUM_COPIES if has_peers else 0)
-    need_gib, free_gib = ranks * best * shard_bytes / GIB, (available_bytes or 0) / GIB
+    wanted = plan_snapshots(config, world_size=world_size, ranks_per_node=ranks)
+    best, shard_bytes, has_peers = wanted.num_shards, wanted.shard_bytes, wanted.num_copies > 0
+    need_gib, free_gib = wanted.num_bytes / GIB, (available_bytes or 0) / GIB
     text = f"{need_gib:.1f} GiB for {ranks} of {world_size} rank(s), {best} shards of {shard_bytes / GIB:.2f} GiB each"
     if available_bytes is None:
         return Check(name=name, status="ok", text=f"{text}; the kernel does not say what is free")

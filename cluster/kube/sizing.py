@@ -1,23 +1,18 @@
 """How many nodes, and how much host memory each needs: a pod that exceeds its limit is killed without notice.
 
 Checkpoints live in host memory before they reach storage, in memfds that count against the pod's limit like any memory,
-but not against the size of /dev/shm. Per rank that is at most two snapshots of its own shard (the newest complete one
-and the one being taken) and as many held for a peer.
+but not against the size of /dev/shm. How many a node holds, and of what size, `cluster/planner/host_memory.py` says.
 """
 
 import math
 from dataclasses import dataclass
 
 from cluster.kube.options import Options
-from cluster.planner.memory import NODE_GIB, TRAINER_GIB, estimate_host_gib, get_shard_ways
+from cluster.planner.host_memory import NODE_GIB, TRAINER_GIB, estimate_host_gib
+from cluster.planner.memory import estimate_memory
 from elastic.config import RunConfig
 from elastic.errors import ConfigError
 
-_STATE_BYTES_PER_PARAMETER = 12
-"""Weights and AdamW's two moments, all fp32 (elastic/checkpoint)."""
-_CPU_BYTES_PER_PARAMETER = 8
-"""Beside the state, where it is trained in host memory: gradients, and as much again for copies in other types."""
-_GIB = 2**30
 _CPUS_FOR_RAY = 2
 OBJECT_STORE_BYTES = 200 * 2**20
 """Nothing of ours goes through Ray's object store; 75 MiB is the least that Ray takes."""
@@ -81,11 +76,16 @@ def plan_sizes(config: RunConfig, options: Options) -> Sizes:
 
 
 def estimate_memory_gib(config: RunConfig, workers_per_node: int) -> int:
-    """Return the host memory that the processes and snapshots of a node may take, in the smallest world allowed."""
-    ranks = config.cluster.min_workers
-    gib = estimate_host_gib(config, world_size=ranks, gpus_per_node=workers_per_node)
-    if not config.cluster.gpus_per_worker:
-        ways = get_shard_ways(config, world_size=ranks, gpus_per_node=workers_per_node)
-        held = config.model.num_params / ways
-        gib += workers_per_node * held * (_STATE_BYTES_PER_PARAMETER + _CPU_BYTES_PER_PARAMETER) / _GIB
-    return math.ceil(gib)
+    """Return the host memory that the processes and snapshots of a node may take, in the worst world allowed.
+
+    That is mostly the smallest, but one that has just outgrown a node holds copies as well.
+    """
+    return math.ceil(max(_estimate_gib(config, size, workers_per_node) for size in config.get_world_sizes()))
+
+
+def _estimate_gib(config: RunConfig, world_size: int, workers_per_node: int) -> float:
+    gib = estimate_host_gib(config, world_size=world_size, gpus_per_node=workers_per_node)
+    if config.cluster.gpus_per_worker:
+        return gib
+    held = estimate_memory(config, world_size=world_size, gpus_per_node=workers_per_node)  # here instead of on a GPU
+    return gib + min(workers_per_node, world_size) * held.peak_gib

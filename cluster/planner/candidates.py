@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from cluster.catalog.gpus import GpuSpec, find_spec
 from cluster.catalog.offers import Offer
 from cluster.planner.goodput import Goodput, estimate_goodput
-from cluster.planner.memory import Memory, estimate_host_gib, estimate_memory, get_shard_ways, is_whole
+from cluster.planner.host_memory import estimate_host_gib, estimate_shard_bytes
+from cluster.planner.memory import Memory, estimate_memory
 from cluster.planner.throughput import MEASURED_ON, StepTime, estimate_step
 from elastic.checkpoint.durable.storage_errors import estimate_checkpoint_bytes
 from elastic.config import RunConfig
@@ -119,16 +120,12 @@ class Evaluator:
         step = self._get_step(spec, offer, world_size)
         if isinstance(step, str):
             return Candidate(offer=offer, nodes=nodes, gpu=spec, fits=False, reason=step, memory=memory)
-        ways = get_shard_ways(config, world_size=world_size, gpus_per_node=offer.gpus)
-        shard_bytes = estimate_checkpoint_bytes(config.num_trained_params) / max(
-            ways, 1 if is_whole(config, 1) else ways
-        )
         goodput = estimate_goodput(
             config,
             offer,
             nodes=nodes,
             step_s=step.step_s,
-            shard_bytes=shard_bytes,
+            shard_bytes=estimate_shard_bytes(config, world_size),
             losses_per_hour=self._known.losses_per_node_hour if offer.kind in ("spot", "bid") else None,
         )
         fits = memory.peak_gib <= spec.usable_gib

@@ -16,7 +16,6 @@ from typing import Literal
 
 from cluster.planner.shape import BlockShape, get_block_shape
 from elastic import plugins
-from elastic.checkpoint.durable.storage_errors import estimate_checkpoint_bytes
 from elastic.config import RunConfig
 
 GIB = 2**30
@@ -278,26 +277,3 @@ class _Loss:
         # a chunk is made while the one before it is still there; a sum of two products is another tensor
         peak = max(min(logits, 2.0 * _MAX_LOGITS_BYTES) + weight_grad, _MAX_LOGITS_BYTES + 2 * weight_grad)
         return cls(peak=peak, saved=1.5 * weight_grad, hidden=hidden, is_chunked=True)
-
-
-# ---- beside the GPU
-
-_SNAPSHOTS = 4
-"""Of a rank's own shard the newest complete one and the one being taken, and as many held for a peer."""
-_STAGED = 2
-"""Without snapshots in memory: those on their way to the storage."""
-# Estimates, not measured: what a process with torch and CUDA holds of host memory, and the rest of a node.
-TRAINER_GIB, SPARE_GIB, NODE_GIB = 6.0, 3.0, 4.0
-"""A spare trainer has opened its device and loaded compiled code, and holds no state."""
-
-
-def estimate_host_gib(config: RunConfig, *, world_size: int, gpus_per_node: int) -> float:
-    """Return the host memory that the processes and snapshots of a node take, GPUs holding the state itself."""
-    has_shards = plugins.read_constant("elastic.strategies", config.strategy, "SHARDED_OVER") is not None
-    ways = get_shard_ways(config, world_size=world_size, gpus_per_node=gpus_per_node) if has_shards else world_size
-    shard_gib = estimate_checkpoint_bytes(config.num_trained_params) / ways / GIB
-    num_snapshots = _SNAPSHOTS if config.checkpoint.memory != "off" else _STAGED
-    trainer_gib = TRAINER_GIB + num_snapshots * shard_gib
-    if config.compile and config.cluster.spare_trainers:
-        trainer_gib += SPARE_GIB
-    return NODE_GIB + gpus_per_node * trainer_gib

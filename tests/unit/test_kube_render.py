@@ -27,6 +27,7 @@ from elastic.models.llama import Config as ModelConfig
 KUBERNETES = ["aks-spot", "eks-spot", "generic", "gke-spot"]
 DATA = DataConfig(path="/mnt/solvent/data")
 IMAGE = "registry.example.com/solvent:0.1.0"
+LARGE = ModelConfig(dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, ffn_dim=14336, vocab_size=128256)
 
 
 def make_config(*, min_workers=2, max_workers=4, gpus=1, **fields):
@@ -161,13 +162,31 @@ def test_parameters_are_counted_as_the_model_has_them(model):
 
 
 def test_memory_of_a_node_counts_the_snapshots_that_it_holds():
-    # 4 snapshots of a shard (half of 12 bytes per parameter) for each of 2 GPUs; 6 GiB a trainer and 4 a node.
-    model = ModelConfig(dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, ffn_dim=14336, vocab_size=128256)
+    # 3 snapshots of a shard (half of 12 bytes per parameter) for each of 2 GPUs; 6 GiB a trainer and 4 a node.
+    model = LARGE
     config = make_config(model=model, min_workers=2, max_workers=2)
     sizes = plan_sizes(config, make_options(gpus_per_node=2))
-    snapshots_gib = 2 * 4 * model.num_params * 12 / 2 / 2**30
+    snapshots_gib = 2 * 3 * model.num_params * 12 / 2 / 2**30
     assert snapshots_gib < sizes.memory_gib - sizes.shm_mib / 1024 < snapshots_gib + 2 * 6 + 4 + 2
     assert plan_sizes(config, make_options(gpus_per_node=2, memory_gib_per_node=100)).memory_gib == 100
+
+
+def test_memory_of_a_node_is_that_of_the_worst_world():
+    # One GPU a node: alone 3 of its own shard, the whole state; of two 3 + 2 halves; of three 5 thirds.
+    config = make_config(model=LARGE, min_workers=1, max_workers=3)
+    gib = {sizes: plan_sizes(config, make_options(gpus_per_node=sizes)).memory_gib for sizes in (1, 2)}
+    state_gib = LARGE.num_params * 12 / 2**30
+    assert gib[1] == pytest.approx(3 * state_gib + 4 + 6, abs=2.1)  # and /dev/shm, rounded up
+    assert gib[2] == pytest.approx(2 * 5 / 3 * state_gib + 4 + 2 * 6, abs=2.6)  # of three, two of which are here
+
+
+def test_a_node_without_gpus_holds_of_frozen_weights_and_adapters_what_trains_them():
+    # 4 bytes of each weight that is frozen, and what adapters take: less than one state of 12 bytes a weight.
+    full = make_config(model=LARGE, min_workers=1, max_workers=1, gpus=0)
+    lora = dataclasses.replace(full, tune="lora")
+    full_gib, lora_gib = (plan_sizes(config, make_options()).memory_gib for config in (full, lora))
+    assert full_gib > (3 * 12 + 16) * LARGE.num_params / 2**30
+    assert 4 * LARGE.num_params / 2**30 < lora_gib < 12 * LARGE.num_params / 2**30
 
 
 def test_memory_of_a_node_counts_the_spare_trainers_of_a_run_that_is_compiled():

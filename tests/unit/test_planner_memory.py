@@ -4,7 +4,8 @@ from itertools import pairwise
 
 import pytest
 
-from cluster.planner.memory import estimate_host_gib, estimate_memory, get_shard_ways
+from cluster.planner.host_memory import estimate_host_gib, estimate_shard_bytes, plan_snapshots
+from cluster.planner.memory import estimate_memory, get_shard_ways
 from cluster.planner.shape import get_block_shape
 from tests.unit._planned import MODELS, plan_config
 
@@ -132,7 +133,20 @@ def test_a_family_that_says_less_is_taken_by_its_parameters():
 
 
 def test_host_memory_holds_the_snapshots_of_a_node():
-    """8 B on 8: 12 bytes over 8 ranks, four of them for each of 8 trainers, is 4 states: 359 GiB; the rest is 76."""
+    """8 B on 8: 12 bytes over 8 ranks, three of them for each of 8 trainers, is 3 states; the rest is 76 GiB."""
     config = plan_config("8B", world_size=8)
     gib = estimate_host_gib(config, world_size=8, gpus_per_node=8)
-    assert gib == pytest.approx(4 * 12 * MODELS["8B"].num_params / 2**30 + 4 + 8 * (6 + 3))
+    assert gib == pytest.approx(3 * 12 * MODELS["8B"].num_params / 2**30 + 4 + 8 * (6 + 3))
+
+
+def test_a_node_that_has_peers_holds_two_copies_of_a_shard_beside_three_of_its_own():
+    """8 B on 2 x 8: 12 bytes over 16 ranks, five of them for each of 8."""
+    snapshots = plan_snapshots(plan_config("8B", world_size=16), world_size=16, ranks_per_node=8)
+    assert snapshots.num_shards == 5
+    assert snapshots.num_bytes == pytest.approx(2.5 * 12 * MODELS["8B"].num_params)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "hsdp", "fsdp2"])
+def test_every_rank_saves_its_share_whatever_it_holds(strategy):
+    config = plan_config("8B", world_size=16, strategy=strategy)
+    assert estimate_shard_bytes(config, 16) == 12 * MODELS["8B"].num_params // 16

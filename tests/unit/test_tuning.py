@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cluster.planner.memory import estimate_host_gib, estimate_memory
+from cluster.planner.host_memory import estimate_host_gib
+from cluster.planner.memory import estimate_memory
 from elastic.checkpoint.hf.adapters import ADAPTER, ADAPTER_CONFIG, open_adapters, write_adapters
 from elastic.checkpoint.hf.saved import MergedWeights
 from elastic.config import RunConfig
