@@ -23,8 +23,26 @@ _MAX_LOGITS_BYTES = 2**32
 """As `elastic/loss.py`: positions are taken in chunks whose logits fit."""
 _MAX_GRAPHED_FLOPS = 3e13
 """As `elastic/graphs.py`: what is smaller is recorded as a CUDA graph."""
-_WORKSPACE_BYTES = 0.1 * GIB
-"""cuBLAS's, batches and sums."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """What no tensor's shape says: chosen so that the rows of `tests/unit/test_planner_memory.py` come out.
+
+    `python -m tests.cross_check_memory` fits them anew without a row, and says how far off that row then is.
+    """
+
+    workspace_gib: float = 0.1
+    """cuBLAS's, batches and sums."""
+    hidden_copies: float = 3.0
+    """Of what the output layer reads, while the loss is computed."""
+    temporaries: float = 1.0
+    """Of `BlockShape.temporary_bytes`, while the backward is in a block."""
+    saved_gradients: float = 1.5
+    """Of the output layer's gradient, where the loss goes by chunks."""
+
+
+FITTED = Fitted()
 
 Moment = Literal["the loss is computed", "the backward begins", "the backward ends", "weights are updated"]
 
@@ -67,7 +85,7 @@ class _Held:
     """Of the gradients as they are computed."""
 
 
-def estimate_memory(config: RunConfig, *, world_size: int, gpus_per_node: int = 1) -> Memory:
+def estimate_memory(config: RunConfig, *, world_size: int, gpus_per_node: int = 1, fitted: Fitted = FITTED) -> Memory:
     """Return what the fullest GPU of a world holds.
 
     Args:
@@ -79,14 +97,15 @@ def estimate_memory(config: RunConfig, *, world_size: int, gpus_per_node: int = 
     tokens = micro_batch * config.data.seq_len
     element = get_element_bytes(config)
     kept, whole = _count_activations(config, shape, joins=held.joins)
-    layers, loss = shape.num_layers, _Loss.of(shape, tokens=tokens, element=element, is_frozen=config.tune == "lora")
+    layers, is_frozen = shape.num_layers, config.tune == "lora"
+    loss = _Loss.of(shape, tokens=tokens, element=element, is_frozen=is_frozen, fitted=fitted)
     scale = tokens * element / 2
     head_grad = 0.0 if config.tune == "lora" else float(element * shape.head_params)
-    block_work = scale * (max(0.0, whole - kept) + shape.temporary_bytes)
+    block_work = scale * (max(0.0, whole - kept) + fitted.temporaries * shape.temporary_bytes)
     block_grads = held.grads * shape.matrix_params / shape.num_params
     moments: dict[Moment, dict[str, float]] = {
         "the loss is computed": {
-            "activations": scale * kept * layers + 3 * loss.hidden,
+            "activations": scale * kept * layers + fitted.hidden_copies * loss.hidden,
             "logits": loss.peak,
             "gradients": held.carried + (0 if loss.is_chunked else head_grad),
             "gathered": held.gathered_root + held.gathered_blocks,
@@ -110,12 +129,13 @@ def estimate_memory(config: RunConfig, *, world_size: int, gpus_per_node: int = 
             "gathered": held.reducing_block if held.waits_for_block else 0.0,
         },
     }
-    fixed = {"state": held.state, "buffers": _WORKSPACE_BYTES}
+    workspace = fitted.workspace_gib * GIB
+    fixed = {"state": held.state, "buffers": workspace}
     worst = max(moments, key=lambda moment: sum(moments[moment].values()))
     parts = {name: size / GIB for name, size in (fixed | moments[worst]).items() if size}
     shown = sum(parts.values())
     if _is_graphed(config, world_size=world_size, tokens=tokens):
-        shown = (held.state + held.grads + _WORKSPACE_BYTES) / GIB
+        shown = (held.state + held.grads + workspace) / GIB
     return Memory(gib=parts, moment=worst, shown_gib=shown)
 
 
@@ -269,11 +289,11 @@ class _Loss:
     is_chunked: bool
 
     @classmethod
-    def of(cls, shape: BlockShape, *, tokens: int, element: int, is_frozen: bool) -> "_Loss":
+    def of(cls, shape: BlockShape, *, tokens: int, element: int, is_frozen: bool, fitted: Fitted) -> "_Loss":
         logits, hidden = float(tokens * shape.vocab_size * element), float(tokens * shape.dim * element)
         if logits <= _MAX_LOGITS_BYTES:
             return cls(peak=logits, saved=0.0, hidden=hidden, is_chunked=False)
         weight_grad = 0.0 if is_frozen else 4.0 * shape.head_params
         # a chunk is made while the one before it is still there; a sum of two products is another tensor
         peak = max(min(logits, 2.0 * _MAX_LOGITS_BYTES) + weight_grad, _MAX_LOGITS_BYTES + 2 * weight_grad)
-        return cls(peak=peak, saved=1.5 * weight_grad, hidden=hidden, is_chunked=True)
+        return cls(peak=peak, saved=fitted.saved_gradients * weight_grad, hidden=hidden, is_chunked=True)
