@@ -369,7 +369,8 @@ def _park(state: State) -> list[Action]:
     wanted = get_wanted(state)
     keep_in = "memory" if state.stop is None and wanted else "storage"
     park = partial(Park, attempt=state.attempt, reason=state.ending.reason, deadline_s=deadline_s, keep_in=keep_in)
-    return [park(slot=slot, leaves=slot not in wanted) for slot in state.members if slot in state.alive]
+    staying = set(wanted)
+    return [park(slot=slot, leaves=slot not in staying) for slot in state.members if slot in state.alive]
 
 
 def _close(state: State, now_s: float) -> list[Action]:
