@@ -49,6 +49,9 @@ class Struck:
     phase: Phase | None
     """What it interrupted; None: no world was at work."""
     what: str
+    is_add: bool = False
+    due_s: float | None = None
+    """Seconds after the first step at which it was to happen; None: it was asked for by a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +159,8 @@ class Injector:
                     elapsed_s=round(self.elapsed_s, 2),
                     phase=get_phase(scene, is_saving=is_saving),
                     what=what,
+                    is_add=strike.fault.fault == "add",
+                    due_s=strike.fault.at_s,
                 )
             )
         for strike in reversed(missed):

@@ -2,27 +2,33 @@
 
 Faults come from a file (--faults), or from a recorded fleet of spot nodes (--trace), replayed faster; the run then ends
 with the trace, resumable. It ends with 0 only if the run finished, every fault struck, and every applied step had
-exactly its samples.
+exactly its samples. What it prints with --json is kept as chaos.json beside the run's rows. With --predict-from the
+goodput is told before the run begins (prediction.json), from what an earlier such run took to lose and get nodes.
 """
 
 import argparse
+import json
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.cli._runs import add_json, print_json, text_on_stderr
+from cluster.cli._runs import add_json, open_rows, print_json, text_on_stderr
 from cluster.cli._struck import End, train_struck
 from cluster.cli.train import check_before_paying, check_is_path, get_run_dir
 from elastic.config import RunConfig
 from elastic.errors import ConfigError, StorageError
 from elastic.mixture import get_paths
-from elastic.records.rundir import read_rows
+from elastic.records.rundir import format_utc, read_rows
+from elastic.strict_json import dump_json
 
 if TYPE_CHECKING:
     from cluster.chaos.faults import Fault
 
+_RESULT, _PREDICTION = "chaos.json", "prediction.json"
+"""In the run's directory."""
 _ENDS = {0: "yes", 3: "no: interrupted, resumable"}
 
 
@@ -42,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--nodes", metavar="N", type=int, help="nodes at the start, of one worker each (max_workers)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="draws random targets (%(default)s)")
+    parser.add_argument("--predict-from", metavar="RUN", help="a run of `chaos` that lost nodes and got new ones")
     parser.add_argument("overrides", metavar="key=value", nargs="*")
     add_json(parser)
 
@@ -82,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
     )
     check_before_paying(config)
     _check_new(config)
+    prediction = _predict(config, faults, num_nodes=num_nodes, end_s=end_s, earlier=args.predict_from)
     out = sys.stderr if args.json else sys.stdout
     arguments = [args.config, *overrides, *_get_paths(config)]
     start_s = time.monotonic()
@@ -89,6 +97,11 @@ def run(args: argparse.Namespace) -> int:
     def say(line: str) -> None:
         print(f"[{time.monotonic() - start_s:6.1f} s] {line}", file=out, flush=True)
 
+    if prediction:
+        say(
+            f"predicted, before it begins: {prediction['measured']:.1%} of the time makes progress that lasts, "
+            f"{prediction['paid']:.1%} of the paid time"
+        )
     with text_on_stderr() if args.json else nullcontext():
         say(f"starting a Ray cluster of {num_nodes} node(s) on this machine")
         exit_code, injector = train_struck(
@@ -101,6 +114,8 @@ def run(args: argparse.Namespace) -> int:
             say=say,
         )
     result = build_result(config, injector.struck, missed=injector.missed, exit_code=exit_code)
+    result["prediction"] = prediction
+    (get_run_dir(config).root / _RESULT).write_text(dump_json(result), encoding="utf-8")
     if args.json:
         print_json(result)
     else:
@@ -108,6 +123,45 @@ def run(args: argparse.Namespace) -> int:
     if result["samples_lost"] or result["samples_repeated"]:
         return 1
     return exit_code or (1 if injector.missed else 0)
+
+
+def _predict(
+    config: RunConfig, faults: "list[Fault]", *, num_nodes: int, end_s: float, earlier: str | None
+) -> dict[str, Any] | None:
+    """Return what the run will come to, and write it down; None if no earlier run is given to tell it from.
+
+    Raises:
+        ConfigError: the end of the run is not known beforehand, or the earlier run was no run of `chaos`.
+        DataError: that one has not seen what the prediction needs.
+    """
+    if not earlier:
+        return None
+    from cluster.cli._prediction import measure_boot_s, predict
+    from cluster.ledger import read_ledger
+    from cluster.simulator.measured import measure
+
+    if end_s == float("inf") or any(fault.at_s is None or fault.fault not in ("add", "remove") for fault in faults):
+        raise ConfigError("--predict-from needs a --trace without --notice-s, and no --faults. Leave one of them out.")
+    with open_rows(earlier) as rows:
+        try:
+            told = json.loads((rows.root / _RESULT).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"--predict-from {earlier} has no {_RESULT} ({error}). Give a run that `solvent chaos` has ended."
+            ) from error
+        measured = measure(read_rows(rows.metrics), read_rows(rows.attempts), read_ledger(read_rows(rows.ledger)))
+    boot_s = measure_boot_s(told["faults"])
+    found = predict(config, faults, num_nodes=num_nodes, end_s=end_s, measured=measured, boot_s=boot_s)
+    prediction = {
+        **asdict(found),
+        "from": earlier,
+        "at_utc": format_utc(time.time()),
+        "measured_before": {**asdict(measured), "boot_s": boot_s},
+    }
+    root = get_run_dir(config).root
+    root.mkdir(parents=True, exist_ok=True)
+    (root / _PREDICTION).write_text(dump_json(prediction), encoding="utf-8")
+    return prediction
 
 
 def _get_paths(config: RunConfig) -> list[str]:
@@ -182,6 +236,8 @@ def _print_result(result: dict[str, Any]) -> None:
         paid, time = goodput["paid"], f"{goodput['measured']:.1%} of the time made progress that lasts"
         text = f"{time}, where Young's formula says {goodput['predicted']:.1%}; {_show(paid, '.1%')} of the paid time"
         lines.append(("goodput", text))
+        if said := result["prediction"]:
+            lines.append(("predicted", f"{said['measured']:.1%} of the time, {said['paid']:.1%} of the paid time"))
     for name, text in lines:
         console.print(f"{name:10} {text}", soft_wrap=True, highlight=False)
 

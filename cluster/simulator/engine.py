@@ -37,12 +37,8 @@ from cluster.types import (
     TrainerEnded,
     TrainerReady,
 )
-from elastic.ports import Progress
+from elastic.ports import Phase, Progress
 
-_PARK_S = 2.0
-"""A world that is asked to leaves after so long. Measured on two H200: 1 to 2 s (cluster/README.md)."""
-_LEAVE_S = 0.5
-"""Survivors of a loss are out of their world after so long; those that go together go within it."""
 _FLUSH_EVERY = 300
 _SLOT = "gpu0"
 
@@ -81,6 +77,8 @@ class Simulation:
         self._removed = {change.time_s: set(change.removed) for change in fleet.changes}
         self._ticks: set[float] = set()
         self._flushed = 0
+        self._is_recorded = True
+        self._phases: dict[str, Phase] = {}
 
     def run(self) -> Tally:
         """Play the whole fleet."""
@@ -99,6 +97,8 @@ class Simulation:
                 break
             self._now_s = time_s
             self._take(what, attempt)
+            if not self._is_recorded:  # stages that it went through at once left no time
+                self._record_stage()
             self._plan_tick()
             if self._count - self._flushed > _FLUSH_EVERY:  # accounts that are long are slow
                 self._flushed = self._count
@@ -151,6 +151,7 @@ class Simulation:
         group = self._state.group + 1
         for node in here:
             self._ledger.switch(node, "wait", self._now_s)
+            self._phases[node] = "wait"
             self._decide(Claimed(slot=Slot(node, _SLOT), group=group, group_size=len(here)))
 
     def _take_own(self, what: str, attempt: int) -> None:
@@ -191,8 +192,7 @@ class Simulation:
                 self._stop_training(is_loss=self._is_loss)
             for action in actions:
                 self._carry_out(action)
-            if self._state.stage != before:
-                self._record_stage()
+            self._is_recorded &= self._state.stage == before
 
     def _carry_out(self, action: Action) -> None:  # noqa: PLR0912 (a branch per action)
         state = self._state
@@ -213,11 +213,11 @@ class Simulation:
                 if self._parked != action.attempt:
                     self._parked = action.attempt
                     self._stop_training(is_loss=False)
-                    self._at(self._now_s + _PARK_S, "parked", action.attempt)
+                    self._at(self._now_s + self._setup.saving.park_s, "parked", action.attempt)
             case Leave() | Kill():
                 if self._left != action.attempt:
                     self._left = action.attempt
-                    self._at(self._now_s + _LEAVE_S, "left", action.attempt)
+                    self._at(self._now_s + self._setup.saving.leave_s, "left", action.attempt)
             case AttemptStarted():
                 self._started_s = self._now_s
                 self._tally.changes += 1
@@ -247,12 +247,15 @@ class Simulation:
 
     def _record_stage(self) -> None:
         """Switch the accounts as a real run's records do (`RunRecords.staged`)."""
+        self._is_recorded = True
         state = self._state
         phase = MEMBER_PHASES[state.stage]
         members = {slot.node for slot in state.members}
         for slot in state.claims:
-            if self._ledger.is_open(slot.node):
-                self._ledger.switch(slot.node, phase if slot.node in members else "wait", self._now_s)
+            now: Phase = phase if slot.node in members else "wait"
+            if self._phases.get(slot.node) != now and self._ledger.is_open(slot.node):
+                self._phases[slot.node] = now
+                self._ledger.switch(slot.node, now, self._now_s)
 
     def _close(self) -> Tally:
         tally, end_s = self._tally, self._tally.finished_s or self._fleet.end_s

@@ -7,8 +7,10 @@ from cluster.simulator.saving import Saving
 from cluster.simulator.setup import Setup, Tally
 from cluster.traces import Fleet, as_gang
 
-_OURS_S, _OURS_PLANNED_S = 3.0, 3.2
-"""Outages of Solvent: lost or killed, and planned. Measured on two H200, 1.5 B: 2.2 to 3.8 s (cluster/README.md)."""
+_OURS_LEAVE_S, _OURS_S = 0.5, 2.0
+"""Solvent's outage after a loss, in two parts. Measured on two H200, 1.5 B: 2.2 to 2.6 s in all (cluster/README.md)."""
+_OURS_PARK_S, _OURS_PLANNED_S = 0.5, 1.0
+"""The same where it was planned: 1.4 to 1.6 s in all."""
 _OURS_UNSAVED_S = 3.0
 """As `elastic/checkpoint/schedule.py` takes snapshots in memory where they cost next to nothing."""
 _OURS_UNSTORED_S = 120.0
@@ -84,6 +86,8 @@ def build_savings(*, save_s: float, recovery_s: float) -> tuple[Saving, ...]:
             save_s=0.0,
             recovery_s=_OURS_S,
             planned_s=_OURS_PLANNED_S,
+            leave_s=_OURS_LEAVE_S,
+            park_s=_OURS_PARK_S,
             interval_s=_OURS_UNSAVED_S,
             durable_s=_OURS_UNSTORED_S,
         ),

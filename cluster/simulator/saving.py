@@ -28,6 +28,13 @@ class Saving:
     """fixed, memory: between two saves."""
     durable_s: float = 600.0
     """memory, jit: so much work the storage lacks, for the day on which all who have it go together."""
+    unsaved_s: float | None = None
+    """memory: so much training is lost each time, where that was measured; None: what followed the last save."""
+    park_s: float = 2.0
+    """A world that is asked to leaves after so long, before `planned_s`. Measured on two H200: up to 2 s."""
+    leave_s: float = 0.5
+    """Survivors of a loss are out of their world after so long, before `recovery_s`; who goes together goes within
+    it."""
 
     def get_outage_s(self) -> float:
         """Return how long a loss holds up: with jit the survivors save first."""
@@ -87,6 +94,8 @@ class Rhythm:
         """Return what a stretch of so many seconds is made of."""
         if self.saving.kind == "jit":
             return Stretch(worked_s=seconds, saved_s=0.0, kept_s=seconds)
+        if self.saving.unsaved_s is not None:
+            return Stretch(worked_s=seconds, saved_s=0.0, kept_s=max(0.0, seconds - self.saving.unsaved_s))
         interval_s, save_s = self.interval_s, self.saving.save_s
         if self.saving.kind == "memory":  # beside the training
             save_s = 0.0

@@ -1,5 +1,6 @@
 """What is simulated, and what came of it: plain data."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cluster.ledger import LedgerRow
@@ -22,6 +23,12 @@ class Setup:
     """Until a new node can train."""
     work_node_s: float = float("inf")
     """The run is finished after so much."""
+    rates: Mapping[int, float] = field(default_factory=dict[int, float])
+    """Node-seconds of work that a world of so many nodes does in a second; else as many as it has nodes."""
+
+    def get_rate(self, size: int) -> float:
+        """Return how fast a world works."""
+        return self.rates.get(size, float(size))
 
 
 @dataclass(kw_only=True)

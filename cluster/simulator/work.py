@@ -32,16 +32,16 @@ class Work:
         since_s, self.since_s = self.since_s, None
         if since_s is None or now_s <= since_s:
             return
-        seconds, size, before = now_s - since_s, len(members), self.done
+        seconds, rate, before = now_s - since_s, self._setup.get_rate(len(members)), self.done
         stretch = self.rhythm.divide(seconds)
-        worked = stretch.worked_s * size
+        worked = stretch.worked_s * rate
         redone = min(worked, max(0.0, self._best - before))
-        self._paint(members, since_s, redone / size, stretch.worked_s, stretch.saved_s)
+        self._paint(members, since_s, redone / rate, stretch.worked_s, stretch.saved_s)
         self.done = before + worked
         self._best = max(self._best, self.done)
-        self._durable = max(self._durable, self.done - self._setup.saving.durable_s * size)
+        self._durable = max(self._durable, self.done - self._setup.saving.durable_s * rate)
         if lost is not None:
-            self.done = self._keep_after_loss(before, stretch.kept_s * size, members, lost)
+            self.done = self._keep_after_loss(before, stretch.kept_s * rate, members, lost)
         self._tally.training_s += seconds
         self._tally.redone_node_s += redone
         self._tally.work.append((now_s, self.done))
@@ -53,7 +53,7 @@ class Work:
             return left
         interval_s = self.rhythm.interval_s
         share = 1.0 if interval_s == float("inf") else interval_s / (interval_s + self._setup.saving.save_s)
-        return now_s + left / size / share
+        return now_s + left / self._setup.get_rate(size) / share
 
     def _keep_after_loss(self, before: float, kept: float, members: Collection[str], lost: Collection[str]) -> float:
         """Return where work is taken up again.

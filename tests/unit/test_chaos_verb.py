@@ -24,6 +24,24 @@ def test_arguments_that_cannot_work_are_refused_with_the_reason(arguments, messa
     assert message in capsys.readouterr().err
 
 
+def test_a_prediction_needs_a_trace_without_notices_and_a_run_of_chaos(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("cluster.cli.chaos.check_before_paying", lambda config: None)  # there are no data here
+    config, trace = tmp_path / "config.yaml", tmp_path / "t.csv"
+    config.write_text(f"run: r\nstorage: {tmp_path}\ncluster: {{max_workers: 2}}\n")
+    trace.write_text("t_s,nodes\n0,2\n600,1\n1200,2\n")
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    arguments = ["chaos", str(config), "--trace", str(trace), "--predict-from", str(earlier)]
+    assert main([*arguments, "--notice-s", "5"]) == 2
+    assert "--predict-from needs a --trace without --notice-s" in capsys.readouterr().err
+    assert main(arguments) == 2
+    assert "has no chaos.json" in capsys.readouterr().err
+    (earlier / "chaos.json").write_text('{"faults": []}')
+    assert main(arguments) == 2
+    assert "one of each is needed" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
 def test_a_checkpoint_is_being_saved_from_its_first_file_to_its_commit_and_not_while_an_old_one_is_removed(tmp_path):
     config = RunConfig(run="r", storage=str(tmp_path))
     folder = RunDir(tmp_path / "r").checkpoints
