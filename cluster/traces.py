@@ -5,6 +5,7 @@
 
 import csv
 import io
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -147,9 +148,13 @@ def load_trace(path: Path) -> list[tuple[float, int]]:
     for number, row in enumerate(rows[1:], start=2):
         try:
             time_s = float(row[0])
+            if not math.isfinite(time_s):
+                raise ValueError("the time is no number")
             if time_s < last_s:
                 raise ValueError(f"the time goes back from {last_s:g}")
             if header == _COUNTED:
+                if int(row[1]) < 0:
+                    raise ValueError("there cannot be less than no node")
                 levels[time_s] = int(row[1])
             else:
                 {"add": there.add, "remove": there.discard}[row[1]](row[2])

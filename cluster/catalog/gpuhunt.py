@@ -3,6 +3,7 @@
 It needs the extra `prices` and a network; with GPUHUNT_CATALOG_DIR it reads catalogs from a folder, and none.
 """
 
+import logging
 from collections.abc import Iterable
 from datetime import date
 from importlib.metadata import version
@@ -34,6 +35,8 @@ def fetch_offers(*, day: date, folder: str = "") -> Read:
             "offers --refresh needs the package gpuhunt, which is not installed. pip install 'solvent[prices]', or use "
             "the prices that ship with Solvent."
         ) from error
+    # It logs what it catches, with its trace; what that means is told below.
+    logging.getLogger("gpuhunt").setLevel(logging.CRITICAL + 1)
     try:
         if folder:
             providers = sorted(path.stem for path in Path(folder).glob("*.csv"))

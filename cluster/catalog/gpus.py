@@ -162,8 +162,8 @@ def get_spec(name: str) -> GpuSpec:
     """
     spec = find_spec(name)
     if spec is None:
-        near = get_close_matches(name, list(SPECS), n=1)
-        hint = f"Did you mean {near[0]}?" if near else f"Known are: {', '.join(SPECS)}."
+        near = get_close_matches(name.lower().replace("-", ""), list(_PLAIN), n=1)
+        hint = f"Did you mean {_PLAIN[near[0]]}?" if near else f"Known are: {', '.join(SPECS)}."
         raise ConfigError(
             f"gpu={name!r} is in no table here, so its memory and what it reaches of its peak would be guesses. {hint} "
             "Else measure it: `solvent bench` says what a machine does."

@@ -1,8 +1,9 @@
 """All offers there are: the snapshot that ships or what was refreshed since, and what the user says of prices."""
 
+import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import date
 from fnmatch import fnmatchcase
@@ -116,7 +117,7 @@ def override(offers: list[Offer], content: Any, *, name: str) -> list[Offer]:
     if not isinstance(content, dict) or not content:
         raise ConfigError(f"--prices {name} holds {content!r}. {_HINT}")
     for pattern, price in content.items():
-        if isinstance(price, bool) or not isinstance(price, int | float) or not price > 0:
+        if isinstance(price, bool) or not isinstance(price, int | float) or not 0 < price < math.inf:
             raise ConfigError(
                 f"--prices {name}: the price of {pattern!r} is {price!r}, not a number of dollars. {_HINT}"
             )
@@ -131,20 +132,16 @@ def override(offers: list[Offer], content: Any, *, name: str) -> list[Offer]:
 
 
 def _build_own(row: Any, *, name: str, today: date) -> Offer:
-    known = {"provider", "region", "zone", "instance", "gpu", "gpus", "kind", "usd_per_gpu_hour"}
-    known |= {"network_gbits", "losses_per_hour", "notice_s", "max_nodes", "date"}
-    if not isinstance(row, dict) or not {"gpu", "usd_per_gpu_hour"} <= row.keys() or row.keys() - known:
+    if not isinstance(row, dict) or not {"gpu", "usd_per_gpu_hour"} <= row.keys() or row.keys() - _OWN.keys():
         raise ConfigError(
             f"--prices {name}: the offer {row!r} needs gpu and usd_per_gpu_hour, and may have "
-            f"{', '.join(sorted(known - {'gpu', 'usd_per_gpu_hour'}))}."
+            f"{', '.join(sorted(_OWN.keys() - {'gpu', 'usd_per_gpu_hour'}))}."
         )
-    kind = row.get("kind", "on-demand")
+    for key, value in row.items():
+        is_good, what = _OWN[key]
+        if not is_good(value):
+            raise ConfigError(f"--prices {name}: in the offer {row!r}, {key} is {value!r} and must be {what}.")
     gpus = row.get("gpus", 1)
-    if kind not in KINDS or not isinstance(gpus, int) or gpus < 1 or not float(row["usd_per_gpu_hour"]) > 0:
-        raise ConfigError(
-            f"--prices {name}: in the offer {row!r} kind must be one of {', '.join(KINDS)}, gpus a number of GPUs, and "
-            "the price more than 0."
-        )
     return build_offer(
         provider=row.get("provider", "own"),
         region=row.get("region", "own"),
@@ -152,7 +149,7 @@ def _build_own(row: Any, *, name: str, today: date) -> Offer:
         instance=row.get("instance", f"{gpus}x{row['gpu']}"),
         gpu=row["gpu"],
         gpus=gpus,
-        kind=kind,
+        kind=row.get("kind", "on-demand"),
         usd_per_hour=row["usd_per_gpu_hour"] * gpus,
         network_gbits=row.get("network_gbits"),
         losses_per_hour=row.get("losses_per_hour"),
@@ -161,3 +158,34 @@ def _build_own(row: Any, *, name: str, today: date) -> Offer:
         source=name,
         date=row.get("date", today),
     )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _is_more(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+_OWN: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("provider", "region", "zone", "instance"), (_is_text, "a text")),
+    "gpu": (_is_text, "the name of a GPU"),
+    "gpus": (_is_count, "a whole number of GPUs"),
+    "kind": (lambda value: value in KINDS, f"one of {', '.join(KINDS)}"),
+    "usd_per_gpu_hour": (_is_more, "a number of dollars, more than 0"),
+    "network_gbits": (_is_more, "a number of gigabits per second"),
+    "losses_per_hour": (_is_number, "a number, at least 0"),
+    "notice_s": (_is_number, "a number of seconds"),
+    "max_nodes": (_is_count, "a whole number of machines"),
+    "date": (lambda value: isinstance(value, date), "a day such as 2026-10-10"),
+}
+"""What an offer of one's own may say, what that must be, and how that is told."""

@@ -7,8 +7,10 @@ from dataclasses import replace
 from datetime import date
 from typing import TYPE_CHECKING
 
+from cluster.cli._numbers import positive
 from cluster.cli.offers import add_catalog
 from elastic.config import RunConfig
+from elastic.errors import ConfigError, NoPlanError
 
 if TYPE_CHECKING:
     from cluster.catalog.load import Catalog
@@ -19,21 +21,34 @@ if TYPE_CHECKING:
 
 def add_limits(parser: argparse.ArgumentParser) -> None:
     """Declare what a plan may take, and from which offers it chooses."""
-    parser.add_argument("--deadline-h", type=float, metavar="H", help="hours it may take (else budget.max_hours)")
-    parser.add_argument("--budget-usd", type=float, metavar="USD", help="dollars it may cost (else budget.max_usd)")
+    parser.add_argument("--deadline-h", type=positive, metavar="H", help="hours it may take (else budget.max_hours)")
+    parser.add_argument("--budget-usd", type=positive, metavar="USD", help="dollars it may cost (else budget.max_usd)")
     parser.add_argument("--gpu", help="only this kind of GPU")
     parser.add_argument("--kind", choices=["on-demand", "spot", "bid", "reserved"], help="only this way to pay")
     parser.add_argument("--provider", help="only this one")
     add_catalog(parser)
 
 
-def get_limits(config: RunConfig, args: argparse.Namespace) -> "Limits":
-    """Return what the plan may take."""
+def get_limits(config: RunConfig, args: argparse.Namespace, *, used_h: float = 0.0, used_usd: float = 0.0) -> "Limits":
+    """Return what the plan may take: what is asked for, else what the run's own budget leaves.
+
+    Raises:
+        NoPlanError: it leaves nothing.
+    """
     from cluster.planner.choice import Limits
 
-    hours = getattr(args, "deadline_h", None) or config.budget.max_hours or None
-    usd = getattr(args, "budget_usd", None) or config.budget.max_usd or None
+    hours, usd = getattr(args, "deadline_h", None), getattr(args, "budget_usd", None)
+    if hours is None and config.budget.max_hours:
+        hours = _leave("budget.max_hours", config.budget.max_hours, used_h, "h have passed since the run began")
+    if usd is None and config.budget.max_usd:
+        usd = _leave("budget.max_usd", config.budget.max_usd, used_usd, "USD are spent")
     return Limits(hours=hours, usd=usd)
+
+
+def _leave(key: str, limit: float, used: float, what: str) -> float:
+    if used >= limit:
+        raise NoPlanError(f"{key}={limit:g} is over: {used:.2f} {what}. Raise it to plan what is left.")
+    return limit - used
 
 
 def load_offers(args: argparse.Namespace) -> "tuple[Catalog, list[Offer]]":
@@ -56,10 +71,21 @@ def load_offers(args: argparse.Namespace) -> "tuple[Catalog, list[Offer]]":
         and kind in (None, offer.kind)
         and provider in (None, offer.provider)
     ]
+    if not offers:
+        filters = {"--gpu": gpu, "--kind": kind, "--provider": provider}
+        said = " ".join(f"{option} {value}" for option, value in filters.items() if value)
+        providers = ", ".join(sorted({offer.provider for offer in catalog.offers}))
+        if not providers:
+            raise ConfigError(f"--catalog {' '.join(args.catalog)} has no offer with a price. Give another file.")
+        raise ConfigError(
+            f"{said} leaves none of {len(catalog.offers)} offers. Ask for another; their providers are: {providers}."
+        )
     return replace(catalog, offers=tuple(offers)), offers
 
 
-def make_choice(config: RunConfig, args: argparse.Namespace, known: "Known") -> "tuple[Catalog, Choice]":
+def make_choice(
+    config: RunConfig, args: argparse.Namespace, known: "Known", *, used_h: float = 0.0, used_usd: float = 0.0
+) -> "tuple[Catalog, Choice]":
     """Choose.
 
     Raises:
@@ -68,7 +94,8 @@ def make_choice(config: RunConfig, args: argparse.Namespace, known: "Known") -> 
     from cluster.planner.choice import choose
 
     catalog, offers = load_offers(args)
-    return catalog, choose(config, offers, limits=get_limits(config, args), known=known)
+    limits = get_limits(config, args, used_h=used_h, used_usd=used_usd)
+    return catalog, choose(config, offers, limits=limits, known=known)
 
 
 def get_known() -> "Known":

@@ -7,9 +7,11 @@ the message says the smallest changes that would.
 
 import argparse
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.cli._numbers import count
 from cluster.cli._planning import add_limits, describe, get_known, make_choice
 from cluster.cli._runs import RUNS, add_json, open_rows, print_json
 from elastic.config import RunConfig
@@ -25,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG|RUN")
     parser.add_argument("overrides", metavar="key=value", nargs="*")
     add_limits(parser)
-    parser.add_argument("--top", type=int, default=8, help="how many offers to show")
+    parser.add_argument("--top", type=count, default=8, help="how many offers to show")
     parser.add_argument("--memory", action="store_true", help="also of all strategies and micro-batches")
     add_json(parser)
 
@@ -35,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
     config, known, progress = _load(args)
     if config.device == "cpu":
         print("device=cpu: of CPUs we know no speed and no price; planned as if on GPUs", file=sys.stderr)
-    catalog, choice = make_choice(config, args, known)
+    used_h = (time.time() - progress.began_s) / 3600 if progress and progress.began_s else 0.0
+    catalog, choice = make_choice(config, args, known, used_h=used_h, used_usd=progress.usd if progress else 0.0)
     sizes = _list_memory(config, choice.chosen) if args.memory or args.json else []
     rest = _extrapolate(config, progress) if progress else None
     if args.json:
@@ -75,12 +78,18 @@ def run(args: argparse.Namespace) -> int:
 def _describe_work(config: RunConfig, tokens_done: int) -> tuple[str, str]:
     flops = config.flops_per_token * config.total_tokens
     six = 6.0 * config.model.num_params * config.total_tokens
-    tokens = f"{config.total_tokens / 1e9:,.1f} B tokens"
-    done = f"; {tokens_done / 1e9:,.1f} B tokens are done" if tokens_done else ""
+    done = f"; {_show_count(tokens_done)} tokens are done" if tokens_done else ""
     return (
-        f"{config.model.num_params / 1e9:.2f} B parameters, {tokens}{done}",
+        f"{_show_count(config.model.num_params)} parameters, {_show_count(config.total_tokens)} tokens{done}",
         f"{flops:.2e} FLOP with attention, {six:.2e} by 6 N D",
     )
+
+
+def _show_count(number: float) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:,.2f} {unit}"
+    return f"{number:,.0f}"
 
 
 def _load(args: argparse.Namespace) -> "tuple[RunConfig, Known, Progress | None]":
@@ -90,6 +99,9 @@ def _load(args: argparse.Namespace) -> "tuple[RunConfig, Known, Progress | None]
     known = get_known()
     if not _is_run(args.config):
         config = load(args.config, args.overrides)
+        if not _names_model(args.config, args.overrides):
+            said = f"{args.config} has no model section, as one that `solvent checkpoint import` fills"
+            print(f"{said}: planned for the model that is taken otherwise", file=sys.stderr)
         return config, known, None
     from cluster.ledger import read_ledger
     from cluster.planner.progress import learn, measure_progress
@@ -98,9 +110,19 @@ def _load(args: argparse.Namespace) -> "tuple[RunConfig, Known, Progress | None]
     with open_rows(args.config) as run_dir:
         config = load(run_dir.config, args.overrides)
         progress = measure_progress(
-            config, read_rows(run_dir.metrics), read_rows(run_dir.attempts), read_ledger(read_rows(run_dir.ledger))
+            config,
+            read_rows(run_dir.metrics),
+            list(read_rows(run_dir.attempts)),
+            read_ledger(read_rows(run_dir.ledger)),
         )
     return config, learn(config, progress, known), progress
+
+
+def _names_model(path: str, overrides: list[str]) -> bool:
+    import yaml
+
+    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # it was loaded a moment ago
+    return "model" in (content or {}) or any(override.startswith("model.") for override in overrides)
 
 
 def _is_run(name: str) -> bool:

@@ -8,8 +8,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.cli._numbers import count, not_negative, positive
 from cluster.cli._runs import add_json, print_json
-from elastic.errors import ConfigError
+from elastic.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from cluster.simulator.outcome import Outcome
@@ -28,19 +29,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="a fleet by lot, such as nodes=16,hours=168,seed=1",
     )
-    parser.add_argument("--min-nodes", type=int, default=1, help="fewest of a world")
-    parser.add_argument("--max-nodes", type=int, default=64, help="most of a world")
-    parser.add_argument("--gang", type=int, metavar="N", help="also a run that takes N nodes or none")
-    parser.add_argument("--save-s", type=float, default=30.0, help="how long a save holds up (all policies but ours)")
-    parser.add_argument("--recovery-s", type=float, default=180.0, help="from a loss to the next step (as above)")
-    parser.add_argument("--notice-s", type=float, default=0.0, help="before each loss; traces do not tell")
-    parser.add_argument("--usd-per-node-hour", type=float, default=1.0)
-    parser.add_argument("--step-node-s", type=float, default=60.0, help="node-seconds of work in a step")
+    parser.add_argument("--min-nodes", type=count, default=1, help="fewest of a world")
+    parser.add_argument("--max-nodes", type=count, default=64, help="most of a world")
+    parser.add_argument("--gang", type=count, metavar="N", help="also a run that takes N nodes or none")
+    parser.add_argument(
+        "--save-s", type=not_negative, default=30.0, help="how long a save holds up (all policies but ours)"
+    )
+    parser.add_argument(
+        "--recovery-s", type=not_negative, default=180.0, help="from a loss to the next step (as above)"
+    )
+    parser.add_argument("--notice-s", type=not_negative, default=0.0, help="before each loss; traces do not tell")
+    parser.add_argument("--usd-per-node-hour", type=positive, default=1.0)
+    parser.add_argument("--step-node-s", type=positive, default=60.0, help="node-seconds of work in a step")
     deadlines = parser.add_argument_group("deadlines: policies for spot and on-demand over windows drawn by lot")
-    deadlines.add_argument("--slack", type=float, nargs="+", help="deadlines, over the time on on-demand machines")
-    deadlines.add_argument("--windows", type=int, default=200, help="for each slack (%(default)s)")
-    deadlines.add_argument("--work-h", type=float, default=8.0, help="hours of work on all machines (%(default)s)")
-    deadlines.add_argument("--on-demand-usd-per-node-hour", type=float, metavar="USD", help="(3 times the spot price)")
+    deadlines.add_argument("--slack", type=positive, nargs="+", help="deadlines, over the time on on-demand machines")
+    deadlines.add_argument("--windows", type=count, default=200, help="for each slack (%(default)s)")
+    deadlines.add_argument("--work-h", type=positive, default=8.0, help="hours of work on all machines (%(default)s)")
+    deadlines.add_argument(
+        "--on-demand-usd-per-node-hour", type=positive, metavar="USD", help="(3 times the spot price)"
+    )
     parser.add_argument("--config", metavar="CONFIG", help="plan it: speed, price and recovery of a node of --offer")
     parser.add_argument("--offer", metavar="ID", help="of `solvent offers`, for --config")
     parser.add_argument("--plot", metavar="HTML", type=Path, help="write pictures there")
@@ -57,10 +64,13 @@ def run(args: argparse.Namespace) -> int:
 
     if not args.traces and not args.generate:
         raise ConfigError("simulate needs a fleet: give TRACE files, or --generate nodes=16,hours=168.")
-    if not 1 <= args.min_nodes <= args.max_nodes:
-        raise ConfigError(f"--min-nodes {args.min_nodes} must be at least 1 and at most --max-nodes {args.max_nodes}.")
+    if args.min_nodes > args.max_nodes:
+        raise ConfigError(f"--min-nodes {args.min_nodes} must be at most --max-nodes {args.max_nodes}.")
     fleets = [load_fleet(path, seed=args.seed) for path in args.traces]
     fleets += [generate_fleet(parse_weather(text)) for text in args.generate]
+    for fleet in fleets:
+        if not fleet.node_hours:
+            raise DataError(f"{fleet.name} has no node at any time, so nothing could train. Give another fleet.")
     if args.slack:
         return _study_deadlines(args, fleets)
     savings = build_savings(save_s=args.save_s, recovery_s=args.recovery_s)
@@ -78,7 +88,10 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         from cluster.simulator.plot import draw_page
 
-        args.plot.write_text(draw_page(played), encoding="utf-8")
+        try:
+            args.plot.write_text(draw_page(played), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--plot {args.plot} cannot be written ({error.strerror}). Give another path.") from error
     if args.json:
         rows = {fleet.name: {o.policy: o.to_row() for o in outcomes} for fleet, outcomes in played}
         only: Any = next(iter(rows.values())) if len(rows) == 1 else {}
@@ -97,8 +110,8 @@ def _study_deadlines(args: argparse.Namespace, fleets: "list[Fleet]") -> int:
     """Print what the policies for deadlines cost, and return 1 if one was missed."""
     from cluster.deadlines.study import Terms, study
 
-    if min(args.slack) <= 1 or args.windows < 1:
-        raise ConfigError(f"--slack {min(args.slack):g} must be more than 1, and --windows at least 1.")
+    if min(args.slack) <= 1:
+        raise ConfigError(f"--slack {min(args.slack):g} must be more than 1: the time on on-demand machines alone.")
     terms = Terms(
         work_h=args.work_h,
         spot_usd_per_hour=args.usd_per_node_hour,
@@ -136,7 +149,8 @@ def _plan(
 
     offers = {offer.id: offer for offer in load_catalog(cache=get_cache()).offers}
     if args.offer not in offers:
-        raise ConfigError(f"--offer {args.offer} is not one. Give an id that `solvent offers` prints.")
+        said = f"--offer {args.offer} is not one" if args.offer else "--config needs an --offer"
+        raise ConfigError(f"{said}. Give an id that `solvent offers` prints.")
     offer, config = offers[args.offer], load(args.config, [])
     nodes = max(1, config.cluster.max_workers // offer.gpus)
     candidate = Evaluator(config).evaluate(offer, nodes)

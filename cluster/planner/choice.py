@@ -216,7 +216,7 @@ def explain_none(
     hint = "No single change that we know helps"
     if remedies:
         hint = f"Any one of these makes a plan: {'; '.join(remedies)}"
-    return f"{what}: {why}. {hint}."
+    return f"{what}: {why.rstrip('.')}. {hint}."
 
 
 def _relax(fitting: Sequence[Candidate], limits: Limits) -> list[str]:
@@ -243,7 +243,7 @@ def _explain_nothing_fits(candidates: Sequence[Candidate]) -> str:
     if not known:
         return candidates[0].reason if candidates else "there are no offers"
     nearest = min(known, key=lambda pair: pair[0])[1]
-    return f"the nearest is {_name(nearest)}, which {nearest.reason}"
+    return f"the nearest is {_name(nearest)}: {nearest.reason}"
 
 
 def _add_workers(config: RunConfig, offers: Sequence[Offer], *, limits: Limits, known: Known | None) -> list[str]:

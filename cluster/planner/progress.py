@@ -1,7 +1,7 @@
 """What a run in progress has measured of itself, from its rows: the plan for the rest of it goes by that. Pure."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -12,6 +12,7 @@ from cluster.planner.candidates import Known
 from cluster.planner.throughput import estimate_step
 from elastic.config import RunConfig
 from elastic.errors import ConfigError
+from elastic.records.rundir import parse_utc
 
 _RECENT = 50
 _FEWEST_ROWS = 5
@@ -30,6 +31,8 @@ class Progress:
     gpus: tuple[str, ...]
     """Those whose peak its MFU was computed with; none on CPUs."""
     usd: float
+    began_s: float | None
+    """Unix time of the first attempt; None: there was none."""
     node_hours: float
     losses: int
     """Worlds that were lost without notice."""
@@ -45,7 +48,7 @@ class Progress:
 def measure_progress(
     config: RunConfig,
     metrics: Iterable[Mapping[str, Any]],
-    attempts: Iterable[Mapping[str, Any]],
+    attempts: Sequence[Mapping[str, Any]],
     ledger: Iterable[LedgerRow],
 ) -> Progress:
     """Return what the rows of a run tell; the newest row of a step counts."""
@@ -63,6 +66,7 @@ def measure_progress(
         world_size=world_size,
         gpus=_find_gpus(config, last) if last else (),
         usd=totals.usd,
+        began_s=parse_utc(attempts[0]["start_utc"]) if attempts else None,
         node_hours=sum(tile.end_ms - tile.start_ms for tile in tiles) / 3_600_000,
         losses=sum(row["end"] == "lost" for row in attempts),
         goodput=totals.goodput,

@@ -50,7 +50,11 @@ def parse_weather(text: str) -> Weather:
             ) from error
     weather = Weather(**values)  # pyright: ignore[reportArgumentType] # each has the type of its default
     positive = (weather.nodes, weather.hours, weather.mean_up_h, weather.mean_down_h, weather.variation)
-    if min(positive) <= 0 or not 0 <= weather.batch_share <= 1 or weather.batch_mean < 1:
+    if (
+        not all(0 < number < math.inf for number in positive)
+        or not 0 <= weather.batch_share <= 1
+        or weather.batch_mean < 1
+    ):
         raise DataError(f"--generate {text}: numbers must be positive, batch_share at most 1, batch_mean at least 1.")
     return weather
 

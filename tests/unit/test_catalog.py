@@ -54,6 +54,12 @@ def test_what_tensors_may_take_is_less_than_what_the_box_says():
     assert SPECS["RTX4090"].usable_gib == pytest.approx(21.5, abs=0.1)  # 23.5 less 3 % and 1.3 GiB
 
 
+@pytest.mark.parametrize(("typed", "meant"), [("H1000", "H100-SXM"), ("RTX50900", "RTX5090"), ("A10080G", "A100")])
+def test_a_gpu_that_is_typed_wrongly_is_told_what_was_meant(typed, meant):
+    with pytest.raises(ConfigError, match=f"Did you mean {meant}"):
+        get_spec(typed)
+
+
 def test_an_unknown_gpu_is_refused():
     with pytest.raises(ConfigError, match=r"X1000.* would be guesses"):
         get_spec("X1000")
@@ -159,7 +165,28 @@ def test_a_user_may_have_offers_of_his_own():
     assert (own.id, own.gpu, own.usd_per_hour, own.kind) == ("us/4xRTX 4090/own/reserved", "RTX4090", 0.8, "reserved")
 
 
-@pytest.mark.parametrize("content", [{"nobody/*": 1.0}, {"aws/*": 0}, {"aws/*": "cheap"}, {}, [{"gpu": "L4"}], "x"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *({"nobody/*": 1.0}, {"aws/*": 0}, {"aws/*": "cheap"}, {"aws/*": float("inf")}, {}, "x"),
+        *([{"gpu": "L4"}], ["L4"], [{"gpu": 4, "usd_per_gpu_hour": 1.0}]),
+        *(
+            [{"gpu": "L4", "usd_per_gpu_hour": 1.0} | wrong]
+            for wrong in (
+                {"usd_per_gpu_hour": "abc"},
+                {"usd_per_gpu_hour": float("nan")},
+                {"gpus": True},
+                {"gpus": 0},
+                {"kind": "free"},
+                {"network_gbits": "fast"},
+                {"max_nodes": -3},
+                {"losses_per_hour": -1},
+                {"date": "yesterday"},
+                {"colour": "blue"},
+            )
+        ),
+    ],
+)
 def test_prices_that_mean_nothing_are_refused(content):
     with pytest.raises(ConfigError, match=r"prices\.yaml"):
         override([offer()], content, name="prices.yaml")

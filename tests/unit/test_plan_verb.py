@@ -44,6 +44,48 @@ def test_no_plan_is_exit_code_4_and_says_what_to_change(capsys):
     assert "--deadline-h" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget-usd", "-5"], "argument --budget-usd: -5 must be more than 0"),
+        (["--budget-usd", "0"], "must be more than 0"),
+        (["--deadline-h", "nan"], "nan is no number that can be counted with"),
+        (["--deadline-h", "soon"], "'soon' is no number"),
+        (["--top", "0"], "must be at least 1"),
+        (["--top", "1.5"], "is no whole number"),
+        (["--gpu", "H1000"], "Did you mean H100-SXM?"),
+        (["--provider", "nobody", "--kind", "bid"], "--kind bid --provider nobody leaves none of"),
+    ],
+)
+def test_what_no_plan_can_keep_to_is_refused_with_the_reason(arguments, message, capsys):
+    try:
+        code = main(["plan", CONFIG, *arguments])
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_catalog_without_a_price_is_told(tmp_path, capsys):
+    catalog = tmp_path / "vms.csv"
+    catalog.write_text("InstanceType,AcceleratorName,AcceleratorCount,Price,SpotPrice,Region\nx,H100,8,0,,r\n")
+    assert main(["plan", CONFIG, "--catalog", str(catalog)]) == 2
+    assert "has no offer with a price" in capsys.readouterr().err
+
+
+def test_every_configuration_that_ships_is_planned_or_refused_with_a_reason(capsys):
+    codes = {path.stem: main(["plan", str(path), "--top", "1"]) for path in Path(CONFIG).parent.glob("*.yaml")}
+    assert {name for name, code in codes.items() if code} == {"faults-demo"}  # a list of faults, no configuration
+    assert "sft-lora-24gb.yaml has no model section" in capsys.readouterr().err
+
+
+def test_an_old_gpu_is_told_what_it_can_compute(capsys):
+    assert main(["plan", CONFIG, "--gpu", "T4"]) == 4
+    said = capsys.readouterr().err
+    assert "a T4 has no such arithmetic" in said
+    assert ".." not in said
+
+
 def test_the_budget_of_the_configuration_is_the_limit(capsys):
     assert main(["plan", CONFIG, "budget.max_usd=10"]) == 4
     assert "--budget-usd" in capsys.readouterr().err
@@ -68,3 +110,25 @@ def test_a_run_in_progress_is_planned_by_its_name(tmp_path, capsys, monkeypatch)
     whole = json.loads(capsys.readouterr().out)
     assert half["tokens_done"] == row["tokens"]
     assert half["chosen"]["usd"] == pytest.approx(whole["chosen"]["usd"] / 2, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ("budget.max_hours=2", "budget.max_hours=2 is over"),
+        ("budget.max_usd=50", "budget.max_usd=50 is over: 60.00 USD are spent"),
+        ("budget.max_usd=61", "--budget-usd 1"),  # what it leaves is the limit
+    ],
+)
+def test_a_run_in_progress_has_what_its_budget_leaves(budget, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "r"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(Path(CONFIG).read_text())
+    began = {"start_utc": "2026-01-01T00:00:00Z", "end_utc": "2026-01-01T01:00:00Z"}
+    (run / "attempts.jsonl").write_text(json.dumps({"end": "interrupted", **began}) + "\n")
+    (run / "ledger.jsonl").write_text(
+        json.dumps({"node": "a", "state": "train", "gpus": 8, "usd": 60.0, **began}) + "\n"
+    )
+    assert main(["plan", "r", budget]) == 4
+    assert message in capsys.readouterr().err

@@ -220,7 +220,12 @@ def test_without_a_gpu_a_run_is_extrapolated_as_it_goes():
     config = plan_config("125M", batch=1, seq_len=128, steps=100)
     tile = LedgerRow(node="a", start_ms=0, end_ms=3_600_000, state="train", gpus=1, usd=0.5)
     idle = replace(tile, start_ms=3_600_000, end_ms=7_200_000, state="wait")
-    progress = measure_progress(config, rows(config, tokens_per_s=64.0, steps=25), [{"end": "lost"}], [tile, idle])
+    progress = measure_progress(
+        config,
+        rows(config, tokens_per_s=64.0, steps=25),
+        [{"end": "lost", "start_utc": "2026-01-01T00:00:00Z"}],
+        [tile, idle],
+    )
     assert measure_scales(config, progress) == {}
     assert (progress.goodput, progress.usd, progress.losses) == (0.5, 1.0, 1)
     rest = extrapolate(config, progress)

@@ -1,11 +1,13 @@
 """`solvent simulate` and `solvent offers`, as users and scripts call them."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from cluster.cli import main
 
+CONFIG = str(Path(__file__).parents[2] / "configs" / "8b-8xh100-spot.yaml")
 KEYS = {"goodput", "fleet_share", "wall_h", "usd", "losses", "steps_redone"}
 FLEET = "t_s,event,node\n0,add,a\n0,add,b\n600,remove,a\n900,add,c\n3600,remove,b\n"
 
@@ -30,17 +32,13 @@ def test_json_has_every_policy_with_what_scripts_read(tmp_path, capsys):
 
 
 def test_the_planner_gives_a_node_its_speed_and_price(tmp_path, capsys):
-    from pathlib import Path
-
     path = tmp_path / "fleet.csv"
     path.write_text(FLEET)
-    config = str(Path(__file__).parents[2] / "configs" / "8b-8xh100-spot.yaml")
     offer = "azure/Standard_ND96isr_H100_v5/eastus/spot"
-    assert main(["simulate", str(path), "--config", config, "--offer", offer, "--json"]) == 0
+    assert main(["simulate", str(path), "--config", CONFIG, "--offer", offer, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["solvent"]["usd"] == pytest.approx(18.1695 * 6900 / 3600, rel=1e-3)
     assert 0.01 < said["solvent"]["usd_per_mtoken"] < 1
-    assert main(["simulate", str(path), "--config", config, "--offer", "nobody"]) == 2
 
 
 def test_pictures_are_written_where_asked(tmp_path, capsys):
@@ -50,10 +48,40 @@ def test_pictures_are_written_where_asked(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--generate", "nodes=x"], ["--generate", "nodes=2", "--min-nodes", "0"], ["nowhere.csv"]]
+    "arguments",
+    [
+        *([], ["--generate", "nodes=x"], ["--generate", "nodes=2,hours=nan"], ["nowhere.csv"], ["NEGATIVE"], ["NAN"]),
+        ["EMPTY"],
+        *(
+            ["FLEET", *wrong]
+            for wrong in (
+                ["--min-nodes", "0"],
+                ["--min-nodes", "5", "--max-nodes", "4"],
+                ["--gang", "-1"],
+                ["--save-s", "nan"],
+                ["--recovery-s", "-3"],
+                ["--usd-per-node-hour", "0"],
+                ["--step-node-s", "0"],
+                ["--slack", "1.0"],
+                ["--slack", "1.5", "--windows", "0"],
+                ["--slack", "1.5", "--work-h", "-1"],
+                ["--plot", "nowhere/page.html"],
+                ["--config", CONFIG],
+                ["--config", CONFIG, "--offer", "nobody"],
+            )
+        ),
+    ],
 )
-def test_what_cannot_be_simulated_is_refused(arguments, capsys):
-    assert main(["simulate", *arguments]) == 2
+def test_what_cannot_be_simulated_is_refused(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = {"FLEET": "0,4\n3600,2\n7200,4", "NEGATIVE": "0,-4\n9,1", "NAN": "nan,4\n9,1", "EMPTY": "0,0\n3600,0"}
+    for name, text in rows.items():
+        (tmp_path / name).write_text(f"t_s,nodes\n{text}\n")
+    try:
+        code = main(["simulate", *arguments])
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
     assert "Traceback" not in capsys.readouterr().err
 
 
