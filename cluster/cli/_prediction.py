@@ -72,7 +72,7 @@ def predict(
     ]
     paid = get_paid_share([*tally.rows, *lingering], start_s=first_s, end_s=first_s + end_s) or 0.0
     return Prediction(
-        measured=round(measured.steady_share * _sum_any(tally.rows) / end_s, 4),
+        measured=round(measured.step_share * _sum_any(tally.rows) / end_s, 4),
         paid=round(measured.steady_share * paid, 4),
         losses=tally.losses,
         wall_s=end_s,

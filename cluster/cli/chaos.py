@@ -149,7 +149,7 @@ def _predict(
             raise ConfigError(
                 f"--predict-from {earlier} has no {_RESULT} ({error}). Give a run that `solvent chaos` has ended."
             ) from error
-        measured = measure(read_rows(rows.metrics), read_rows(rows.attempts), read_ledger(read_rows(rows.ledger)))
+        measured = measure(list(read_rows(rows.metrics)), read_rows(rows.attempts), read_ledger(read_rows(rows.ledger)))
     boot_s = measure_boot_s(told["faults"])
     found = predict(config, faults, num_nodes=num_nodes, end_s=end_s, measured=measured, boot_s=boot_s)
     prediction = {

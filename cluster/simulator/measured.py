@@ -10,6 +10,7 @@ from typing import Any
 from cluster.ledger import LedgerRow
 from cluster.simulator.saving import Saving
 from elastic.errors import DataError
+from elastic.records.rundir import parse_utc
 
 _STARTING = ("start", "wait")
 _WORKING = ("train", "redo")
@@ -35,7 +36,9 @@ class Measured:
     linger_s: float
     """How long a node is paid for after the world that it left."""
     steady_share: float
-    """Of the time of a world between two changes, what its steps take."""
+    """Of the paid time of a world between two changes, what the ledger calls training."""
+    step_share: float
+    """Of the time between its first step and its last, what `step_s` of its rows says."""
 
     def build_saving(self, *, durable_s: float) -> Saving:
         """Return it as a way to save."""
@@ -53,7 +56,7 @@ class Measured:
 
 
 def measure(
-    metrics: Iterable[Mapping[str, Any]], attempts: Iterable[Mapping[str, Any]], ledger: Iterable[LedgerRow]
+    metrics: Sequence[Mapping[str, Any]], attempts: Iterable[Mapping[str, Any]], ledger: Iterable[LedgerRow]
 ) -> Measured:
     """Return what a run has measured.
 
@@ -87,6 +90,7 @@ def measure(
         start_s=fmean(starts_ms) / 1000,
         linger_s=fmean(_measure_linger_ms(tiles) for tiles in left) / 1000 if left else 0.0,
         steady_share=_measure_steady_share(nodes),
+        step_share=_measure_step_share(metrics),
     )
 
 
@@ -114,6 +118,15 @@ def _measure_start_ms(tiles: Sequence[LedgerRow]) -> int:
 
 def _measure_linger_ms(tiles: Sequence[LedgerRow]) -> int:
     return tiles[-1].end_ms - max((tile.end_ms for tile in tiles if tile.state != "idle"), default=tiles[-1].end_ms)
+
+
+def _measure_step_share(metrics: Sequence[Mapping[str, Any]]) -> float:
+    steps_s = time_s = 0.0
+    for before, after in pairwise(metrics):
+        if before["attempt"] == after["attempt"]:
+            steps_s += after["step_s"]
+            time_s += parse_utc(after["time_utc"]) - parse_utc(before["time_utc"])
+    return min(1.0, steps_s / time_s) if time_s > 0 else 1.0
 
 
 def _measure_steady_share(nodes: Iterable[Sequence[LedgerRow]]) -> float:

@@ -75,7 +75,7 @@ def test_a_catalog_without_a_price_is_told(tmp_path, capsys):
 
 def test_every_configuration_that_ships_is_planned_or_refused_with_a_reason(capsys):
     codes = {path.stem: main(["plan", str(path), "--top", "1"]) for path in Path(CONFIG).parent.glob("*.yaml")}
-    assert {name for name, code in codes.items() if code} == {"faults-demo"}  # a list of faults, no configuration
+    assert {name for name, code in codes.items() if code} == {"faults-demo", "faults-calibrate"}  # lists of faults
     assert "sft-lora-24gb.yaml has no model section" in capsys.readouterr().err
 
 

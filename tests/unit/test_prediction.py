@@ -8,6 +8,7 @@ from cluster.ledger import LedgerRow
 from cluster.simulator.measured import Measured, measure
 from elastic.config import CheckpointConfig, ClusterConfig, RunConfig
 from elastic.errors import DataError
+from elastic.records.rundir import format_utc
 
 CONFIG = RunConfig(cluster=ClusterConfig(max_workers=2), checkpoint=CheckpointConfig(every_steps=40))
 MEASURED = Measured(
@@ -19,6 +20,7 @@ MEASURED = Measured(
     start_s=10.0,
     linger_s=4.0,
     steady_share=1.0,
+    step_share=1.0,
 )
 
 
@@ -30,7 +32,11 @@ def tiles(node, *spans):
 
 
 def metrics(*steps):
-    return [{"step_s": step_s, "world_size": size} for size, step_s in steps]
+    """Rows a second apart."""
+    return [
+        {"step_s": step_s, "world_size": size, "attempt": 1, "time_utc": format_utc(1000.0 + index)}
+        for index, (size, step_s) in enumerate(steps)
+    ]
 
 
 def test_a_run_s_rows_say_what_its_changes_took():
@@ -52,6 +58,7 @@ def test_a_run_s_rows_say_what_its_changes_took():
     assert found.unsaved_s == pytest.approx(1.2)
     assert (found.start_s, found.linger_s) == (10.5, 4.0)
     working = 15 + 1 + 18.5 + 18 + 15 + 19
+    assert found.step_share == pytest.approx((0.4 + 0.5) / 2)
     assert found.steady_share == pytest.approx(working / (working + 1))
 
 
