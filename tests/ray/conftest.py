@@ -2,10 +2,9 @@
 
 import pytest
 
-from cluster.ledger import check_dollars, check_tiling, read_ledger
 from elastic.data.kjv import read_chapters
 from elastic.data.prepare import prepare
-from elastic.records.rundir import read_rows
+from tests.ledgers import check_ledgers
 from tests.ray._nodes import open_nodes
 
 
@@ -17,12 +16,6 @@ def data(tmp_path_factory):
         (folder / f"{number}.txt").write_text(chapter)
     prepare([folder], folder / "data", vocab_size=512)
     return folder / "data"
-
-
-def check_ledgers(folder):
-    for path in folder.rglob("ledger.jsonl"):
-        rows = read_ledger(read_rows(path))
-        assert (str(path), check_tiling(rows), check_dollars(rows)) == (str(path), [], [])
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ import pytest
 
 from cluster.cli import main
 from cluster.cli._runs import open_rows
-from cluster.ledger import check_dollars, check_tiling, read_ledger
+from cluster.ledger import check_dollars, check_tiling, read_ledger, totals_of
 from cluster.report.status import get_status
 from elastic.records.attempts import final_rows
 from elastic.records.rundir import RunDir, parse_utc, read_rows
@@ -181,7 +181,7 @@ def test_a_lost_node_is_idle_until_ray_knows_that_it_is_gone(recovered):
 
 def test_wandb_shows_the_dollars_of_the_ledger(recovered):
     run_dir = recovered.dir
-    usd = math.fsum(row["usd"] for row in read_rows(run_dir.ledger))
+    totals = totals_of(read_ledger(read_rows(run_dir.ledger)))
     (folder,) = (run_dir.root / "wandb").glob("offline-run-*")
     wandb = Path(sys.executable).with_name("wandb")
     shown = subprocess.run(
@@ -189,7 +189,12 @@ def test_wandb_shows_the_dollars_of_the_ledger(recovered):
     )
     summary = json.loads(shown.stdout)["summary"]
     assert summary["train/step"] == STEPS
-    assert summary["cost/usd"] == pytest.approx(usd, rel=1e-9)
+    assert summary["cost/usd"] == pytest.approx(totals.usd, rel=1e-9)
+    assert summary["cost/usd_per_mtoken"] == pytest.approx(totals.usd / summary["train/tokens"] * 1e6, rel=1e-9)
+    assert summary["cost/goodput"] == pytest.approx(totals.goodput, abs=1e-3)
+    wasted = {cause: summary[f"cost/wasted/{cause}"] for cause in totals.usd_by_cause}
+    assert wasted == pytest.approx(totals.usd_by_cause, abs=1e-6)
+    assert summary["cost/wasted_usd"] == pytest.approx(sum(wasted.values()), abs=1e-6)
 
 
 def test_the_bucket_has_every_row_once(recovered):

@@ -1,12 +1,14 @@
 import json
 import math
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.ledger import STATES, Ledger, LedgerRow, check_tiling, read_ledger, totals_of
+from tests.ledgers import check_ledgers
 
 states = st.sampled_from(STATES)
 nodes = st.sampled_from(["a", "b"])
@@ -156,3 +158,24 @@ def test_the_check_names_a_gap_or_overlap_of_one_millisecond(second_start_ms, wo
 
     (problem,) = check_tiling([tile(0, 1000), tile(second_start_ms, 2000)])
     assert word in problem
+
+
+def test_the_look_at_every_run_of_the_suite_finds_a_lost_millisecond_and_a_lost_cent(tmp_path):
+    """`tests/ray/conftest.py` looks at each run that a test left, after the test and after all of them."""
+    tiles = [
+        LedgerRow(node="a", start_ms=0, end_ms=3_600_000, state="train", gpus=1, usd=2.0),
+        LedgerRow(node="a", start_ms=3_600_000, end_ms=7_200_000, state="redo", gpus=1, usd=2.0),
+    ]
+
+    def leave(second):
+        folder = tmp_path / "deep" / "run"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "ledger.jsonl").write_text("".join(json.dumps(row.to_row()) + "\n" for row in (tiles[0], second)))
+
+    assert check_ledgers(tmp_path) == 0
+    leave(tiles[1])
+    assert check_ledgers(tmp_path) == 1
+    for wrong in (replace(tiles[1], start_ms=3_600_001), replace(tiles[1], usd=1.98)):
+        leave(wrong)
+        with pytest.raises(AssertionError, match=r"ledger\.jsonl"):
+            check_ledgers(tmp_path)
