@@ -12,9 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from cluster.ledger import CAUSES as LEDGER_CAUSES
+
 ROOT = Path(__file__).parents[2]
 FAKE = ROOT.parent / "shared" / "peers" / "fake_wandb.py"
-TRAINER = """
+CAUSES = sorted({*LEDGER_CAUSES.values()})
+MONEY = {
+    **{"usd": 0.5, "usd_per_mtoken": 2.5, "goodput": 0.9, "available_goodput": 0.95, "usd_wasted": 0.07},
+    **{f"usd_wasted_{cause}": 0.01 for cause in CAUSES},
+}
+TRAINER = (
+    f"MONEY = {MONEY}"
+    + """
 import logging, os, signal, sys
 from pathlib import Path
 from elastic.config import RunConfig, WandbConfig
@@ -27,12 +36,13 @@ run_dir = RunDir(Path(storage) / "r")
 run_dir.root.mkdir(parents=True, exist_ok=True)
 sink = wandb.build(config, run_dir)
 for step in range(int(first), int(last) + 1):
-    sink.write({"step": step, "tokens": 100 * step, "loss": 1 / step, "mfu": None, "usd": 0.5})
+    sink.write({"step": step, "tokens": 100 * step, "loss": 1 / step, "mfu": None, **MONEY})
 if end == "hang":
     print("written", flush=True)
     signal.pause()
 sink.close()
 """
+)
 
 
 def start(storage, mode, first, last, end="close", **env):
@@ -109,6 +119,9 @@ def test_online_rows_of_all_attempts_reach_one_run_although_steps_repeat(tmp_pat
     assert [row["train/tokens"] for row in rows] == [100, 200, 300, 400, 300, 400, 500, 600]
     (summary,) = server.summary.values()
     assert summary["train/step"] == 6
+    keys = {"usd": 0.5, "usd_per_mtoken": 2.5, "goodput": 0.9, "available_goodput": 0.95, "wasted_usd": 0.07}
+    keys |= {f"wasted/{cause}": 0.01 for cause in CAUSES}
+    assert {key.removeprefix("cost/"): value for key, value in rows[-1].items() if key.startswith("cost/")} == keys
 
 
 def test_the_environment_names_project_group_name_and_place_where_the_configuration_does_not(tmp_path):
