@@ -157,7 +157,8 @@ def _plan(
     if not candidate.fits or candidate.goodput is None:
         raise ConfigError(f"--config {args.config} on {nodes} x {args.offer}: {candidate.reason}.")
     speed = candidate.tokens_per_s / nodes
-    ours = replace(savings[-1], recovery_s=candidate.goodput.outage_s, planned_s=candidate.goodput.outage_s)
+    outage_s, ours = candidate.goodput.outage_s, savings[-1]  # from step to step: leaving is a part of it
+    ours = replace(ours, recovery_s=max(0.0, outage_s - ours.leave_s), planned_s=max(0.0, outage_s - ours.park_s))
     setup = replace(
         setup,
         usd_per_node_hour=offer.usd_per_hour,
