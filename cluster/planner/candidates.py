@@ -26,6 +26,8 @@ class Known:
     """Measured over estimated seconds of a step, by GPU."""
     losses_per_node_hour: float | None = None
     """Of spot machines, where this run has seen them go."""
+    outage_s: float | None = None
+    """From the last step of a world to the first of the next, as this run has seen it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +129,7 @@ class Evaluator:
             step_s=step.step_s,
             shard_bytes=estimate_shard_bytes(config, world_size),
             losses_per_hour=self._known.losses_per_node_hour if offer.kind in ("spot", "bid") else None,
+            measured_outage_s=self._known.outage_s,
         )
         fits = memory.peak_gib <= spec.usable_gib
         tokens_per_s = config.train.global_batch * config.data.seq_len / step.step_s

@@ -57,18 +57,21 @@ def estimate_goodput(
     step_s: float,
     shard_bytes: float,
     losses_per_hour: float | None = None,
+    measured_outage_s: float | None = None,
 ) -> Goodput:
     """Return what an offer's losses leave of the time of so many machines.
 
     Args:
         shard_bytes: of the state, on one rank.
         losses_per_hour: of one machine, where it was observed.
+        measured_outage_s: from step to step, where that was.
     """
     per_node = offer.losses_per_hour if losses_per_hour is None else losses_per_hour
     per_second = max(per_node * nodes / 3600, 1e-12)
     between_s = 1 / per_second
-    outage_s = _OUTAGE_S + shard_bytes / _PEER_BYTES_PER_S
-    reload_s = _OUTAGE_S + shard_bytes / _STORAGE_BYTES_PER_S
+    from_peer_s = shard_bytes / _PEER_BYTES_PER_S
+    outage_s = _OUTAGE_S + from_peer_s if measured_outage_s is None else measured_outage_s
+    reload_s = max(0.0, outage_s - from_peer_s) + shard_bytes / _STORAGE_BYTES_PER_S
     match config.checkpoint.memory:
         case "peer" if nodes > 1:
             to_storage = _BOTH_LOST

@@ -36,6 +36,8 @@ class Progress:
     node_hours: float
     losses: int
     """Worlds that were lost without notice."""
+    outage_s: float | None
+    """Of the changes of its world; None: there was none."""
     goodput: float
     """Share of the paid time that applied a new step."""
 
@@ -58,6 +60,7 @@ def measure_progress(
     world_size = last["world_size"] if last else 0
     recent = [row for row in rows[-_RECENT:] if row["world_size"] == world_size and row.get("tokens_per_s")]
     tiles = list(ledger)
+    outages_s = [row["outage_s"] for row in attempts if row.get("outage_s") is not None]
     totals = totals_of(tiles)
     return Progress(
         step=last["step"] if last else 0,
@@ -69,6 +72,7 @@ def measure_progress(
         began_s=parse_utc(attempts[0]["start_utc"]) if attempts else None,
         node_hours=sum(tile.end_ms - tile.start_ms for tile in tiles) / 3_600_000,
         losses=sum(row["end"] == "lost" for row in attempts),
+        outage_s=median(outages_s) if outages_s else None,
         goodput=totals.goodput,
     )
 
@@ -113,6 +117,7 @@ def learn(config: RunConfig, progress: Progress, known: Known) -> Known:
         tokens_done=progress.tokens,
         scales={**known.scales, **measure_scales(config, progress)},
         losses_per_node_hour=losses,
+        outage_s=progress.outage_s,
     )
 
 

@@ -223,7 +223,10 @@ def test_without_a_gpu_a_run_is_extrapolated_as_it_goes():
     progress = measure_progress(
         config,
         rows(config, tokens_per_s=64.0, steps=25),
-        [{"end": "lost", "start_utc": "2026-01-01T00:00:00Z"}],
+        [
+            {"end": "lost", "start_utc": "2026-01-01T00:00:00Z"},
+            {"end": "running", "start_utc": "2026-01-01T01:00:00Z", "outage_s": 40.0},
+        ],
         [tile, idle],
     )
     assert measure_scales(config, progress) == {}
@@ -231,7 +234,11 @@ def test_without_a_gpu_a_run_is_extrapolated_as_it_goes():
     rest = extrapolate(config, progress)
     assert rest.hours == pytest.approx(75 * 128 / (64 * 0.5) / 3600)
     assert rest.usd == pytest.approx(3.0)  # a dollar for 25 of 100 steps
-    assert learn(config, progress, Known()).losses_per_node_hour == pytest.approx(0.5)
+    known = learn(config, progress, Known())
+    assert (known.losses_per_node_hour, known.outage_s) == (pytest.approx(0.5), 40.0)
+    slow, fresh = (Evaluator(config, k).evaluate(offer(kind="spot", gpus=1), 2).goodput for k in (known, Known()))
+    assert slow.outage_s == 40.0
+    assert slow.share < fresh.share
 
 
 def test_the_newest_row_of_a_step_counts_and_few_rows_are_no_measurement():
