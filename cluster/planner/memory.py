@@ -29,7 +29,7 @@ _MAX_GRAPHED_FLOPS = 3e13
 class Fitted:
     """What no tensor's shape says: chosen so that the rows of `tests/unit/test_planner_memory.py` come out.
 
-    `python -m tests.cross_check_memory` fits them anew without a row, and says how far off that row then is.
+    `python -m tests.cross_check_plans` fits them anew without a row, and says how far off that row then is.
     """
 
     workspace_gib: float = 0.1

@@ -30,7 +30,7 @@ class Measured:
     planned_s: float
     """The same where a world was asked to end: to grow, or by a notice."""
     unsaved_s: float
-    """Training that a loss has done again."""
+    """Training that a lost node has done again: at any step of the run, on average."""
     start_s: float
     """From the first second that is paid of a node that joins a run under way until its world takes it."""
     linger_s: float
@@ -86,12 +86,18 @@ def measure(
         rates={size: most * steps_s[most] / step_s for size, step_s in steps_s.items()},
         loss_s=_mean_outage_s(losses, outages),
         planned_s=_mean_outage_s(planned, outages),
-        unsaved_s=steps_s[most] * fmean(row["lost_steps"] for row in losses),
+        unsaved_s=steps_s[most] * _measure_unsaved_steps(metrics, losses),
         start_s=fmean(starts_ms) / 1000,
         linger_s=fmean(_measure_linger_ms(tiles) for tiles in left) / 1000 if left else 0.0,
         steady_share=_measure_steady_share(nodes),
         step_share=_measure_step_share(metrics),
     )
+
+
+def _measure_unsaved_steps(metrics: Iterable[Mapping[str, Any]], losses: Iterable[Mapping[str, Any]]) -> float:
+    """Return it from what every row says a loss would redo; without, from the few losses that there were."""
+    said = [row["redo_steps_node_lost"] for row in metrics if row.get("redo_steps_node_lost") is not None]
+    return fmean(said or [row["lost_steps"] for row in losses])
 
 
 def _measure_steps_s(metrics: Iterable[Mapping[str, Any]]) -> dict[int, float]:

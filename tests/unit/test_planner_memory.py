@@ -52,7 +52,7 @@ def test_what_is_planned_is_what_was_measured(model, batch, seq_len, ranks, opti
 @pytest.mark.parametrize("group", ["each size of model", "each strategy"])
 def test_rows_that_nothing_was_fitted_to_come_out_as_well(group):
     """Within 8 %, and never under by more than 3 %: constants that were fitted without them."""
-    from tests.cross_check_memory import GROUPS, leave_out  # it reads the rows from here
+    from tests.cross_check_plans import GROUPS, leave_out  # it reads the rows from here
 
     errors = [error for _, error in leave_out(GROUPS[group])]
     assert len(errors) == len(MEASURED)

@@ -56,6 +56,10 @@ def test_a_run_s_rows_say_what_its_changes_took():
     assert (found.step_s, found.loss_s, found.planned_s) == (0.4, 1.0, 0.5)
     assert found.rates == {2: 2.0, 1: pytest.approx(1.6)}
     assert found.unsaved_s == pytest.approx(1.2)
+    told = [
+        row | {"redo_steps_node_lost": steps} for row, steps in zip(metrics((2, 0.4), (2, 0.4)), (1, 4), strict=True)
+    ]
+    assert measure(told, attempts, ledger).unsaved_s == pytest.approx(0.4 * 2.5)  # each row says what a loss would redo
     assert (found.start_s, found.linger_s) == (10.5, 4.0)
     working = 15 + 1 + 18.5 + 18 + 15 + 19
     assert found.step_share == pytest.approx((0.4 + 0.5) / 2)
