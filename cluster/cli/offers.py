@@ -6,7 +6,7 @@ Prices are those that ship with Solvent, or of the last --refresh; --prices name
 import argparse
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import date
 
 from cluster.cli._runs import add_json, print_json
@@ -68,5 +68,6 @@ def run(args: argparse.Namespace) -> int:
     print(f"{'USD/GPU-h':>9}  {'GPU':15} {'GPUs':>4}  {'as of':10}  id")
     for offer in offers:
         print(f"{offer.usd_per_gpu_hour:9.3f}  {offer.gpu:15} {offer.gpus:4}  {offer.date}  {offer.id}")
-    print(f"{len(offers)} offers; {catalog.describe_age(today)}{'; ' + left_out if left_out else ''}", file=sys.stderr)
+    age = replace(catalog, offers=tuple(offers)).describe_age(today)
+    print(f"{len(offers)} offers; {age}{'; ' + left_out if left_out else ''}", file=sys.stderr)
     return 0

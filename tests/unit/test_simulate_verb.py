@@ -96,3 +96,10 @@ def test_offers_can_be_asked_for_by_gpu_and_written_as_a_catalog_that_is_read_ag
     assert main(["offers", "--catalog", str(path), "--json"]) == 0
     assert {offer["gpu"] for offer in json.loads(capsys.readouterr().out)["offers"]} == {"L40S"}
     assert main(["offers", "--gpu", "X1000"]) == 2
+
+
+def test_the_age_that_offers_tell_is_that_of_the_prices_they_show(capsys):
+    assert main(["offers", "--gpu", "T4"]) == 0
+    assert "prices as of 2026-01-21: " in capsys.readouterr().err
+    assert main(["offers", "--provider", "nobody"]) == 0
+    assert "0 offers; no prices" in capsys.readouterr().err
