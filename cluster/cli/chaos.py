@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         )
     result = build_result(config, injector.struck, missed=injector.missed, exit_code=exit_code)
     result["prediction"] = prediction
-    (get_run_dir(config).root / _RESULT).write_text(dump_json(result), encoding="utf-8")
+    _keep(config, _RESULT, result)
     if args.json:
         print_json(result)
     else:
@@ -158,10 +158,14 @@ def _predict(
         "at_utc": format_utc(time.time()),
         "measured_before": {**asdict(measured), "boot_s": boot_s},
     }
-    root = get_run_dir(config).root
-    root.mkdir(parents=True, exist_ok=True)
-    (root / _PREDICTION).write_text(dump_json(prediction), encoding="utf-8")
+    _keep(config, _PREDICTION, prediction)
     return prediction
+
+
+def _keep(config: RunConfig, name: str, content: dict[str, Any]) -> None:
+    root = get_run_dir(config).root
+    root.mkdir(parents=True, exist_ok=True)  # a driver that ended at once may have made none
+    (root / name).write_text(dump_json(content), encoding="utf-8")
 
 
 def _get_paths(config: RunConfig) -> list[str]:
