@@ -16,7 +16,7 @@ from elastic import plugins
 from elastic.constraints import NOT_NEGATIVE, POSITIVE, Constraint, check_fields
 from elastic.errors import ConfigError
 from elastic.model_config import ModelConfig, build_model_config
-from elastic.tuning import LoraConfig, Tune, get_adapter_shapes
+from elastic.tuning import LoraConfig, Tune, find_in_4_bits, get_adapter_shapes
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8", "fp8_rowwise"]
 Recompute = Literal["none", "selective", "budget", "full"]
@@ -395,7 +395,8 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tune: Tune = "full"
     """full: all weights are trained. lora: adapters beside the frozen weights of an imported model (`solvent checkpoint
-    import`), which are held in what `precision` computes with; only the adapters are saved."""
+    import`), which are held in what `precision` computes with; only the adapters are saved. qlora: the same, and the
+    frozen matrices of the blocks are held in 4 bits (NF4)."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     model: ModelConfig = field(default_factory=build_model_config)
     data: DataConfig = field(default_factory=DataConfig)
@@ -485,15 +486,20 @@ class RunConfig:
         if self.tune == "full":
             if self.lora != LoraConfig():
                 raise ConfigError(
-                    "lora.* is read by tune=lora only, but tune=full trains all weights. Set tune=lora, or leave the "
-                    "keys of lora out."
+                    "lora.* is read by tune=lora and qlora only, but tune=full trains all weights. Set tune=lora, or "
+                    "leave the keys of lora out."
                 )
             return
         self.lora.find_targets(self.model)
+        find_in_4_bits(self.model, self.tune)
+        if self.tune == "lora" and self.lora.nf4_scales != LoraConfig().nf4_scales:
+            raise ConfigError(
+                f"lora.nf4_scales={self.lora.nf4_scales} is read by tune=qlora only. Set tune=qlora, or leave it out."
+            )
         if self.precision in ("fp8", "fp8_rowwise"):
             raise ConfigError(
-                f"precision={self.precision} is for training all weights; tune=lora holds the frozen ones in 16 or 32 "
-                "bits. Set precision=bf16."
+                f"precision={self.precision} is for training all weights; tune={self.tune} holds the frozen ones in "
+                f"{'4' if self.tune == 'qlora' else '16 or 32'} bits. Set precision=bf16."
             )
 
     def get_world_sizes(self) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from elastic.model_config import Rope
+from elastic.nf4 import CODEBOOK, read_row_format
 from elastic.tuning import LORA_A, LORA_B
 
 
@@ -97,7 +98,8 @@ def init_weights(model: nn.Module, *, seed: int, std: float) -> None:
     Matrices are normal with `std`; those of the N `ResidualLinear` layers with std / sqrt(N), so that the residual
     stream does not grow with depth (Source: GPT-2, Radford et al. 2019, section 2.3). Gains are 1, biases 0.
     Adapters begin without effect: the first of their matrices is uniform, as that of a linear layer of torch is, the
-    second 0 (Source: LoRA, arXiv:2106.09685, section 4.1).
+    second 0 (Source: LoRA, arXiv:2106.09685, section 4.1). Weights in 4 bits, which only measurements
+    begin at random, have random codes.
     """
     residual = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, ResidualLinear)}
     for name, param in model.named_parameters():
@@ -107,7 +109,10 @@ def init_weights(model: nn.Module, *, seed: int, std: float) -> None:
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator(param.device).manual_seed(int.from_bytes(digest[:8], "little"))
         full = torch.empty(param.shape, dtype=param.dtype, device=param.device)
-        if name.endswith(f".{LORA_A}"):
+        if param.dtype == torch.uint8:
+            full.random_(generator=generator)
+            _set_nf4_scales(full, std=std)
+        elif name.endswith(f".{LORA_A}"):
             limit = 1 / math.sqrt(param.shape[1])
             full.uniform_(-limit, limit, generator=generator)
         else:
@@ -116,3 +121,15 @@ def init_weights(model: nn.Module, *, seed: int, std: float) -> None:
             # src_data_rank=None: every rank cuts its own full tensor, nothing is sent
             full = distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)
         param.copy_(full)
+
+
+def _set_nf4_scales(packed_YN: Tensor, *, std: float) -> None:
+    """Give rows of 4-bit weights whose codes are random the one scale that makes their standard deviation `std`."""
+    num_columns, scales = read_row_format(packed_YN.shape[1])
+    scale = std / math.sqrt(sum(code**2 for code in CODEBOOK) / len(CODEBOOK))
+    tail_YN = packed_YN[:, num_columns // 2 :]
+    if scales == "uint8":
+        tail_YN[:, :-4] = 255
+        tail_YN, scale = tail_YN[:, -4:], scale / 255
+    number = torch.tensor([scale], dtype=torch.float32, device=packed_YN.device).view(torch.uint8)
+    tail_YN.copy_(number.repeat(tail_YN.shape[1] // 4))

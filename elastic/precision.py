@@ -48,10 +48,14 @@ def check_precision(precision: Precision, device: torch.device) -> None:
         )
 
 
-def build_policy(precision: Precision) -> MixedPrecisionPolicy:
-    """Return what FSDP2 casts: gathered parameters to low precision, gradients to fp32 before they are summed."""
+def build_policy(config: RunConfig) -> MixedPrecisionPolicy:
+    """Return what FSDP2 casts: gathered parameters to low precision, gradients to fp32 before they are summed.
+
+    Frozen weights in 4 bits are bytes, of which a cast would make numbers; what is beside them casts itself.
+    """
+    param_dtype = None if config.tune == "qlora" else _DTYPES[config.precision]
     # Inputs are not cast: activations have the right dtype from the embedding on, and rotary tables must stay fp32.
-    return MixedPrecisionPolicy(param_dtype=_DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False)
+    return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
@@ -64,7 +68,7 @@ def build_cast(config: RunConfig, device: torch.device) -> Callable[[], Abstract
 
     Frozen weights are held in what products read (`elastic/lora.py`), so that nothing is left to cast.
     """
-    return nullcontext if config.tune == "lora" else partial(autocast, config.precision, device)
+    return nullcontext if config.tune != "full" else partial(autocast, config.precision, device)
 
 
 def set_tf32(precision: Precision) -> None:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from elastic.attention import FA4, VARLEN
 from elastic.config import Recompute
+from elastic.nf4_product import NF4_PRODUCT
 
 _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -31,6 +32,7 @@ _PRODUCTS = {
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
     torch.ops.aten._scaled_mm.default,
+    NF4_PRODUCT,
 }
 _KEPT = _ATTENTION | _PRODUCTS
 """What `selective` keeps: matrix products and attention. All else (norms, rotation, SwiGLU) is cheap to do again."""

@@ -158,7 +158,7 @@ def _describe(config: RunConfig, device: torch.device) -> str:
         "model": asdict(config.model),
         "shape": (config.train.micro_batch, config.data.seq_len, config.data.packing),
         "how": [config.precision, config.recompute, config.recompute_budget, config.attention],
-        **({"adapters": asdict(config.lora)} if config.tune == "lora" else {}),
+        **({"adapters": [config.tune, asdict(config.lora)]} if config.tune != "full" else {}),
         "strategies": get_rehearsed(config),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

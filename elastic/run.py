@@ -157,7 +157,7 @@ def _build_parts(
         check.agree()
     _share_indices(run.storage, corpus, world)
     stopwatch.lap("storage")
-    if config.tune == "lora":
+    if config.tune != "full":
         load_base(run.storage, trainable.model, device=world.device)
         stopwatch.lap("frozen weights")
     restored = restore(

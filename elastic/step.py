@@ -23,6 +23,7 @@ from elastic.precision import build_scaler, check_precision, get_dtype, set_tf32
 from elastic.recompute import set_budget, set_compile, set_recompute
 from elastic.spikes import Recent, Verdict, judge
 from elastic.strategies._base import Spread, load_strategy
+from elastic.tuning import find_in_4_bits
 from elastic.world import World
 
 _MIN_FP16_SCALE = 1.0
@@ -89,9 +90,9 @@ def build_trainable(
     set_budget(config.recompute_budget if config.recompute == "budget" else 1.0)
     with torch.device("meta"):
         model: nn.Module = plugins.load("elastic.models", config.model.kind, key="model.kind").build(config.model)
-    if config.tune == "lora":
-        targets = config.lora.find_targets(config.model)
-        add_adapters(model, targets, config.lora, dtype=get_dtype(config.precision))
+    if config.tune != "full":
+        targets, in_4_bits = config.lora.find_targets(config.model), find_in_4_bits(config.model, config.tune)
+        add_adapters(model, targets, config.lora, dtype=get_dtype(config.precision), in_4_bits=in_4_bits)
     spread = load_strategy(config.strategy).spread(model, world=world, config=config)
     set_attention(spread.computing, choose_attention(config, world.device))
     for block in spread.computing.get_submodule("blocks").children():

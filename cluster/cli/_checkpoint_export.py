@@ -1,7 +1,7 @@
 """Write a checkpoint's model as a folder that transformers loads, with config.json and tokenizer.
 
-Weights only: the optimizer's state stays in the run. Adapters (tune=lora) are merged into the weights that they stand
-beside, or, with --to peft, written by themselves as PEFT loads them.
+Weights only: the optimizer's state stays in the run. Adapters (tune=lora, qlora) are merged into the weights that they
+stand beside, or, with --to peft, written by themselves as PEFT loads them.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         if args.to == "peft":
             exported = _write_adapters(storage, manifest, weights, out=out, tokenizer=tokenizer, dtype=args.dtype)
         else:
-            if manifest.config.get("tune") == "lora":
+            if manifest.config.get("tune", "full") != "full":
                 base, _ = open_base(storage)
                 weights = MergedWeights(base, weights, model, LoraConfig(**_get_section(manifest, "lora")))
             exported = write_folder(
@@ -128,7 +128,7 @@ def _write_adapters(
     from elastic.model_config import build_model_config
     from elastic.tuning import LoraConfig
 
-    if manifest.config.get("tune") != "lora":
+    if manifest.config.get("tune", "full") == "full":
         raise ConfigError(
             f"--to peft writes adapters, and {storage.url} was trained with tune=full: it has none. Leave --to out."
         )

@@ -2,7 +2,7 @@
 
 The model's section of the configuration comes from the folder. The weights become the checkpoint of step 0 of the run
 that CONFIG and key=value describe; train it, on any number of ranks, with the config.yaml that is written beside it.
-With tune=lora the weights are kept, frozen, beside the checkpoints, and step 0 holds the adapters.
+With tune=lora or qlora the weights are kept, frozen, beside the checkpoints, and step 0 holds the adapters.
 """
 
 import argparse
@@ -47,7 +47,9 @@ def run(args: argparse.Namespace) -> int:
     adapters = None
     if args.adapter:
         adapters = open_adapters(open_storage(args.adapter), folder.model)
-        config = dataclasses.replace(config, tune="lora", lora=adapters.lora)
+        tune = "lora" if config.tune == "full" else config.tune
+        lora = dataclasses.replace(adapters.lora, nf4_scales=config.lora.nf4_scales)
+        config = dataclasses.replace(config, tune=tune, lora=lora)
     for key, path in get_paths(config.data).items():
         check_tokenizer(path, folder.read_tokenizer(), key=key, origin=args.folder)
         if is_prepared(path):
@@ -55,15 +57,15 @@ def run(args: argparse.Namespace) -> int:
     run_url = join_url(config.storage, config.run)
     storage = open_storage(run_url)
     check_writable(storage)
-    check_space(storage, folder.num_bytes if config.tune == "lora" else folder.num_params * 4)
+    check_space(storage, folder.num_params * 4 if config.tune == "full" else folder.num_bytes)
     try:
         imported = import_folder(folder, storage, config, adapters=adapters)
         storage.write(RunDir(Path()).config.name, [dump(config).encode()])
     except OSError as error:
         raise explain(error, run_url) from error
     overrides = _list_changes("model", config.model)
-    if config.tune == "lora":
-        overrides += ["tune=lora", *_list_changes("lora", config.lora)]
+    if config.tune != "full":
+        overrides += [f"tune={config.tune}", *_list_changes("lora", config.lora)]
     start = f"{args.config} {' '.join(args.overrides + overrides)}" if is_url(run_url) else f"{run_url}/config.yaml"
     summary = {
         "run": run_url,
@@ -91,7 +93,7 @@ def _list_changes(section: str, values: Any) -> list[str]:
 
 
 def _tell(imported: "Imported", tune: str) -> str:
-    if tune == "lora":
+    if tune != "full":
         return (
             f"adapters of {imported.num_trained_params:,} parameters, beside {imported.num_params:,} frozen ones, are "
             "step 0 of"

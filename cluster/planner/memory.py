@@ -17,6 +17,7 @@ from typing import Literal
 from cluster.planner.shape import BlockShape, get_block_shape
 from elastic import plugins
 from elastic.config import RunConfig
+from elastic.tuning import count_frozen_bytes
 
 GIB = 2**30
 _MAX_LOGITS_BYTES = 2**32
@@ -97,10 +98,10 @@ def estimate_memory(config: RunConfig, *, world_size: int, gpus_per_node: int = 
     tokens = micro_batch * config.data.seq_len
     element = get_element_bytes(config)
     kept, whole = _count_activations(config, shape, joins=held.joins)
-    layers, is_frozen = shape.num_layers, config.tune == "lora"
+    layers, is_frozen = shape.num_layers, config.tune != "full"
     loss = _Loss.of(shape, tokens=tokens, element=element, is_frozen=is_frozen, fitted=fitted)
     scale = tokens * element / 2
-    head_grad = 0.0 if config.tune == "lora" else float(element * shape.head_params)
+    head_grad = 0.0 if is_frozen else float(element * shape.head_params)
     block_work = scale * (max(0.0, whole - kept) + fitted.temporaries * shape.temporary_bytes)
     block_grads = held.grads * shape.matrix_params / shape.num_params
     moments: dict[Moment, dict[str, float]] = {
@@ -183,7 +184,7 @@ def _is_graphed(config: RunConfig, *, world_size: int, tokens: int) -> bool:
 
 def _spread(config: RunConfig, shape: BlockShape, *, world_size: int, gpus_per_node: int, accumulates: bool) -> _Held:
     params, element = shape.num_params, get_element_bytes(config)
-    if config.tune == "lora":
+    if config.tune != "full":
         return _spread_frozen(config, shape, world_size=world_size, gpus_per_node=gpus_per_node)
     if is_whole(config, world_size) and config.precision in ("bf16", "fp8", "fp8_rowwise"):
         # fp32 weights and moments, a copy that computes; its gradients are used as they are, or summed in fp32
@@ -233,16 +234,19 @@ def _spread(config: RunConfig, shape: BlockShape, *, world_size: int, gpus_per_n
 
 
 def _spread_frozen(config: RunConfig, shape: BlockShape, *, world_size: int, gpus_per_node: int) -> _Held:
-    """Frozen weights in what products read, without gradients; adapters with moments and gradients in fp32."""
+    """Frozen weights in what products read, or in 4 bits, unpacked for each product; adapters in fp32 with moments."""
     adapters, element = config.num_trained_params, get_element_bytes(config)
     is_sharded = not is_whole(config, world_size) and config.strategy != "ddp"
     ways = get_shard_ways(config, world_size=world_size, gpus_per_node=gpus_per_node) if is_sharded else 1
+    frozen = count_frozen_bytes(config.model, config.lora, config.tune, item_bytes=element)
+    block = (frozen - element * shape.root_params) / shape.num_layers
+    unpacked = max(num_out * num_in for num_out, num_in in config.model.block_matrices.values())
     return _Held(
-        state=(element * shape.num_params + 12.0 * adapters) / ways,
+        state=(frozen + 12.0 * adapters) / ways,
         grads=4.0 * adapters / ways,
         carried=4.0 * adapters / ways,
         gathered_root=float(element * shape.root_params) if is_sharded else 0.0,
-        gathered_blocks=2.0 * element * shape.matrix_params if is_sharded else 0.0,
+        gathered_blocks=(2.0 * block if is_sharded else 0.0) + (element * unpacked if config.tune == "qlora" else 0.0),
         reducing_block=0.0,
         reducing_root=0.0,
         waits_for_block=False,

@@ -112,7 +112,7 @@ def estimate_step(
         )
     head_precision: Precision = "bf16" if config.precision in ("fp8", "fp8_rowwise") else config.precision
     head_peak = gpu.get_peak_flops(head_precision) or peak
-    passes = 4.0 if config.tune == "lora" else 6.0  # frozen weights need no gradients; adapters are little work
+    passes = 6.0 if config.tune == "full" else 4.0  # frozen weights need no gradients; adapters are little work
     block_flops = (passes + 2.0 * again) * shape.matrix_params * layers * tokens
     products_s = block_flops / (peak * _PRODUCTS[config.precision])
     products_s += passes * shape.head_params * tokens / (head_peak * _PRODUCTS[head_precision])

@@ -25,7 +25,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, world: World, config: RunConfig
     between replicas waits for the last one.
     """
     set_fp8(model, config.precision)
-    policy = build_policy(config.precision)
+    policy = build_policy(config)
     for block in model.get_submodule("blocks").children():
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     root = fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)

@@ -12,14 +12,15 @@ from elastic.checkpoint.format.manifest import list_committed, read_manifest
 from elastic.checkpoint.hf.saved import SavedWeights
 from elastic.checkpoint.restore.base import load_base
 from elastic.checkpoint.restore.load import restore
+from elastic.checkpoint.train_state import get_local
 from elastic.config import ClusterConfig
 from elastic.errors import CheckpointError, ConfigError
 from elastic.ports import Finished, Interrupted, Notice
 from elastic.step import build_trainable
 from elastic.storage import open_storage
-from elastic.tuning import LoraConfig, get_adapter_shapes
+from elastic.tuning import LoraConfig, count_frozen_bytes, get_adapter_shapes
 from tests.distributed._loops import Watcher, train_rank, write_data
-from tests.distributed._lora import LORA, MODEL, import_theirs, make_lora_config, write_theirs
+from tests.distributed._lora import LORA, MODEL, MODELS, import_theirs, make_lora_config, write_theirs
 from tests.distributed._ranks import in_world, run_ranks
 from tests.distributed._tiny import train
 
@@ -67,8 +68,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def check_equal_to_unbroken(folder, name, worlds, *, steps):
-    config, unbroken = (make_lora_config(folder, run, steps=steps) for run in (name, f"{name}-unbroken"))
+def check_equal_to_unbroken(folder, name, worlds, *, steps, tune="lora"):
+    config, unbroken = (make_lora_config(folder, run, steps=steps, tune=tune) for run in (name, f"{name}-unbroken"))
     for each in (config, unbroken):
         import_theirs(folder / "theirs", each)
     (alone,) = run_ranks(live_through, 1, unbroken, [(1, "auto", 10**6)])[0]
@@ -85,14 +86,16 @@ def check_equal_to_unbroken(folder, name, worlds, *, steps):
     return manifest
 
 
-def test_changes_of_world_and_strategy_do_not_change_what_adapters_learn_and_only_they_are_saved(folder):
+@pytest.mark.parametrize("tune", ["lora", "qlora"])
+def test_changes_of_world_and_strategy_do_not_change_what_adapters_learn_and_only_they_are_saved(folder, tune):
     worlds = [(1, "auto", 2), (3, "fsdp2", 5), (2, "ddp", 7), (3, "ddp", 9), (2, "fsdp2", 10**6)]
-    manifest = check_equal_to_unbroken(folder, "short", worlds, steps=12)
-    moments = [f"optim.{name}.{kind}" for name in SHAPES for kind in ("exp_avg", "exp_avg_sq", "step")]
-    assert manifest.tensors.keys() == {*(f"model.{name}" for name in SHAPES), *moments}
-    num_adapters = sum(rows * columns for rows, columns in SHAPES.values())
+    manifest = check_equal_to_unbroken(folder, f"short-{tune}", worlds, steps=12, tune=tune)
+    shapes = get_adapter_shapes(MODELS[tune], LORA)
+    moments = [f"optim.{name}.{kind}" for name in shapes for kind in ("exp_avg", "exp_avg_sq", "step")]
+    assert manifest.tensors.keys() == {*(f"model.{name}" for name in shapes), *moments}
+    num_adapters = sum(rows * columns for rows, columns in shapes.values())
     saved_bytes = sum(chunk.num_bytes for record in manifest.tensors.values() for chunk in record.chunks)
-    assert saved_bytes == 12 * num_adapters + 4 * len(SHAPES)
+    assert saved_bytes == 12 * num_adapters + 4 * len(shapes)
 
 
 @pytest.mark.long
@@ -138,16 +141,42 @@ def test_only_adapters_are_trained_and_frozen_weights_are_held_in_the_type_that_
     assert losses == pytest.approx(precise, rel=0.02) and losses[-1] < losses[0]
 
 
+def _weigh(world, config):
+    trainable = build_trainable(config, world)
+    train(trainable, world, steps=2, lr=1e-2)
+    frozen = [get_local(param) for param in trainable.model.parameters() if not param.requires_grad]
+    return sum(tensor.nbytes for tensor in frozen), {tensor.dtype for tensor in frozen}
+
+
+def weigh(rank, port, config):
+    return in_world(lambda world: _weigh(world, config), rank, port, world_size=2, attempt=1)
+
+
+@pytest.mark.parametrize(("strategy", "copies"), [("ddp", 2), ("fsdp2", 1)])
+def test_frozen_weights_in_4_bits_take_half_a_byte_each_and_stay_so(folder, strategy, copies):
+    model = replace(MODEL, dim=256, ffn_dim=512, num_heads=4)
+    config = make_lora_config(folder, "any", steps=2, strategy=strategy, precision="bf16", tune="qlora", model=model)
+    held, dtypes = zip(*run_ranks(weigh, 2, config), strict=True)
+    assert dtypes == ({torch.uint8, torch.bfloat16},) * 2
+    num_weights = model.num_layers * sum(rows * columns for rows, columns in model.block_matrices.values())
+    others = 2 * (model.num_params - num_weights)
+    assert sum(held) == copies * count_frozen_bytes(model, LORA, "qlora", item_bytes=2)
+    # rows of 256 and 512: half a byte, a 64th for the block and at most 4 for the row
+    assert 0.52 < (sum(held) / copies - others) / num_weights < 0.532
+
+
+@pytest.mark.parametrize("tune", ["lora", "qlora"])
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_adapters_learn_the_same_if_activations_are_computed_again(folder, recompute):
-    config = make_lora_config(folder, "any", steps=4, strategy="fsdp2")
+def test_adapters_learn_the_same_if_activations_are_computed_again(folder, recompute, tune):
+    config = make_lora_config(folder, "any", steps=4, strategy="fsdp2", tune=tune)
     losses = run_ranks(look, 1, config)[0][0]
     assert run_ranks(look, 1, replace(config, recompute=recompute))[0][0] == pytest.approx(losses, rel=1e-6)
 
 
 @pytest.mark.long
-def test_adapters_learn_the_same_if_blocks_are_compiled(folder):
-    config = make_lora_config(folder, "any", steps=4, strategy="fsdp2")
+@pytest.mark.parametrize("tune", ["lora", "qlora"])
+def test_adapters_learn_the_same_if_blocks_are_compiled(folder, tune):
+    config = make_lora_config(folder, "any", steps=4, strategy="fsdp2", tune=tune)
     losses = run_ranks(look, 1, config)[0][0]
     assert run_ranks(look, 1, replace(config, compile=True))[0][0] == pytest.approx(losses, rel=1e-5)
 
@@ -189,6 +218,9 @@ def test_a_run_that_was_not_imported_or_was_for_something_else_is_refused(folder
     import_theirs(folder / "theirs", config)
     wider = replace(config, lora=LoraConfig(rank=5, alpha=12.0))
     assert "lora.rank=5, but this run was trained with lora.rank=4" in run_ranks(start, 2, wider)[1]
+    packed = make_lora_config(folder, "packed", steps=4, tune="qlora")
+    import_theirs(folder / "theirs", packed)
+    assert "imported with tune=qlora" in run_ranks(start, 2, replace(packed, tune="lora"))[1]
     whole = replace(config, tune="full", lora=LoraConfig())
     assert "tune=full, but this run was trained with tune=lora" in run_ranks(start_whole, 2, whole)[0]
 

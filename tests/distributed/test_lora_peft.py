@@ -1,6 +1,7 @@
 """Adapters beside PEFT itself: the same losses, the same logits from what is written, and back."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,9 +27,11 @@ from tests.distributed._tiny import train as train_steps
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 STEPS, LR = 6, 1e-2
-KINDS = {
-    "all": LoraConfig(rank=4, alpha=12.0),
-    "some": LoraConfig(rank=3, alpha=4.5, targets="query,value,down", scaling="sqrt_rank"),
+KINDS = {  # what is trained, and its adapters
+    "all": ("lora", LoraConfig(rank=4, alpha=12.0)),
+    "some": ("lora", LoraConfig(rank=3, alpha=4.5, targets="query,value,down", scaling="sqrt_rank")),
+    "in_4_bits": ("qlora", LoraConfig(rank=4, alpha=12.0, targets="query,key,value,gate,down")),
+    "in_4_bits_fp32": ("qlora", LoraConfig(rank=4, alpha=12.0, nf4_scales="fp32")),
 }
 
 
@@ -56,10 +59,10 @@ def world():
     close_world(world)
 
 
-def import_run(capsys, folder, name, *more, lora):
-    config = make_lora_config(folder, name, steps=STEPS, lora=lora, strategy="fsdp2")
+def import_run(capsys, folder, name, *more, tune, lora):
+    config = make_lora_config(folder, name, steps=STEPS, tune=tune, lora=lora, strategy="fsdp2")
     (folder / f"{name}.yaml").write_text(dump(config))
-    solvent(capsys, "checkpoint", "import", folder / "theirs", folder / f"{name}.yaml", *more, "--json")
+    solvent(capsys, "checkpoint", "import", folder / "theirs" / tune, folder / f"{name}.yaml", *more, "--json")
     return folder / "runs" / name
 
 
@@ -96,9 +99,16 @@ def get_logits(model, tokens_BS):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_have_the_losses_of_peft_and_go_there_and_back(kind, folder, world, capsys):
-    run = import_run(capsys, folder, kind, lora=KINDS[kind])
+    tune, lora = KINDS[kind]
+    run = import_run(capsys, folder, kind, tune=tune, lora=lora)
     solvent(capsys, "checkpoint", "export", run, "--out", folder / f"{kind}-first", "--to", "peft", "--json")
-    base = AutoModelForCausalLM.from_pretrained(folder / "theirs")
+    # adapters begin without effect: what is merged with them are the frozen weights, rounded to 4 bits or not
+    frozen = folder / f"{kind}-frozen"
+    solvent(capsys, "checkpoint", "export", run, "--out", frozen, "--json")
+    base = AutoModelForCausalLM.from_pretrained(frozen)
+    read = AutoModelForCausalLM.from_pretrained(folder / "theirs" / tune).state_dict()
+    rounding = max((value - read[name]).abs().max().item() for name, value in base.state_dict().items())
+    assert rounding > 1e-3 if tune == "qlora" else rounding == 0
     theirs = PeftModel.from_pretrained(base, folder / f"{kind}-first", is_trainable=True)
     ours = open_run(run, world)
     trained = {param.numel() for param in ours.model.parameters() if param.requires_grad}
@@ -110,8 +120,10 @@ def test_adapters_have_the_losses_of_peft_and_go_there_and_back(kind, folder, wo
 
     # what PEFT has learned becomes a run of ours, with the rank, scale and places that its files say
     theirs.save_pretrained(folder / f"{kind}-theirs")
-    again = import_run(capsys, folder, f"{kind}-again", "--adapter", folder / f"{kind}-theirs", lora=LoraConfig(rank=7))
-    assert load(again / "config.yaml").lora == KINDS[kind]
+    again = import_run(
+        capsys, folder, f"{kind}-again", "--adapter", folder / f"{kind}-theirs", tune=tune, lora=replace(lora, rank=7)
+    )
+    assert (load(again / "config.yaml").tune, load(again / "config.yaml").lora) == (tune, lora)
     tokens_BS = torch.randint(300, (3, 40), generator=torch.Generator().manual_seed(0))
     expected = get_logits(theirs, tokens_BS)
     back = open_run(again, world)
@@ -122,7 +134,7 @@ def test_adapters_have_the_losses_of_peft_and_go_there_and_back(kind, folder, wo
     merged = AutoModelForCausalLM.from_pretrained(folder / f"{kind}-merged")
     torch.testing.assert_close(get_logits(merged, tokens_BS), expected, rtol=0, atol=1e-5)
     solvent(capsys, "checkpoint", "export", again, "--out", folder / f"{kind}-peft", "--to", "peft", "--json")
-    plain = AutoModelForCausalLM.from_pretrained(folder / "theirs")
+    plain = AutoModelForCausalLM.from_pretrained(frozen)
     far = (get_logits(plain, tokens_BS) - expected).abs().max()
     assert far > 0.1, "else equal logits would prove nothing"
     reloaded = PeftModel.from_pretrained(plain, folder / f"{kind}-peft")
@@ -130,10 +142,10 @@ def test_adapters_have_the_losses_of_peft_and_go_there_and_back(kind, folder, wo
 
 
 def test_a_run_answers_a_prompt_as_its_exported_model_does(folder, capsys):
-    run = import_run(capsys, folder, "asked", lora=KINDS["all"])
+    run = import_run(capsys, folder, "asked", tune="lora", lora=KINDS["all"][1])
     said = solvent(capsys, "generate", run, "--prompt", "In the beginning", "--max-tokens", 5, "--json")
     theirs, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(folder / "theirs"),
+        AutoModelForCausalLM.from_pretrained(folder / "theirs" / "lora"),
         AutoTokenizer.from_pretrained(folder / "data"),
     )
     tokens_BS = tokenizer("In the beginning", return_tensors="pt")["input_ids"]

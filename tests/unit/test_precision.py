@@ -16,8 +16,9 @@ def test_cpu_takes_every_precision_and_products_are_done_in_it(precision):
     check_precision(precision, CPU)
     with autocast(precision, CPU):
         product = torch.ones(2, 2) @ torch.ones(2, 2)
-    assert product.dtype == build_policy(precision).param_dtype
-    assert build_policy(precision).reduce_dtype == torch.float32
+    config = RunConfig(precision=precision)
+    assert product.dtype == build_policy(config).param_dtype
+    assert build_policy(config).reduce_dtype == torch.float32
 
 
 def test_only_fp16_scales_the_loss():

@@ -10,12 +10,12 @@ from cluster.planner.host_memory import estimate_host_gib
 from cluster.planner.memory import estimate_memory
 from elastic.checkpoint.hf.adapters import ADAPTER, ADAPTER_CONFIG, open_adapters, write_adapters
 from elastic.checkpoint.hf.saved import MergedWeights
-from elastic.config import RunConfig
+from elastic.config import DataConfig, RunConfig, TrainConfig
 from elastic.config_load import build
 from elastic.errors import ConfigError, ModelFolderError
 from elastic.models.llama import Config as ModelConfig
 from elastic.storage import open_storage
-from elastic.tuning import LoraConfig, get_adapter_shapes
+from elastic.tuning import LoraConfig, count_frozen_bytes, get_adapter_shapes
 
 MODEL = ModelConfig(dim=8, num_layers=2, num_heads=2, num_kv_heads=1, ffn_dim=12, vocab_size=16)
 LORA = LoraConfig(rank=2, alpha=3.0, targets="query,down")
@@ -58,8 +58,11 @@ def test_frozen_weights_cost_two_thirds_of_the_flops():
         (["tune=lora", "lora.targets=query,q_proj"], "has no linear layer 'q_proj'"),
         (["tune=lora", "precision=fp8", "compile=true"], "Set precision=bf16"),
         (["tune=lora", "lora.rank=0"], "lora.rank=0 must"),
-        (["lora.rank=8"], "lora.* is read by tune=lora only"),
-        (["tune=qlora"], "tune='qlora'"),
+        (["lora.rank=8"], "lora.* is read by tune=lora and qlora only"),
+        (["tune=4bit"], "tune='4bit'"),
+        (["tune=qlora", "model.ffn_dim=96"], "the rows of ffn.down have 96"),
+        (["tune=qlora", "precision=fp8", "compile=true"], "in 4 bits. Set precision=bf16"),
+        (["tune=lora", "lora.nf4_scales=fp32"], "lora.nf4_scales=fp32 is read by tune=qlora only"),
     ],
 )
 def test_tuning_that_cannot_work_is_refused_before_anything_is_rented(overrides, says):
@@ -86,6 +89,25 @@ def test_a_plan_counts_frozen_weights_in_16_bits_and_snapshots_of_adapters_alone
         < 16
         < estimate_host_gib(full, world_size=1, gpus_per_node=1)
     )
+
+
+def test_a_plan_fits_8_b_in_4_bits_into_24_gb():
+    model = ModelConfig(
+        dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, ffn_dim=14336, vocab_size=128256, tied_head=False
+    )
+    config = RunConfig(
+        model=model,
+        **{"precision": "bf16", "compile": True, "recompute": "full", "tune": "qlora", "lora": LoraConfig(rank=16)},
+        **{"data": DataConfig(seq_len=4096), "train": TrainConfig(global_batch=16, micro_batch=1)},
+    )
+    in_blocks = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    frozen = count_frozen_bytes(model, config.lora, "qlora", item_bytes=2)
+    assert frozen == pytest.approx(0.516 * in_blocks + 2 * (model.num_params - in_blocks), rel=2e-3)
+    plan = estimate_memory(config, world_size=1)
+    assert plan.gib["state"] == pytest.approx((frozen + 12 * config.num_trained_params) / 2**30)
+    # a matrix is unpacked for its product: the largest of the feed-forward
+    assert plan.gib["gathered"] == pytest.approx(2 * 4096 * 14336 / 2**30)
+    assert plan.peak_gib < 20 < estimate_memory(replace(config, tune="lora"), world_size=1).gib["state"] + 5
 
 
 def write_peft(folder, **changes):

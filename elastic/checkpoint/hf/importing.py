@@ -1,9 +1,9 @@
 """A folder of Hugging Face becomes the checkpoint of step 0 of a run, from which any world starts.
 
-It holds what is trained, and no more: at step 0 the moments of the optimizer are zeros. With adapters (tune=lora) the
-folder's weights are frozen. They lie beside the checkpoints, once, in the type that they came in, and step 0 holds the
-adapters: new ones, which have no effect yet, or those of a folder of PEFT. Nothing larger than a piece of a tensor is
-ever in memory.
+It holds what is trained, and no more: at step 0 the moments of the optimizer are zeros. With adapters (tune=lora or
+qlora) the folder's weights are frozen. They lie beside the checkpoints, once, in the type that they came in (qlora: the
+matrices of the blocks in 4 bits, so that no rank ever has them in another form). Step 0 holds the adapters: new ones,
+which have no effect yet, or those of a folder of PEFT. Nothing larger than a piece of a tensor is ever in memory.
 """
 
 import hashlib
@@ -30,13 +30,15 @@ from elastic.checkpoint.format.manifest import (
 from elastic.checkpoint.format.sharding import ITEM_BYTES, Box, build_layout
 from elastic.checkpoint.hf.adapters import AdapterFolder
 from elastic.checkpoint.hf.folder import ModelFolder, StoredTensor
+from elastic.checkpoint.hf.four_bits import quantise
 from elastic.checkpoint.hf.numbers import from_fp32, to_fp32
 from elastic.config import RunConfig
-from elastic.errors import StorageError
+from elastic.errors import ModelFolderError, StorageError
+from elastic.nf4 import Scales, count_row_bytes
 from elastic.ports import DataIdentity, Progress
 from elastic.records.rundir import BASE, ORIGIN
 from elastic.storage import Storage
-from elastic.tuning import LORA_B, get_adapter_shapes
+from elastic.tuning import LORA_B, find_in_4_bits, get_adapter_shapes
 
 _PIECE_BYTES = 16 * BLOCK_BYTES
 """Of the numbers as they are written: whole blocks, so that each has a checksum of its own."""
@@ -89,7 +91,7 @@ def import_folder(
     Args:
         run: the run's directory.
         config: of the run; its model is the folder's, its adapters are those of `adapters`.
-        adapters: what tune=lora begins with; None: new ones.
+        adapters: what tune=lora or qlora begins with; None: new ones.
         file_bytes: of one shard; a tensor that is larger has a shard of its own.
 
     Raises:
@@ -111,9 +113,12 @@ def import_folder(
             run.write(f"{KEPT}{name}", [folder.storage.read(name)])
     tokenizer = folder.read_tokenizer()
     data = DataIdentity(tokenizer_sha256=hashlib.sha256(tokenizer).hexdigest()) if tokenizer is not None else None
-    is_frozen = config.tune == "lora"
+    is_frozen = config.tune != "full"
+    in_4_bits = tuple(f".{path}.weight" for path in find_in_4_bits(config.model, config.tune))
     weights = [
-        _read_stored(f"model.{pair.ours}", folder.tensors[pair.theirs], folder.read, is_kept_as_it_is=is_frozen)
+        _quantise_stored(f"model.{pair.ours}", folder.tensors[pair.theirs], folder, config.lora.nf4_scales)
+        if in_4_bits and pair.ours.endswith(in_4_bits)
+        else _read_stored(f"model.{pair.ours}", folder.tensors[pair.theirs], folder.read, is_kept_as_it_is=is_frozen)
         for pair in folder.pairs
     ]
     written: list[Manifest] = []
@@ -146,6 +151,38 @@ def _read_stored(
             yield bytes(piece) if tensor.dtype == dtype else from_fp32(to_fp32(piece, tensor.dtype), "F32")
 
     return _Tensor(name=name, shape=tensor.shape, dtype=dtype, read=convert)
+
+
+def _quantise_stored(name: str, tensor: StoredTensor, folder: ModelFolder, scales: Scales) -> _Tensor:
+    """Return a matrix of a folder in 4 bits."""
+    num_rows, num_columns = tensor.shape
+    row_bytes = num_columns * ITEM_BYTES[tensor.dtype]
+
+    def quantise_rows() -> Iterator[bytes]:
+        for piece in folder.read(tensor, piece_bytes=max(1, _PIECE_BYTES // row_bytes) * row_bytes):
+            try:
+                yield quantise(to_fp32(piece, tensor.dtype).reshape(-1, num_columns), scales).tobytes()
+            except ValueError as error:
+                raise ModelFolderError(
+                    f"{folder.storage.url}: {tensor.key} has a weight in {name.removeprefix('model.')} that is not "
+                    "finite, and would make a whole block of 4-bit weights useless. Take another copy of the model."
+                ) from error
+
+    shape = (num_rows, count_row_bytes(num_columns, scales))
+    return _Tensor(name=name, shape=shape, dtype="U8", read=lambda: _cut_blocks(quantise_rows()))
+
+
+def _cut_blocks(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the same bytes in whole blocks, each of which has a checksum."""
+    kept = b""
+    for piece in pieces:
+        kept += piece
+        whole = len(kept) // BLOCK_BYTES * BLOCK_BYTES
+        if whole:
+            yield kept[:whole]
+        kept = kept[whole:]
+    if kept:
+        yield kept
 
 
 def _build_adapters(config: RunConfig, adapters: AdapterFolder | None) -> Iterator[_Tensor]:

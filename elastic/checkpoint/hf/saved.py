@@ -11,6 +11,7 @@ from elastic.checkpoint.format.read_plan import plan_reads
 from elastic.checkpoint.format.sharding import ITEM_BYTES, Box
 from elastic.checkpoint.format.sources import DamageError, StorageSource, read_verified
 from elastic.checkpoint.hf.exporting import WeightSource
+from elastic.checkpoint.hf.four_bits import dequantise
 from elastic.checkpoint.hf.numbers import DTYPES, to_fp32
 from elastic.errors import CheckpointError
 from elastic.model_config import ModelConfig
@@ -19,6 +20,8 @@ from elastic.storage import Storage
 from elastic.tuning import LORA_A, LORA_B, LoraConfig, get_adapter_shapes
 
 _PIECE_BYTES = 16 * 2**20
+_IN_4_BITS = "U8"
+"""Of frozen weights whose rows are bytes of `elastic/nf4.py`."""
 
 
 class SavedWeights:
@@ -36,7 +39,7 @@ class SavedWeights:
             CheckpointError: the checkpoint lacks it, or holds other bytes than were written.
         """
         record = self._tensors.get(f"model.{name}")
-        if record is None or record.dtype not in DTYPES:
+        if record is None or record.dtype not in (*DTYPES, _IN_4_BITS):
             raise CheckpointError(
                 f"{self._where} has no weights called {name}: the code of the model changed since it was saved. "
                 "Export it with the version of Solvent that wrote it."
@@ -45,7 +48,11 @@ class SavedWeights:
         rows_per_piece = max(1, _PIECE_BYTES // (math.prod(row_shape) * ITEM_BYTES[record.dtype]))
         for row in range(0, num_rows, rows_per_piece):
             box = Box((row, *[0] * len(row_shape)), (min(rows_per_piece, num_rows - row), *row_shape))
-            yield to_fp32(self._read_box(f"model.{name}", box), record.dtype)
+            data = self._read_box(f"model.{name}", box)
+            if record.dtype == _IN_4_BITS:
+                yield dequantise(np.frombuffer(data, np.uint8).reshape(box.shape)).reshape(-1)
+            else:
+                yield to_fp32(data, record.dtype)
 
     def _read_box(self, name: str, box: Box) -> bytearray:
         item_bytes = ITEM_BYTES[self._tensors[name].dtype]
