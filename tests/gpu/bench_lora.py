@@ -1,10 +1,11 @@
-"""Measure LoRA on one GPU, beside a plain loop of PEFT and transformers where these are installed.
+"""Measure LoRA and QLoRA on one GPU, beside a plain loop of PEFT and transformers where these are installed.
 
     PYTHONPATH=. python tests/gpu/bench_lora.py [--only WORD ...] [--steps 10] [--limit-s 540]
 
 Each case is a process of its own and prints `RESULT {json}`: tokens/s (median step), peak GiB, loss of the first step.
-Random weights, rank 16 beside all linear layers of the blocks, sequences of 4096 tokens, bf16. TRY_ON_CPU=1 runs tiny
-shapes, to see that it works at all.
+Random weights, rank 16 beside all linear layers of the blocks, sequences of 4096 tokens, bf16. In 4 bits, theirs are
+bitsandbytes' (NF4, double quantisation), quantised a layer at a time. TRY_ON_CPU=1 runs tiny shapes, to see that it
+works at all; bitsandbytes is needed for that, too.
 """
 
 import argparse
@@ -32,9 +33,9 @@ SHAPES = {
     "8B": ModelConfig(dim=4096, num_layers=32, num_heads=32, ffn_dim=14336, **LLAMA3),
 }
 if TRY_ON_CPU:
-    TINY = ModelConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48, vocab_size=128, tied_head=False)
+    TINY = ModelConfig(dim=64, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=128, vocab_size=128, tied_head=False)
     SHAPES = dict.fromkeys(SHAPES, TINY)
-CASES = {  # shape, sequences of a step, recompute, who
+CASES = {  # shape, sequences of a step, recompute, who: whose code, how it is run, how frozen weights are held
     "1.5B ours": ("1.5B", 4, "none", "ours"),
     "1.5B peft": ("1.5B", 4, "none", "peft"),
     "1.5B peft compiled": ("1.5B", 4, "none", "peft compiled"),
@@ -42,7 +43,14 @@ CASES = {  # shape, sequences of a step, recompute, who
     "8B ours recompute": ("8B", 4, "full", "ours"),
     "8B peft": ("8B", 1, "none", "peft"),
     "8B peft recompute": ("8B", 4, "full", "peft"),
+    "1.5B ours qlora": ("1.5B", 4, "none", "ours qlora"),
+    "1.5B peft qlora": ("1.5B", 4, "none", "peft qlora"),
+    "8B ours qlora": ("8B", 1, "none", "ours qlora"),
+    "8B ours qlora recompute": ("8B", 1, "full", "ours qlora"),
+    "8B peft qlora": ("8B", 1, "none", "peft qlora"),
+    "8B peft qlora recompute": ("8B", 1, "full", "peft qlora"),
 }
+_PROJECTIONS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 LORA = LoraConfig(rank=16, alpha=32.0)
 
 
@@ -64,12 +72,12 @@ def time_steps(step, num_steps):
     return losses[0], statistics.median(seconds[3:])
 
 
-def run_ours(model, batch, recompute, num_steps):
+def run_ours(model, batch, recompute, num_steps, *, tune):
     config = RunConfig(
         model=model,
         data=DataConfig(seq_len=SEQ_LEN),
         train=TrainConfig(global_batch=batch, micro_batch=batch),
-        **{"precision": "bf16", "compile": not TRY_ON_CPU, "recompute": recompute, "tune": "lora", "lora": LORA},
+        **{"precision": "bf16", "compile": not TRY_ON_CPU, "recompute": recompute, "tune": tune, "lora": LORA},
     )
     store = open_store("127.0.0.1", timeout_s=30)
     place = {"rank": 0, "world_size": 1, "local_rank": 0, "local_world_size": 1, "attempt": 1}
@@ -87,9 +95,51 @@ def run_ours(model, batch, recompute, num_steps):
         close_world(world)
 
 
-def run_peft(model, batch, recompute, num_steps, *, compiles):
+def hold_in_4_bits(block):
+    """Put bitsandbytes' layers in the place of a block's linear ones, as transformers does when it loads weights."""
+    import bitsandbytes as bnb
+
+    layers = [(name, layer) for name, layer in block.named_modules() if isinstance(layer, torch.nn.Linear)]
+    for name, layer in layers:
+        kinds = {"compute_dtype": torch.bfloat16, "compress_statistics": True, "quant_type": "nf4"}
+        packed = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, device="cpu", **kinds)
+        packed.weight = bnb.nn.Params4bit(
+            layer.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=packed
+        )
+        block.set_submodule(name, packed.to(get_device()))  # the move quantises
+
+
+def build_theirs(config, *, in_4_bits):
+    """Return transformers' model; in 4 bits a block at a time, so that the peak is not that of 16 bits."""
+    from transformers import LlamaForCausalLM
+
+    torch.set_default_dtype(torch.bfloat16)
+    if not in_4_bits:
+        with get_device():
+            theirs = LlamaForCausalLM(config)
+    else:
+        with torch.device("meta"):
+            theirs = LlamaForCausalLM(config)
+        rotary = type(theirs.model.rotary_emb)
+        for block in theirs.model.layers:
+            block.to_empty(device=get_device())
+            for param in block.parameters():
+                torch.nn.init.normal_(param, std=0.02) if param.ndim > 1 else torch.nn.init.ones_(param)
+            hold_in_4_bits(block)
+        for part in (theirs.model.embed_tokens, theirs.model.norm, theirs.lm_head):
+            part.to_empty(device=get_device())
+            for param in part.parameters():
+                torch.nn.init.normal_(param, std=0.02) if param.ndim > 1 else torch.nn.init.ones_(param)
+        with get_device():
+            theirs.model.rotary_emb = rotary(config=config)
+        theirs.is_loaded_in_4bit = True  # PEFT has adapters of its own for these
+    torch.set_default_dtype(torch.float32)
+    return theirs.requires_grad_(False)
+
+
+def run_peft(model, batch, recompute, num_steps, *, compiles, in_4_bits):
     import peft
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig
 
     config = LlamaConfig(
         **{"hidden_size": model.dim, "intermediate_size": model.ffn_dim, "vocab_size": model.vocab_size},
@@ -97,14 +147,11 @@ def run_peft(model, batch, recompute, num_steps, *, compiles):
         **{"num_key_value_heads": model.num_kv_heads, "max_position_embeddings": SEQ_LEN, "use_cache": False},
         attn_implementation="sdpa",
     )
-    torch.set_default_dtype(torch.bfloat16)
-    with get_device():
-        theirs = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
+    theirs = build_theirs(config, in_4_bits=in_4_bits)
     if recompute == "full":
         theirs.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         theirs.enable_input_require_grads()
-    lora = peft.LoraConfig(r=LORA.rank, lora_alpha=int(LORA.alpha), target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = peft.LoraConfig(r=LORA.rank, lora_alpha=int(LORA.alpha), target_modules=_PROJECTIONS, task_type="CAUSAL_LM")
     wrapped = peft.get_peft_model(theirs, lora).train()
     params = [param for param in wrapped.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=1e-4, fused=True)
@@ -127,10 +174,12 @@ def run_peft(model, batch, recompute, num_steps, *, compiles):
 def run_case(name, num_steps):
     shape, batch, recompute, who = CASES[name]
     model = SHAPES[shape]
-    if who == "ours":
-        loss, step_s = run_ours(model, batch, recompute, num_steps)
+    in_4_bits = who.endswith("qlora")
+    if who.startswith("ours"):
+        loss, step_s = run_ours(model, batch, recompute, num_steps, tune="qlora" if in_4_bits else "lora")
     else:
-        loss, step_s = run_peft(model, batch, recompute, num_steps, compiles=who.endswith("compiled"))
+        how = {"compiles": who.endswith("compiled"), "in_4_bits": in_4_bits}
+        loss, step_s = run_peft(model, batch, recompute, num_steps, **how)
     peak = 0.0 if TRY_ON_CPU else torch.cuda.max_memory_allocated() / 2**30
     row = {
         "case": name,
