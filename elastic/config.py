@@ -19,7 +19,7 @@ from elastic.model_config import ModelConfig, build_model_config
 from elastic.tuning import LoraConfig, Tune, find_in_4_bits, get_adapter_shapes
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8", "fp8_rowwise"]
-Recompute = Literal["none", "selective", "budget", "full"]
+Recompute = Literal["none", "selective", "budget", "full", "offload"]
 Attention = Literal["auto", "cudnn", "flash", "fa4"]
 
 
@@ -372,7 +372,8 @@ class RunConfig:
     the extra `gpu`, an Ada, Hopper or newer GPU and compile=true; look at the loss: small models lose some."""
     recompute: Recompute = "none"
     """Activation checkpointing: `full` keeps only block inputs, `selective` also the costly products, `budget` what is
-    worth most within `recompute_budget`."""
+    worth most within `recompute_budget`. offload: as full, with the block inputs in host memory until the backward: for
+    long sequences on a small GPU."""
     recompute_budget: Annotated[float, _MEMORY_SHARE] = 0.5
     """recompute=budget only: the share of the activations' memory that blocks may use. Needs compile=true."""
     strategy: str = "auto"

@@ -56,15 +56,46 @@ def _checkpointed(forward: Callable[..., Tensor], recompute: Recompute) -> Calla
 def set_recompute(block: nn.Module, recompute: Recompute) -> None:
     """Let a block keep for its backward all activations (none), costly products (selective) or its input (full).
 
+    So does offload, for a start (`set_offload`).
+
     With `budget` the compiler chooses (`set_budget`).
     """
-    if recompute in ("selective", "full"):
+    if recompute in ("selective", "full", "offload"):
         block.forward = _checkpointed(block.forward, recompute)
 
 
 def set_compile(block: nn.Module) -> None:
     """Compile a block's forward, recomputation included; call it after `set_recompute`."""
     block.forward = torch.compile(block.forward)
+
+
+def set_offload(block: nn.Module) -> None:
+    """Let a block's input wait for the backward in host memory; call it last.
+
+    Copies are made in the order of the computation: each waits for what made the input, and memory is free for what
+    comes after. Around compiled code, as the compiler would take the hooks to be a part of it.
+    """
+    forward: Callable[..., Tensor] = block.forward
+
+    def run(x_BSD: Tensor, *others: Tensor) -> Tensor:
+        hooks = torch.autograd.graph.saved_tensors_hooks(partial(_put_into_host, x_BSD), _bring_back)
+        with hooks:
+            return forward(x_BSD, *others)
+
+    block.forward = run
+
+
+def _put_into_host(input_BSD: Tensor, saved: Tensor) -> tuple[Tensor, torch.device | None]:
+    """Return a saved tensor as it is kept, and the device that it comes back to; None: it has not left."""
+    if saved.shape != input_BSD.shape or saved.data_ptr() != input_BSD.data_ptr():
+        return saved, None  # weights, which others hold anyway, and tables of positions, which all blocks share
+    host = torch.empty(saved.shape, dtype=saved.dtype, pin_memory=saved.device.type == "cuda")
+    return host.copy_(saved, non_blocking=True), saved.device
+
+
+def _bring_back(kept: tuple[Tensor, torch.device | None]) -> Tensor:
+    tensor, device = kept
+    return tensor if device is None else tensor.to(device, non_blocking=True)
 
 
 def set_budget(budget: float) -> None:

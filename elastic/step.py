@@ -20,7 +20,7 @@ from elastic.loss import IGNORE, Microbatch
 from elastic.nn import init_weights
 from elastic.optim import AdamW
 from elastic.precision import build_scaler, check_precision, get_dtype, set_tf32
-from elastic.recompute import set_budget, set_compile, set_recompute
+from elastic.recompute import set_budget, set_compile, set_offload, set_recompute
 from elastic.spikes import Recent, Verdict, judge
 from elastic.strategies._base import Spread, load_strategy
 from elastic.tuning import find_in_4_bits
@@ -99,6 +99,8 @@ def build_trainable(
         set_recompute(block, config.recompute)
         if config.compile:
             set_compile(block)
+        if config.recompute == "offload":
+            set_offload(block)
     if first_weights == "random":
         init_weights(model, seed=config.train.seed, std=config.model.init_std)
     return Trainable(

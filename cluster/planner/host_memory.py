@@ -5,6 +5,7 @@ The planner, the size of pods and `solvent doctor` count snapshots by this.
 
 from dataclasses import dataclass
 
+from cluster.planner.shape import get_block_shape
 from elastic.checkpoint.durable.storage_errors import estimate_checkpoint_bytes
 from elastic.checkpoint.staging.host_memory import MOST_BUFFERS, NUM_COPIES
 from elastic.config import RunConfig
@@ -62,4 +63,14 @@ def estimate_host_gib(config: RunConfig, *, world_size: int, gpus_per_node: int)
     """Return the host memory that the processes and snapshots of a node take, GPUs holding the state itself."""
     snapshots = plan_snapshots(config, world_size=world_size, ranks_per_node=gpus_per_node)
     spare_gib = SPARE_GIB if config.compile and config.cluster.spare_trainers else 0.0
-    return NODE_GIB + gpus_per_node * (TRAINER_GIB + spare_gib) + snapshots.num_bytes / GIB
+    trainer_gib = TRAINER_GIB + spare_gib + _count_offloaded_bytes(config) / GIB
+    return NODE_GIB + gpus_per_node * trainer_gib + snapshots.num_bytes / GIB
+
+
+def _count_offloaded_bytes(config: RunConfig) -> int:
+    """Return what recompute=offload puts there: the input of each block, for one microbatch."""
+    if config.recompute != "offload":
+        return 0
+    element_bytes = 4 if config.precision in ("fp32", "tf32") else 2
+    tokens = config.train.micro_batch * config.data.seq_len
+    return config.model.num_layers * tokens * get_block_shape(config.model).dim * element_bytes

@@ -178,7 +178,7 @@ def uses_autocast(config: RunConfig, *, joins: bool) -> bool:
 def _is_graphed(config: RunConfig, *, world_size: int, tokens: int) -> bool:
     flops = 6.0 * config.model.num_matrix_params * tokens
     has_copy = config.tune == "full" and config.precision in ("bf16", "fp8", "fp8_rowwise")
-    is_copy = has_copy and is_whole(config, world_size)
+    is_copy = has_copy and is_whole(config, world_size) and config.recompute != "offload"
     return config.cuda_graph == "auto" and is_copy and flops < _MAX_GRAPHED_FLOPS
 
 
@@ -278,6 +278,8 @@ def _count_activations(config: RunConfig, shape: BlockShape, *, joins: bool) -> 
             kept = shape.count_budget_bytes(config.recompute_budget * whole)
         case "selective":
             kept = shape.products_bytes + scores
+        case "offload":
+            kept = 0.0
     return kept, whole
 
 

@@ -150,7 +150,7 @@ def estimate_step(
 def _get_recomputed(config: RunConfig, shape: BlockShape) -> float:
     """Return which share of a block's products is computed twice."""
     match config.recompute:
-        case "full":
+        case "full" | "offload":
             return 1.0
         case "budget":
             kept = shape.count_budget_bytes(config.recompute_budget * shape.joined_bytes)

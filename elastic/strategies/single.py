@@ -23,6 +23,8 @@ MAX_WORLD_SIZE = 1
 def _pay_graphs(config: RunConfig) -> bool:
     """Tell whether a microbatch is so short that launching its kernels would take longer than running them."""
     num_tokens = config.train.micro_batch * config.data.seq_len
+    if config.recompute == "offload":  # a recorded graph cannot take host memory anew
+        return False
     return config.cuda_graph == "auto" and 6.0 * config.model.num_matrix_params * num_tokens < MAX_FLOPS
 
 

@@ -35,6 +35,9 @@ def _gradients(config, world: World):
     }
 
 
+COMPILED = [("ddp", "selective"), ("fsdp2", "selective"), ("fsdp2", "full"), ("fsdp2", "offload")]
+
+
 def _gradients_of_all_recomputes(world: World):
     return {
         (strategy, precision, recompute): _gradients(
@@ -42,13 +45,13 @@ def _gradients_of_all_recomputes(world: World):
         )
         for strategy in STRATEGIES
         for precision in ("fp32", "bf16")
-        for recompute in ("none", "selective", "full")
+        for recompute in ("none", "selective", "full", "offload")
     }
 
 
 def _compiled_losses(world: World):
     losses = {}
-    for strategy, recompute in (("ddp", "selective"), ("fsdp2", "selective"), ("fsdp2", "full")):
+    for strategy, recompute in COMPILED:
         for compiled in (False, True):
             config = replace(CONFIG, strategy=strategy, recompute=recompute, compile=compiled)
             steps = train(build_trainable(config, world), world, steps=3)
@@ -211,7 +214,7 @@ def ranks():
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("recompute", ["selective", "full", "offload"])
 def test_recomputation_gives_the_same_gradients(ranks, strategy, precision, recompute):
     gradients = ranks[0]["_gradients_of_all_recomputes"]
     kept = gradients[strategy, precision, "none"]
@@ -221,7 +224,7 @@ def test_recomputation_gives_the_same_gradients(ranks, strategy, precision, reco
         np.testing.assert_array_equal(recomputed[name], kept[name], err_msg=name)
 
 
-@pytest.mark.parametrize(("strategy", "recompute"), [("ddp", "selective"), ("fsdp2", "selective"), ("fsdp2", "full")])
+@pytest.mark.parametrize(("strategy", "recompute"), COMPILED)
 def test_compiled_blocks_give_the_same_loss(ranks, strategy, recompute):
     losses = ranks[0]["_compiled_losses"]
     np.testing.assert_allclose(losses[strategy, recompute, True], losses[strategy, recompute, False], rtol=1e-5)
