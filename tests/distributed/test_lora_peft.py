@@ -1,7 +1,11 @@
 """Adapters beside PEFT itself: the same losses, the same logits from what is written, and back."""
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +21,9 @@ from elastic.step import build_trainable
 from elastic.storage import open_storage
 from elastic.tuning import LoraConfig
 from elastic.world import close_world, open_store, open_world
-from tests.distributed._loops import write_data
+from tests.distributed._loops import Watcher, train_rank, write_data
 from tests.distributed._lora import make_lora_config, write_theirs
-from tests.distributed._ranks import spec
+from tests.distributed._ranks import run_ranks, spec
 from tests.distributed._tiny import global_batch
 from tests.distributed._tiny import train as train_steps
 
@@ -152,3 +156,29 @@ def test_a_run_answers_a_prompt_as_its_exported_model_does(folder, capsys):
     expected = theirs.generate(tokens_BS, do_sample=False, max_new_tokens=5)[0, tokens_BS.shape[1] :]
     answer = tokenizer.decode(expected, skip_special_tokens=True)
     assert said == {"run": str(run), "step": 0, "answers": [{"prompt": "In the beginning", "answer": answer}]}
+
+
+def train_on(rank, port, config):
+    return train_rank(config, rank, port, world_size=1, attempt=1, watcher=Watcher())
+
+
+@pytest.mark.long
+def test_following_a_run_gives_answers_from_each_new_checkpoint_until_the_last(folder, capsys):
+    run = import_run(capsys, folder, "followed", tune="qlora", lora=LoraConfig(rank=4, alpha=12.0))
+    solvent_path = Path(sys.executable).parent / "solvent"
+    command = [solvent_path, "generate", run, "--prompt", "In the beginning", "--max-tokens", "3"]
+    with subprocess.Popen([*command, "--follow", "--poll-s", "0.1"], stdout=subprocess.PIPE, text=True) as follower:
+        try:
+            while not (run / "answers" / "step-00000000.json").exists():
+                assert follower.poll() is None
+                time.sleep(0.1)
+            run_ranks(train_on, 1, load(run / "config.yaml"))
+            said, _ = follower.communicate(timeout=60)
+        finally:
+            follower.kill()
+    assert follower.returncode == 0
+    assert f"step 0 of {STEPS}" in said and f"step {STEPS} of {STEPS}" in said
+    kept = {path.name: json.loads(path.read_text()) for path in (run / "answers").iterdir()}
+    assert {"step-00000000.json", f"step-{STEPS:08d}.json"} <= kept.keys()
+    last = kept[f"step-{STEPS:08d}.json"]
+    assert last["step"] == STEPS and last["answers"][0]["prompt"] == "In the beginning"
