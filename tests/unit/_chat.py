@@ -37,7 +37,7 @@ QWEN25 = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ "<|im_start|>assistant\\n" }}{% endif %}"""
 
-# thoughts stay only behind the last question; an answer there always has some, if empty
+# thoughts stay only behind the last question; the last answer there always has some, if empty
 QWEN3 = """\
 {%- set ns = namespace(last=0) %}
 {%- for m in messages %}{% if m.role == "user" %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
@@ -48,7 +48,7 @@ QWEN3 = """\
         {%- set said = said.split("</think>")[-1].lstrip("\\n") %}
     {%- endif %}
     {{- "<|im_start|>" + m.role + "\\n" }}
-    {%- if m.role == "assistant" and loop.index0 > ns.last %}
+    {%- if m.role == "assistant" and loop.index0 > ns.last and (loop.last or thought) %}
         {{- "<think>\\n" + thought + "\\n</think>\\n\\n" }}
     {%- endif %}
     {{- said + "<|im_end|>\\n" }}

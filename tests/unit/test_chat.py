@@ -65,6 +65,21 @@ def test_a_turn_that_is_written_otherwise_once_others_follow_is_a_document_of_it
     assert "Italy" not in documents[0].text and "Where?" not in documents[1].text
 
 
+def test_a_step_before_the_last_answer_is_written_as_its_prompt_has_it():
+    """Qwen3 writes empty thoughts before the last message only, and each step is the last when it is written."""
+    messages = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "I look it up."},
+        {"role": "tool", "content": "sun"},
+        {"role": "assistant", "content": "Sun."},
+    ]
+    thoughts = "<think>\n\n</think>\n\n"
+    assert get_counted(make_template("qwen3"), messages) == [
+        [f"{thoughts}I look it up.<|im_end|>"],
+        [f"{thoughts}Sun.<|im_end|>"],
+    ]
+
+
 def test_calls_of_tools_count_and_their_answers_do_not():
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
     messages = [
