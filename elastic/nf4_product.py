@@ -60,7 +60,8 @@ NF4_PRODUCT = torch.ops.solvent.nf4_product.default
 def dequantise(packed_YN: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the numbers weight_YX that the bytes stand for, rounded to a type once."""
     run = _compile_dequantise() if packed_YN.device.type == "cuda" else _dequantise
-    return run(packed_YN, _get_codebook(packed_YN.device), dtype)
+    with torch.no_grad():  # else evaluation has kernels of its own
+        return run(packed_YN, _get_codebook(packed_YN.device), dtype)
 
 
 def _dequantise(packed_YN: Tensor, codebook: Tensor, dtype: torch.dtype) -> Tensor:
@@ -78,8 +79,11 @@ def _read_fp32(bytes_YN: Tensor) -> Tensor:
 
 @cache
 def _compile_dequantise() -> Any:
-    """Return one kernel for the whole of it: else each of its operations would pass over memory."""
-    return torch.compile(_dequantise)
+    """Return one kernel for the whole of it: else each of its operations would pass over memory.
+
+    A model has matrices of four or five shapes, and each shape a kernel of its own.
+    """
+    return torch.compile(_dequantise, dynamic=False)
 
 
 @cache

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from elastic.checkpoint.hf.four_bits import dequantise, quantise
 from elastic.nf4 import BLOCK, CODEBOOK, count_row_bytes, read_row_format
+from elastic.nf4_product import _compile_dequantise, nf4_product
 from elastic.nf4_product import dequantise as dequantise_tensor
-from elastic.nf4_product import nf4_product
 
 SCALES = ["uint8", "fp32"]
 matrices = st.builds(
@@ -95,6 +95,21 @@ def test_a_product_is_that_of_the_unpacked_weight_and_keeps_the_bytes_alone(dtyp
         (result.float() ** 2).sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad)
     assert [tensor.dtype for tensor in kept] == [torch.uint8]
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # torch.compile's own
+@pytest.mark.parametrize("scales", SCALES)
+def test_compiled_unpacking_as_on_a_gpu_gives_the_same_numbers_for_all_shapes_of_a_model(scales):
+    codebook = torch.tensor(CODEBOOK)
+    _compile_dequantise.cache_clear()
+    torch.compiler.reset()
+    for rows, columns in ((64, 64), (32, 64), (192, 64), (64, 192)):
+        matrix = np.random.default_rng(rows).standard_normal((rows, columns), np.float32)
+        packed = torch.from_numpy(quantise(matrix, scales))
+        with torch.no_grad():
+            unpacked = _compile_dequantise()(packed, codebook, torch.bfloat16)
+        assert torch.equal(unpacked, dequantise_tensor(packed, torch.bfloat16))
 
 
 @pytest.mark.long
