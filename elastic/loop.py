@@ -276,6 +276,7 @@ def save(
     """
     extra = {"scaler": parts.trainable.scaler.state_dict(), "recent": asdict(recent)}
     checkpointer = parts.checkpointer
+    parts.trainable.optimizer.refresh()
     match how:
         case "memory" | "storage":
             begin = partial(checkpointer.start_save, tier=how)

@@ -26,3 +26,6 @@ class AdamW(torch.optim.AdamW):
     def clip(self, max_norm: float) -> Tensor:
         """Bring the norm of all gradients down to `max_norm`, now or in the next update; return what it was."""
         return nn.utils.clip_grad_norm_(self._in_model_order, max_norm)
+
+    def refresh(self) -> None:
+        """Bring the state to where a save reads it, if updates leave it elsewhere; all ranks call it before a save."""
