@@ -53,6 +53,12 @@ _ONE_GPU = Constraint(
     why="every GPU has a trainer of its own",
     fix="Raise cluster.max_workers to use more GPUs.",
 )
+_ZERO_STAGE = Constraint(
+    holds=lambda value: value in (1, 2, 3),
+    must="be 1, 2 or 3",
+    why="ZeRO has no other that spreads something",
+    fix="Set {key}={default}, or strategy=ddp instead of stage 0.",
+)
 _PATH_ON_EACH_NODE = Constraint(
     holds=lambda value: not value or value.startswith("/"),
     must="be an absolute path, the same on every node",
@@ -158,6 +164,17 @@ def check_sources(data: DataConfig) -> None:
             raise ConfigError(f"{key}: a weight of {values} is negative or not finite. Use 0 or more.")
         if (values or key != "data.sources") and not sum(values.values()):
             raise ConfigError(f"{key}: no source has a weight ({values}), so there is nothing to train on. Give one.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSpeedConfig:
+    """DeepSpeed's ZeRO, for strategy=deepspeed."""
+
+    stage: Annotated[int, _ZERO_STAGE] = 3
+    """What is spread over the ranks: the optimizer's state (1), gradients as well (2), weights as well (3)."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, prefix="deepspeed.", error=ConfigError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,6 +399,7 @@ class RunConfig:
     shard_size: Annotated[int, NOT_NEGATIVE] = 0
     """hsdp only: ranks that share one copy of the state; the cluster then trains on multiples of it. 0: those of one
     node, on any number of ranks."""
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     attention: Attention = "auto"
     """Back end of attention on a GPU: cuDNN, FlashAttention-2 or FlashAttention-4 (the extra `gpu`). auto: what is
     fastest for the run's shape, measured once per run and kind of GPU; name one to have it the same in all runs."""
@@ -443,6 +461,7 @@ class RunConfig:
                 "attention=auto, or data.packing=stream."
             )
         self._check_tuning()
+        self._check_strategy()
         if self.shard_size and self._ask_strategy("WORLD_SIZE_MULTIPLE_OF") != "shard_size":
             raise ConfigError(
                 f"shard_size={self.shard_size} is read by strategy=hsdp only, as a number of ranks, but "
@@ -482,6 +501,21 @@ class RunConfig:
         if self.tune == "full":
             return flops
         return flops - 2.0 * self.model.num_matrix_params + 6.0 * self.num_trained_params
+
+    def _check_strategy(self) -> None:
+        """Refuse what the strategy's file says that it cannot do, and keys that no other strategy reads."""
+        refused: Mapping[str, tuple[Any, ...]] = self._ask_strategy("CANNOT") or {}
+        for key, values in refused.items():
+            if getattr(self, key) in values:
+                raise ConfigError(
+                    f"strategy={self.strategy} cannot do {key}={getattr(self, key)}. Set strategy=fsdp2, or another "
+                    f"{key}."
+                )
+        if self.strategy != "deepspeed" and self.deepspeed != DeepSpeedConfig():
+            raise ConfigError(
+                f"deepspeed.stage={self.deepspeed.stage} is read by strategy=deepspeed only, but "
+                f"strategy={self.strategy}. Set strategy=deepspeed, or leave the key out."
+            )
 
     def _check_tuning(self) -> None:
         if self.tune == "full":

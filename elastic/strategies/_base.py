@@ -11,7 +11,8 @@ It may say more about its worlds with constants, literals at its top level that 
 - ``WORLD_SIZE_MULTIPLE_OF = "<key>"``: sizes are multiples of this number of the configuration (0: any size);
 - ``MAX_WORLD_SIZE = <number>``;
 - ``SHARDED_OVER = "world"`` or ``"group"`` (of `shard_size` ranks): what a rank holds is its part of weights and
-  moments. Without it, every rank holds all of them.
+  moments. Without it, every rank holds all of them;
+- ``CANNOT = {"<key>": (<value>, ...)}``: values of keys of the configuration that it refuses.
 
 It may provide `get_rehearsed(config) -> tuple[str, ...]`: the kinds as which blocks run under it, for one rank that
 rehearses alone. Without it, that is the kind itself.

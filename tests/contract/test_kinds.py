@@ -6,6 +6,7 @@ import typing
 from contextlib import suppress
 from dataclasses import fields, replace
 from functools import cache
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -25,6 +26,18 @@ KNOBS = [
     for kind in FAMILIES
     for each in fields(get_config_class(kind))
     if each.name not in ("kind", "max_positions")  # which file it is, and how long the data may be
+]
+STRATEGIES = [
+    pytest.param(
+        kind,
+        marks=[
+            pytest.mark.skipif(find_spec("deepspeed") is None, reason="the extra `deepspeed` is not installed"),
+            pytest.mark.filterwarnings("default"),  # DeepSpeed's own, at its import
+        ],
+    )
+    if kind == "deepspeed"
+    else kind
+    for kind in plugins.get_names("elastic.strategies")
 ]
 TOKENS_BS = torch.arange(32).reshape(2, 16)
 
@@ -143,7 +156,7 @@ def test_a_model_keeps_to_the_options_of_the_configuration(kind, knob):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", plugins.get_names("elastic.strategies"))
+@pytest.mark.parametrize("kind", STRATEGIES)
 def test_a_strategy_lowers_the_loss_of_what_it_trains_on(kind, family):
     data, training = DataConfig(seq_len=8), TrainConfig(global_batch=4)
     config = RunConfig(strategy=kind, device="cpu", model=small(family), data=data, train=training)
@@ -175,3 +188,9 @@ def test_what_a_strategy_says_of_its_worlds_can_be_read_without_torch(kind):
     assert sharded_over in (None, "world", "group")
     assert key is None or isinstance(getattr(RunConfig(), key), int)
     assert most is None or most >= 1
+    refused = plugins.read_constant("elastic.strategies", kind, "CANNOT")
+    assert refused == getattr(module, "CANNOT", None)
+    for key, values in (refused or {}).items():
+        for value in values:
+            with pytest.raises(ConfigError, match=f"strategy={kind} cannot do {key}={value}"):
+                replace(RunConfig(strategy=kind), **{key: value})
