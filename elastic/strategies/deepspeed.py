@@ -10,6 +10,7 @@ its part of both.
 import importlib
 import logging
 import os
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
@@ -49,6 +50,7 @@ def spread(model: nn.Module, *, world: World, config: RunConfig) -> Spread:
     model.to_empty(device=world.device)
     engine = _build_engine(deepspeed, computing, world=world, config=config)
     zero = ZeroAdamW(model, config.optim, engine=engine, stage=config.deepspeed.stage)
+    weakref.finalize(zero, _release, engine)
     world_size = world.world_size
 
     def run(*microbatch: Tensor) -> Tensor:
@@ -176,6 +178,10 @@ def _build_engine(deepspeed: Any, model: nn.Module, *, world: World, config: Run
     groups._WORLD_GROUP = dist.group.WORLD  # else a copy, which nobody could break
     comm: Any = importlib.import_module("deepspeed.comm.comm")
     comm.cdb = None
+    # numbers of modules and parameters are compared between ranks, and one that was in more worlds has counted further
+    importlib.import_module("deepspeed.runtime.zero.partition_parameters").Init.param_id = 0
+    offload: Any = importlib.import_module("deepspeed.runtime.zero.parameter_offload").DeepSpeedZeRoOffload
+    offload._register_deepspeed_module.__defaults__[0][0] = 0  # its counter is a default argument
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -199,6 +205,18 @@ def _build_engine(deepspeed: Any, model: nn.Module, *, world: World, config: Run
         },
     )
     return engine
+
+
+def _release(engine: Any) -> None:
+    """Let go of memory and groups: autograd holds the engine by its hooks, in cycles that no collector sees."""
+    engine.destroy()
+    params = list(engine.module.parameters())
+    for holder in (getattr(engine.optimizer, "parameter_offload", None), engine.optimizer, engine):
+        if holder is not None:
+            vars(holder).clear()
+    for param in params:
+        vars(param).clear()
+        param.data, param.grad = param.new_empty(0), None
 
 
 def _import() -> Any:

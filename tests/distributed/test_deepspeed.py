@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 STAGES = (1, 2, 3)
-JOURNEY = (("fsdp2", 2), ("deepspeed", 3), ("deepspeed", 2), ("fsdp2", 3))
+JOURNEY = (("fsdp2", 2), ("deepspeed", 3), ("deepspeed", 2), ("deepspeed", 3), ("fsdp2", 3))
 STEPS_EACH = 3
 
 
