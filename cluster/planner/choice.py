@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from cluster.catalog.offers import Offer
 from cluster.planner.candidates import Candidate, Evaluator, Known, get_node_counts
+from elastic import plugins
 from elastic.config import RunConfig
 from elastic.errors import ConfigError, NoPlanError
 
@@ -55,7 +56,13 @@ def choose(
 
     Raises:
         NoPlanError: there is none. It says the smallest change that would make one.
+        ConfigError: nobody has measured what the strategy needs.
     """
+    if plugins.read_constant("elastic.strategies", config.strategy, "CAN_BE_PLANNED") is False:
+        raise ConfigError(
+            f"strategy={config.strategy} cannot be planned: nobody has measured what it needs, and a guess may not fit "
+            "what you rent. Plan with strategy=fsdp2, which needs less, and try the other one for an hour."
+        )
     limits = limits or Limits()
     candidates = evaluate_all(config, offers, known=known)
     allowed = [candidate for candidate in candidates if limits.allow(candidate)]

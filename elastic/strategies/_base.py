@@ -12,7 +12,8 @@ It may say more about its worlds with constants, literals at its top level that 
 - ``MAX_WORLD_SIZE = <number>``;
 - ``SHARDED_OVER = "world"`` or ``"group"`` (of `shard_size` ranks): what a rank holds is its part of weights and
   moments. Without it, every rank holds all of them;
-- ``CANNOT = {"<key>": (<value>, ...)}``: values of keys of the configuration that it refuses.
+- ``CANNOT = {"<key>": (<value>, ...)}``: values of keys of the configuration that it refuses;
+- ``CAN_BE_PLANNED = False``: its memory and speed were never measured, so `solvent plan` refuses it.
 
 It may provide `get_rehearsed(config) -> tuple[str, ...]`: the kinds as which blocks run under it, for one rank that
 rehearses alone. Without it, that is the kind itself.

@@ -31,11 +31,12 @@ from elastic.strategies._deepspeed_state import KINDS, Exchange, find_parts
 from elastic.world import World
 
 SHARDED_OVER = "world"
+CAN_BE_PLANNED = False
 CANNOT = {
     "precision": ("fp16", "fp8", "fp8_rowwise"),
-    "tune": ("lora",),
+    "tune": ("lora", "qlora"),
     "compile": (True,),
-    "recompute": ("selective", "budget", "full"),
+    "recompute": ("selective", "budget", "full", "offload"),
 }
 
 _VERSION = "0.19.8"
@@ -49,7 +50,7 @@ def spread(model: nn.Module, *, world: World, config: RunConfig) -> Spread:
     fully_shard(model, mesh=world.build_mesh(shard=world.world_size))
     model.to_empty(device=world.device)
     engine = _build_engine(deepspeed, computing, world=world, config=config)
-    zero = ZeroAdamW(model, config.optim, engine=engine, stage=config.deepspeed.stage)
+    zero = ZeroAdamW(model, config.optim, engine=engine, stage=config.deepspeed.stage, world=world)
     weakref.finalize(zero, _release, engine)
     world_size = world.world_size
 
@@ -80,10 +81,9 @@ class ZeroAdamW(ShardedAdamW):
         engine: DeepSpeed's.
     """
 
-    def __init__(self, model: nn.Module, config: OptimConfig, *, engine: Any, stage: int) -> None:
+    def __init__(self, model: nn.Module, config: OptimConfig, *, engine: Any, stage: int, world: World) -> None:
         super().__init__(model, config)
-        self._zero, self._stage = engine.optimizer, stage
-        self._norm: Tensor | None = None
+        self._zero, self._stage, self._world = engine.optimizer, stage, world
         holders = [cast(DTensor, param) for param in model.parameters()]
         rows = [(param, *(self.state[param][kind] for kind in KINDS[1:])) for param in holders]
         self._written = [tensor.to_local() for tensors in rows for tensor in tensors]
@@ -115,10 +115,16 @@ class ZeroAdamW(ShardedAdamW):
         self._versions = [tensor._version for tensor in self._written]
 
     def refresh(self) -> None:
-        """Bring the state from DeepSpeed to where checkpoints look for it; all ranks call it after the same step."""
+        """Bring the state from DeepSpeed to where checkpoints look for it; all ranks call it after the same step.
+
+        Raises:
+            DistError: the exchange was aborted on some rank; what is there must not be saved.
+        """
         if self._is_stale:  # it is newer there
             return
         self._exchange.to_rows()
+        world = self._world  # aborted messages end without an error where NCCL brings them
+        world.presence.check(float(world.sum_(world.presence.read())), world_size=world.world_size)
         for step in self._steps:
             step.copy_(self._flat[0]["step"])
         self._versions = [tensor._version for tensor in self._written]

@@ -18,7 +18,7 @@ from cluster.planner.choice import Limits, choose
 from cluster.planner.goodput import estimate_goodput
 from cluster.planner.progress import extrapolate, learn, measure_progress, measure_scales
 from elastic.config_load import load
-from elastic.errors import NoPlanError
+from elastic.errors import ConfigError, NoPlanError
 from tests.unit._planned import MODELS, plan_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -265,3 +265,8 @@ def test_the_memory_of_the_70b_example_is_what_its_header_says():
     candidate = Evaluator(config).evaluate(offer(), 64)
     assert candidate.memory.gib["state"] == pytest.approx(12 * 68_976_648_192 / 64 / 2**30)
     assert MODELS["8B"].num_params < config.model.num_params
+
+
+def test_a_strategy_that_nobody_has_measured_is_not_planned():
+    with pytest.raises(ConfigError, match="strategy=deepspeed cannot be planned"):
+        choose(replace(EIGHT_B, strategy="deepspeed", recompute="none", compile=False), [offer()])
