@@ -40,8 +40,8 @@ from elastic.records.attempts import End, build_row, close_torn_attempts, next_a
 from elastic.records.leader import Leadership, lead
 from elastic.records.rundir import RunDir, append_row
 from elastic.records.spool import OpenRun, open_run
-from elastic.run import train
 from elastic.sinks import open_sinks
+from elastic.training.run import train
 from elastic.world import open_store
 
 INTERRUPTED_EXIT_CODE = 3

@@ -24,11 +24,11 @@ from elastic import config_load
 from elastic.config import RunConfig
 from elastic.direct import write_all
 from elastic.errors import SolventError
-from elastic.metrics import get_memory_gib
+from elastic.nn.precision import get_dtype
 from elastic.ports import WorldSpec
-from elastic.precision import get_dtype
-from elastic.step import build_trainable, train_step
 from elastic.strict_json import dump_json
+from elastic.training.metrics import get_memory_gib
+from elastic.training.step import build_trainable, train_step
 from elastic.world import World, close_world, open_world
 
 _WARMUPS = 3

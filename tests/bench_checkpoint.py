@@ -35,8 +35,8 @@ from elastic.checkpoint.train_state import get_live_state
 from elastic.config import CheckpointConfig, RunConfig
 from elastic.models.llama import Config as ModelConfig
 from elastic.ports import Progress, WorldSpec
-from elastic.step import build_trainable, train_step
 from elastic.storage import open_storage
+from elastic.training.step import build_trainable, train_step
 from elastic.world import close_world, get_device, open_world
 
 EVERY = 20

@@ -23,10 +23,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from cluster.controller import Holder
-from cluster.runtime.coordinator import actor, ray_nodes
+from cluster.runtime.coordinator import actor
 from cluster.runtime.coordinator.actor import Coordinator, Session
 from cluster.runtime.coordinator.descriptors import raise_limit
-from cluster.runtime.coordinator.hosts import HOST_SILENT_S
+from cluster.runtime.coordinator.nodes import ray_nodes
+from cluster.runtime.coordinator.nodes.hosts import HOST_SILENT_S
 from cluster.runtime.event_loop import EventLoop
 from cluster.runtime.messages import (
     TO_HOST,

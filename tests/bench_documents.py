@@ -19,10 +19,10 @@ import torch.distributed as dist
 from elastic.config import DataConfig, RunConfig, TrainConfig
 from elastic.data.loader import join_borders
 from elastic.data.packing import pack
-from elastic.loss import IGNORE
 from elastic.models.llama import Config as ModelConfig
+from elastic.nn.loss import IGNORE
 from elastic.ports import WorldSpec
-from elastic.step import build_trainable, train_step
+from elastic.training.step import build_trainable, train_step
 from elastic.world import close_world, open_world
 
 TINY = ModelConfig(dim=256, num_layers=4, num_heads=4, num_kv_heads=2, ffn_dim=768)

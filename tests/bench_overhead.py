@@ -17,13 +17,13 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from elastic.config import DataConfig, RunConfig, TrainConfig
-from elastic.loss import IGNORE
 from elastic.models.llama import Config as ModelConfig
-from elastic.nn import init_weights
-from elastic.optim import AdamW
+from elastic.nn.layers import init_weights
+from elastic.nn.loss import IGNORE
+from elastic.optim.adamw import AdamW
 from elastic.plugins import load
 from elastic.ports import WorldSpec
-from elastic.step import build_trainable, train_step
+from elastic.training.step import build_trainable, train_step
 from elastic.world import close_world, open_store, open_world
 
 CONFIG = RunConfig(

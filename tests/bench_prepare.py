@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from elastic.data.kjv import read_chapters
-from elastic.data.prepare import prepare
+from elastic.data.preparation.kjv import read_chapters
+from elastic.data.preparation.prepare import prepare
 
 _own = {}
 

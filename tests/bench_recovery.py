@@ -27,8 +27,8 @@ from pathlib import Path
 from statistics import median
 
 from cluster.chaos.process_tree import find_family
-from elastic.data.kjv import read_chapters
-from elastic.data.prepare import prepare
+from elastic.data.preparation.kjv import read_chapters
+from elastic.data.preparation.prepare import prepare
 from elastic.records.rundir import parse_utc, read_rows
 from tests.ray._nodes import Nodes
 from tests.ray._runs import Run

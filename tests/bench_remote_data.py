@@ -28,9 +28,9 @@ import numpy as np
 import torch
 
 from elastic.config import DataConfig, RunConfig, TrainConfig
-from elastic.data.format import BLOCK_BYTES, read_info, write_block_sums, write_info, write_shard
 from elastic.data.packing import parse_index
-from elastic.data.prepare import prepare
+from elastic.data.preparation.prepare import prepare
+from elastic.data.prepared.format import BLOCK_BYTES, read_info, write_block_sums, write_info, write_shard
 
 SHARD_TOKENS = 1 << 23
 SEQ_LEN = 4096

@@ -26,7 +26,7 @@ from statistics import median
 
 import yaml
 
-from elastic.data.prepare import prepare
+from elastic.data.preparation.prepare import prepare
 from elastic.records.rundir import RunDir, parse_utc, read_rows
 from tests.bench_recovery import LIMIT_S, MODEL, NUM_NODES, SETTINGS, write_text
 from tests.ray._nodes import Nodes, get_env

@@ -19,13 +19,13 @@ import torch.distributed as dist
 
 from elastic.config import DataConfig, RunConfig, TrainConfig
 from elastic.data.corpus import open_corpus
-from elastic.data.kjv import read_chapters
 from elastic.data.loader import Loader, eval_batches
-from elastic.data.prepare import prepare
-from elastic.loss import IGNORE
+from elastic.data.preparation.kjv import read_chapters
+from elastic.data.preparation.prepare import prepare
 from elastic.models.llama import Config as ModelConfig
+from elastic.nn.loss import IGNORE
 from elastic.ports import WorldSpec
-from elastic.step import build_trainable, eval_loss, train_step
+from elastic.training.step import build_trainable, eval_loss, train_step
 from elastic.world import close_world, open_world
 
 SEQ_LEN = 256

@@ -23,8 +23,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from elastic.data.kjv import read_chapters
-from elastic.data.prepare import prepare
+from elastic.data.preparation.kjv import read_chapters
+from elastic.data.preparation.prepare import prepare
 from elastic.records.rundir import RunDir
 from tests.ray._exact import compare
 from tests.ray._leaks import LeakWatch

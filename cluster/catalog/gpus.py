@@ -1,7 +1,7 @@
 """What each GPU can do, as its maker says, and how much of its memory a program is really given.
 
 Peaks are dense: data sheets that say "with sparsity" are halved. `tests/unit/test_catalog.py` holds the bf16 peaks
-against those of `elastic/metrics.py`, which the MFU of a run is measured by.
+against those of `elastic/training/metrics.py`, which the MFU of a run is measured by.
 
 Source: NVIDIA's data sheets of T4, V100, A10, A40, RTX A6000, A100, L4, L40S, H100, H200 and DGX B200; the white
 papers of Ampere GA102, Ada and Blackwell RTX (appendix A) for GeForce; AWS's page of g5 for the A10G; AMD's data sheet

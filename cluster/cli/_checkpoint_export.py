@@ -20,7 +20,7 @@ from elastic.errors import CheckpointError, ConfigError, DataError, StorageError
 if TYPE_CHECKING:
     from elastic.checkpoint.format.manifest import CommittedCheckpoint, Manifest
     from elastic.checkpoint.hf.exporting import ExportDtype, Exported, TokenizerFiles, WeightSource
-    from elastic.data.hf_tokenizer import HfTokenizer
+    from elastic.data.prepared.hf_tokenizer import HfTokenizer
     from elastic.storage import Storage
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -162,8 +162,8 @@ def _find_tokenizer(storage: "Storage", manifest: "Manifest", named: str | None)
         DataError: there is none, or the one that was named is not the checkpoint's.
     """
     from elastic.checkpoint.format.compat import get_data
-    from elastic.data.hf_tokenizer import build_tokenizer, read_tokenizer
     from elastic.data.kept import read_kept
+    from elastic.data.prepared.hf_tokenizer import build_tokenizer, read_tokenizer
 
     identity = get_data(manifest)
     sha256 = identity.tokenizer_sha256 if identity else ""

@@ -34,9 +34,9 @@ def run(args: argparse.Namespace) -> int:
     from elastic.checkpoint.hf.folder import open_folder
     from elastic.checkpoint.hf.importing import import_folder
     from elastic.config_load import dump, load_here
-    from elastic.data.format import read_info
-    from elastic.data.hf_tokenizer import check_tokenizer, is_prepared
-    from elastic.data.shards import check_vocab
+    from elastic.data.prepared.format import read_info
+    from elastic.data.prepared.hf_tokenizer import check_tokenizer, is_prepared
+    from elastic.data.prepared.shards import check_vocab
     from elastic.mixture import get_paths
     from elastic.storage import is_url, join_url, open_storage
 

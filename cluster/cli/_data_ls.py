@@ -7,7 +7,7 @@ from cluster.cli._data_target import add_target, find_config, is_folder
 from cluster.cli._runs import add_json, print_json
 
 if TYPE_CHECKING:
-    from elastic.data.shards import Dataset
+    from elastic.data.prepared.shards import Dataset
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,8 +47,8 @@ def describe(dataset: "Dataset") -> dict[str, Any]:
     """Return what a prepared folder holds as a JSON object."""
     from dataclasses import asdict
 
-    from elastic.data.format import SPLITS
     from elastic.data.inspection import load_own_tokenizer, measure_lengths
+    from elastic.data.prepared.format import SPLITS
 
     info, tokenizer = dataset.info, load_own_tokenizer(dataset)
     splits: dict[str, Any] = {}

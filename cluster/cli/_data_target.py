@@ -21,8 +21,8 @@ def is_folder(target: str) -> bool:
     Raises:
         DataError: the store does not answer.
     """
-    from elastic.data.format import DATASET_FILE
-    from elastic.data.hf_tokenizer import is_prepared
+    from elastic.data.prepared.format import DATASET_FILE
+    from elastic.data.prepared.hf_tokenizer import is_prepared
 
     if not is_url(target):
         return is_prepared(target)

@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
         DataError: it is no prepared folder.
     """
     from elastic.data.inspection import find_damage
-    from elastic.data.shards import open_unchecked
+    from elastic.data.prepared.shards import open_unchecked
     from elastic.mixture import get_paths
 
     rows: list[dict[str, Any]] = []

@@ -30,10 +30,10 @@ def add_arguments(parser: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Apply the rendered stream and follow it, or delete what it names."""
-    from cluster.kube.apply import delete, submit
-    from cluster.kube.follow import follow
+    from cluster.kube.api.apply import delete, submit
+    from cluster.kube.api.follow import follow
+    from cluster.kube.api.server import connect
     from cluster.kube.render import is_kubernetes
-    from cluster.kube.server import connect
     from elastic.config_load import load
 
     profile = args.profile or _DEFAULT_PROFILE

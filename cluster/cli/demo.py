@@ -62,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prepare(data: Path) -> None:
-    from elastic.data.prepare import prepare
-    from elastic.data.shards import open_dataset
+    from elastic.data.preparation.prepare import prepare
+    from elastic.data.prepared.shards import open_dataset
 
     if (data / "dataset.json").exists():
         info = open_dataset(data).info
@@ -151,7 +151,7 @@ def _print_summary(config: RunConfig) -> None:
     from rich.table import Table
 
     from cluster.report.page import build_report
-    from elastic.data.shards import open_dataset
+    from elastic.data.prepared.shards import open_dataset
     from elastic.records.attempts import final_rows
 
     run_dir = get_run_dir(config)

@@ -15,11 +15,11 @@ from cluster.cli._runs import add_json, print_json
 _SAMPLE_TOKENS = 40
 
 if TYPE_CHECKING:
-    from elastic.data.prepare import OnProgress, PrepareProgress
+    from elastic.data.preparation.prepare import OnProgress, PrepareProgress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Take what `elastic.data.prepare.prepare` takes."""
+    """Take what `elastic.data.preparation.prepare.prepare` takes."""
     parser.add_argument("inputs", metavar="INPUT", nargs="+")
     parser.add_argument("--out", metavar="DIR", required=True, help="the folder to make: data.path of a configuration")
     parser.add_argument("--tokenizer", metavar="FILE", help="a Hugging Face tokenizer.json; default: train our own BPE")
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepare the data and tell what came out."""
-    from elastic.data.prepare import prepare
+    from elastic.data.preparation.prepare import prepare
 
     start_s = time.monotonic()
     notes: list[str] = []
@@ -136,8 +136,8 @@ def _show_sample(out: str, part: str) -> str:
     from pathlib import Path
 
     from elastic.data.inspection import load_own_tokenizer
-    from elastic.data.parts import parse_part
-    from elastic.data.shards import open_unchecked
+    from elastic.data.preparation.parts import parse_part
+    from elastic.data.prepared.shards import open_unchecked
 
     own = parse_part(part).get_folder(Path(out)) if part else Path(out)
     dataset = open_unchecked(own if own.is_dir() else out)

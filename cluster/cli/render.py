@@ -75,8 +75,8 @@ def get_rights(args: argparse.Namespace, documents: "list[Manifest]") -> "tuple[
     Raises:
         ConfigError: the profile is not for Kubernetes.
     """
+    from cluster.kube.api.rights import build_rights, describe_rights
     from cluster.kube.render import is_kubernetes
-    from cluster.kube.rights import build_rights, describe_rights
 
     if not is_kubernetes(documents) or args.kustomize:
         what = "--kustomize" if args.kustomize else f"--profile {args.profile}"

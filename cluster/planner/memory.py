@@ -21,9 +21,9 @@ from elastic.tuning import count_frozen_bytes
 
 GIB = 2**30
 _MAX_LOGITS_BYTES = 2**32
-"""As `elastic/loss.py`: positions are taken in chunks whose logits fit."""
+"""As `elastic/nn/loss.py`: positions are taken in chunks whose logits fit."""
 _MAX_GRAPHED_FLOPS = 3e13
-"""As `elastic/graphs.py`: what is smaller is recorded as a CUDA graph."""
+"""As `elastic/nn/graphs.py`: what is smaller is recorded as a CUDA graph."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from functools import partial
 from typing import Any
 
 from cluster.runtime.coordinator.actor import DRIVER_BUSY_S, Coordinator, Session
-from cluster.runtime.coordinator.closing import CLOSE_PATIENCE_S, Closing
 from cluster.runtime.coordinator.published import Update
+from cluster.runtime.coordinator.records.closing import CLOSE_PATIENCE_S, Closing
 from cluster.runtime.node.start_host import new_session
 from cluster.runtime.ray import adapter
 from cluster.runtime.ray.agent import run_agent

@@ -20,12 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from elastic.config import RunConfig
-from elastic.data.block_cache import BlockCache
-from elastic.data.format import BLOCK_BYTES, SPLITS, DatasetInfo, Split, SplitInfo
 from elastic.data.order import derive_seed, ids_between, sample_ids
 from elastic.data.packing import PackedSamples
+from elastic.data.prepared.block_cache import BlockCache
+from elastic.data.prepared.format import BLOCK_BYTES, SPLITS, DatasetInfo, Split, SplitInfo
+from elastic.data.prepared.shards import Dataset, check_not_empty, check_vocab, open_dataset
 from elastic.data.samples import Sample, Samples, StreamSamples
-from elastic.data.shards import Dataset, check_not_empty, check_vocab, open_dataset
 from elastic.errors import DataError
 from elastic.mixture import build_mixture, get_paths, share_out
 from elastic.ports import DataIdentity

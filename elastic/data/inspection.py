@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from elastic.data.checksums import check_shard_file, check_tokenizer_file
-from elastic.data.folder import LocalFolder
-from elastic.data.format import SPLITS, TOKENIZER_FILE, Shard, Split
+from elastic.data.prepared.checksums import check_shard_file, check_tokenizer_file
+from elastic.data.prepared.folder import LocalFolder
+from elastic.data.prepared.format import SPLITS, TOKENIZER_FILE, Shard, Split
+from elastic.data.prepared.shards import Dataset
+from elastic.data.prepared.tokenizer import parse_tokenizer
 from elastic.data.samples import Sample
-from elastic.data.shards import Dataset
-from elastic.data.tokenizer import parse_tokenizer
 from elastic.errors import DataError
 
 _TOKENS_AT_ONCE = 1 << 22

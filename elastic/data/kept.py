@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from elastic.data.corpus import Corpus
-from elastic.data.format import DATASET_FILE, SPLITS, TOKENIZER_FILE, DatasetInfo, dump_info, parse_info
 from elastic.data.packing import PackedSamples, parse_index
+from elastic.data.prepared.format import DATASET_FILE, SPLITS, TOKENIZER_FILE, DatasetInfo, dump_info, parse_info
 from elastic.errors import DataError
 from elastic.ports import DataIdentity
 from elastic.records.rundir import DATA

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from elastic.config import RunConfig
 from elastic.data.corpus import Corpus
-from elastic.data.format import Split
 from elastic.data.order import rank_slice
-from elastic.loss import IGNORE, Microbatch
+from elastic.data.prepared.format import Split
+from elastic.nn.loss import IGNORE, Microbatch
 
 _MAX_STEPS_AHEAD = 32
 _ROWS_AHEAD = 512

@@ -18,9 +18,9 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from elastic.data.format import Split
+from elastic.data.prepared.format import Split
+from elastic.data.prepared.shards import Dataset
 from elastic.data.samples import Piece, Sample
-from elastic.data.shards import Dataset
 
 WINDOW_ROWS = 128
 _WINDOWS_KEPT = 32

@@ -6,8 +6,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from elastic.data.format import Split
-from elastic.data.shards import Dataset
+from elastic.data.prepared.format import Split
+from elastic.data.prepared.shards import Dataset
 
 Ints = npt.NDArray[np.int64]
 

@@ -17,7 +17,7 @@ from elastic.errors import ConfigError
 from elastic.model_config import SHAPE, AttentionShape, ModelConfig, Rope
 
 if TYPE_CHECKING:
-    from elastic.decoder import Block, Decoder
+    from elastic.nn.decoder import Block, Decoder
 
 _EVEN = Constraint(holds=lambda value: value % 2 == 0, must="be even", why="RoPE turns pairs", fix="Add 1 to it.")
 _STRETCH = Constraint(
@@ -131,8 +131,8 @@ class Config(ModelConfig):
 
 
 def build(config: Config) -> "Decoder":
-    """Build the model on the current default device, normally meta; `elastic.nn.init_weights` gives it values."""
-    from elastic.decoder import Decoder
+    """Build the model on the current default device, normally meta; `elastic.nn.layers.init_weights` fills it."""
+    from elastic.nn.decoder import Decoder
 
     return Decoder(
         (_build_block(config, index) for index in range(config.num_layers)),
@@ -145,7 +145,7 @@ def build(config: Config) -> "Decoder":
 
 
 def _build_block(config: Config, index: int) -> "Block":
-    from elastic.decoder import Attention, Block, SwiGLU
+    from elastic.nn.decoder import Attention, Block, SwiGLU
 
     interval = config.no_rope_layer_interval
     attention = Attention(

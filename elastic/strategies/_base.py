@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from elastic import plugins
 from elastic.config import OptimConfig, RunConfig
-from elastic.optim import AdamW
+from elastic.optim.adamw import AdamW
 from elastic.world import World
 
 

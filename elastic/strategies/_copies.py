@@ -1,7 +1,7 @@
 """A copy of the model in low precision computes; the fp32 original learns.
 
 What FSDP2 does with every unit in every microbatch (cast the weights, cast the gradients) happens here once a step, and
-not in passes of its own: the update reads the gradients as they are and writes the copy (`elastic/optim_copies.py`).
+not in passes of its own: the update reads the gradients as they are and writes the copy (`elastic/optim/copies.py`).
 What is computed is what FSDP2's mixed precision computes, up to the order of sums: being a copy, its layers are joined
 where that is faster.
 """
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 # torch._foreach_*, as torch.optim uses them, are not in torch's __all__:
 # pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
-from elastic.graphs import GraphedLoss
-from elastic.nn import Joinable
+from elastic.nn.graphs import GraphedLoss
+from elastic.nn.layers import Joinable
 
 
 class LowPrecisionCopy:

@@ -8,9 +8,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from elastic.config import RunConfig
-from elastic.fp8 import set_fp8
-from elastic.optim_sharded import ShardedAdamW
-from elastic.precision import build_policy
+from elastic.nn.fp8 import set_fp8
+from elastic.nn.precision import build_policy
+from elastic.optim.sharded import ShardedAdamW
 from elastic.strategies._base import Spread
 from elastic.world import World
 

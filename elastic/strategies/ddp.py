@@ -11,9 +11,9 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from elastic.config import RunConfig
-from elastic.fp8 import set_fp8
-from elastic.optim import AdamW
-from elastic.precision import build_cast
+from elastic.nn.fp8 import set_fp8
+from elastic.nn.precision import build_cast
+from elastic.optim.adamw import AdamW
 from elastic.strategies._base import Spread, release_nothing
 from elastic.world import World
 

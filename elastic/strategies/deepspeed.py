@@ -24,8 +24,8 @@ from torch.distributed.tensor import DTensor
 
 from elastic.config import OptimConfig, RunConfig
 from elastic.errors import ConfigError
-from elastic.optim import AdamW
-from elastic.optim_sharded import ShardedAdamW
+from elastic.optim.adamw import AdamW
+from elastic.optim.sharded import ShardedAdamW
 from elastic.strategies._base import Spread, release_nothing
 from elastic.strategies._deepspeed_state import KINDS, Exchange, find_parts
 from elastic.world import World

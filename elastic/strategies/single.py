@@ -8,11 +8,11 @@ from torch import nn
 
 from elastic.config import RunConfig
 from elastic.errors import ConfigError
-from elastic.fp8 import set_fp8
-from elastic.graphs import MAX_FLOPS
-from elastic.optim import AdamW
-from elastic.optim_copies import CopyingAdamW
-from elastic.precision import build_cast, get_dtype
+from elastic.nn.fp8 import set_fp8
+from elastic.nn.graphs import MAX_FLOPS
+from elastic.nn.precision import build_cast, get_dtype
+from elastic.optim.adamw import AdamW
+from elastic.optim.copies import CopyingAdamW
 from elastic.strategies._base import Spread, release_nothing
 from elastic.strategies._copies import LowPrecisionCopy
 from elastic.world import World

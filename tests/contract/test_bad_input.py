@@ -207,7 +207,7 @@ def test_under_torchrun_a_mistake_is_explained_by_each_rank_without_a_traceback_
     result = call(torchrun, saved.config, f"storage={saved.storage}", f"data.path={tmp_path / 'none'}", "strategy=ddp")
     assert result.returncode != 0
     assert f"rank 0: data.path='{tmp_path / 'none'}' does not exist" in result.stderr
-    assert "elastic/run.py" not in result.stderr
+    assert "elastic/training/run.py" not in result.stderr
 
 
 @pytest.fixture

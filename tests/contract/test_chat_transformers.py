@@ -3,8 +3,8 @@
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from elastic.data.chat.encoder import find_counted
-from elastic.data.chat.template import ChatTemplate
+from elastic.data.preparation.chat.encoder import find_counted
+from elastic.data.preparation.chat.template import ChatTemplate
 from tests.unit._chat import SPECIAL, TEMPLATES, TOKENS, build_tokenizer
 from tests.unit.test_chat import CONVERSATION
 

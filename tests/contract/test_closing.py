@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster.runtime.coordinator.closing import ClosingUp
-from cluster.runtime.coordinator.row_writer import RowWriter
-from cluster.runtime.coordinator.run_records import open_run_records
+from cluster.runtime.coordinator.records.closing import ClosingUp
+from cluster.runtime.coordinator.records.row_writer import RowWriter
+from cluster.runtime.coordinator.records.run_records import open_run_records
 from elastic.config import RunConfig
 from elastic.records.rundir import RunDir, append_row, read_rows
 from elastic.records.spool import fetch_rows, open_run

@@ -11,7 +11,7 @@ import pytest
 from cluster.cli import main
 from cluster.cli.train import check_before_paying
 from elastic.config_load import load
-from elastic.data.prepare import prepare
+from elastic.data.preparation.prepare import prepare
 from elastic.errors import DataError
 from elastic.storage import open_storage
 from tests.contract._hf import write_hf_folder

@@ -10,7 +10,7 @@ from elastic.checkpoint.format.compat import get_data
 from elastic.checkpoint.format.manifest import list_committed, read_manifest
 from elastic.config_load import load
 from elastic.data.kept import read_kept
-from elastic.data.prepare import prepare
+from elastic.data.preparation.prepare import prepare
 from elastic.errors import ConfigError, DataError
 from elastic.storage import open_storage
 from tests.contract.test_bad_input import CONFIG, ELASTIC, call

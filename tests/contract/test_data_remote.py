@@ -15,15 +15,22 @@ import torch
 
 from cluster.cli import main
 from elastic.config import DataConfig, PhaseConfig, RunConfig, SourceConfig, TrainConfig
-from elastic.data import remote_folder
-from elastic.data.block_cache import BlockCache
 from elastic.data.corpus import Corpus, open_corpus
-from elastic.data.format import BLOCK_BYTES, BLOCK_SUMS_FILE, read_info, write_block_sums, write_info, write_shard
 from elastic.data.loader import Loader
-from elastic.data.prepare import prepare
-from elastic.data.shards import open_dataset
+from elastic.data.preparation.prepare import prepare
+from elastic.data.prepared import remote_folder
+from elastic.data.prepared.block_cache import BlockCache
+from elastic.data.prepared.format import (
+    BLOCK_BYTES,
+    BLOCK_SUMS_FILE,
+    read_info,
+    write_block_sums,
+    write_info,
+    write_shard,
+)
+from elastic.data.prepared.shards import open_dataset
 from elastic.errors import DataError
-from elastic.loss import IGNORE
+from elastic.nn.loss import IGNORE
 from elastic.storage import open_storage
 from tests.flaky_proxy import open_proxy
 

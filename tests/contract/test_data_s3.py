@@ -2,8 +2,8 @@ import pytest
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
-from elastic.data.documents import find_sources
-from elastic.data.prepare import prepare
+from elastic.data.preparation.documents import find_sources
+from elastic.data.preparation.prepare import prepare
 from elastic.errors import DataError
 
 

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 
 from cluster.cli import main
-from elastic.data.format import map_shard, read_info, write_info, write_shard
-from elastic.data.prepare import prepare
+from elastic.data.preparation.prepare import prepare
+from elastic.data.prepared.format import map_shard, read_info, write_info, write_shard
 
 TEXTS = [f"Text {n}: {n * n} sheep went over the hill, one after the other." for n in range(200)]
 

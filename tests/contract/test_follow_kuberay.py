@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cluster.kube import job_warnings, server
+from cluster.kube.api import job_warnings, server
 from tests.contract._kube_submission import NAME, Submission, api, end_pod, finish, get_made, start_job
 from tests.unit.test_log_lines import RAYS
 

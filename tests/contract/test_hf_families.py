@@ -13,10 +13,10 @@ from elastic import plugins
 from elastic.checkpoint.hf.exporting import TokenizerFiles, write_folder
 from elastic.checkpoint.hf.folder import find_family, get_families, open_folder
 from elastic.checkpoint.hf.numbers import to_fp32
-from elastic.data.hf_tokenizer import read_tokenizer
-from elastic.data.prepare import prepare
-from elastic.data.shards import open_dataset
-from elastic.data.tokenizer import train_tokenizer
+from elastic.data.preparation.prepare import prepare
+from elastic.data.prepared.hf_tokenizer import read_tokenizer
+from elastic.data.prepared.shards import open_dataset
+from elastic.data.prepared.tokenizer import train_tokenizer
 from elastic.storage import open_storage
 
 SHAPE = {

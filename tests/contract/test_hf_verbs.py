@@ -11,7 +11,7 @@ import pytest
 
 from cluster.cli import main
 from elastic.checkpoint.format.manifest import COMMITTED, MANIFEST, get_directory
-from elastic.data.prepare import prepare
+from elastic.data.preparation.prepare import prepare
 from elastic.records.rundir import read_rows
 from elastic.storage import open_storage
 from tests.contract._hf import MODEL, write_hf_folder

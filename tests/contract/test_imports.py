@@ -17,7 +17,7 @@ def get_imported(code):
 IMPORT_ALL_OF_ELASTIC = """
 import importlib, pkgutil, elastic
 for module in pkgutil.walk_packages(elastic.__path__, "elastic."):
-    if not module.name.startswith("elastic.kernels."):  # Triton is where GPUs are
+    if not module.name.startswith("elastic.nn.kernels."):  # Triton is where GPUs are
         importlib.import_module(module.name)
 """
 
@@ -25,7 +25,7 @@ for module in pkgutil.walk_packages(elastic.__path__, "elastic."):
 @pytest.mark.parametrize(
     ("code", "allowed"),
     [
-        pytest.param("import elastic.run", {"torch"}, id="trainer"),
+        pytest.param("import elastic.training.run", {"torch"}, id="trainer"),
         pytest.param(IMPORT_ALL_OF_ELASTIC, {"torch"}, id="all of elastic"),
         pytest.param("import cluster.runtime.ray.agent", {"cluster", "ray"}, id="what Ray starts"),
         pytest.param("import cluster.runtime.driver", {"cluster", "ray"}, id="driver"),

@@ -15,9 +15,9 @@ from elastic import plugins
 from elastic.config import DataConfig, RunConfig, TrainConfig
 from elastic.errors import ConfigError
 from elastic.model_config import ModelConfig, build_model_config, get_config_class
-from elastic.nn import init_weights
+from elastic.nn.layers import init_weights
 from elastic.ports import WorldSpec
-from elastic.step import build_trainable, eval_loss, train_step
+from elastic.training.step import build_trainable, eval_loss, train_step
 from elastic.world import close_world, open_store, open_world
 
 FAMILIES = plugins.get_names("elastic.models")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic.data.prepare import prepare
+from elastic.data.preparation.prepare import prepare
 from tests.contract import test_kinds
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,7 @@ def define_feed_forward():
     import torch.nn.functional as F
     from torch import nn
 
-    from elastic.nn import ResidualLinear
+    from elastic.nn.layers import ResidualLinear
 
     class FeedForward(nn.Module):
         def __init__(self, config):
@@ -78,14 +78,14 @@ def define_feed_forward():
 
 
 def build_block(config):
-    from elastic.decoder import Attention, Block
+    from elastic.nn.decoder import Attention, Block
 
     attention = Attention(config.dim, config.attention)
     return Block(config.dim, attention=attention, ffn=define_feed_forward()(config), norm_eps=1e-5)
 
 
 def build(config):
-    from elastic.decoder import Decoder
+    from elastic.nn.decoder import Decoder
 
     return Decoder(
         (build_block(config) for _ in range(config.num_layers)),
@@ -106,7 +106,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from elastic.optim import AdamW
+from elastic.optim.adamw import AdamW
 from elastic.strategies._base import Spread
 
 MAX_WORLD_SIZE = 1
@@ -306,7 +306,7 @@ import torch
 from elastic.config import DataConfig, RunConfig, TrainConfig
 from elastic.model_config import build_model_config
 from elastic.ports import WorldSpec
-from elastic.step import build_trainable, eval_loss, train_step
+from elastic.training.step import build_trainable, eval_loss, train_step
 from elastic.strategies.signs import calls
 from elastic.world import close_world, open_store, open_world
 

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from cluster.runtime.coordinator.relayed import RelayedRun, RelayedSink, RowReceiver
+from cluster.runtime.coordinator.records.relayed import RelayedRun, RelayedSink, RowReceiver
 from cluster.runtime.messages import FROM_TRAINER, TO_TRAINER
 from cluster.types import Slot
 from elastic.errors import StorageError

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from cluster.cli import main
-from cluster.kube import refusals
+from cluster.kube.api import refusals
 from tests.contract._kube_api import TOKEN, KubeApi
 from tests.contract._kube_submission import COMMAND, NAME, Submission, api, finish, get_made, start_job
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from elastic.breaker import Breaker
-from elastic.step import build_trainable, train_step
+from elastic.training.step import build_trainable, train_step
 from elastic.world import close_world, get_device, open_world
 from tests.distributed._ranks import spec
 from tests.distributed._tiny import CONFIG, global_batch, rank_microbatches

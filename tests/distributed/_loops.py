@@ -15,12 +15,12 @@ from elastic.config import (
     TrainConfig,
     WandbConfig,
 )
-from elastic.data.prepare import prepare
+from elastic.data.preparation.prepare import prepare
 from elastic.models.llama import Config as ModelConfig
 from elastic.ports import Outcome, WorldSpec
 from elastic.records.fencing import take_generation
-from elastic.run import train
 from elastic.storage import open_storage
+from elastic.training.run import train
 from tests.distributed._ranks import spec
 
 SEQ_LEN, BATCH = 16, 7

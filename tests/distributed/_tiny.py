@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from elastic.config import DataConfig, RunConfig, TrainConfig
-from elastic.loss import IGNORE
 from elastic.models.llama import Config as ModelConfig
-from elastic.step import StepResult, Trainable, train_step
+from elastic.nn.loss import IGNORE
+from elastic.training.step import StepResult, Trainable, train_step
 from elastic.world import World
 
 SEQ_LEN = 12

@@ -2,7 +2,7 @@
 
 import pytest
 
-from elastic.data.prepare import prepare
+from elastic.data.preparation.prepare import prepare
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.breaker import Breaker, Presence
-from elastic.step import build_trainable, eval_loss, train_step
+from elastic.training.step import build_trainable, eval_loss, train_step
 from elastic.world import World, close_world
 from tests.distributed._aborts import break_at_each_collective
 from tests.distributed._ranks import run_ranks

@@ -8,14 +8,14 @@ import pytest
 
 from elastic.__main__ import main
 from elastic.data.corpus import open_corpus
-from elastic.data.format import read_info, write_info, write_shard
 from elastic.data.loader import Loader, eval_batches
 from elastic.data.order import sample_ids
+from elastic.data.prepared.format import read_info, write_info, write_shard
 from elastic.errors import StepError
-from elastic.lr_schedule import learning_rate
+from elastic.optim.lr_schedule import learning_rate
 from elastic.ports import Finished, Interrupted, Notice
 from elastic.records.rundir import RunDir, read_rows
-from elastic.step import build_trainable, eval_loss, train_step
+from elastic.training.step import build_trainable, eval_loss, train_step
 from tests.distributed._loops import BATCH, SEQ_LEN, Watcher, make_config, train_rank, write_data
 from tests.distributed._ranks import in_world, run_ranks
 

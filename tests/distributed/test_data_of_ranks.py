@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from elastic.data.prepare import prepare
+from elastic.data.preparation.prepare import prepare
 from elastic.errors import DataError
 from tests.distributed._loops import make_config, train_rank, write_data
 from tests.distributed._ranks import run_ranks

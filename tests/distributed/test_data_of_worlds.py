@@ -8,8 +8,8 @@ import signal
 import numpy as np
 import pytest
 
-from elastic.data.kjv import read_chapters
-from elastic.data.prepare import prepare
+from elastic.data.preparation.kjv import read_chapters
+from elastic.data.preparation.prepare import prepare
 from elastic.records.attempts import final_rows
 from elastic.records.rundir import RunDir, read_rows
 from elastic.storage import open_storage

@@ -12,8 +12,8 @@ from elastic.checkpoint.checkpointer import Checkpointer
 from elastic.checkpoint.restore.load import restore
 from elastic.config import DeepSpeedConfig
 from elastic.ports import Progress
-from elastic.step import build_trainable, eval_loss, train_step
 from elastic.storage import open_storage
+from elastic.training.step import build_trainable, eval_loss, train_step
 from elastic.world import World
 from tests.distributed._ranks import in_world, run_ranks
 from tests.distributed._tiny import CONFIG, full_weights, global_batch, rank_microbatches, train

@@ -15,13 +15,13 @@ from elastic.checkpoint.format.manifest import COMMITTED, get_directory
 from elastic.checkpoint.restore.load import restore
 from elastic.checkpoint.train_state import get_live_state
 from elastic.config_load import load
-from elastic.data.prepare import prepare
-from elastic.data.shards import open_dataset
+from elastic.data.preparation.prepare import prepare
+from elastic.data.prepared.shards import open_dataset
 from elastic.ports import WorldSpec
 from elastic.records.attempts import final_rows
 from elastic.records.rundir import RunDir, read_rows
-from elastic.step import build_trainable
 from elastic.storage import open_storage
+from elastic.training.step import build_trainable
 from elastic.world import close_world, open_store, open_world
 from tests.distributed._launch import ROOT, Ranks, read_samples
 

@@ -16,8 +16,8 @@ from elastic.checkpoint.train_state import get_local
 from elastic.config import ClusterConfig
 from elastic.errors import CheckpointError, ConfigError
 from elastic.ports import Finished, Interrupted, Notice
-from elastic.step import build_trainable
 from elastic.storage import open_storage
+from elastic.training.step import build_trainable
 from elastic.tuning import LoraConfig, count_frozen_bytes, get_adapter_shapes
 from tests.distributed._loops import Watcher, train_rank, write_data
 from tests.distributed._lora import LORA, MODEL, MODELS, import_theirs, make_lora_config, write_theirs

@@ -16,9 +16,9 @@ from cluster.cli import main
 from elastic.checkpoint.restore.base import load_base
 from elastic.checkpoint.restore.load import restore
 from elastic.config_load import dump, load
-from elastic.loss import IGNORE
-from elastic.step import build_trainable
+from elastic.nn.loss import IGNORE
 from elastic.storage import open_storage
+from elastic.training.step import build_trainable
 from elastic.tuning import LoraConfig
 from elastic.world import close_world, open_store, open_world
 from tests.distributed._loops import Watcher, train_rank, write_data

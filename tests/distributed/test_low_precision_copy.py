@@ -9,9 +9,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from elastic.config import DataConfig, OptimConfig, RunConfig, TrainConfig
 from elastic.models.llama import Config as ModelConfig
-from elastic.optim_copies import CopyingAdamW
+from elastic.optim.copies import CopyingAdamW
 from elastic.ports import WorldSpec
-from elastic.step import build_trainable, eval_loss, train_step
+from elastic.training.step import build_trainable, eval_loss, train_step
 from elastic.world import close_world, open_store, open_world
 
 CONFIG = RunConfig(

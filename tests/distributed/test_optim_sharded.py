@@ -6,8 +6,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from elastic.config import OptimConfig
-from elastic.optim import AdamW
-from elastic.optim_sharded import ShardedAdamW
+from elastic.optim.adamw import AdamW
+from elastic.optim.sharded import ShardedAdamW
 from elastic.world import World
 from tests.distributed._ranks import in_world, run_ranks
 

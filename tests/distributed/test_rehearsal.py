@@ -10,9 +10,9 @@ import pytest
 
 from elastic.config import ClusterConfig, DataConfig, RunConfig, TrainConfig
 from elastic.models.llama import Config as ModelConfig
-from elastic.rehearsal import COMPILED, rehearse
 from elastic.storage import open_storage
 from elastic.strategies._base import get_rehearsed
+from elastic.training.rehearsal import COMPILED, rehearse
 
 CONFIG = RunConfig(
     device="cpu",
@@ -28,8 +28,8 @@ import torch
 import torch.distributed as dist
 from torch._dynamo.utils import counters
 from elastic.ports import WorldSpec
-from elastic.rehearsal import rehearse
-from elastic.step import build_trainable, train_step
+from elastic.training.rehearsal import rehearse
+from elastic.training.step import build_trainable, train_step
 from elastic.storage import open_storage
 from elastic.world import close_world, open_world
 from tests.distributed.test_rehearsal import CONFIG
@@ -93,7 +93,7 @@ def test_what_was_rehearsed_is_not_compiled_again_in_a_world_of_any_size(tmp_pat
 @pytest.mark.parametrize("damage", [b"", b"no compiled code"])
 def test_what_was_kept_and_is_damaged_is_made_anew(tmp_path, monkeypatch, damage):
     storage = open_storage(tmp_path)
-    monkeypatch.setattr("elastic.rehearsal._describe", lambda *_: "it")
+    monkeypatch.setattr("elastic.training.rehearsal._describe", lambda *_: "it")
     storage.write(f"{COMPILED}it", [damage])
     alone = replace(CONFIG, cluster=ClusterConfig(max_workers=1), model=replace(CONFIG.model, dim=48))
     rehearse(alone, storage)

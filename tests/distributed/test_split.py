@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from elastic.step import build_trainable
+from elastic.training.step import build_trainable
 from elastic.world import World
 from tests.distributed._ranks import in_world, run_ranks
 from tests.distributed._tiny import CONFIG, full_weights, train, with_model

@@ -4,8 +4,8 @@ from elastic.breaker import Breaker
 from elastic.errors import StaleGenerationError
 from elastic.ports import Finished, Lost, Progress
 from elastic.records.fencing import take_generation
-from elastic.run import train
 from elastic.storage import open_storage
+from elastic.training.run import train
 from tests.distributed._loops import NoNotices, Watcher, make_config, write_data
 from tests.distributed._ranks import run_ranks, spec
 

@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 from elastic.checkpoint.train_state import get_local
 from elastic.errors import ConfigError
-from elastic.loss import IGNORE
-from elastic.step import Abandoned, build_trainable, eval_loss, train_step
+from elastic.nn.loss import IGNORE
+from elastic.training.step import Abandoned, build_trainable, eval_loss, train_step
 from elastic.world import World
 from tests.distributed._ranks import in_world, run_ranks
 from tests.distributed._tiny import CONFIG, SEQ_LEN, full_weights, global_batch, rank_microbatches, train

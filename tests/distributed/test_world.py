@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from elastic.breaker import Breaker
 from elastic.errors import ConfigError
-from elastic.step import build_trainable
+from elastic.training.step import build_trainable
 from elastic.world import close_world, get_device, open_world
 from tests.distributed._ranks import in_world, run_ranks, spec
 from tests.distributed._tiny import CONFIG, train

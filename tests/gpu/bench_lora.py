@@ -21,7 +21,7 @@ import torch
 from elastic.config import DataConfig, RunConfig, TrainConfig
 from elastic.models.llama import Config as ModelConfig
 from elastic.ports import WorldSpec
-from elastic.step import build_trainable, train_step
+from elastic.training.step import build_trainable, train_step
 from elastic.tuning import LoraConfig
 from elastic.world import close_world, open_store, open_world
 

@@ -26,7 +26,7 @@ from cluster.planner.memory import estimate_memory, split_batch
 from elastic.config import DataConfig, RunConfig, TrainConfig
 from elastic.models.llama import Config as ModelConfig
 from elastic.ports import WorldSpec
-from elastic.step import build_trainable, train_step
+from elastic.training.step import build_trainable, train_step
 from elastic.world import World, close_world, open_world
 
 TRY_ON_CPU = bool(os.environ.get("TRY_ON_CPU"))

@@ -46,7 +46,7 @@ from cluster.runtime.node.connect import connect
 from cluster.runtime.node.start_host import launch_host
 from cluster.types import Claimed, Go, Join, Kill, Leave, Park, Slot, TrainerEnded, get_leave_limit_s
 from elastic.config import CheckpointConfig, ClusterConfig, DataConfig, FaultConfig, RunConfig, TrainConfig, WandbConfig
-from elastic.data.prepare import prepare
+from elastic.data.preparation.prepare import prepare
 from elastic.models.llama import Config as ModelConfig
 from elastic.transport import Acceptor, Link
 from tests.plain_trainers import NODE
@@ -71,7 +71,7 @@ from pathlib import Path
 import torch.distributed as dist
 from elastic.config import from_dict
 from elastic.ports import WorldSpec
-from elastic.run import train
+from elastic.training.run import train
 class Watch:
     def get_notice(self): return None
     def __getattr__(self, name): return lambda *_: None

@@ -28,7 +28,7 @@ from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
-from elastic.data.prepare import prepare
+from elastic.data.preparation.prepare import prepare
 from elastic.records.attempts import final_rows
 from elastic.records.rundir import RunDir, parse_utc, read_rows
 

@@ -23,10 +23,10 @@ import torch._dynamo
 import torch.distributed as dist
 
 from elastic.config import DataConfig, RunConfig, TrainConfig
-from elastic.metrics import get_memory_gib
 from elastic.models.llama import Config as ModelConfig
 from elastic.ports import WorldSpec
-from elastic.step import build_trainable, train_step
+from elastic.training.metrics import get_memory_gib
+from elastic.training.step import build_trainable, train_step
 from elastic.world import World, close_world, open_world
 
 TRY_ON_CPU = bool(os.environ.get("TRY_ON_CPU"))

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from elastic.config import RunConfig
 from elastic.models.llama import Config as ModelConfig
 from elastic.ports import WorldSpec
-from elastic.step import build_trainable, train_step
+from elastic.training.step import build_trainable, train_step
 from elastic.world import World, close_world, open_world
 
 TIME_LIMIT_S = 330.0

@@ -4,7 +4,7 @@ import torch
 from elastic.config import DataConfig, RunConfig, TrainConfig
 from elastic.data.corpus import open_corpus
 from elastic.data.loader import Loader
-from elastic.data.prepare import prepare
+from elastic.data.preparation.prepare import prepare
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

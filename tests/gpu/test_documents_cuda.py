@@ -6,9 +6,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from elastic.attention import attend_within, separate
-from elastic.loss import IGNORE
-from elastic.step import build_trainable, train_step
+from elastic.nn.attention import attend_within, separate
+from elastic.nn.loss import IGNORE
+from elastic.training.step import build_trainable, train_step
 from tests.gpu.test_fast_step_cuda import CONFIG, draw, error, pytestmark, world  # noqa: F401 (a fixture and marks)
 
 BORDERS = [0, 5, 100, 128, 200, 201, 256, 256, 256]  # of two sequences of 128

@@ -9,15 +9,15 @@ import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from elastic import fused, loss
-from elastic.attention import attend
 from elastic.config import DataConfig, RunConfig, TrainConfig
-from elastic.loss import IGNORE, sum_cross_entropy
 from elastic.models.llama import Config as ModelConfig
-from elastic.nn import build_rope_tables
-from elastic.optim_copies import CopyingAdamW
+from elastic.nn import fused, loss
+from elastic.nn.attention import attend
+from elastic.nn.layers import build_rope_tables
+from elastic.nn.loss import IGNORE, sum_cross_entropy
+from elastic.optim.copies import CopyingAdamW
 from elastic.ports import WorldSpec
-from elastic.step import build_trainable, train_step
+from elastic.training.step import build_trainable, train_step
 from elastic.world import close_world, open_world
 
 pytestmark = [

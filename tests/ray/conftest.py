@@ -2,8 +2,8 @@
 
 import pytest
 
-from elastic.data.kjv import read_chapters
-from elastic.data.prepare import prepare
+from elastic.data.preparation.kjv import read_chapters
+from elastic.data.preparation.prepare import prepare
 from tests.ledgers import check_ledgers
 from tests.ray._nodes import open_nodes
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster.runtime.coordinator.node_watches import WatchActor
+from cluster.runtime.coordinator.nodes.node_watches import WatchActor
 from cluster.runtime.ray import adapter
 from elastic.config import ClusterConfig
 from elastic.records.rundir import parse_utc, read_rows

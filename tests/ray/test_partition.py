@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.runtime.coordinator.hosts import HOST_SILENT_S
+from cluster.runtime.coordinator.nodes.hosts import HOST_SILENT_S
 from elastic.checkpoint.format.manifest import list_committed, read_manifest
 from elastic.records.fencing import CHECK_EVERY_S, get_newest_generation
 from elastic.records.rundir import RunDir, parse_utc, read_rows

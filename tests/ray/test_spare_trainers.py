@@ -9,7 +9,7 @@ import pytest
 from cluster.runtime.messages import ClaimGranted, Stepped, TrainerSaid
 from cluster.types import Claimed, TrainerEnded
 from elastic.config import CheckpointConfig, ClusterConfig, DataConfig, TrainConfig
-from elastic.data.prepare import prepare
+from elastic.data.preparation.prepare import prepare
 from elastic.models.llama import Config as ModelConfig
 from tests.ray._hosts import run_host
 from tests.ray._traces import find_trainers, is_alive, wait_until

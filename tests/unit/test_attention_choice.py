@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from elastic import attention
-from elastic.attention import CHOICES, agree_on_attention, choose_attention
 from elastic.config import RunConfig
 from elastic.errors import ConfigError
+from elastic.nn import attention
+from elastic.nn.attention import CHOICES, agree_on_attention, choose_attention
 from elastic.storage import open_storage
 
 CUDA = torch.device("cuda", 0)

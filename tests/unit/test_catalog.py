@@ -12,7 +12,7 @@ from cluster.catalog.load import SNAPSHOT, Catalog, load_catalog, override
 from cluster.catalog.offers import build_offer, dump_csv, keep_prices, read_csv
 from cluster.catalog.skypilot import is_skypilot, read_skypilot
 from elastic.errors import ConfigError
-from elastic.metrics import get_peak_flops
+from elastic.training.metrics import get_peak_flops
 
 TODAY = date(2026, 11, 30)
 DEVICES = {  # as torch.cuda.get_device_name says

@@ -8,14 +8,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from elastic.data.chat.conversations import build_taker
-from elastic.data.chat.encoder import find_counted
-from elastic.data.chat.template import ChatTemplate, TemplateRefusalError, load_template
 from elastic.data.inspection import decode_sample, load_own_tokenizer
 from elastic.data.packing import PackedSamples
-from elastic.data.prepare import prepare
-from elastic.data.rows import NoText
-from elastic.data.shards import open_dataset
+from elastic.data.preparation.chat.conversations import build_taker
+from elastic.data.preparation.chat.encoder import find_counted
+from elastic.data.preparation.chat.template import ChatTemplate, TemplateRefusalError, load_template
+from elastic.data.preparation.prepare import prepare
+from elastic.data.preparation.rows import NoText
+from elastic.data.prepared.shards import open_dataset
 from elastic.errors import DataError
 from tests.unit._chat import SPECIAL, TEMPLATES, TOKENS, build_tokenizer
 

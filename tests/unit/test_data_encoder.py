@@ -20,12 +20,12 @@ from tokenizers.trainers import BpeTrainer
 
 from elastic.config import DataConfig, RunConfig
 from elastic.data.corpus import open_corpus
-from elastic.data.encoder import encode_long, split_text
-from elastic.data.format import read_info
-from elastic.data.hf_tokenizer import read_tokenizer
-from elastic.data.kjv import read_chapters
-from elastic.data.prepare import prepare
-from elastic.data.tokenizer import get_prefix, load_tokenizer, train_tokenizer
+from elastic.data.preparation.encoder import encode_long, split_text
+from elastic.data.preparation.kjv import read_chapters
+from elastic.data.preparation.prepare import prepare
+from elastic.data.prepared.format import read_info
+from elastic.data.prepared.hf_tokenizer import read_tokenizer
+from elastic.data.prepared.tokenizer import get_prefix, load_tokenizer, train_tokenizer
 from elastic.errors import DataError
 from elastic.models.llama import Config as ModelConfig
 

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.data.documents import find_sources
-from elastic.data.first_bytes import find_codec, find_encoding
-from elastic.data.prepare import prepare
-from elastic.data.rows import NoText
+from elastic.data.preparation.documents import find_sources
+from elastic.data.preparation.first_bytes import find_codec, find_encoding
+from elastic.data.preparation.prepare import prepare
+from elastic.data.preparation.rows import NoText
 from elastic.errors import DataError
 
 TEXTS = ["A first text, caf\u00e9 and \u4e16.\n", "A second one.\n", "The third.\n"]

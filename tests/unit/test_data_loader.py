@@ -12,10 +12,10 @@ from elastic.config import ClusterConfig, DataConfig, RunConfig, TrainConfig
 from elastic.data.corpus import Corpus
 from elastic.data.loader import Loader, eval_batches
 from elastic.data.order import sample_ids
-from elastic.data.prepare import prepare
-from elastic.data.shards import Dataset, open_dataset
+from elastic.data.preparation.prepare import prepare
+from elastic.data.prepared.shards import Dataset, open_dataset
 from elastic.errors import DataError
-from elastic.loss import IGNORE
+from elastic.nn.loss import IGNORE
 
 SEQ_LEN = 8
 CPU = torch.device("cpu")

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.cli import main
-from elastic.data.documents import Source, find_sources
-from elastic.data.format import read_info
 from elastic.data.inspection import find_damage
-from elastic.data.parts import Part, choose_sources, join_parts
-from elastic.data.prepare import prepare
-from elastic.data.shards import open_dataset
+from elastic.data.preparation.documents import Source, find_sources
+from elastic.data.preparation.parts import Part, choose_sources, join_parts
+from elastic.data.preparation.prepare import prepare
+from elastic.data.prepared.format import read_info
+from elastic.data.prepared.shards import open_dataset
 from elastic.errors import DataError
 
 TEXTS = [f"Document {n} speaks of {n * n} sheep, and of nothing else." for n in range(120)]
@@ -101,7 +101,7 @@ def test_parts_joined_are_what_one_machine_would_have_made(inputs, tmp_path, ord
 
 
 def test_the_checksums_of_joined_blocks_are_those_of_the_shards(inputs, tmp_path):
-    from elastic.data.format import BLOCK_SUMS_FILE, write_block_sums
+    from elastic.data.prepared.format import BLOCK_SUMS_FILE, write_block_sums
 
     for number in (2, 1):
         tokenizer = tmp_path / "whole" / "tokenizer.json"
@@ -117,7 +117,7 @@ def test_a_join_that_was_cut_short_is_done_by_the_next_call(inputs, tmp_path, mo
 
     part(1)
     with monkeypatch.context() as patched:
-        patched.setattr("elastic.data.parts.write_info", lambda *_: (_ for _ in ()).throw(OSError("gone")))
+        patched.setattr("elastic.data.preparation.parts.write_info", lambda *_: (_ for _ in ()).throw(OSError("gone")))
         with pytest.raises(OSError, match="gone"):
             part(2)
     assert not (tmp_path / "out" / "dataset.json").exists()

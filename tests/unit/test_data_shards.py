@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.config import DataConfig, RunConfig
-from elastic.data import checksums as verify
 from elastic.data.corpus import open_corpus
-from elastic.data.prepare import prepare
-from elastic.data.shards import open_dataset
+from elastic.data.preparation.prepare import prepare
+from elastic.data.prepared import checksums as verify
+from elastic.data.prepared.shards import open_dataset
 from elastic.errors import DataError
 from elastic.models.llama import Config as ModelConfig
 

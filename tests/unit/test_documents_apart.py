@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from elastic.attention import separate
-from elastic.loss import IGNORE
 from elastic.models.llama import Config, build
-from elastic.nn import init_weights
-from elastic.recompute import set_recompute
+from elastic.nn.attention import separate
+from elastic.nn.layers import init_weights
+from elastic.nn.loss import IGNORE
+from elastic.nn.recompute import set_recompute
 
 CONFIG = Config(vocab_size=64, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=64, init_std=0.3)
 BORDERS = torch.tensor([0, 5, 16, 18, 32, 32, 32], dtype=torch.int32)  # two rows of 16

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from cluster.cost import KnownPrices
 from cluster.node_watch import News
 from cluster.notices import Departure, Report
-from cluster.runtime.coordinator import node_decisions as decisions
 from cluster.runtime.coordinator.descriptors import OTHERS
 from cluster.runtime.coordinator.events import InboxEvent, NodeEvent, WatchTold
-from cluster.runtime.coordinator.fleet import Fleet
-from cluster.runtime.coordinator.nodes import (
+from cluster.runtime.coordinator.nodes import node_decisions as decisions
+from cluster.runtime.coordinator.nodes.fleet import Fleet
+from cluster.runtime.coordinator.nodes.node_records import (
     LOST_FOR_S,
     Drain,
     Host,
@@ -31,8 +31,8 @@ from cluster.runtime.coordinator.nodes import (
     Watch,
     follow_ray,
 )
-from cluster.runtime.coordinator.ray_nodes import RayWatch
-from cluster.runtime.coordinator.run_records import open_run_records
+from cluster.runtime.coordinator.nodes.ray_nodes import RayWatch
+from cluster.runtime.coordinator.records.run_records import open_run_records
 from cluster.runtime.ray.adapter import WorkerNode
 from cluster.types import Draining, Event, Undrained
 from elastic.config import CostConfig, RunConfig

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from elastic.fused import split_and_rotate, swiglu_down
 from elastic.models.llama import Config as ModelConfig
-from elastic.nn import build_rope_tables, rotate
+from elastic.nn.fused import split_and_rotate, swiglu_down
+from elastic.nn.layers import build_rope_tables, rotate
 
 
 def draw(*shape):

@@ -9,9 +9,9 @@ from contextlib import ExitStack, closing, suppress
 import pytest
 
 from cluster.controller import Holder
-from cluster.runtime.coordinator import hosts as module
-from cluster.runtime.coordinator.hosts import Hosts
-from cluster.runtime.coordinator.nodes import Nodes
+from cluster.runtime.coordinator.nodes import hosts as module
+from cluster.runtime.coordinator.nodes.hosts import Hosts
+from cluster.runtime.coordinator.nodes.node_records import Nodes
 from cluster.runtime.messages import TO_HOST, Beat, End, HostHello, Renew, ReplicaServerMoved, Welcome
 from cluster.types import Expired, Join, Slot
 from elastic.transport import Dial, Link, WireError

@@ -5,7 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.interrupt import URGENCY, agree, decide, needs_copies
+from elastic.training.interrupt import URGENCY, agree, decide, needs_copies
 
 SECONDS = st.floats(min_value=0, max_value=1e6)
 TIERS = st.sampled_from(["memory", "storage"])

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from elastic.models.llama import Config as ModelConfig
 from elastic.models.llama import build
-from elastic.nn import build_rope_tables, init_weights, rotate
+from elastic.nn.layers import build_rope_tables, init_weights, rotate
 
 SMALL = ModelConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48, vocab_size=61)
 UNTIED = ModelConfig(dim=32, num_layers=3, num_heads=4, num_kv_heads=4, ffn_dim=40, vocab_size=61, tied_head=False)

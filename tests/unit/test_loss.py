@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from elastic import loss
-from elastic.loss import IGNORE, sum_cross_entropy
+from elastic.nn import loss
+from elastic.nn.loss import IGNORE, sum_cross_entropy
 
 
 def plain(hidden, weight, labels):

@@ -1,7 +1,7 @@
 import pytest
 
-from elastic.metrics import build_row, get_memory_gib, get_mfu, get_peak_flops
 from elastic.ports import Progress
+from elastic.training.metrics import build_row, get_memory_gib, get_mfu, get_peak_flops
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from elastic.config import DataConfig, PhaseConfig, RunConfig, SourceConfig, TrainConfig
 from elastic.data.corpus import Corpus
-from elastic.data.format import DatasetInfo, SplitInfo
-from elastic.data.shards import Dataset
+from elastic.data.prepared.format import DatasetInfo, SplitInfo
+from elastic.data.prepared.shards import Dataset
 from elastic.errors import ConfigError
 from elastic.mixture import build_mixture, cut_description, share_out
 

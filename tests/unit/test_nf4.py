@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from elastic.checkpoint.hf.four_bits import dequantise, quantise
 from elastic.nf4 import BLOCK, CODEBOOK, count_row_bytes, read_row_format
-from elastic.nf4_product import _compile_dequantise, nf4_product
-from elastic.nf4_product import dequantise as dequantise_tensor
+from elastic.nn.nf4_product import _compile_dequantise, nf4_product
+from elastic.nn.nf4_product import dequantise as dequantise_tensor
 
 SCALES = ["uint8", "fp32"]
 matrices = st.builds(

@@ -8,10 +8,10 @@ from torch import nn
 
 from cluster.planner.host_memory import estimate_host_gib
 from cluster.planner.memory import estimate_memory
-from elastic import recompute
 from elastic.config import DataConfig, RunConfig, TrainConfig
 from elastic.models.llama import Config as ModelConfig
-from elastic.recompute import set_compile, set_offload, set_recompute
+from elastic.nn import recompute
+from elastic.nn.recompute import set_compile, set_offload, set_recompute
 
 
 class Block(nn.Module):

@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.config import OptimConfig
-from elastic.lr_schedule import learning_rate
 from elastic.models.llama import Config as ModelConfig
 from elastic.models.llama import build
-from elastic.optim import AdamW
+from elastic.optim.adamw import AdamW
+from elastic.optim.lr_schedule import learning_rate
 
 TOTAL = st.integers(min_value=10, max_value=10**13)
 SHARE = st.floats(min_value=0.0, max_value=1.0)

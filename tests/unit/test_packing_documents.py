@@ -13,8 +13,8 @@ from elastic.data import packing
 from elastic.data.corpus import Corpus, open_corpus
 from elastic.data.loader import Loader, join_borders
 from elastic.data.packing import PackedSamples, count_rows, pack, parse_index
-from elastic.data.prepare import prepare
-from elastic.loss import IGNORE
+from elastic.data.preparation.prepare import prepare
+from elastic.nn.loss import IGNORE
 
 CPU = torch.device("cpu")
 

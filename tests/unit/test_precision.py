@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from elastic.attention import choose_attention
 from elastic.config import RunConfig
 from elastic.errors import ConfigError
-from elastic.precision import autocast, build_policy, build_scaler, check_precision, set_tf32
+from elastic.nn.attention import choose_attention
+from elastic.nn.precision import autocast, build_policy, build_scaler, check_precision, set_tf32
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from elastic.profile import Profiler, format_table, summarize
+from elastic.training.profile import Profiler, format_table, summarize
 
 
 def event(start_us, end_us, name, cat="kernel"):

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster.runtime.coordinator import row_writer as module
-from cluster.runtime.coordinator.row_writer import RowWriter
+from cluster.runtime.coordinator.records import row_writer as module
+from cluster.runtime.coordinator.records.row_writer import RowWriter
 from elastic.errors import StaleGenerationError, StorageError
 from elastic.records.rundir import read_rows
 

@@ -4,7 +4,7 @@ import pytest
 
 from cluster.controller import Policy, State
 from cluster.ledger import check_tiling, read_ledger
-from cluster.runtime.coordinator.run_records import open_run_records
+from cluster.runtime.coordinator.records.run_records import open_run_records
 from cluster.types import DRIVER_GONE, AttemptEnded, AttemptStarted, Slot
 from elastic.config import RunConfig
 from elastic.ports import Progress

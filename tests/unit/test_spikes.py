@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.config import FaultConfig
-from elastic.spikes import MIN_LOSSES, MIN_RISE_NATS, WINDOW_STEPS, Recent, get_limit, judge, remember
+from elastic.training.spikes import MIN_LOSSES, MIN_RISE_NATS, WINDOW_STEPS, Recent, get_limit, judge, remember
 
 THRESHOLD = FaultConfig().spike_threshold
 LOSSES = st.lists(st.floats(min_value=0, max_value=20), min_size=MIN_LOSSES, max_size=WINDOW_STEPS)

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from elastic.checkpoint.consensus import Ballot, Votes, pack
 from elastic.config import FaultConfig
 from elastic.ports import Phase
-from elastic.timeline import OpenPhase, Timeline
-from elastic.watchdog import get_limit_s, locate
+from elastic.training.timeline import OpenPhase, Timeline
+from elastic.training.watchdog import get_limit_s, locate
 
 FAULT = FaultConfig(hang_factor=5.0, hang_step_s=10.0, hang_first_step_s=900.0, hang_data_s=30.0)
 PHASES: tuple[Phase, ...] = ("load", "data", "train", "eval", "save")
-MINE = [("/x/elastic/loop.py", "run_loop"), ("/x/elastic/run.py", "train")]
+MINE = [("/x/elastic/training/loop.py", "run_loop"), ("/x/elastic/training/run.py", "train")]
 
 
 def limit_s(phase, usual_s, fault=FAULT):
@@ -51,9 +51,9 @@ def test_factor_0_calls_nothing_hung(phase):
         (("/v/torch/distributed/distributed_c10d.py", "broadcast_object_list"), "load", "in a collective"),
         (("/v/torch/autograd/graph.py", "_engine_run_backward"), "train", "waiting"),
         (("/v/torch/cuda/streams.py", "synchronize"), "train", "waiting"),
-        (("/x/elastic/step.py", "train_step"), "train", "waiting"),
+        (("/x/elastic/training/step.py", "train_step"), "train", "waiting"),
         (("/x/elastic/checkpoint/consensus.py", "_wait"), "data", "waiting"),
-        (("/x/elastic/nn.py", "forward"), "train", "computing"),
+        (("/x/elastic/nn/layers.py", "forward"), "train", "computing"),
         (("/v/threading.py", "wait"), "data", "loading data"),
         (("/v/threading.py", "wait"), "save", "saving"),
         (("/x/elastic/records/rundir.py", "append_row"), "data", "writing its rows"),

@@ -8,7 +8,7 @@ import pytest
 from cluster.controller import Policy, State
 from cluster.runtime import messages as said
 from cluster.runtime.coordinator.published import Published
-from cluster.runtime.coordinator.run_records import open_run_records
+from cluster.runtime.coordinator.records.run_records import open_run_records
 from cluster.runtime.coordinator.world import World
 from cluster.types import AttemptEnded, AttemptStarted, Event, Slot
 from elastic.config import RunConfig

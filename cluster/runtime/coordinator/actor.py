@@ -20,14 +20,14 @@ from typing import Any
 
 from cluster.cost import KnownPrices
 from cluster.node_watch import News
-from cluster.runtime.coordinator.closing import CLOSE_PATIENCE_S, FAILED_PATIENCE_S, Closing, ClosingUp
 from cluster.runtime.coordinator.coordinator_address import CoordinatorAddress
 from cluster.runtime.coordinator.events import WatchTold
-from cluster.runtime.coordinator.hosts import HOST_SILENT_S
+from cluster.runtime.coordinator.nodes.hosts import HOST_SILENT_S
+from cluster.runtime.coordinator.nodes.ray_nodes import WATCH_EVERY_S, RayNodeJobs, RayWatch
 from cluster.runtime.coordinator.published import Published, Update
-from cluster.runtime.coordinator.ray_nodes import WATCH_EVERY_S, RayNodeJobs, RayWatch
-from cluster.runtime.coordinator.row_writer import RowWriter
-from cluster.runtime.coordinator.run_records import open_run_records
+from cluster.runtime.coordinator.records.closing import CLOSE_PATIENCE_S, FAILED_PATIENCE_S, Closing, ClosingUp
+from cluster.runtime.coordinator.records.row_writer import RowWriter
+from cluster.runtime.coordinator.records.run_records import open_run_records
 from cluster.runtime.coordinator.serving import Serving
 from cluster.runtime.node.priority import take_priority_of
 from cluster.runtime.ray import adapter

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.node_watch import News
-from cluster.runtime.coordinator.nodes import RayView, Start
-from cluster.runtime.coordinator.run_records import Inherited
+from cluster.runtime.coordinator.nodes.node_records import RayView, Start
+from cluster.runtime.coordinator.records.run_records import Inherited
 from cluster.runtime.messages import CoordinatorMessage
 from cluster.types import Event
 

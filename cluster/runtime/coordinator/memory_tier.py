@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
-from cluster.runtime.coordinator.nodes import Nodes
+from cluster.runtime.coordinator.nodes.node_records import Nodes
 from elastic.checkpoint.replicas.placement import plan_peers
 from elastic.ports import Address
 

@@ -12,17 +12,17 @@ from functools import partial
 from cluster import controller
 from cluster.runtime import messages as said
 from cluster.runtime.coordinator.background import Background
-from cluster.runtime.coordinator.budget_keeper import BudgetKeeper
 from cluster.runtime.coordinator.descriptors import raise_limit
 from cluster.runtime.coordinator.events import GenerationGiven, InboxEvent, NodeEvent, Tell
-from cluster.runtime.coordinator.fleet import Fleet, RayJobs
-from cluster.runtime.coordinator.hosts import Hosts
-from cluster.runtime.coordinator.hosts import News as HostNews
 from cluster.runtime.coordinator.memory_tier import plan_memory_tier
-from cluster.runtime.coordinator.nodes import Nodes
+from cluster.runtime.coordinator.nodes.fleet import Fleet, RayJobs
+from cluster.runtime.coordinator.nodes.hosts import Hosts
+from cluster.runtime.coordinator.nodes.hosts import News as HostNews
+from cluster.runtime.coordinator.nodes.node_records import Nodes
 from cluster.runtime.coordinator.published import Published
-from cluster.runtime.coordinator.relayed import RowReceiver
-from cluster.runtime.coordinator.run_records import RunRecords
+from cluster.runtime.coordinator.records.budget_keeper import BudgetKeeper
+from cluster.runtime.coordinator.records.relayed import RowReceiver
+from cluster.runtime.coordinator.records.run_records import RunRecords
 from cluster.runtime.coordinator.world import World
 from cluster.types import (
     Action,

@@ -7,8 +7,8 @@ from typing import Literal, assert_never
 from cluster.controller import State
 from cluster.runtime import messages as said
 from cluster.runtime.coordinator.published import Published
-from cluster.runtime.coordinator.relayed import RowReceiver
-from cluster.runtime.coordinator.run_records import RunRecords
+from cluster.runtime.coordinator.records.relayed import RowReceiver
+from cluster.runtime.coordinator.records.run_records import RunRecords
 from cluster.types import Event, Slot, Stalled, Stepped, TrainerReady, Worker
 from elastic.records.rundir import parse_utc
 

@@ -1,4 +1,4 @@
-"""A trainer under Solvent's cluster: `elastic.run` at the end of a link to its host. Forked from the warm host.
+"""A trainer under Solvent's cluster: `elastic.training.run` at the end of a link to its host.
 
 The process outlives its worlds: when a peer is lost or a change is due it leaves the world, keeps its device, its
 compiled code and its snapshots, and waits to join the next.
@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from cluster.runtime.coordinator.relayed import RelayedRun, RelayedSink, Streams
+from cluster.runtime.coordinator.records.relayed import RelayedRun, RelayedSink, Streams
 from cluster.runtime.messages import (
     Order,
     Ready,
@@ -33,8 +33,6 @@ from cluster.runtime.trainers.interface import find_interface
 from cluster.runtime.trainers.link_observer import LinkObserver
 from cluster.types import Go, Join, Park
 from elastic import config as configs
-from elastic import rehearsal
-from elastic import run as elastic_run
 from elastic.breaker import Breaker
 from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.config import RunConfig
@@ -43,6 +41,8 @@ from elastic.ports import Finished, Interrupted, Lost, MetricSink, Notice, World
 from elastic.records.rundir import RunDir
 from elastic.sinks import jsonl
 from elastic.storage import is_url, join_url, open_storage
+from elastic.training import rehearsal
+from elastic.training import run as elastic_run
 from elastic.world import OwnStore
 
 logger = logging.getLogger(__name__)

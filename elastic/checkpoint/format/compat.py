@@ -15,8 +15,8 @@ from typing import Any
 from elastic.checkpoint.format.manifest import Manifest
 from elastic.config import OptimConfig, RunConfig
 from elastic.errors import CheckpointError, ConfigError, DataError
-from elastic.lr_schedule import learning_rate
 from elastic.mixture import build_mixture, cut_description, describe_paths
+from elastic.optim.lr_schedule import learning_rate
 from elastic.ports import DataIdentity
 
 _SAMPLE_KEYS = ("data.seq_len", "data.packing", "train.global_batch", "train.seed")

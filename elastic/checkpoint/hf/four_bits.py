@@ -35,7 +35,7 @@ def quantise(rows: npt.NDArray[np.float32], scales: Scales) -> npt.NDArray[np.ui
 
 
 def dequantise(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """Return the numbers that the bytes of rows stand for; `elastic/nf4_product.py` has the same for tensors."""
+    """Return the numbers that the bytes of rows stand for; `elastic/nn/nf4_product.py` has the same for tensors."""
     num_columns, scales = read_row_format(packed.shape[-1])
     halves, tail = packed[:, : num_columns // 2], packed[:, num_columns // 2 :]
     if scales == "uint8":

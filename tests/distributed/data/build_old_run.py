@@ -31,7 +31,7 @@ optim: {{lr: 3.0e-3}}
 checkpoint: {{every_steps: 3, keep_last: 2}}
 wandb: {{mode: disabled}}
 """
-PREPARE = "import sys; from elastic.data.prepare import prepare; from pathlib import Path; " + (
+PREPARE = "import sys; from elastic.data.preparation.prepare import prepare; from pathlib import Path; " + (
     "prepare([Path(sys.argv[1])], Path(sys.argv[2]), vocab_size=300, val_fraction=0.3)"
 )
 

@@ -6,7 +6,7 @@ import sys
 import time
 
 if (step_s := float(os.environ.get("PACED_STEP_S", "0"))) and "cluster.runtime.node.host" in sys.orig_argv:
-    from elastic import lr_schedule
+    from elastic.optim import lr_schedule
 
     compute = lr_schedule.learning_rate
 

@@ -1,0 +1,1 @@
+"""What the coordinator writes down, and how it gets to the run's storage."""

@@ -1,0 +1,1 @@
+"""From text and conversations to a prepared folder."""

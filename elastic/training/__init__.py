@@ -1,0 +1,1 @@
+"""One trainer: its parts, its loop, its steps, its time. `run` puts it together."""
