@@ -21,14 +21,13 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from elastic.checkpoint.replicas.process import start_replica_server
 from elastic.checkpoint.restore.load import restore
 from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.checkpoint.train_state import get_live_state
 from elastic.storage import open_storage
-from tests.distributed._spawn_ckpt import CONFIG, CPU, build, make_checkpointer, make_progress, run_ranks, train
+from tests.distributed._spawn_ckpt import CONFIG, CPU, Wide, build, make_checkpointer, make_progress, run_ranks, train
 
 SECRET = "s3cret"
 NODES = ("n0", "n1")
@@ -38,22 +37,6 @@ IN_STORAGE = 1
 """The step that is saved there."""
 LAYER_BYTES = 3 * 4 * WIDTH * WIDTH
 """Weights and two moments in fp32."""
-
-
-class Wide(nn.Module):
-    """Much state, and little to compute."""
-
-    def __init__(self, num_layers):
-        super().__init__()
-        self.embed = nn.Embedding(4, WIDTH)
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(num_layers))
-        self.head = nn.Linear(WIDTH, 4)
-
-    def forward(self, tokens_B):
-        hidden = self.embed(tokens_B)
-        for layer in self.layers:
-            hidden = hidden + layer(hidden).tanh()
-        return self.head(hidden)
 
 
 def open_memory(connections):
@@ -76,7 +59,7 @@ def find_stored(disks):
 def save(run_dir, connections, disks, num_layers):
     """Bring one state to the storage and the next ones to the disks of the nodes."""
     config = replace(CONFIG, checkpoint=replace(CONFIG.checkpoint, node_disk="/disk", node_disk_every_s=0.0))
-    model, optimizer = build("fsdp2", make_model=lambda: Wide(num_layers))
+    model, optimizer = build("fsdp2", make_model=lambda: Wide(WIDTH, num_layers))
     checkpointer = make_checkpointer(run_dir, config=config, memory=open_memory(connections))
     train(model, optimizer, 1, IN_STORAGE, checkpointer)
     assert checkpointer.start_save(model, optimizer, progress=make_progress(IN_STORAGE), extra={}, tier="storage")
@@ -98,7 +81,7 @@ def save(run_dir, connections, disks, num_layers):
 
 def load(run_dir, connections, addresses, num_layers):
     """Return which step was found, how long all ranks took, and what this one took of a core."""
-    model, optimizer = build("fsdp2", model_seed=1, make_model=lambda: Wide(num_layers))
+    model, optimizer = build("fsdp2", model_seed=1, make_model=lambda: Wide(WIDTH, num_layers))
     memory = open_memory(connections) if connections else None
     get_live_state(model, optimizer)  # which a new process makes beside its first look at what there is
     dist.barrier()

@@ -5,6 +5,7 @@ The planner, the size of pods and `solvent doctor` count snapshots by this.
 
 from dataclasses import dataclass
 
+from cluster.planner.memory import get_element_bytes
 from cluster.planner.shape import get_block_shape
 from elastic.checkpoint.durable.storage_errors import estimate_checkpoint_bytes
 from elastic.checkpoint.staging.host_memory import MOST_BUFFERS, NUM_COPIES
@@ -71,6 +72,5 @@ def _count_offloaded_bytes(config: RunConfig) -> int:
     """Return what recompute=offload puts there: the input of each block, for one microbatch."""
     if config.recompute != "offload":
         return 0
-    element_bytes = 4 if config.precision in ("fp32", "tf32") else 2
     tokens = config.train.micro_batch * config.data.seq_len
-    return config.model.num_layers * tokens * get_block_shape(config.model).dim * element_bytes
+    return config.model.num_layers * tokens * get_block_shape(config.model).dim * get_element_bytes(config)

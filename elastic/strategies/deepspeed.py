@@ -95,7 +95,10 @@ class ZeroAdamW(ShardedAdamW):
     @property
     def _is_stale(self) -> bool:
         """Tell whether DeepSpeed lacks what was written into the state since it was last brought there or here."""
-        return self._versions != [tensor._version for tensor in self._written]
+        return self._versions != self._read_versions()
+
+    def _read_versions(self) -> list[int]:
+        return [tensor._version for tensor in self._written]
 
     def take_over(self) -> None:
         """Bring to DeepSpeed what was initialized or restored; all ranks do so at the same forward."""
@@ -112,7 +115,7 @@ class ZeroAdamW(ShardedAdamW):
                 zero._reassign_or_swap_out_partitioned_parameters(number)
         else:
             zero.update_lp_params()
-        self._versions = [tensor._version for tensor in self._written]
+        self._versions = self._read_versions()
 
     def refresh(self) -> None:
         """Bring the state from DeepSpeed to where checkpoints look for it; all ranks call it after the same step.
@@ -127,7 +130,7 @@ class ZeroAdamW(ShardedAdamW):
         world.presence.check(float(world.sum_(world.presence.read())), world_size=world.world_size)
         for step in self._steps:
             step.copy_(self._flat[0]["step"])
-        self._versions = [tensor._version for tensor in self._written]
+        self._versions = self._read_versions()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, those of a step that was not made as well."""

@@ -78,6 +78,22 @@ class Tied(nn.Module):
         return self.head(torch.relu(self.hidden(self.embed(tokens_B))))
 
 
+class Wide(nn.Module):
+    """Much state, and little to compute."""
+
+    def __init__(self, width, num_layers):
+        super().__init__()
+        self.embed = nn.Embedding(4, width)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(num_layers))
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, tokens_B):
+        hidden = self.embed(tokens_B)
+        for layer in self.layers:
+            hidden = hidden + layer(hidden).tanh() / len(self.layers)
+        return self.head(hidden)
+
+
 def build(strategy, model_seed=0, make_model=Tied):
     torch.manual_seed(model_seed)
     model = make_model()

@@ -10,7 +10,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch.distributed as dist
-from torch import nn
 
 from elastic.checkpoint.checkpointer import Checkpointer
 from elastic.checkpoint.replicas.process import start_replica_server
@@ -18,7 +17,7 @@ from elastic.checkpoint.restore.load import restore
 from elastic.checkpoint.tiers.trainer_memory import Memory
 from elastic.storage import open_storage
 from elastic.storage.local import LocalStorage
-from tests.distributed._spawn_ckpt import CONFIG, CPU, build, make_progress, run_ranks, train
+from tests.distributed._spawn_ckpt import CONFIG, CPU, Wide, build, make_progress, run_ranks, train
 from tests.slow_servers import slow_checksums
 from tests.tcp_proxy import TcpProxy
 
@@ -28,22 +27,6 @@ NUM_STEPS = 12
 STATE_MIB = 3 * 4 * LAYERS * WIDTH * WIDTH // 2**20  # weights and two moments in fp32: 240
 SOON_S = 6.0
 """What takes a moment on a machine that is not busy, and less than what is in the way in each test."""
-
-
-class Wide(nn.Module):
-    """Much state, and little to compute."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(4, WIDTH)
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
-        self.head = nn.Linear(WIDTH, 4)
-
-    def forward(self, tokens_B):
-        hidden = self.embed(tokens_B)
-        for layer in self.layers:
-            hidden = hidden + layer(hidden).tanh() / LAYERS
-        return self.head(hidden)
 
 
 class SlowDisk(LocalStorage):
@@ -115,7 +98,7 @@ class Rank:
         self.memory = Memory(connections[self.node], node=self.node, secret=SECRET)
         self.memory.get_buffers(CPU).has_room_at_once = True
         self.run_dir, self.addresses, self.peer = run_dir, addresses, peers[self.node]
-        self.model, self.optimizer = build("fsdp2", model_seed=seed, make_model=Wide)
+        self.model, self.optimizer = build("fsdp2", model_seed=seed, make_model=lambda: Wide(WIDTH, LAYERS))
         self.is_disk_slow = is_disk_slow
 
     def open(self, *, generation=1, start_step=0):
